@@ -1,0 +1,146 @@
+"""Attention and what belongs to it: norms, rotary positions, grouped queries, windows. Used by model.py.
+
+Letters as in model.py: B batch, T sequence length, S keys a query can see (cache included), C n_embd,
+nh query heads, nkv key/value heads, hs head size.
+
+References:
+    RMSNorm, arXiv 1910.07467     RoPE, arXiv 2104.09864     grouped queries (GQA), arXiv 2305.13245
+    sliding windows, arXiv 2004.05150     QK norm, arXiv 2010.04245
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32, or as it is if that is wider (float64)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with an optional bias (torch's own with bias=False needs a newer name for it)."""
+
+    def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.eps = eps
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; statistics in fp32 as Llama does."""
+
+    def __init__(self, ndim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.eps = eps
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
+
+
+def build_norm(config) -> nn.Module:
+    """The norm that config.norm names, over the C channels."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return LayerNorm(config.n_embd, config.bias, config.norm_eps)
+
+
+def rotary_angles(
+    position_ids: torch.Tensor, head_size: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
+
+    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Computed at every forward and not
+    kept: a buffer that is not saved comes back as garbage from transformers' loading on the meta device.
+    """
+    channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
+    angle = position_ids[:, None, :, None].float() * frequency  # (B, 1, T, hs/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, hs)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
+    wide = upcast(x)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and its weights, (B, nh, T, S).
+
+    q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
+    Chosen by attn_implementation="eager", and whenever attention weights are asked for.
+    """
+    group = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, nh, S, hs)
+    score = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, nh, T, S)
+    if mask is None:
+        T, S = score.shape[-2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask.dtype == torch.bool:
+        score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    else:
+        score = score + mask
+    weight = F.softmax(upcast(score), dim=-1).to(v.dtype)
+    return F.dropout(weight, dropout) @ v, weight
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention; grouped queries, RoPE, QK norm, windows and cache by configuration."""
+
+    def __init__(self, config, layer: int = 0):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
+        # rows of c_attn: all queries, then all keys, then all values (GPT-2's order)
+        kv_size = self.n_kv_head * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * kv_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, C)
+        mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values=None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (B, T, C) -> the same shape, and the attention weights (B, nh, T, S) if asked for."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(
+            [C, self.n_kv_head * self.head_size, self.n_kv_head * self.head_size], dim=2
+        )
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        v = v.view(B, T, self.n_kv_head, self.head_size).transpose(1, 2)  # (B, nkv, T, hs)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer)  # (B, nkv, S, hs)
+
+        dropout = self.config.dropout if self.training else 0.0
+        weight = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            y, weight = attention_reference(q, k, v, mask, dropout)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout,
+                is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head,
+            )  # fmt: skip
+        y = y.transpose(1, 2).reshape(B, T, C)
+        y = F.dropout(self.c_proj(y), self.config.dropout, self.training)
+        return y, weight if output_attentions else None

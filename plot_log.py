@@ -1,0 +1,449 @@
+"""Draw a run's log: losses, HellaSwag, learning rate, gradient norm, speed and the load of every expert.
+
+    python plot_log.py log/                          # writes log/training.png
+    python plot_log.py log/ --x tokens --format svg  # also --x time; svg and pdf are for print
+    python plot_log.py dense/ moe/ --out both.png    # several runs over each other
+
+Reads metrics.jsonl (an object per step, headed by {"run": {"config": ...}}) or, where that is missing or
+empty, log.txt (`STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`, as build-nanogpt writes it). Panels
+without data are left out and unreadable lines are skipped with a warning, so a running or broken run is drawn
+as far as it goes.
+Colours: Okabe & Ito, https://jfly.uni-koeln.de/color/; runs differ in line and marker too, for print.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+# GPT-2 124M's loss on the validation shard of FineWeb-Edu 10B; length-normalised HellaSwag accuracy of GPT-2
+# 124M and of GPT-3 Small (zero-shot, from its paper, arXiv 2005.14165 appendix H). All three stand in the
+# plotting cell of https://github.com/karpathy/build-nanogpt/blob/master/play.ipynb
+GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.294463, 0.337
+CHANCE = 0.25  # HellaSwag has four endings to choose from
+DEAD = 0.1  # an expert with less than this part of a fair share of the routed rows counts as dead
+PLAIN = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}  # log.txt's words for metrics.jsonl's
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v")
+GREY = "#595959"
+HEAT = ("#00263D", "#4F9CC4", "#FAFAF5", "#F0B64A", "#C65A00")  # load 0 (darkest in print too), 0.5 ... 2
+STACKS = {  # panel: its quantities, drawn one above the other
+    "Learning rate and gradient norm": {"lr": "learning rate", "norm": "gradient norm"},
+    "Throughput": {"tok_per_s": "tokens/s", "mfu": "MFU"},
+    "Expert balance": {"max_load": "max / mean load", "dead": "dead experts"},
+}
+STYLE = {
+    **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.axisbelow": True},
+    **{"axes.grid": True, "grid.color": "#E3E3E3", "grid.linewidth": 0.6, "legend.frameon": False},
+}
+
+
+@dataclass
+class Run:
+    """The log of one folder."""
+
+    name: str
+    config: dict = field(default_factory=dict)  # resolved configuration; empty for log.txt
+    rows: list[dict] = field(default_factory=list)  # an object per step, in the order of steps
+    problems: list[str] = field(default_factory=list)
+    x: np.ndarray | None = None  # (rows,) place on the horizontal axis, NaN where unknown
+    line: dict = field(default_factory=dict)  # colour and line style
+    mark: dict = field(default_factory=dict)  # marker
+
+    def column(self, key: str) -> np.ndarray:
+        """The values of `key`, (rows,) float64; NaN where a row has no finite number there."""
+        return np.array([row[key] if is_finite(row.get(key)) else np.nan for row in self.rows], dtype=float)
+
+    def points(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """x and y, (points,) each, of the rows where both are known."""
+        y = self.column(key)
+        known = np.isfinite(y) & np.isfinite(self.x)
+        return self.x[known], y[known]
+
+    def loads(self) -> tuple[np.ndarray, np.ndarray]:
+        """x (records,) and the experts' loads in fair shares (records, MoE layers, E), shaped as the last."""
+        known = [i for i, row in enumerate(self.rows) if "load" in row and np.isfinite(self.x[i])]
+        known = [i for i in known if self.rows[i]["load"].shape == self.rows[known[-1]]["load"].shape]
+        return self.x[known], np.array([self.rows[i]["load"] for i in known])
+
+
+# ---------------------------------------------------------------------------------------------------- READING
+
+
+def is_finite(value: object) -> bool:
+    """Whether `value` is a number that can be drawn (no NaN, no infinity, no bool)."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def parse(line: str) -> dict:
+    """One line of metrics.jsonl or log.txt as {"run": config} or as a step's record.
+
+    expert_load (shares) becomes `load` (in fair shares), `dead` and `max_load`. Raises ValueError, KeyError,
+    TypeError, AttributeError or OverflowError on any other line.
+    """
+    if line[0] != "{":
+        step, stream, value = line.split()
+        return {"step": int(step), PLAIN[stream]: float(value)}
+    record = json.loads(line)
+    if "run" in record:
+        return {"run": dict(record["run"].get("config", {}))}
+    if record.get("expert_load"):
+        load = np.array(record["expert_load"], dtype=float)  # (MoE layers, E)
+        if load.ndim != 2 or not np.isfinite(load).all():
+            raise ValueError("expert_load is no table of layers x experts")
+        load *= load.shape[1]
+        record = {"max_load": float(load.max())} | record | {"load": load, "dead": int((load < DEAD).sum())}
+    return record | {"step": int(record["step"])}
+
+
+def read_run(folder: str) -> Run:
+    """Read the log in `folder`; what is wrong in it is collected in `problems` rather than raised.
+
+    Raises FileNotFoundError where the folder has neither metrics.jsonl nor log.txt.
+    """
+    run = Run(Path(folder).resolve().name)
+    found = [path for path in (Path(folder, "metrics.jsonl"), Path(folder, "log.txt")) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no metrics.jsonl and no log.txt in this folder; a run makes them: "
+            f"python train_gpt_moe.py --preset demo --log_dir {folder}"
+        )
+    for path in found:
+        rows, bad, restarted = {}, [], False
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = parse(line)
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                    bad += [str(number)] if line.strip() else []
+                    continue
+                if "run" in record:
+                    run.config, restarted = record["run"], True
+                    continue
+                if restarted:  # a run begun again or resumed replaces what was logged from its first step on
+                    rows = {step: row for step, row in rows.items() if step < record["step"]}
+                    restarted = False
+                rows.setdefault(record["step"], {}).update(record)
+        if bad:
+            which = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+            run.problems.append(f"{path.name}: {len(bad)} unreadable line(s) skipped (line {which})")
+        if rows:
+            run.rows = [rows[step] for step in sorted(rows)]
+            break
+        run.problems.append(f"{path.name} holds no step")
+    lost = sum("loss" in row and not is_finite(row["loss"]) for row in run.rows)
+    if lost:
+        run.problems.append(f"{lost} of {len(run.rows)} steps have no finite loss")
+    return run
+
+
+def set_x(runs: list[Run], axis: str) -> str:
+    """Set every run's `x` for `axis` step, tokens or time; returns the label of the axis."""
+    for run in runs:
+        run.x = run.column("elapsed_s" if axis == "time" else "step")
+        if axis == "tokens":
+            size = run.config.get("total_batch_size")
+            run.x = run.x * (size if is_finite(size) else np.nan)
+        if len(run.x) and np.isnan(run.x).all():
+            lacking = "elapsed_s" if axis == "time" else "total_batch_size"
+            run.problems.append(f"cannot be drawn over {axis}, as its log has no {lacking}; try --x step")
+    if axis != "time":
+        return {"step": "optimizer steps", "tokens": "training tokens"}[axis]
+    longest = np.nanmax([0.0, *(x for run in runs for x in run.x)])
+    unit, seconds = [("seconds", 1), ("minutes", 60), ("hours", 3600)][
+        sum(longest > limit for limit in (150, 9000))
+    ]
+    for run in runs:
+        run.x = run.x / seconds
+    return f"{unit} of training"
+
+
+# ---------------------------------------------------------------------------------------------------- DRAWING
+
+
+def smooth(y: np.ndarray) -> np.ndarray:
+    """Centred mean over 1/30 of the points, (n,) -> (n,); narrower at the start, where a loss falls fast."""
+    i, n = np.arange(len(y)), len(y)
+    half = np.minimum(i // 6, 1 + n // 60)
+    end = np.minimum(i + half + 1, n)
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    return (total[end] - total[i - half]) / (end - i + half)
+
+
+def short(value: float, _position: object = None) -> str:
+    """12000 -> 12k, 2.5e9 -> 2.5B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def heat() -> dict:
+    """How a load is coloured: a fair one white, none dark blue, twice the fair share or more orange."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return {"cmap": LinearSegmentedColormap.from_list("load", HEAT), "vmin": 0, "vmax": 2}
+
+
+def reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") -> None:
+    """A grey line at `y` to compare with; its name stands at the left (x = 0) or right end (x = 1)."""
+    ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
+    words = {"color": GREY, "fontsize": 9, "ha": "right" if x else "left", "va": va}
+    shift = (4 - 8 * x, -3 if va == "top" else 2)  # points
+    ax.annotate(text, (x, y), shift, ("axes fraction", "data"), "offset points", **words)
+
+
+def draw_steps(ax, run: Run, key: str, **named: str) -> None:
+    """A quantity of every step: the values light, smoothed in the run's colour and line style."""
+    x, y = run.points(key)
+    ax.plot(x, y, color=run.line["color"], alpha=0.3, linewidth=0.6, marker="." if len(y) == 1 else None)
+    ax.plot(x, smooth(y), **run.line, **named)
+
+
+def draw_loss(fig, cell, runs: list[Run], compare: bool) -> list:
+    """Training loss (see draw_steps), validation loss (markers), steps without a finite loss (crosses)."""
+    ax, one, top = fig.add_subplot(cell), len(runs) == 1, []
+    for run in runs:
+        draw_steps(ax, run, "loss", label="training (light: every step)")
+        y = run.points("loss")[1]
+        top += [*smooth(y)[len(y) // 50 :]]
+        lost = [run.x[i] for i, row in enumerate(run.rows) if "loss" in row and not is_finite(row["loss"])]
+        if lost:
+            low_edge = {"transform": ax.get_xaxis_transform(), "label": "loss not finite"}
+            ax.plot(lost, [0.03] * len(lost), "x", color="black", **low_edge)
+        x, y = run.points("val_loss")
+        if len(y):
+            line = {"color": COLOURS[1], "linewidth": 1.2} if one else run.line | {"linestyle": "none"}
+            ax.plot(x, y, **line, **run.mark, markevery=1 + len(y) // 40, label="validation")
+            top += [*y[y.argmin() :]]
+    if compare:
+        reference(ax, GPT2_VAL_LOSS, f"GPT-2 124M on FineWeb-Edu, {GPT2_VAL_LOSS:.2f}", va="top")
+        top.append(GPT2_VAL_LOSS)
+    low, high = ax.dataLim.y0, max(top, default=0)
+    if high > low:  # without the first steps, whose fall from ln(vocabulary) flattens all that follows
+        ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    if one:
+        ax.legend(loc="upper right")
+    ax.set(title="Loss" if one else "Loss: training (lines), validation (markers)", ylabel="nats per token")
+    return [ax]
+
+
+def draw_hellaswag(fig, cell, runs: list[Run], compare: bool) -> list:
+    """HellaSwag accuracy: length-normalised (markers) and plain (dotted)."""
+    ax = fig.add_subplot(cell)
+    for run in runs:
+        x, y = run.points("hella_acc_norm")
+        ax.plot(x, y, **run.line, **run.mark, markevery=1 + len(y) // 25)
+        x, y = run.points("hella_acc")
+        ax.plot(x, y, color=run.line["color"], linestyle=":", linewidth=1.2)
+    reference(ax, CHANCE, "chance, 25%", x=1)
+    if compare:
+        reference(ax, GPT2_HELLASWAG, f"GPT-2 124M, {GPT2_HELLASWAG:.1%}")
+        reference(ax, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG:.1%}")
+    ax.margins(y=0.1)
+    ax.yaxis.set_major_formatter("{x:.0%}")
+    plain = any(len(run.points("hella_acc")[1]) for run in runs)
+    ax.set(title="HellaSwag", ylabel="acc_norm (dotted: acc)" if plain else "accuracy")
+    return [ax]
+
+
+def draw_stack(fig, cell, runs: list[Run], title: str) -> list:
+    """The quantities of STACKS[title] above each other over one horizontal axis."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    keys = [key for key in STACKS[title] if any(len(run.points(key)[1]) for run in runs)]
+    axes = []
+    for part, key in zip(cell.subgridspec(len(keys), 1, hspace=0.04), keys, strict=True):
+        ax = fig.add_subplot(part, sharex=axes[0] if axes else None)
+        for run in runs:
+            if key in ("lr", "dead"):
+                ax.plot(*run.points(key), **run.line, drawstyle="steps-post" if key == "dead" else "default")
+            else:
+                draw_steps(ax, run, key)
+        if key == "norm" and ax.dataLim.y0 > 0:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+        else:
+            floor = 1 if key == "max_load" else 0
+            ax.set_ylim(floor, 1.08 * max(ax.dataLim.y1, 1e-9, key in ("max_load", "dead")))
+            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=key == "dead"))
+        ax.yaxis.set_major_formatter("{x:.0%}" if key == "mfu" else short)
+        ax.tick_params(labelbottom=key == keys[-1])
+        ax.set_ylabel(STACKS[title][key], fontsize=9)
+        axes.append(ax)
+    axes[0].set_title(title)
+    return axes
+
+
+def draw_load(fig, cell, run: Run, title: str) -> list:
+    """Heat map layers x experts of the last known load; dead experts are crossed out."""
+    ax, load = fig.add_subplot(cell), run.loads()[1][-1]  # (MoE layers, E)
+    image = ax.pcolormesh(load, **heat())
+    layer, expert = np.nonzero(load < DEAD)
+    for colour, width in (("black", 4), ("white", 1.8)):  # stands out from dark and from light neighbours
+        ax.plot(expert + 0.5, layer + 0.5, "x", color=colour, markersize=6 + width / 2, markeredgewidth=width)
+    if load.shape[0] <= 16 and load.shape[1] <= 8:
+        for (row, column), value in np.ndenumerate(load):
+            words = {"ha": "center", "va": "center", "size": 8, "color": "white" if value < 0.3 else "black"}
+            ax.text(column + 0.5, row + 0.5, f"{value:.2f}" if value >= DEAD else "", **words)
+    rows, columns = (np.arange(0, size, 1 + size // 16) for size in load.shape)
+    ax.set_yticks(rows + 0.5, rows)
+    ax.set_xticks(columns + 0.5, columns)
+    step = max(row["step"] for row in run.rows if "load" in row)
+    ax.set(title=f"{title} at step {step:,}", ylabel="MoE layer", ylim=(len(load), 0))
+    ax.set_xlabel("expert" + (f" (cross: dead, under {DEAD:.0%} of fair)" if len(expert) else ""))
+    more = "max" if load.max() > 2 else "neither"
+    fig.colorbar(image, ax=ax, label="fair share = 1", extend=more, pad=0.02)
+    return []
+
+
+def draw_load_history(fig, cell, run: Run, title: str) -> list:
+    """Heat map of all loads: a row per expert, layer by layer, over x; those dead at the end get a cross."""
+    ax, (x, loads) = fig.add_subplot(cell), run.loads()
+    every = 1 + len(x) // 400  # 400 columns show all that can be seen
+    x, loads = x[::-every][::-1], loads[::-every][::-1]
+    layers, experts = loads.shape[1:]
+    table = loads.reshape(len(x), -1).T  # (MoE layers * E, records)
+    ax.pcolormesh(x, np.arange(len(table)), table, shading="nearest", rasterized=True, **heat())
+    ax.hlines(np.arange(1, layers) * experts - 0.5, x[0], x[-1], color=GREY, linewidth=0.8)
+    dead = np.flatnonzero(table[:, -1] < DEAD)
+    ax.plot(0 * dead + 1.012, dead, "kx", transform=ax.get_yaxis_transform(), clip_on=False)
+    shown = np.arange(0, layers, 1 + layers // 16)
+    ax.set_yticks(shown * experts + (experts - 1) / 2, shown)
+    ax.set(title=f"{title} over time, a row per expert", ylabel="MoE layer", ylim=(len(table) - 0.5, -0.5))
+    ax.grid(False)
+    return [ax]
+
+
+def panels(runs: list[Run], compare: bool) -> list[list[tuple[int, Callable]]]:
+    """Rows of (width in thirds, draw(fig, cell) -> axes over x), of what there is data for."""
+
+    def has(*keys: str) -> bool:
+        return any(len(run.points(key)[1]) for run in runs for key in keys)
+
+    chosen = [(2, partial(draw_loss, runs=runs, compare=compare))] if has("loss", "val_loss") else []
+    if has("hella_acc_norm", "hella_acc"):
+        chosen.append((1, partial(draw_hellaswag, runs=runs, compare=compare)))
+    chosen += [(1, partial(draw_stack, runs=runs, title=title)) for title in STACKS if has(*STACKS[title])]
+    routed = {run.name if len(runs) > 1 else "Expert load": run for run in runs if len(run.loads()[0])}
+    chosen += [(1, partial(draw_load, run=run, title=title)) for title, run in routed.items()]
+    for title, run in routed.items():
+        if len(routed) == 1 and len(run.loads()[0]) > 1:
+            chosen.append((2, partial(draw_load_history, run=run, title=title)))
+    rows = []
+    for width, draw in chosen:
+        if not rows or sum(w for w, _ in rows[-1]) + width > 3:
+            rows.append([])
+        rows[-1].append((width, draw))
+    return rows
+
+
+def headline(run: Run) -> str:
+    """Name, shape and last figures of a run, as far as they are known."""
+    c, words = run.config, [run.name]
+    if c.get("n_layer") and c.get("n_embd"):
+        words.append(f"{c['n_layer']} layers of width {c['n_embd']}")
+    if c.get("use_moe") and c.get("num_experts"):
+        words.append(f"{c['num_experts']} experts, {c.get('num_experts_per_tok', 1)} active")
+    words.append(f"step {run.rows[-1]['step']:,}" if run.rows else "no step logged yet")
+    for key, text in (("val_loss", "validation loss {:.3f}"), ("hella_acc_norm", "HellaSwag {:.1%}")):
+        words += [text.format(value) for value in run.points(key)[1][-1:]]
+    return "  ·  ".join(words)
+
+
+def write(fig, out: Path) -> None:
+    """Save `fig` under a temporary name, then rename: whoever looks at `out` sees a whole picture."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        fig.savefig(unfinished)
+        if out.suffix == ".png":  # 256 colours are enough and take a third of the bytes
+            from PIL import Image  # matplotlib itself needs it
+
+            with Image.open(unfinished) as image:
+                small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            small.save(unfinished, optimize=True)
+        unfinished.replace(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
+    """Draw the logs in `folders` over each other into the file `out` (.png, .svg or .pdf); returns `out`.
+
+    `x` is step, tokens or time. The file appears whole or not at all. Logs that are damaged, or cannot be
+    drawn over `x`, are named in one warning on stderr. Raises FileNotFoundError for a folder without a log,
+    ValueError for an unknown `x` or format.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot: no window, no figure kept alive, Agg for png
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    if Path(out).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"out={out!r}: the name must end in .png, .svg or .pdf")
+    if x not in ("step", "tokens", "time"):
+        raise ValueError(f"x={x!r}: must be step, tokens or time")
+    runs = [read_run(folder) for folder in folders]
+    label, names, problems = set_x(runs, x), [run.name for run in runs], []
+    for i, (run, folder) in enumerate(zip(runs, folders, strict=True)):
+        name = run.name if names.count(run.name) == 1 else os.path.normpath(folder)
+        run.name = name.replace("$", r"\$")  # otherwise the start of a formula
+        run.line = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4], "linewidth": 1.6}
+        run.mark = {"marker": MARKERS[i % 5], "markersize": 4.5, "markerfacecolor": "white"}
+        problems += [f"{folder}: {problem}" for problem in run.problems]
+    if problems:
+        print(f"plot_log: warning: {'; '.join(problems)}", file=sys.stderr)
+    # Only losses over GPT-2's vocabulary (50257, perhaps padded) compare with GPT-2's.
+    sizes = [run.config.get("vocab_size") for run in runs]
+    grid = panels(runs, compare=all(is_finite(size) and 50257 <= size <= 51200 for size in sizes))
+    with rc_context(STYLE):
+        fig = Figure(figsize=(12, 0.7 + 0.2 * len(runs) + 3 * len(grid)), layout="constrained", dpi=110)
+        cells, over_x = fig.add_gridspec(max(1, len(grid)), 1), []
+        for row, cell in zip(grid, cells, strict=False):
+            parts = cell.subgridspec(1, len(row), width_ratios=[width for width, _ in row])
+            over_x += [draw(fig, part) for part, (_, draw) in zip(parts, row, strict=True)]
+        last = np.nanmax([0.0, *(value for run in runs for value in run.x)])
+        for axes in filter(None, over_x):
+            axes[-1].set(xlabel=label, xlim=(0, 1.01 * last or 1))
+            axes[-1].xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+            axes[-1].xaxis.set_major_formatter(short)
+        if len(runs) == 1:
+            fig.suptitle(headline(runs[0]), x=0.01, ha="left", weight="bold")
+        else:  # the space: matplotlib leaves labels out that begin with an underscore
+            keys = [Line2D([], [], **run.line, **run.mark, label=f" {headline(run)}") for run in runs]
+            fig.legend(handles=keys, loc="outside upper left", handlelength=4)
+        write(fig, Path(out))
+    return out
+
+
+def main() -> int:
+    """The command line; returns the exit code, 2 where a folder has no log or an argument is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="log/", help="folders of runs")
+    parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="the horizontal axis")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--out", help="file to write (default: training.png in the first folder)")
+    target.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="its format alone")
+    args = parser.parse_args()
+    out = args.out or str(Path(args.folders[0], f"training.{args.format}"))
+    try:
+        print(plot_runs(args.folders, out, args.x))
+    except (OSError, ValueError) as error:
+        print(f"plot_log: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Continue a prompt with a trained model.
+
+    python sample.py --checkpoint log/model_00500.pt --prompt "Hello, I'm a language model," --num_samples 3
+    python sample.py --model gpt2 --prompt "The answer is"            # a hub name or an exported folder
+    python sample.py --checkpoint log/latest --temperature 0          # the newest checkpoint; 0 = greedy
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_model
+from parallel import choose_device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the samples; exit code 2, with a message, for a model that cannot be loaded or a bad setting."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="log/model_XXXXX.pt, or log/latest for the newest in log")
+    source.add_argument("--model", help="gpt2 ... gpt2-xl, or a folder that transformers can load")
+    parser.add_argument("--prompt", default="Hello, I'm a language model,")
+    parser.add_argument("--num_samples", type=int, default=3)
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="sample among so many tokens; 0 = all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
+    options = parser.parse_args(arguments)
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if not options.prompt:
+        parser.error("--prompt: give at least one character")
+    try:
+        path = options.checkpoint or options.model
+        if Path(path).name == "latest" and Path(path).is_file():
+            path = Path(path).with_name(Path(path).read_text().strip())
+        model = load_model(path).to(choose_device(options.device, 0))
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    torch.manual_seed(options.seed)
+    how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
+    if options.temperature == 0:
+        how = dict(do_sample=False)
+    for number in range(1, options.num_samples + 1):
+        print(f"--- sample {number}")
+        print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
