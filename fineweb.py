@@ -1,17 +1,17 @@
-"""From text to tokens to batches: the shards on disk, the loader that reads them, the script that writes them.
+"""From text to tokens to batches: the shards on disk, the loader that reads them, the script that makes them.
 
-    python fineweb.py                                   # FineWeb-Edu sample-10BT -> edu_fineweb10B/
-    python fineweb.py --demo                            # prose that every Python carries -> demo_data/
+    python fineweb.py                                  # FineWeb-Edu sample-10BT -> edu_fineweb10B/
+    python fineweb.py --demo                           # prose that every Python carries -> demo_data/
     python fineweb.py --source book.txt --out book --val_tokens 20000
-    python fineweb.py --source corpus/ --out corpus_gpt2 --workers 8   # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
-    python fineweb.py --num_parts 8 --part 3            # the fourth of eight machines, which may share --out
+    python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
+    python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines, which may share --out
 
 Killed at any moment and started again with the same command, it goes on after the last complete shard and ends
-with the same bytes. In order: encodings, shards, loader, demo corpus, sources, tokenising, command line.
+with the same bytes. The order below: encodings, shards, loader, demo corpus, sources, tokenising.
 
 A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32 (magic
 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another, each
-beginning with <|endoftext|>, and run over from shard to shard. meta.json beside the shards names the encoding.
+beginning with <|endoftext|>, and run over from shard to shard. meta.json beside them names the encoding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import io
 import json
 import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
@@ -36,20 +35,19 @@ import sysconfig
 import threading
 import time
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    import torch  # imported where it is used: the tokenising processes start ten times faster without it
+    import torch  # imported only where it is used: the tokenising processes start far sooner without it
 
 MAGIC = 20240520
 VERSION = 1
@@ -58,9 +56,10 @@ EOT = "<|endoftext|>"
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 TASK_CHARS = 1 << 19  # text handed to a worker at a time: some 30 ms of work
 MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,999 spaces in a row
-SHARDS_OPEN = 256  # memory maps a loader keeps: each holds a file descriptor, of which a process has 1,024
+OPEN_SHARDS = (
+    256  # memory maps a loader keeps; each takes a file descriptor, of which a process may have 1,024
+)
 ROUNDS = 6  # of the Feistel network that shuffles
-
 
 # ----------------------------------------------------------------------------------------------------------
 # ENCODINGS
@@ -68,18 +67,14 @@ ROUNDS = 6  # of the Feistel network that shuffles
 
 @functools.cache
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding `name`: "bytes" (256 bytes and <|endoftext|> = 256, needs no files) or any of tiktoken's.
+    """The encoding `name`: "bytes" (256 bytes and <|endoftext|> = 256, needs no files) or one of tiktoken's.
 
-    Raises ValueError (unknown, or its ids do not fit a shard's uint16) or ConnectionError (files not to be had).
+    Raises ValueError if it is unknown, its files cannot be had, or its ids do not fit a shard's uint16.
     """
     if name == "bytes":
-        # Lines as pieces: with no merges to do, any pattern that covers everything gives the same ids.
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"[^\n]*\n|[^\n]+",
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={EOT: 256},
-        )
+        # With no merges, pieces of any size give the same ids; lines are fast.
+        pieces, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
@@ -88,24 +83,22 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
-        raise ConnectionError(
-            f"tiktoken could not fetch the files of encoding={name!r} ({type(error).__name__}). Without network, "
-            "point TIKTOKEN_CACHE_DIR at a folder where tiktoken has stored them before, or use --encoding bytes"
+        raise ValueError(
+            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}). Without network, let "
+            "TIKTOKEN_CACHE_DIR name a folder where tiktoken has put them before, or use --encoding bytes"
         ) from error
     if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
         raise ValueError(
-            f"encoding={name!r} has {encoding.n_vocab} ids; a shard holds uint16, so at most 65536, with {EOT} "
-            "among them: use gpt2, r50k_base, p50k_base or bytes"
+            f"encoding={name!r} has {encoding.n_vocab} ids; a shard's uint16 takes 65536, {EOT} among them: "
+            "use gpt2, r50k_base, p50k_base or bytes"
         )
     return encoding
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of `text` as uint16; what looks like a special token in it is ordinary text."""
-    parts = [text]
-    if len(text) > MAX_WHITESPACE:
-        parts = re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
-    return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]).astype(
+    """Token ids of `text`, uint16; what looks like a special token in it is ordinary text."""
+    parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
+    return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in parts]).astype(
         np.uint16
     )
 
@@ -115,15 +108,11 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def write_atomically(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file that is either whole or absent under its name, whatever happens meanwhile.
-
-    Raises OSError (disk full, folder not writable), leaving neither a half file nor a temporary one.
-    """
+    """Write a file that is whole or not there, whatever happens meanwhile. Raises OSError (disk full, ...)."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -131,12 +120,10 @@ def write_atomically(path: str, *parts: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    if os.name == "posix":  # the new name itself is on disk only once the folder is
+    if os.name == "posix":  # the new name is on disk only once its folder is
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
@@ -151,153 +138,169 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, (n,) uint16; convert before handing any to torch.
+    """The tokens of a shard, memory-mapped, uint16: to be converted before torch sees them.
 
-    The first bytes tell which of three formats it is: llm.c's, numpy's .npy (build-nanogpt), or else headerless
-    uint16 (nanoGPT). Raises FileNotFoundError, or ValueError for anything that is not a whole shard.
+    The first bytes tell its format: llm.c's, numpy's .npy (build-nanogpt), or else headerless uint16 (nanoGPT).
+    Raises FileNotFoundError, or ValueError for whatever is not a whole shard.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        what = "is not a file" if os.path.exists(path) else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; {_rebuild(path)}")
+        raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(4 * HEADER_INTS)
-        first = int.from_bytes(head[:4], "little")
+        size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
+        magic = int.from_bytes(head[:4], "little")
         if head.startswith(b"\x93NUMPY"):
-            start, count = _npy_layout(path, file)
-        elif first == MAGIC:
+            start, count = _read_npy_header(path, file)
+        elif magic == MAGIC and size >= 4 * HEADER_INTS:
+            version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
             start = 4 * HEADER_INTS
-            if size < start:
-                raise ValueError(f"{path} is truncated within its header ({size} bytes); {_rebuild(path)}")
-            version, count = (int(i) for i in np.frombuffer(head, "<i4", 2, offset=4))
             if version != VERSION:
                 raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
         else:
-            _refuse_foreign(path, head, first)
+            _refuse_foreign(path, head, magic)
             start, count = 0, size // 2
-            if size % 2:
-                raise ValueError(f"{path} has no header and an odd size ({size} bytes); {_rebuild(path)}")
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     if size != start + 2 * count:
         what = "truncated" if size < start + 2 * count else "padded"
         raise ValueError(
-            f"{path} is {what}: its header announces {count} tokens, {start + 2 * count} bytes in all, "
-            f"but it has {size}; {_rebuild(path)}"
+            f"{path} is {what}: {count} tokens take {start + 2 * count} bytes with their header, but it has {size}; "
+            + _rebuild(path)
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
 def _rebuild(path: str) -> str:
-    return f"rebuild it with `python fineweb.py --out {os.path.dirname(path) or '.'}` and the settings of meta.json there"
+    return f"rebuild it: `python fineweb.py --out {os.path.dirname(path) or '.'}` with the settings in meta.json there"
 
 
-def _npy_layout(path: str, file: io.BufferedReader) -> tuple[int, int]:
-    """(offset of the data, number of tokens) of an .npy file whose first bytes have been read."""
+def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
+    """(offset of the data, number of tokens) of an .npy file."""
     file.seek(0)
     try:
         version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-            version
-        ]
-        shape, _, dtype = read(file)
-    except Exception as error:  # numpy parses the header as Python source: a damaged one fails in many ways
-        raise ValueError(f"{path} has a damaged .npy header ({error}); {_rebuild(path)}") from error
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version](file)
+    except Exception as error:  # the header is Python source: a damaged one fails in many ways
+        raise ValueError(f"{path} has a damaged .npy header ({error!r}); {_rebuild(path)}") from error
     if dtype != np.dtype("<u2") or len(shape) != 1:
-        raise ValueError(
-            f"{path} must hold one row of uint16, not {dtype} of shape {shape}; {_rebuild(path)}"
-        )
+        raise ValueError(f"{path} holds {dtype} of shape {shape}, not one row of uint16; {_rebuild(path)}")
     return file.tell(), shape[0]
 
 
-def _refuse_foreign(path: str, head: bytes, first: int) -> None:
-    """Raise ValueError if a file without our magic number is something else than bare uint16 tokens."""
-    signatures = {b"PK\x03\x04": "a zip archive or checkpoint", b"\x1f\x8b\x08": "gzip", b"PAR1": "parquet"}
-    signatures[b"\x28\xb5\x2f\xfd"] = "zstd"
+def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
+    """Raise ValueError if a file without a header is something else than bare tokens."""
+    signatures = {
+        b"PK\x03\x04": "a zip archive or checkpoint",
+        b"\x1f\x8b\x08": "a gzip file",
+        b"\x28\xb5\x2f\xfd": "a zstd file",
+        b"PAR1": "a parquet file",
+    }
     what = next((name for start, name in signatures.items() if head.startswith(start)), None)
-    # llm.c's magic numbers are dates (as uint16, no GPT-2 token), and its headers are padded with zeros.
-    if 20240101 <= first <= 20241231 or (len(head) >= 1024 and not any(head[12:])):
-        what = f"a file with magic number {first}, not {MAGIC}"
-    # Tokens have control characters among their bytes nearly at once; text has none.
-    if head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
+    if magic == MAGIC:
+        what = "the start of one, truncated within its header"
+    # llm.c's magic numbers are dates, which as uint16 are no tokens of GPT-2; its headers end in zeros.
+    elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
+        what = f"has magic number {magic} instead of {MAGIC}"
+    # Tokens soon have a control character among their bytes; text has none.
+    elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
             if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
-                what = f"text; make shards of it with `python fineweb.py --source {path} --out FOLDER`"
+                what = f"is text, to be made into shards by `python fineweb.py --source {path} --out FOLDER`"
     if what:
         raise ValueError(f"{path} is no shard of tokens but {what}; {_rebuild(path)}")
 
 
 def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
-    """Shards in reading order: of a folder, those with `split` in their names; else all that match a pattern.
+    """Shards in reading order: in a folder those with `split` in their names; else all that match a pattern.
 
-    Names of llm.c, build-nanogpt and nanoGPT are known (fineweb_train_000001.bin, train.bin, ...).
+    Knows the names of llm.c, build-nanogpt and nanoGPT too (fineweb_train_000001.bin, train.bin, ...).
     Raises FileNotFoundError that says what is missing and how to make it.
     """
     where = os.fspath(where)
     if not os.path.isdir(where):
         paths = sorted(path for path in glob.glob(where) if os.path.isfile(path))
         if not paths:
-            folder = where if not glob.has_magic(where) and "." not in os.path.basename(where) else "FOLDER"
             raise FileNotFoundError(
-                f"no data at {where}: there is no such folder or file. Make it with "
-                f"`python fineweb.py --out {folder}`, or without network with `python fineweb.py --demo --out {folder}`"
+                f"no data: {where} is neither a folder nor a file nor matches any. Make some with "
+                "`python fineweb.py --out FOLDER`, or without network `python fineweb.py --demo --out FOLDER`"
             )
         return paths
     names = sorted(name for name in os.listdir(where) if name.endswith((".bin", ".npy")))
     paths = [os.path.join(where, name) for name in names if split in re.split(r"[_.-]", name)]
     if not paths:
-        beside = f" ({len(names)} other shards are there)" if names else ", nor any other"
         raise FileNotFoundError(
-            f"no {split} shard ({split}_*.bin) in {where}{beside}. Make it with `python fineweb.py --out {where}` "
-            "(--val_tokens says how many tokens validation gets)"
+            f"no {split} shard ({split}_*.bin) among the {len(names)} shards in {where}. Make them with "
+            f"`python fineweb.py --out {where}`; --val_tokens says how many tokens validation gets"
         )
     return paths
 
 
-def read_meta(folder: str | os.PathLike) -> dict:
-    """meta.json of a data folder ("encoding", "vocab_size", "eot_token", "tokens" per split, "source", ...).
+def count_tokens(path: str) -> int:
+    """Tokens in a shard; 0 if it is missing or damaged."""
+    try:
+        return len(read_shard(path))
+    except (FileNotFoundError, ValueError):
+        return 0
 
-    Where several machines wrote parts of it, their counts are added up. A folder without it is taken to be
+
+def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool) -> dict:
+    """What every meta.json says; `shards` is the number of tokens by file name."""
+    counts = {
+        split: sum(n for name, n in shards.items() if name.startswith(split)) for split in ("train", "val")
+    }
+    vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
+    return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
+
+
+def load_metas(folder: str) -> dict[str, dict]:
+    """Path -> content of meta.json, or of each machine's meta_p0000.json, ..., of a folder. Raises ValueError."""
+    metas = {}
+    kinds = {
+        "encoding": str,
+        "vocab_size": int,
+        "eot_token": int,
+        "tokens": dict,
+        "shards": dict,
+        "complete": bool,
+    }
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "meta*.json"))):
+        try:
+            with open(path, encoding="utf-8") as file:
+                metas[path] = json.load(file)
+            for name, kind in kinds.items():
+                if not isinstance(metas[path][name], kind):
+                    raise TypeError(f"{name} is {metas[path][name]!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); delete it and {_rebuild(path)}") from error
+    return metas
+
+
+def read_meta(folder: str | os.PathLike) -> dict:
+    """meta.json of a data folder: "encoding", "vocab_size", "eot_token", "tokens" by split, "source", ...
+
+    Where several machines wrote the shards, their counts are added up. A folder without it is taken to be
     GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for a damaged or contradictory file.
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"there is no data folder {folder}; make it with `python fineweb.py --out {folder}`"
+            f"there is no data folder {folder}; make it: `python fineweb.py --out {folder}`"
         )
     metas = load_metas(folder)
     if not metas:
         warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
         return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
     (first, meta), *others = metas.items()
-    meta = {**meta, "tokens": dict(meta["tokens"])}
     for path, other in others:
-        for field in ("encoding", "vocab_size", "eot_token"):
-            if other[field] != meta[field]:
-                raise ValueError(f"{field} is {meta[field]!r} in {first} but {other[field]!r} in {path}")
-        meta["complete"] &= other["complete"]
-        for split, count in other["tokens"].items():
-            meta["tokens"][split] = meta["tokens"].get(split, 0) + count
+        for name in ("encoding", "vocab_size", "eot_token"):
+            if other[name] != meta[name]:
+                raise ValueError(f"{name} is {meta[name]!r} in {first} but {other[name]!r} in {path}")
+        counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
+        meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
     if not meta["complete"]:
-        warnings.warn(f"{folder} is unfinished: start the fineweb.py that was making it again", stacklevel=2)
+        warnings.warn(f"{folder} is unfinished; start the fineweb.py that was making it again", stacklevel=2)
     return meta
-
-
-def load_metas(folder: str) -> dict[str, dict]:
-    """Path -> content of meta.json, or of meta_p0000.json, meta_p0001.json, ..., in a folder."""
-    metas = {}
-    kinds = {"encoding": str, "vocab_size": int, "eot_token": int, "tokens": dict, "complete": bool}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "meta*.json"))):
-        try:
-            with open(path, encoding="utf-8") as file:
-                metas[path] = json.load(file)
-            wrong = [name for name, kind in kinds.items() if not isinstance(metas[path][name], kind)]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): delete it; {_rebuild(path)}") from error
-        if wrong:
-            raise ValueError(f"{path} is damaged (bad {wrong[0]}): delete it; {_rebuild(path)}")
-    return metas
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -305,16 +308,15 @@ def load_metas(folder: str) -> dict[str, dict]:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where the permutation of range(n) that `keys` (ROUNDS uint64) chooses sends each of `index`, (k,) int64.
+    """Where the permutation of range(n) chosen by `keys`, (rounds,) uint64, sends each of `index`, (k,) int64.
 
-    A Feistel network on just enough bits for n, walked until it lands below n (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002), mixed by MurmurHash3's finaliser. A table of 10 billion tokens' samples
-    would cost each rank 80 MB and a second an epoch; this costs nothing and knows every sample of every epoch.
+    A Feistel network on just enough bits for n, walked until it lands below n (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002), mixed by the finaliser of MurmurHash3. A table would cost each rank
+    80 MB and a second an epoch for 10 billion tokens; this needs no memory and knows every epoch at once.
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
-    x = index.astype(np.uint64)
-    walking = np.ones(len(x), dtype=bool)
+    x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
     while walking.any():
         left, right = x[walking] >> bits, x[walking] & mask
         for key in keys:
@@ -327,116 +329,23 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return x.astype(np.int64)
 
 
-class Samples:
-    """The pure half of the loader: global sample index -> file and offset -> T + 1 tokens.
-
-    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard,
-    so up to T tokens at a shard's end are not used. Sample i belongs to epoch i // per_epoch; within an epoch
-    every sample comes once, in an order chosen by (seed, epoch).
-    """
-
-    def __init__(
-        self, files: Sequence[str], T: int, seed: int, shuffle: bool, group: int, vocab_size: int | None
-    ):
-        self.files, self.T, self.seed, self.shuffle, self.vocab_size = (
-            list(files),
-            T,
-            seed,
-            shuffle,
-            vocab_size,
-        )
-        digest, lengths = hashlib.sha256(), []
-        for path in self.files:
-            tokens = read_shard(path)
-            lengths.append(len(tokens))
-            digest.update(
-                lengths[-1].to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
-            )
-        windows = (np.array(lengths) - 1) // T
-        if not shuffle:  # llm.c leaves a shard where the next batch of all ranks would run over its end
-            windows = windows // group * group
-        self.ends = np.cumsum(windows)
-        self.per_epoch, self.num_tokens = int(self.ends[-1]), sum(lengths)
-        self.fingerprint = {"T": T, "shuffle": shuffle, "seed": seed, "files": len(lengths)}
-        self.fingerprint |= {"num_tokens": self.num_tokens, "sha256": digest.hexdigest()[:16]}
-        if not shuffle:
-            self.fingerprint["B * world_size"] = group
-        self.open = functools.lru_cache(maxsize=SHARDS_OPEN)(read_shard)
-
-    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the file, offset of its first token) of each sample of `index`, (k,) int64."""
-        epochs, index = np.divmod(index, self.per_epoch)
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                keys = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
-                index[epochs == epoch] = permute(index[epochs == epoch], self.per_epoch, keys)
-        file = np.searchsorted(self.ends, index, side="right")
-        first = np.where(file > 0, self.ends[file - 1], 0)
-        return file, (index - first) * self.T
-
-    def read(self, index: np.ndarray) -> np.ndarray:
-        """Tokens of the samples, (k, T + 1) int64. Raises ValueError if one is not below vocab_size."""
-        out = np.empty((len(index), self.T + 1), dtype=np.int64)
-        for row, file, start in zip(out, *self.locate(index), strict=True):
-            path = self.files[file]
-            row[:] = self.open(path)[start : start + self.T + 1]
-            if self.vocab_size is not None and row.max() >= self.vocab_size:
-                bad = int(np.argmax(row >= self.vocab_size))
-                raise ValueError(
-                    f"{path}: token {row[bad]} at offset {start + bad} is not below vocab_size={self.vocab_size}; the "
-                    f"shard is damaged or was made with another encoding than the model's; {_rebuild(path)}"
-                )
-        return out
-
-
-def _host_batch(samples: Samples, offset: int, B: int, device: torch.device, position: int) -> torch.Tensor:
-    """Inputs and targets of the B samples from position + offset on, (2, B, T) int64, pinned if for CUDA."""
-    import torch
-
-    tokens = samples.read(np.arange(B) + (position + offset))
-    batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread: pinning would otherwise open a context on GPU 0
-        batch = batch.pin_memory()
-    return batch
-
-
-def _prefetch(
-    make: Callable,
-    position: int,
-    step: int,
-    batches: queue.Queue,
-    slots: threading.Semaphore,
-    stop: threading.Event,
-) -> None:
-    """Body of the background thread: puts batch after batch, as slots come free, or the exception that ends it."""
-    while slots.acquire() and not stop.is_set():
-        try:
-            batches.put(make(position))
-        except BaseException as error:
-            batches.put(error)
-            return
-        position += step
-
-
-def _stop_thread(stop: threading.Event, slots: threading.Semaphore) -> None:
-    stop.set()
-    slots.release()
-
-
 class DistributedDataLoader:
-    """Endless batches of a data set, the same stream for any number of ranks, B and accumulation.
+    """Endless batches of a data set, the same stream for any number of ranks, any B and any accumulation.
+
+    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard, so
+    up to T tokens at a shard's end are unused. Each call, made on all ranks, consumes the next B * world_size
+    samples, of which rank r takes the r-th B.
 
     pattern     glob pattern, folder (its train shards) or list of files
-    shuffle     True: the order is a pure function of (tokens, T, seed, global sample index). Each call on all
-                ranks together takes the next B * world_size samples, rank r the r-th B of them.
-                False: llm.c's order. Batches follow one another through each shard, and what is left at its
-                end is skipped when too short for a batch of all ranks and one token; after the last shard comes
-                the first. (llm.c's ranks each look at their own position there; here all leave a shard together.)
+    shuffle     True: in each epoch every sample comes once, in an order that is a pure function of (T, seed,
+                epoch) and of the shards' lengths.
+                False: llm.c's order: batch after batch through each shard, whose rest is skipped when it is too
+                short for a batch of all ranks and one token; after the last shard the first. (llm.c's ranks look
+                each at their own position when they leave a shard, here all leave it together.)
     vocab_size  every token read must be below it
-    prefetch    batches kept ready by a background thread; 0: none, read when asked
+    prefetch    batches that a background thread keeps ready
 
-    Raises ValueError for wrong arguments, damaged shards or too little data; FileNotFoundError for none.
+    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for none.
     """
 
     def __init__(
@@ -454,100 +363,133 @@ class DistributedDataLoader:
     ):
         import torch
 
-        if B < 1 or T < 1 or prefetch < 0 or seed < 0 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"B={B}, T={T} must be positive, prefetch={prefetch}, seed={seed} not negative, and rank={rank} one "
-                f"of world_size={world_size}"
-            )
-        files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
-        if not files:
-            raise FileNotFoundError(
-                "the list of shards is empty; make some with `python fineweb.py --out FOLDER`"
-            )
-        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.device = torch.device(device)
+        for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
+        self.B, self.T, self.rank, self.world_size, self.shuffle, self.seed = (
+            B,
+            T,
+            rank,
+            world_size,
+            shuffle,
+            seed,
+        )
+        self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.samples = Samples(files, T, seed, shuffle, B * world_size, vocab_size)
-        if self.samples_per_epoch < B * world_size:
-            raise ValueError(
-                f"too little data: one batch of B={B} x world_size={world_size} samples needs "
-                f"{B * world_size * T + 1} tokens in a row (B * world_size * T + 1, T={T}), and the {len(files)} "
-                f"shard(s) from {files[0]} on have {self.num_tokens} in all, {self.samples_per_epoch} such samples; "
-                "lower B or T, or make more data with fineweb.py"
+
+        self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
+        if not self.files:
+            raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
+        digest, lengths = hashlib.sha256(), []
+        for path in self.files:
+            tokens = read_shard(path)
+            lengths.append(len(tokens))
+            digest.update(
+                lengths[-1].to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
             )
-        self.prefetch, self.position = prefetch, 0  # in global samples, handed out by all ranks together
-        self._make = functools.partial(_host_batch, self.samples, rank * B, B, self.device)
-        self._stop: Callable | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all shards."""
-        return self.samples.num_tokens
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of T tokens that one pass over the data gives to all ranks together."""
-        return self.samples.per_epoch
+        group = B * world_size
+        samples = (np.array(lengths) - 1) // T  # (files,)
+        self._ends = np.cumsum(samples if shuffle else samples // group * group)
+        self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
+        if self.samples_per_epoch < group:
+            raise ValueError(
+                f"too little data: one batch of B={B} on world_size={world_size} ranks with T={T} needs "
+                f"B * world_size * T + 1 = {group * T + 1} tokens, but {self.files[0]} and the {len(lengths) - 1} "
+                f"other shards have {self.num_tokens}; lower B or T, or make more with `python fineweb.py`"
+            )
+        self._stream = {
+            "T": T,
+            "shuffle": shuffle,
+            "seed": seed,
+            "files": len(lengths),
+            "tokens": self.num_tokens,
+        }
+        self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(read_shard)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._batches: deque[Future] = deque()
+        self.position = 0  # global samples handed out, to all ranks together
 
     def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of the first token) of a sample, to look at the text behind a strange batch."""
-        file, offset = self.samples.locate(np.array([global_sample]))
-        return self.samples.files[file[0]], int(offset[0])
+        """(file, offset of its first token) of a sample: where to look up the text of a strange batch."""
+        file, offset = self._locate(np.array([global_sample]))
+        return self.files[file[0]], int(offset[0])
+
+    def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the file, offset of the first token) of global samples, (k,) int64."""
+        epochs, index = np.divmod(index, self.samples_per_epoch)
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                keys = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
+                index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
+        file = np.searchsorted(self._ends, index, side="right")
+        return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
+
+    def _read(self, position: int) -> torch.Tensor:
+        """Inputs and targets of this rank's batch at a position, (2, B, T) int64, pinned if it is for CUDA."""
+        import torch
+
+        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
+        index = np.arange(self.B) + (position + self.rank * self.B)
+        for row, file, start in zip(tokens, *self._locate(index), strict=True):
+            row[:] = self._open(self.files[file])[start : start + self.T + 1]
+            if self.vocab_size is not None and row.max() >= self.vocab_size:
+                at = int(np.argmax(row >= self.vocab_size))
+                raise ValueError(
+                    f"{self.files[file]}: token {row[at]} at offset {start + at} is not below "
+                    f"vocab_size={self.vocab_size}: the shard is damaged or of another encoding than the model; "
+                    + _rebuild(self.files[file])
+                )
+        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: pinning would otherwise wake up GPU 0
+            batch = batch.pin_memory()
+        return batch
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y), each (B, T) int64 on the device; y is x one token later.
+        """(x, y), each (B, T) int64 on the device, y one token later than x.
 
-        Raises ValueError for a token outside the vocabulary and OSError for an unreadable shard; the position
-        stays where it was.
+        Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone; the position
+        then stays where it was.
         """
-        if self.prefetch == 0:
-            batch = self._make(self.position)
-        else:
-            if self._stop is None:
-                self._start()
-            batch = self._batches.get()
-            if isinstance(batch, BaseException):
-                self._halt()
-                raise batch
-            self._slots.release()
-        self.position += self.B * self.world_size
+        step = self.B * self.world_size
+        while len(self._batches) <= self.prefetch:
+            self._batches.append(self._thread.submit(self._read, self.position + len(self._batches) * step))
+        try:
+            batch = self._batches.popleft().result()
+        except BaseException:
+            self._seek(self.position)
+            raise
+        self.position += step
         x, y = batch.to(self.device, non_blocking=True)
         return x, y
 
-    def _start(self) -> None:
-        self._batches, self._slots = queue.SimpleQueue(), threading.Semaphore(self.prefetch)
-        stop = threading.Event()
-        step = self.B * self.world_size
-        args = (self._make, self.position, step, self._batches, self._slots, stop)
-        threading.Thread(target=_prefetch, args=args, daemon=True, name="prefetch").start()
-        # The thread knows nothing of self, so that a loader that is forgotten, or the process's end, ends it.
-        self._stop = weakref.finalize(self, _stop_thread, stop, self._slots)
-
-    def _halt(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._stop = None
+    def _seek(self, position: int) -> None:
+        for batch in self._batches:
+            batch.cancel()
+        self._batches.clear()
+        self.position = position
 
     def reset(self) -> None:
         """Start over, as before each validation."""
-        self._halt()
-        self.position = 0
+        self._seek(0)
 
     def state_dict(self) -> dict:
-        """Position (global samples handed out, whatever has been prefetched) and what identifies the stream."""
-        return {"position": self.position, "data": dict(self.samples.fingerprint)}
+        """What has been handed out (not what has been prefetched), and what identifies the stream."""
+        return {"position": self.position, **self._stream}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, by any number of ranks. Raises ValueError if the stream is another."""
-        for field, value in self.samples.fingerprint.items():
-            if state["data"].get(field) != value:
+        """Go on where `state` was taken, by whatever number of ranks. Raises ValueError on another stream."""
+        for name, value in self._stream.items():
+            if state.get(name) != value:
                 raise ValueError(
-                    f"cannot go on: the data loader was saved with {field}={state['data'].get(field)!r}, but here "
-                    f"{field}={value!r} ({self.samples.files[0]}, ...); give it the data and settings it had"
+                    f"the data loader cannot go on: it was saved with {name}={state.get(name)!r}, but here {name}="
+                    f"{value!r} ({self.files[0]}, ...); give it the data and settings it had, or start a new run"
                 )
-        self._halt()
-        self.position = int(state["position"])
+        self._seek(state["position"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -558,8 +500,8 @@ def demo_documents() -> Iterator[str]:
     """Prose that every Python carries: the language's help topics and each standard module's docstrings.
 
     About 1.8 MB, in the same order every time for one version of Python; nothing is imported or run. Paragraphs
-    that say again what came before are left out (docstrings are copied from module to module, and help topics
-    contain one another), so that a document held out for validation has no twin in training.
+    that say again what came before are left out (docstrings are copied between modules, help topics contain one
+    another), so that a document held out for validation has no twin in training.
     Raises FileNotFoundError if this Python came without its library's sources.
     """
     library = sysconfig.get_paths()["stdlib"]
@@ -573,38 +515,31 @@ def demo_documents() -> Iterator[str]:
         "dist-packages",
         "__pycache__",
     }
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     seen: set[tuple[str, ...]] = set()
     for folder, folders, names in os.walk(library):
         folders[:] = sorted(set(folders) - skip)
-        for name in sorted(names):
-            if not name.endswith(".py"):
-                continue
-            with open(os.path.join(folder, name), "rb") as file:
-                try:
+        for path in sorted(os.path.join(folder, name) for name in names if name.endswith(".py")):
+            try:
+                with open(path, "rb") as file:
                     tree = ast.parse(file.read())
-                except (SyntaxError, ValueError):
-                    continue
-            if name == "topics.py" and os.path.basename(folder) == "pydoc_data":
-                texts = [
-                    t
-                    for n in tree.body
-                    if isinstance(n, ast.Assign)
-                    for t in ast.literal_eval(n.value).values()
-                ]
+            except (SyntaxError, ValueError):
+                continue
+            if path.endswith(os.path.join("pydoc_data", "topics.py")):
+                tables = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
+                texts = [text for table in tables for text in table.values()]
             else:
-                kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-                strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-                texts = ["\n\n".join(s for s in strings if s)]
-            documents = (_only_new(text, seen) for text in texts)
-            yield from (document for document in documents if document)
+                strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+                texts = ["\n\n".join(filter(None, strings))]
+            yield from filter(None, (_only_new(text, seen) for text in texts))
     if not seen:
         raise FileNotFoundError(
-            f"the demo corpus needs the standard library's .py files, and {library} has none"
+            f"the demo corpus needs the .py files of the standard library; {library} has none"
         )
 
 
 def _only_new(text: str, seen: set[tuple[str, ...]]) -> str:
-    """The paragraphs of `text` of which at least half the runs of eight words are not yet in `seen`."""
+    """The paragraphs of which at least half of the runs of eight words are not in `seen`, which grows."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = re.findall(r"\w+", paragraph.lower())
@@ -616,69 +551,51 @@ def _only_new(text: str, seen: set[tuple[str, ...]]) -> str:
 
 
 def prepare_demo(out: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as one train and one validation shard; returns its meta.json.
+    """Write the demo corpus as a train and a validation shard unless they are there; returns their meta.json.
 
-    Which documents are validation (the first twentieth of the bytes in the order of the documents' hashes) does
-    not depend on anything else. What is there already is kept. Raises ValueError if `out` holds other data.
+    Validation gets whole documents, in the order of their hashes until they are a twentieth of the text.
+    Raises ValueError if `out` holds other data.
     """
-    out, path = os.fspath(out), os.path.join(os.fspath(out), "meta.json")
+    out = os.fspath(out)
+    path = os.path.join(out, "meta.json")
     source = f"demo corpus of Python {sys.version.split()[0]}"
-    old = load_metas(out).get(path) if os.path.isdir(out) else None
+    old = load_metas(out).get(path, {})
     if old and (not str(old.get("source")).startswith("demo corpus") or old["encoding"] != encoding):
         raise ValueError(
-            f"{out} holds {old['encoding']} tokens of {old.get('source')!r}; give the demo another --out"
+            f"{out} holds {old['encoding']} tokens of {old.get('source')!r}; pass the demo another --out"
         )
-    if old and old["source"] == source and all_there(out, old):
+    if old.get("source") == source and all_there(out, old):
         return old
-    documents = list(demo_documents())
+    codec, shards, documents = get_encoding(encoding), {}, list(demo_documents())
     held_out, room = set(), sum(map(len, documents)) // 20
-    for document in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
+    for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if room > 0:
-            held_out.add(document)
-            room -= len(document)
-    codec = get_encoding(encoding)
+            held_out.add(text)
+            room -= len(text)
     os.makedirs(out, exist_ok=True)
-    shards = {}
     for split in ("train", "val"):
-        pieces = [(True, text) for text in documents if (text in held_out) == (split == "val")]
-        tokens = encode_pieces(encoding, pieces)
+        tokens = encode_pieces(
+            encoding, [(True, d) for d in documents if (d in held_out) == (split == "val")]
+        )
         write_shard(os.path.join(out, f"{split}_000000.bin"), tokens)
         shards[f"{split}_000000.bin"] = len(tokens)
-    meta = describe(codec, shards, True) | {"source": source, "documents": len(documents)}
+    meta = {**describe(codec, shards, True), "source": source, "documents": len(documents)}
     write_atomically(path, json.dumps(meta, indent=1).encode())
-    print(f"{out}: {source}, {len(documents)} documents, {meta['tokens']['train']:,} {encoding} tokens for training, "
-          f"{meta['tokens']['val']:,} of {len(held_out)} other documents for validation")  # fmt: skip
+    counts = {split: f"{n:,} {encoding} tokens" for split, n in meta["tokens"].items()}
+    print(
+        f"{out}: {source}, {counts['train']} of {len(documents) - len(held_out)} documents for training, ",
+        end="",
+    )
+    print(f"{counts['val']} of {len(held_out)} others for validation")
     return meta
 
 
-def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool) -> dict:
-    """What every meta.json says."""
-    counts = {
-        split: sum(n for name, n in shards.items() if name.startswith(split)) for split in ("train", "val")
-    }
-    return {
-        "encoding": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "eot_token": encoding.eot_token,
-        "tokens": counts,
-        "shards": shards,
-        "complete": complete,
-    }
-
-
 def all_there(out: str, meta: dict) -> bool:
-    """Whether every shard that a finished meta.json lists exists and is whole."""
-    return meta["complete"] and all(
-        count_tokens(os.path.join(out, name)) == n for name, n in meta["shards"].items()
+    """Whether a meta.json is final and all the shards it lists are whole."""
+    shards = meta.get("shards", {}).items()
+    return meta.get("complete", False) and all(
+        count_tokens(os.path.join(out, name)) == n for name, n in shards
     )
-
-
-def count_tokens(path: str) -> int:
-    """Tokens in a shard; 0 if it is missing or damaged."""
-    try:
-        return len(read_shard(path))
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -979,7 +896,7 @@ class ShardWriter:
         self.val_tokens = 0 if job.part else job.val_tokens
         os.makedirs(job.out, exist_ok=True)
         self.meta_path = os.path.join(job.out, f"meta_{self.prefix}"[:-1] + ".json")
-        metas = loadload_metas(job.out)
+        metas = load_metas(job.out)
         for path, meta in metas.items():
             for field, value in settings.items():
                 other = (meta | meta.get("settings", {})).get(field)

@@ -42,12 +42,12 @@ from transformers.modeling_outputs import (
 try:
     from .attention import CausalSelfAttention, LayerNorm, RMSNorm, build_norm, rotary_angles, upcast
     from .callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from .convert import gpt2_config_fields, transpose_gpt2_weights
+    from .convert import decode_tokens, encode_text, gpt2_config_fields, transpose_gpt2_weights
     from .mixture_of_experts import MLP, Experts, MoE, RouterAuxiliary, update_routers
 except ImportError:
     from attention import CausalSelfAttention, LayerNorm, RMSNorm, build_norm, rotary_angles, upcast
     from callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from convert import gpt2_config_fields, transpose_gpt2_weights
+    from convert import decode_tokens, encode_text, gpt2_config_fields, transpose_gpt2_weights
     from mixture_of_experts import MLP, Experts, MoE, RouterAuxiliary, update_routers
 
 __all__ = [
@@ -207,7 +207,7 @@ class Block(GradientCheckpointingLayer):
         self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = build_norm(config)
-        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.mlp_hidden_size)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.mlp_hidden_size or 4 * config.n_embd)
 
     def forward(
         self,
@@ -276,6 +276,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         if config.encoding_size is not None and config.encoding_size < config.vocab_size:
             # Ids that only pad the vocabulary have no text: whoever decoded one would get an error.
             self.generation_config.suppress_tokens = list(range(config.encoding_size, config.vocab_size))
+        # DDP would overwrite the routers' statistics with rank 0's; update_routers() adds up all ranks'.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -314,13 +316,18 @@ class GPT(PreTrainedModel, GenerationMixin):
         return self.transformer.wte
 
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the token embedding; a tied head follows at the next tie_weights()."""
+        """Replace the token embedding; if embeddings are tied, the head becomes the same matrix."""
         self.transformer.wte = new_embeddings
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = new_embeddings.weight
+            self.lm_head.out_features = new_embeddings.num_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As transformers', and every id counts as real text afterwards."""
+        """As transformers', ties kept; where the size changes, every id counts as real text afterwards."""
+        old_size = self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.encoding_size = self.generation_config.suppress_tokens = None
+        if self.config.vocab_size != old_size:
+            self.config.encoding_size = self.generation_config.suppress_tokens = None
         return embeddings
 
     def crop_block_size(self, block_size: int) -> None:
@@ -335,19 +342,21 @@ class GPT(PreTrainedModel, GenerationMixin):
             self.transformer.wpe.num_embeddings = block_size
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; non_embedding leaves out positions (token embeddings are the head too)."""
+        """Number of parameters; non_embedding leaves out look-up tables: positions, and tokens if untied."""
         count = sum(p.numel() for p in self.parameters())
         if non_embedding and "wpe" in self.transformer:
             count -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_word_embeddings:
+            count -= self.transformer.wte.weight.numel()
         return count
 
     def get_num_active_params(self) -> int:
         """Number of parameters in a token's matrix products: K of E experts, the head, no look-up tables."""
-        config, count = self.config, self.get_num_params()
+        count = self.get_num_params()
         for moe in self.moe_layers():
-            per_expert = sum(p.numel() for p in moe.experts.parameters()) // config.num_experts
-            count -= per_expert * (config.num_experts - config.num_experts_per_tok)
-        return count if config.tie_word_embeddings else count - self.transformer.wte.weight.numel()
+            experts = sum(p.numel() for p in moe.experts.parameters())
+            count -= experts - experts // moe.experts.c_fc.size(0) * self.config.num_experts_per_tok
+        return count
 
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward per token at full length: 6 N + 12 L C T (PaLM appendix B, eq. 2).
@@ -524,7 +533,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             num_tokens=num_items_in_batch if in_parts else None,
         )  # fmt: skip
         if targets is not None or self._gives_logits:
-            kept = positions_to_keep(logits_to_keep) if targets is None else slice(None)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            kept = kept if targets is None else slice(None)
             logits = self._logits(output.last_hidden_state[:, kept])  # (B, T or kept, V)
             losses = {}
             if targets is not None:
@@ -590,22 +600,43 @@ class GPT(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(); with a string, the text that continues it, prompt included.
 
-        A string is encoded with config.encoding; max_length and max_new_tokens count tokens. Runs in
-        evaluation mode, whatever mode the model is in.
+        A string is encoded with config.encoding; max_length and max_new_tokens count tokens, and a list of
+        texts comes back if num_return_sequences > 1. Runs in evaluation mode, whatever mode the model is in.
+        ValueError for a string that the model's vocabulary or encoding cannot hold.
         """
-        model = copy.copy(self)  # the same parameters, as the class whose forward gives logits
-        model.__class__ = GPTLMHeadModel
         was_training = self.training
         self.eval()
+        # The same parameters as the class whose forward gives logits, without a compiled forward: the
+        # growing sequences of generation would make it compile again and again.
+        model = copy.copy(self)
+        model.__class__ = GPTLMHeadModel
         try:
             if not isinstance(inputs, str):
                 return super(GPT, model).generate(inputs, *args, **kwargs)
-            ids = torch.tensor([encode_text(inputs, self.config.encoding)], device=self.device)  # (1, T)
-            kwargs.setdefault("pad_token_id", self.config.eos_token_id)
-            ids = super(GPT, model).generate(ids, *args, **kwargs)
-            return decode_tokens(ids[0].tolist(), self.config.encoding)
+            ids = torch.tensor([self._encode_prompt(inputs)], device=self.device)  # (1, T)
+            end = self.generation_config.eos_token_id
+            kwargs = {
+                "attention_mask": torch.ones_like(ids),
+                "pad_token_id": end[0] if isinstance(end, list) else end,
+            } | kwargs
+            rows = super(GPT, model).generate(ids, *args, **kwargs)
+            texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
+            return texts[0] if len(texts) == 1 else texts
         finally:
             self.train(was_training)
+
+    def _encode_prompt(self, text: str) -> list[int]:
+        ids = encode_text(text, self.config.encoding)
+        if not ids:
+            if self.config.bos_token_id is None:
+                raise ValueError("an empty prompt starts a document, for which the config has no bos_token_id")
+            ids = [self.config.bos_token_id]
+        if max(ids) >= self.config.vocab_size:
+            raise ValueError(
+                f"encoding={self.config.encoding!r} gives token {max(ids)}, but vocab_size="
+                f"{self.config.vocab_size}; set config.encoding to the one that the model was trained with"
+            )
+        return ids
 
     # --- training and files -----------------------------------------------------------------------------
 
@@ -641,23 +672,49 @@ class GPT(PreTrainedModel, GenerationMixin):
         fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
         return torch.optim.AdamW(param_groups, lr=learning_rate, betas=betas, fused=fused)
 
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As transformers'. The code files go along, so that the folder loads on a machine without them.
+
+        There: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+        """
+        self.config.auto_map = {
+            "AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
+            "AutoModelForCausalLM": "model.GPTLMHeadModel",
+        }  # fmt: skip
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: Hugging Face's GPT-2 or ours.
 
         ValueError, naming the field, for a GPT-2 whose configuration this model cannot express.
         """
-        found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path)
-        if found.get("model_type") != "gpt2":
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        found = {}
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
+            hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            given = {name: kwargs[name] for name in hub if name in kwargs}
+            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **given)
+        if found.get("model_type") == "gpt2":
+            return cls._from_gpt2(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        for moe in (loaded[0] if isinstance(loaded, tuple) else loaded).moe_layers():
+            moe.step_managed.zero_()  # whoever trained it called update_routers(); who goes on need not
+        return loaded
+
+    @classmethod
+    def _from_gpt2(cls, name, *args, output_loading_info=False, **kwargs):
         from transformers import GPT2LMHeadModel
 
-        source = GPT2LMHeadModel.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = cls(GPTConfig(**gpt2_config_fields(source.config)))
-        model.load_state_dict(transpose_gpt2_weights(source.state_dict()))
-        model.to(source.dtype).eval()
+        source, info = GPT2LMHeadModel.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = cls(GPTConfig(**gpt2_config_fields(source.config)))
+        model.load_state_dict(transpose_gpt2_weights(source.state_dict()), assign=True)
+        model.tie_weights()
         model.generation_config = source.generation_config
-        return model
+        model.eval()
+        return (model, info) if output_loading_info else model
 
 
 class GPTLMHeadModel(GPT):
@@ -677,26 +734,7 @@ class GPTLMHeadModel(GPT):
             self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
 
 
-def positions_to_keep(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
-    """Index of the positions whose logits are wanted: the last n (0 = all), or those of a 1-d tensor."""
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
-def encode_text(text: str, encoding: str) -> list[int]:
-    """Token ids of plain text; special tokens in it are treated as text. fineweb.py has the encodings."""
-    if encoding == "bytes":
-        return list(text.encode("utf-8"))
-    import tiktoken
-
-    return tiktoken.get_encoding(encoding).encode_ordinary(text)
-
-
-def decode_tokens(ids: list[int], encoding: str) -> str:
-    """Text of token ids; bytes that are no UTF-8 become U+FFFD, special tokens are left out."""
-    if encoding == "bytes":
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-    import tiktoken
-
-    encoder = tiktoken.get_encoding(encoding)
-    special = {encoder.encode_single_token(token) for token in encoder.special_tokens_set}
-    return encoder.decode([i for i in ids if i not in special])
+# What save_pretrained() writes beside a folder's config.json: the files of these classes.
+GPTConfig.register_for_auto_class()
+GPT.register_for_auto_class("AutoModel")
+GPTLMHeadModel.register_for_auto_class("AutoModelForCausalLM")

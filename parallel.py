@@ -8,6 +8,7 @@ References: DistributedDataParallel,
 https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,12 +115,13 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     """The module whose forward the loop calls: the model itself, or DDP around it."""
     if world.size == 1:
         return model
+    # The routers reduce their own statistics; a broadcast of rank 0's buffers would overwrite them.
+    newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # The routers reduce their own statistics; a broadcast of rank 0's buffers would overwrite them.
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if newer_name else "broadcast_buffers": False},
     )
 
 
