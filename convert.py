@@ -1,14 +1,14 @@
 """Models, text and tokenizers in the forms of others, and back.
 
-    export_folder(model, "my_model")                   # for transformers: AutoModelForCausalLM, pipeline, lm_eval
-    export_folder(model, "my_gpt2", format="gpt2")     # a stock GPT2LMHeadModel, from dense GPT-2-style models
+    export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
+    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from dense GPT-2-style models
 
-A folder of format gpt_moe holds weights (safetensors), configuration, tokenizer and copies of the code files, so
-that it loads with trust_remote_code=True where this project is not installed. export.json in it lists the files
-that were written: a folder that holds anything else is never replaced.
+A folder of format gpt_moe holds weights (safetensors), configuration, tokenizer and copies of the code files,
+so that it loads with trust_remote_code=True where this project is not installed. export.json in it lists the
+files that were written: a folder that holds anything else is never replaced.
 
-Sources: GPT-2's names and shapes, transformers, models/gpt2/modeling_gpt2.py; byte pair encoding, arXiv 1508.07909;
-GPT-2's characters for bytes, github.com/openai/gpt-2, src/encoder.py.
+Sources: GPT-2's names and shapes, transformers, models/gpt2/modeling_gpt2.py; byte pair encoding, arXiv
+1508.07909; GPT-2's characters for bytes, github.com/openai/gpt-2, src/encoder.py.
 """
 
 import copy
@@ -55,8 +55,8 @@ def decode_tokens(ids: list[int], encoding: str) -> str:
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
 
-    Unlike encode_text it reads <|endoftext|> in a text as the token, as GPT-2's own does. ValueError for other
-    encodings: GPT2Tokenizer splits text into words in GPT-2's way only.
+    Unlike encode_text it reads <|endoftext|> in a text as the token, as GPT-2's own does. ValueError for
+    other encodings: GPT2Tokenizer splits text into words in GPT-2's way only.
     """
     from transformers import GPT2TokenizerFast
 
@@ -82,7 +82,7 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's vocabulary: itself where printable, else 256 and up."""
+    """The character for each byte in GPT-2's vocabulary: itself where printable, else one from 256 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)
     codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(others)}
@@ -202,9 +202,9 @@ def export_folder(
 ) -> None:
     """Write a folder that transformers loads; it appears complete or not at all.
 
-    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or "gpt2" for a stock GPT-2. tokenizer: add the files of
-    the model's encoding, and make its <|endoftext|> the token that ends a text unless the configuration names
-    one. ValueError for what the format cannot express, FileExistsError for a folder with other things in it.
+    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or "gpt2" for a stock GPT-2. tokenizer: add the files
+    of the model's encoding, and make its <|endoftext|> the token that ends a text unless the configuration
+    names one. ValueError for what the format cannot express, FileExistsError for a folder with other things.
     """
     folder = Path(folder).resolve()
     if format not in ("gpt_moe", "gpt2"):

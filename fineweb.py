@@ -6,12 +6,12 @@
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines, which may share --out
 
-Killed at any moment and started again with the same command, it goes on after the last complete shard and ends
-with the same bytes. The order below: encodings, shards, loader, demo corpus, sources, tokenising.
+Killed at any moment and started again with the same command, it goes on after the last complete shard and
+ends with the same bytes. The order below: encodings, shards, loader, demo corpus, sources, tokenising.
 
-A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32 (magic
-20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another, each
-beginning with <|endoftext|>, and run over from shard to shard. meta.json beside them names the encoding.
+A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32
+(magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another,
+each beginning with <|endoftext|>, and run over from shard to shard. meta.json beside them names the encoding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import signal
 import sys
 import sysconfig
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -84,8 +83,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         encoding = tiktoken.get_encoding(name)
     except OSError as error:
         raise ValueError(
-            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}). Without network, let "
-            "TIKTOKEN_CACHE_DIR name a folder where tiktoken has put them before, or use --encoding bytes"
+            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}); without network "
+            "let TIKTOKEN_CACHE_DIR name a folder where tiktoken has put them before, or use --encoding bytes"
         ) from error
     if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
         raise ValueError(
@@ -108,7 +107,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def write_atomically(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file that is whole or not there, whatever happens meanwhile. Raises OSError (disk full, ...)."""
+    """Write a file that is whole or not there, whatever happens. Raises OSError (disk full, ...)."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -140,8 +139,8 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 def read_shard(path: str | os.PathLike) -> np.memmap:
     """The tokens of a shard, memory-mapped, uint16: to be converted before torch sees them.
 
-    The first bytes tell its format: llm.c's, numpy's .npy (build-nanogpt), or else headerless uint16 (nanoGPT).
-    Raises FileNotFoundError, or ValueError for whatever is not a whole shard.
+    The first bytes tell its format: llm.c's, numpy's .npy (build-nanogpt), or else headerless uint16
+    (nanoGPT). Raises FileNotFoundError, or ValueError for whatever is not a whole shard.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -164,14 +163,15 @@ def read_shard(path: str | os.PathLike) -> np.memmap:
     if size != start + 2 * count:
         what = "truncated" if size < start + 2 * count else "padded"
         raise ValueError(
-            f"{path} is {what}: {count} tokens take {start + 2 * count} bytes with their header, but it has {size}; "
+            f"{path} is {what}: header and {count} tokens take {start + 2 * count} bytes, it has {size}; "
             + _rebuild(path)
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
 def _rebuild(path: str) -> str:
-    return f"rebuild it: `python fineweb.py --out {os.path.dirname(path) or '.'}` with the settings in meta.json there"
+    folder = os.path.dirname(path) or "."
+    return f"rebuild it: `python fineweb.py --out {folder}` with the other settings it was made with"
 
 
 def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
@@ -254,7 +254,7 @@ def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool
 
 
 def load_metas(folder: str) -> dict[str, dict]:
-    """Path -> content of meta.json, or of each machine's meta_p0000.json, ..., of a folder. Raises ValueError."""
+    """Path -> content of a folder's meta.json, or each machine's meta_p0000.json, ... Raises ValueError."""
     metas = {}
     kinds = {
         "encoding": str,
@@ -308,7 +308,7 @@ def read_meta(folder: str | os.PathLike) -> dict:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where the permutation of range(n) chosen by `keys`, (rounds,) uint64, sends each of `index`, (k,) int64.
+    """Where the permutation of range(n) that `keys`, (rounds,) uint64, choose sends each of `index`, (k,).
 
     A Feistel network on just enough bits for n, walked until it lands below n (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002), mixed by the finaliser of MurmurHash3. A table would cost each rank
@@ -332,16 +332,16 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 class DistributedDataLoader:
     """Endless batches of a data set, the same stream for any number of ranks, any B and any accumulation.
 
-    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard, so
-    up to T tokens at a shard's end are unused. Each call, made on all ranks, consumes the next B * world_size
-    samples, of which rank r takes the r-th B.
+    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard,
+    so up to T tokens at a shard's end are unused. Each call, made on all ranks, consumes the next
+    B * world_size samples, of which rank r takes the r-th B.
 
     pattern     glob pattern, folder (its train shards) or list of files
     shuffle     True: in each epoch every sample comes once, in an order that is a pure function of (T, seed,
                 epoch) and of the shards' lengths.
-                False: llm.c's order: batch after batch through each shard, whose rest is skipped when it is too
-                short for a batch of all ranks and one token; after the last shard the first. (llm.c's ranks look
-                each at their own position when they leave a shard, here all leave it together.)
+                False: llm.c's order, batch after batch through each shard, whose rest is skipped when it is
+                too short for a batch of all ranks and one token; after the last shard comes the first.
+                (llm.c's ranks leave a shard each by their own position, here they leave it together.)
     vocab_size  every token read must be below it
     prefetch    batches that a background thread keeps ready
 
@@ -397,8 +397,8 @@ class DistributedDataLoader:
         if self.samples_per_epoch < group:
             raise ValueError(
                 f"too little data: one batch of B={B} on world_size={world_size} ranks with T={T} needs "
-                f"B * world_size * T + 1 = {group * T + 1} tokens, but {self.files[0]} and the {len(lengths) - 1} "
-                f"other shards have {self.num_tokens}; lower B or T, or make more with `python fineweb.py`"
+                f"B * world_size * T + 1 = {group * T + 1} tokens, but the {len(lengths)} shards from "
+                f"{self.files[0]} on have {self.num_tokens}; lower B or T, or make more: `python fineweb.py`"
             )
         self._stream = {
             "T": T,
@@ -429,7 +429,7 @@ class DistributedDataLoader:
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
 
     def _read(self, position: int) -> torch.Tensor:
-        """Inputs and targets of this rank's batch at a position, (2, B, T) int64, pinned if it is for CUDA."""
+        """Inputs and targets of this rank's batch at a position, (2, B, T) int64, pinned for CUDA."""
         import torch
 
         tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
@@ -439,8 +439,8 @@ class DistributedDataLoader:
             if self.vocab_size is not None and row.max() >= self.vocab_size:
                 at = int(np.argmax(row >= self.vocab_size))
                 raise ValueError(
-                    f"{self.files[file]}: token {row[at]} at offset {start + at} is not below "
-                    f"vocab_size={self.vocab_size}: the shard is damaged or of another encoding than the model; "
+                    f"{self.files[file]}: token {row[at]} at offset {start + at} is not below vocab_size="
+                    f"{self.vocab_size}: the shard is damaged or of another encoding than the model; "
                     + _rebuild(self.files[file])
                 )
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
@@ -486,8 +486,8 @@ class DistributedDataLoader:
         for name, value in self._stream.items():
             if state.get(name) != value:
                 raise ValueError(
-                    f"the data loader cannot go on: it was saved with {name}={state.get(name)!r}, but here {name}="
-                    f"{value!r} ({self.files[0]}, ...); give it the data and settings it had, or start a new run"
+                    f"the data loader cannot go on: it was saved with {name}={state.get(name)!r}, but here "
+                    f"{name}={value!r} ({self.files[0]}, ...); give it the data and settings it had"
                 )
         self._seek(state["position"])
 
@@ -499,9 +499,9 @@ class DistributedDataLoader:
 def demo_documents() -> Iterator[str]:
     """Prose that every Python carries: the language's help topics and each standard module's docstrings.
 
-    About 1.8 MB, in the same order every time for one version of Python; nothing is imported or run. Paragraphs
-    that say again what came before are left out (docstrings are copied between modules, help topics contain one
-    another), so that a document held out for validation has no twin in training.
+    About 1.8 MB, in the same order every time for one version of Python; nothing is imported or run.
+    Paragraphs that repeat earlier ones are left out (docstrings are copied between modules, help topics contain
+    one another), so that a document held out for validation has no twin in training.
     Raises FileNotFoundError if this Python came without its library's sources.
     """
     library = sysconfig.get_paths()["stdlib"]
@@ -556,38 +556,22 @@ def prepare_demo(out: str | os.PathLike = "demo_data", encoding: str = "bytes") 
     Validation gets whole documents, in the order of their hashes until they are a twentieth of the text.
     Raises ValueError if `out` holds other data.
     """
-    out = os.fspath(out)
-    path = os.path.join(out, "meta.json")
-    source = f"demo corpus of Python {sys.version.split()[0]}"
-    old = load_metas(out).get(path, {})
-    if old and (not str(old.get("source")).startswith("demo corpus") or old["encoding"] != encoding):
-        raise ValueError(
-            f"{out} holds {old['encoding']} tokens of {old.get('source')!r}; pass the demo another --out"
-        )
-    if old.get("source") == source and all_there(out, old):
-        return old
-    codec, shards, documents = get_encoding(encoding), {}, list(demo_documents())
+    job = Job(source=f"demo corpus of Python {sys.version.split()[0]}", encoding=encoding, out=os.fspath(out))
+    writer = ShardWriter(job, {"source": job.source, "encoding": encoding})
+    if all_there(job.out, writer.old):
+        return writer.old
+    documents = list(demo_documents())
     held_out, room = set(), sum(map(len, documents)) // 20
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if room > 0:
             held_out.add(text)
             room -= len(text)
-    os.makedirs(out, exist_ok=True)
-    for split in ("train", "val"):
-        tokens = encode_pieces(
-            encoding, [(True, d) for d in documents if (d in held_out) == (split == "val")]
-        )
-        write_shard(os.path.join(out, f"{split}_000000.bin"), tokens)
-        shards[f"{split}_000000.bin"] = len(tokens)
-    meta = {**describe(codec, shards, True), "source": source, "documents": len(documents)}
-    write_atomically(path, json.dumps(meta, indent=1).encode())
-    counts = {split: f"{n:,} {encoding} tokens" for split, n in meta["tokens"].items()}
-    print(
-        f"{out}: {source}, {counts['train']} of {len(documents) - len(held_out)} documents for training, ",
-        end="",
-    )
-    print(f"{counts['val']} of {len(held_out)} others for validation")
-    return meta
+    val = encode_pieces(encoding, [(True, text) for text in documents if text in held_out])
+    train = encode_pieces(encoding, [(True, text) for text in documents if text not in held_out])
+    writer.job = replace(job, val_tokens=len(val), shard_size=len(train))
+    place, skip = writer.resume()
+    writer.add(np.concatenate((val, train)), place, skip)
+    return writer.finish({**place, "documents": len(documents)})
 
 
 def all_there(out: str, meta: dict) -> bool:
@@ -611,22 +595,22 @@ class Job:
     """What a run of the script does: its flags. All but the last three decide which bytes come out."""
 
     source: str = _flag(
-        FINEWEB, "file or folder of .txt .jsonl .jsonl.gz .jsonl.zst .parquet, or Hub dataset"
+        FINEWEB, "file or folder of .txt .jsonl .jsonl.gz .jsonl.zst .parquet, or a Hub dataset"
     )
     subset: str | None = _flag(None, "of a Hub dataset; FineWeb-Edu's is sample-10BT")
     split: str = _flag("train", "of a Hub dataset")
     revision: str | None = _flag(None, "of a Hub dataset: branch, tag or commit")
     text_field: str = _flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
     encoding: str | None = _flag(
-        None, "bytes, or one of tiktoken's up to 65,536 ids; gpt2, for the demo bytes"
+        None, "bytes or one of tiktoken's up to 65,536 ids; gpt2, for the demo bytes"
     )
     shard_size: int = _flag(100_000_000, "tokens in a shard")
-    val_tokens: int | None = _flag(None, "tokens at the start kept for validation; shard_size if not given")
+    val_tokens: int | None = _flag(None, "tokens at the start kept for validation; one shard if not given")
     limit_docs: int | None = _flag(None, "stop after so many documents")
     num_parts: int = _flag(1, "machines that share the work")
     part: int = _flag(0, "which of them this is, from 0; part 0 writes the validation shard")
     out: str | None = _flag(
-        None, "folder of the shards; FineWeb-Edu's is edu_fineweb10B, the demo's demo_data"
+        None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, demo_data for the demo"
     )
     workers: int | None = _flag(None, "tokenising processes; one a core if not given")
     demo: bool = _flag(False, "prose that every Python carries, in place of a source")
@@ -639,9 +623,9 @@ START = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "
 def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
     """(begins the document, bytes read, text, bytes read) of pieces of a .txt file, which is one document.
 
-    It is cut so that it need not fit into memory and yet has the tokens of the whole: between an ASCII letter and
-    a space or line feed, across which no encoding of tiktoken's has a token or looks back. What has no such place
-    is one piece.
+    It is cut so that it need not fit into memory and yet has the tokens of the whole: between an ASCII letter
+    and a space or line feed, across which none of tiktoken's encodings has a token or looks back. Where there
+    is no such place it is not cut.
     """
     with open(path, "rb") as file:
         file.seek(at)
@@ -649,27 +633,24 @@ def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
         while chunk := file.read(TASK_CHARS):
             fresh = max(1, len(held))
             held += chunk
-            ends = (
-                i
-                for i in range(len(held) - 1, fresh - 1, -1)
-                if held[i] in b" \n" and held[i - 1 : i].isalpha()
-            )
-            if end := next(ends, 0):
-                at += end
-                yield begins, at, held[:end].decode("utf-8", "surrogateescape"), at
-                begins = False
-                del held[:end]
+            for end in range(len(held) - 1, fresh - 1, -1):
+                if held[end] in b" \n" and held[end - 1 : end].isalpha():
+                    at += end
+                    yield begins, at, held[:end].decode("utf-8", "surrogateescape"), at
+                    begins = False
+                    del held[:end]
+                    break
         if held or begins:
             at += len(held)
             yield begins, at, held.decode("utf-8", "surrogateescape"), at
 
 
-def read_jsonl(path: str, at: int, field: str) -> Iterator[tuple[bool, int, str, int]]:
+def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
     """(True, lines read, text, bytes read) of the lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
     with open(path, "rb") as file:
         lines = file
         if not path.endswith(".jsonl"):
-            import pyarrow  # unlike the zstandard module, it notices a truncated file
+            import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
             kind = "gzip" if path.endswith(".gz") else "zstd"
             lines = io.BufferedReader(pyarrow.CompressedInputStream(file, kind), 1 << 20)
@@ -677,28 +658,28 @@ def read_jsonl(path: str, at: int, field: str) -> Iterator[tuple[bool, int, str,
             if number > at and line.strip():
                 where = f"{path}, line {number}"
                 try:
-                    record = json.loads(line.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
+                    record = json.loads(line.decode("utf-8", "surrogateescape"))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not a JSON object ({error})") from error
-                yield True, number, text_of(record, field, where), file.tell()
+                yield True, number, text_of(record, name, where), file.tell()
 
 
-def read_parquet(path: str, at: int, field: str) -> Iterator[tuple[bool, int, str, int]]:
+def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
     """(True, rows read, text, bytes read) of the rows of a .parquet file."""
     import pyarrow
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as table:
-        text_of(dict.fromkeys(table.schema_arrow.names), field, path)
-        if table.schema_arrow.field(field).type not in (pyarrow.string(), pyarrow.large_string()):
-            raise ValueError(f"{path}: the field {field!r} is not text")
+        text_of(dict.fromkeys(table.schema_arrow.names), name, path)
+        if table.schema_arrow.field(name).type not in (pyarrow.string(), pyarrow.large_string()):
+            raise ValueError(f"{path}: the field {name!r} is not text")
         row, size = 0, os.path.getsize(path)
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
             if row + count <= at:
                 row += count
                 continue
-            for batch in table.iter_batches(1000, [group], [field]):
+            for batch in table.iter_batches(1000, [group], [name]):
                 for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     row += 1
                     if row > at:
@@ -706,19 +687,17 @@ def read_parquet(path: str, at: int, field: str) -> Iterator[tuple[bool, int, st
                         yield True, row, text, size * row // table.metadata.num_rows
 
 
-def text_of(record: object, field: str, where: str) -> str:
+def text_of(record: object, name: str, where: str) -> str:
     """The text in a record. Raises ValueError that names the fields there are."""
     if not isinstance(record, dict):
         raise ValueError(
-            f"{where}: expected an object with the field {field!r}, found {type(record).__name__}"
+            f"{where}: expected an object with the field {name!r}, found {type(record).__name__}"
         )
-    if field not in record:
-        raise ValueError(
-            f"{where}: no field {field!r} among {', '.join(map(repr, record))}; choose with --text_field"
-        )
-    if not isinstance(record[field], str | None):
-        raise ValueError(f"{where}: the field {field!r} holds {type(record[field]).__name__}, not text")
-    return record[field] or ""
+    if name not in record:
+        raise ValueError(f"{where}: no field {name!r}, only {', '.join(map(repr, record))}; see --text_field")
+    if not isinstance(record[name], str | None):
+        raise ValueError(f"{where}: the field {name!r} holds {type(record[name]).__name__}, not text")
+    return record[name] or ""
 
 
 def take(job: Job, place: dict) -> bool:
@@ -730,27 +709,24 @@ def take(job: Job, place: dict) -> bool:
 
 
 def clean(text: str, place: dict) -> str:
-    """`text` with U+FFFD, counted, for invalid UTF-8 (here as surrogate escapes) and JSON's lone surrogates."""
+    """`text` with U+FFFD, counted, for invalid UTF-8 (read as surrogate escapes) and lone surrogates."""
     try:
         text.encode()
-        return text
     except UnicodeEncodeError:
         known = text.count("\ufffd")
         text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         place["replaced"] += text.count("\ufffd") - known
-        return text
+    return text
 
 
 def find_files(path: str) -> list[str]:
-    """Files of text in a folder and below it, or the file itself. Raises ValueError if there are none."""
+    """The file itself, or the files of text in a folder and below it. Raises ValueError if there are none."""
     suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-    below = (
-        glob.glob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-        if os.path.isdir(path)
-        else [path]
+    inside = (
+        glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if os.path.isdir(path) else [path]
     )
-    files = sorted(file for file in below if file.endswith(suffixes) and os.path.isfile(file))
+    files = sorted(file for file in inside if file.endswith(suffixes) and os.path.isfile(file))
     if not files:
         raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")
     return files
@@ -763,35 +739,38 @@ def read_local(job: Job, files: list[str], place: dict) -> Iterator[tuple[bool, 
     """
     mine, before = True, sum(map(os.path.getsize, files[: place["file"]]))
     for path in files[place["file"] :]:
+        if path.endswith(".txt"):
+            pieces = read_txt(path, place["at"])
+        else:
+            read = read_parquet if path.endswith(".parquet") else read_jsonl
+            pieces = read(path, place["at"], job.text_field)
         try:
-            if path.endswith(".txt"):
-                pieces = read_txt(path, place["at"])
-            else:
-                read = read_parquet if path.endswith(".parquet") else read_jsonl
-                pieces = read(path, place["at"], job.text_field)
             for begins, at, text, read_bytes in pieces:
                 if begins:
                     if place["seen"] == job.limit_docs:
                         return
                     mine = take(job, place)
                 place["at"], place["read"] = at, before + read_bytes
-                if mine:
-                    text = clean(text, place)
-                    if not begins or text.strip():
-                        yield begins, text
-                    else:
-                        place["empty"] += 1
-        except OSError as error:  # ArrowInvalid, for .parquet, is a ValueError that does not name the file
+                if not mine:
+                    continue
+                text = clean(text.removeprefix("\ufeff") if begins else text, place)
+                if begins and not text.strip():
+                    place["empty"] += 1
+                else:
+                    yield begins, text
+        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's do not name the file
+            if path in str(error):
+                raise
             raise ValueError(f"{path} cannot be read: {error}") from error
         before += os.path.getsize(path)
         place["file"], place["at"] = place["file"] + 1, 0
 
 
 def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | None]:
-    """As read_local, of a dataset on the Hub, streamed; and how many documents it has, where that is known.
+    """As read_local, streaming a dataset of the Hub; and how many documents it has, where that is known.
 
-    With several parts each takes its own of the dataset's files where there are enough of them, so that nothing
-    is downloaded twice, and else every num_parts-th document. Raises OSError (no such dataset, no network) or
+    With several parts each takes its own of the dataset's files if there are enough, so that nothing is
+    downloaded twice, and else every num_parts-th document. Raises OSError (no such dataset, no network) or
     ValueError (no such subset, split or field).
     """
     import datasets
@@ -799,9 +778,8 @@ def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | N
     data = datasets.load_dataset(
         job.source, job.subset, split=job.split, revision=job.revision, streaming=True
     )
-    total = None
-    with contextlib.suppress(AttributeError, KeyError, TypeError):  # info.splits: not every dataset has it
-        total = data.info.splits[job.split].num_examples // job.num_parts
+    splits = data.info.splits or {}
+    total = splits[job.split].num_examples // job.num_parts if job.split in splits else None
     if job.num_parts > 1 and data.num_shards >= job.num_parts:
         data = data.shard(job.num_parts, job.part)
         job = replace(job, num_parts=1, part=0)
@@ -829,16 +807,19 @@ def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | N
 
 def encode_pieces(name: str, pieces: list[tuple[bool, str]]) -> np.ndarray:
     """Tokens of (begins a document, text) pieces, uint16."""
-    encoding = get_encoding(name)
-    begin = np.array([encoding.eot_token], dtype=np.uint16)
-    arrays = [a for begins, text in pieces for a in ([begin] if begins else []) + [encode(encoding, text)]]
+    encoding, arrays = get_encoding(name), []
+    for begins, text in pieces:
+        if begins:
+            arrays.append(np.array([encoding.eot_token], dtype=np.uint16))
+        arrays.append(encode(encoding, text))
     return np.concatenate(arrays)
 
 
-def cut_tasks(
-    stream: Iterator[tuple[bool, str]], place: dict
-) -> Iterator[tuple[dict, list[tuple[bool, str]]]]:
-    """(copy of `place` before them, pieces), TASK_CHARS characters at a time."""
+Task = tuple[dict, list[tuple[bool, str]]]  # the place before them, pieces
+
+
+def cut_tasks(stream: Iterator[tuple[bool, str]], place: dict) -> Iterator[Task]:
+    """The stream in tasks of TASK_CHARS characters and what it takes to end with a piece."""
     start, pieces, size = dict(place), [], 0
     for piece in stream:
         pieces.append(piece)
@@ -857,26 +838,25 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def encode_tasks(tasks: Iterator, name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
+def encode_tasks(tasks: Iterator[Task], name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """(place before them, tokens) of the tasks, in their order, by `workers` processes.
 
-    Processes, because documents are short and threads would spend their time waiting for the interpreter's lock;
-    an executor, because a Pool reads the whole source into memory and waits forever for a worker that died.
+    Processes, because documents are short and threads would wait for the interpreter's lock most of the time;
+    an executor, because a Pool reads the whole source into memory and waits for ever for a worker that died.
     """
     if workers == 1:
         yield from ((place, encode_pieces(name, pieces)) for place, pieces in tasks)
         return
-    spawn = multiprocessing.get_context("spawn")
+    spawn, running = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
-        running: deque = deque()
         try:
             for place, pieces in tasks:
                 running.append((place, pool.submit(encode_pieces, name, pieces)))
                 if len(running) > 3 * workers:
-                    place, future = running.popleft()
-                    yield place, future.result()
-            for place, future in running:
-                yield place, future.result()
+                    place, tokens = running.popleft()
+                    yield place, tokens.result()
+            for place, tokens in running:
+                yield place, tokens.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -884,51 +864,50 @@ def encode_tasks(tasks: Iterator, name: str, workers: int) -> Iterator[tuple[dic
 class ShardWriter:
     """Cuts a stream of tokens into shards and notes in meta.json where in the source each of them begins.
 
-    Before shard n gets its name, the places of n and n + 1 are in meta.json: however many whole shards a kill
-    leaves, the place of the next is known. Without meta.json everything is read again, and what comes out must
-    equal what is there. A shard is written only when more tokens follow, so that a source that is too small
-    leaves nothing behind.
+    Before shard n gets its name, the places of n and n + 1 are in meta.json: however many shards a kill
+    leaves, the place of the next is known. Without it everything is read again, and must equal what is there.
+    A shard is written only when more tokens follow, so that a source that is too small leaves nothing behind.
     """
 
     def __init__(self, job: Job, settings: dict):
         self.job, self.settings, self.encoding = job, settings, get_encoding(job.encoding)
         self.prefix = f"p{job.part:04d}_" if job.num_parts > 1 else ""
-        self.val_tokens = 0 if job.part else job.val_tokens
         os.makedirs(job.out, exist_ok=True)
         self.meta_path = os.path.join(job.out, f"meta_{self.prefix}"[:-1] + ".json")
         metas = load_metas(job.out)
         for path, meta in metas.items():
-            for field, value in settings.items():
-                other = (meta | meta.get("settings", {})).get(field)
-                if other != value and (field != "part" or path == self.meta_path):
+            for name, value in settings.items():
+                other = (meta | meta.get("settings", {})).get(name)
+                if other != value and (name != "part" or path == self.meta_path):
                     raise ValueError(
-                        f"{job.out} was made with {field}={other!r} ({path}), but now {field}={value!r}: start with "
-                        "the settings it was made with, or give another --out, or delete the folder"
+                        f"{job.out} was made with {name}={other!r} ({path}), but now {name}={value!r}: give "
+                        "the settings it was made with, or another --out, or delete the folder"
                     )
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):  # left by a kill
             for temporary in glob.glob(os.path.join(glob.escape(job.out), f"{name}.*.tmp")):
                 os.unlink(temporary)
         self.n, self.filled = 0, 0  # shards done, tokens of the next one
-        self.buffer = np.empty(max(job.shard_size, self.val_tokens), dtype=np.uint16)
 
     def path(self, n: int) -> str:
         """Where the n-th shard goes."""
-        val = int(self.val_tokens > 0)
-        split, number = ("val", n) if n < val else ("train", n - val)
+        split, number = ("val", n) if n < self.val_shards else ("train", n - self.val_shards)
         return os.path.join(self.job.out, f"{split}_{self.prefix}{number:06d}.bin")
 
     def size(self, n: int) -> int:
         """Tokens of the n-th shard, unless it is the last."""
-        return self.val_tokens if n == 0 and self.val_tokens else self.job.shard_size
+        return self.job.val_tokens if n < self.val_shards else self.job.shard_size
 
     def resume(self) -> tuple[dict, int]:
-        """(place to read on from, tokens to leave out from there) of the first shard that is missing or damaged."""
+        """(place to read on from, tokens to drop there) of the first shard that is missing or damaged."""
+        self.val_shards = int(self.job.part == 0 and self.job.val_tokens > 0)
+        self.buffer = np.empty(max(self.size(0), self.job.shard_size), dtype=np.uint16)
+        places = self.old.get("places", {})
         while count_tokens(self.path(self.n)) == self.size(self.n):
             self.n += 1
-        if str(self.n) not in self.old.get("places", {}):
+        if str(self.n) not in places:
             self.n = 0
-        self.start = self.old.get("places", {}).get(str(self.n), [dict(START), 0])
+        self.start = places.get(str(self.n), [dict(START), 0])
         return dict(self.start[0]), self.start[1]
 
     def add(self, tokens: np.ndarray, place: dict, used: int) -> None:
@@ -941,20 +920,22 @@ class ShardWriter:
             self.filled, used = self.filled + count, used + count
 
     def finish(self, place: dict) -> dict:
-        """Write the last shard and the final meta.json, which is returned. Raises ValueError for too little text."""
-        if self.n == 0 and (self.val_tokens or not self.filled):
+        """Write the last shard and the final meta.json, and return it. Raises ValueError for too little text."""
+        if self.n == 0 and (self.val_shards or not self.filled):
             raise ValueError(
-                f"{self.job.source} gives {self.filled} tokens in {place['documents']} documents, too few: validation "
-                f"takes val_tokens={self.val_tokens} and training needs some too; pass --val_tokens {self.filled // 10}"
+                f"source={self.job.source!r} is too small: {place['documents']} documents give {self.filled} tokens, "
+                f"and val_tokens={self.job.val_tokens}; pass a --val_tokens below that"
             )
         last = self.filled
         self._flush(None)
-        counts = {
-            "documents": place["documents"],
-            "empty_documents": place["empty"],
-            "replaced": place["replaced"],
-        }
-        return self._write_meta(counts, last)
+        counts = {"documents": place["documents"], "empty": place["empty"], "replaced": place["replaced"]}
+        meta = self._write_meta(counts, last)
+        print(f"{self.job.out}: {place['documents']:,} documents, {place['empty']:,} of them empty; ", end="")
+        print(
+            f"{meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens; ", end=""
+        )
+        print(f"{place['replaced']:,} invalid characters replaced")
+        return meta
 
     def _flush(self, following: list | None) -> None:
         path, tokens = self.path(self.n), self.buffer[: self.filled]
@@ -979,7 +960,8 @@ class ShardWriter:
 def build(job: Job) -> dict:
     """Turn a source into shards; returns their meta.json.
 
-    Raises ValueError or FileNotFoundError for bad settings or data, OSError for a full disk or a lost network.
+    Raises ValueError or FileNotFoundError for bad settings or data, other OSErrors for a full disk or a lost
+    network.
     """
     job = check(job)
     settings = {f.name: getattr(job, f.name) for f in fields(Job) if f.name not in ("out", "workers", "demo")}
@@ -987,45 +969,33 @@ def build(job: Job) -> dict:
     if local:
         files = find_files(job.source)
         total = sum(map(os.path.getsize, files))
-        settings |= {"source": os.path.basename(os.path.abspath(job.source))}
+        settings["source"] = os.path.basename(os.path.abspath(job.source))
         settings |= {"source_files": len(files), "source_bytes": total}
     writer = ShardWriter(job, settings)
     if all_there(job.out, writer.old):
         print(f"{job.out} is complete already")
         return writer.old
     place, skip = writer.resume()
-    if writer.n:
-        print(f"{job.out}: going on after {writer.n} complete shards")
     if local:
         stream = read_local(job, files, place)
     else:
         stream, total = read_hub(job, place)
-    begun, before = time.perf_counter(), writer.n
-    unit = "B" if local else "doc"
+    bar = functools.partial(tqdm, unit_scale=True, disable=None)
     with (
-        tqdm(
-            total=total, unit=unit, unit_scale=True, desc="source", initial=place["read"], disable=None
-        ) as source_bar,
-        tqdm(total=0, unit="tok", unit_scale=True, disable=None) as shard_bar,
+        bar(total=total, initial=place["read"], desc="source", unit="B" if local else "doc") as source_bar,
+        bar(desc="shard", unit="tok") as shard_bar,
         contextlib.closing(encode_tasks(cut_tasks(stream, place), job.encoding, job.workers)) as tasks,
     ):
         for start, tokens in tasks:
-            used = min(skip, len(tokens))
+            used, shard = min(skip, len(tokens)), writer.n
             skip -= used
             writer.add(tokens, start, used)
             source_bar.update(place["read"] - source_bar.n)
-            if writer.n != before or not shard_bar.total:
-                before = writer.n
-                shard_bar.reset(total=writer.size(before))
-                shard_bar.set_description(os.path.basename(writer.path(before)))
+            if writer.n != shard or not shard_bar.total:
+                shard_bar.reset(writer.size(writer.n))
+                shard_bar.set_description(os.path.basename(writer.path(writer.n)))
             shard_bar.update(writer.filled - shard_bar.n)
         meta = writer.finish(place)
-    seconds = time.perf_counter() - begun
-    print(
-        f"{job.out}: {meta['documents']:,} documents ({meta['empty_documents']:,} empty, {meta['replaced']:,} invalid "
-        f"characters replaced), {meta['tokens']['train']:,} tokens for training, {meta['tokens']['val']:,} for "
-        f"validation; this run took {seconds:.1f} s"
-    )
     return meta
 
 
@@ -1038,7 +1008,8 @@ def check(job: Job) -> Job:
         out=job.out or ("edu_fineweb10B" if fineweb else None),
         encoding=job.encoding or "gpt2",
         val_tokens=job.shard_size if job.val_tokens is None else job.val_tokens,
-        workers=len(os.sched_getaffinity(0)) if job.workers is None else job.workers,
+        workers=job.workers
+        or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     )
     for name, least in {
         "shard_size": 1,
@@ -1053,16 +1024,16 @@ def check(job: Job) -> Job:
     if not 0 <= job.part < job.num_parts:
         raise ValueError(f"part={job.part} must be from 0 to num_parts - 1 = {job.num_parts - 1}")
     if job.out is None:
-        raise ValueError(
-            f"out is not given: where shall the shards of source={job.source!r} go? Pass --out FOLDER"
-        )
+        raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={job.source!r}")
     if not os.path.exists(job.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", job.source):
-        raise FileNotFoundError(f"source={job.source!r} does not exist, and is not the name of a Hub dataset")
+        raise FileNotFoundError(
+            f"source={job.source!r} is no file or folder here, nor the name of a Hub dataset"
+        )
     return job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 done, 2 bad settings or data, 130 and 143 stopped by a signal, 1 else."""
+    """Command line; returns the exit code: 0 done, 2 bad settings or data, 130 and 143 for signals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for flag in fields(Job):
         kind = (
@@ -1071,20 +1042,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{flag.name}", default=flag.default, help=flag.metadata["help"], **kind)
     job = Job(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    go_on = "the same command goes on after the last complete shard"
     try:
         if job.demo:
             prepare_demo(job.out or "demo_data", job.encoding or "bytes")
         else:
             build(job)
         return 0
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool) as error:
-        print(f"stopped: {error!r}. The same command goes on after the last complete shard", file=sys.stderr)
+        print(f"stopped by {error!r}; {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped. The same command goes on after the last complete shard", file=sys.stderr)
+        print(f"stopped; {go_on}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -207,7 +207,8 @@ class Block(GradientCheckpointingLayer):
         self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = build_norm(config)
-        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.mlp_hidden_size or 4 * config.n_embd)
+        dense_size = config.mlp_hidden_size or 4 * config.n_embd
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
 
     def forward(
         self,
@@ -504,8 +505,8 @@ class GPT(PreTrainedModel, GenerationMixin):
     ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
-        Either gives logits and the loss when there are labels or targets; in training the loss has the
-        routers' losses in it. With targets the answer is nanoGPT's pair (logits, loss), unless return_dict=True.
+        Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
+        return_dict=True); in training the loss has the routers' losses in it.
         logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part; the
         loss is then this part's share. Tokens then weigh in the routers' losses as in the cross-entropy
@@ -523,12 +524,14 @@ class GPT(PreTrainedModel, GenerationMixin):
             use_cache = False
         elif use_cache is None:
             use_cache = config.use_cache and not self.training
+        if output_attentions is None:
+            output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         in_parts = targets is not None and num_items_in_batch is not None
         output, reports = self._run(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            config.output_attentions if output_attentions is None else output_attentions, output_hidden_states,
+            output_attentions, output_hidden_states,
             counted=targets != ignore_index if in_parts else None,
             num_tokens=num_items_in_batch if in_parts else None,
         )  # fmt: skip
@@ -629,7 +632,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         ids = encode_text(text, self.config.encoding)
         if not ids:
             if self.config.bos_token_id is None:
-                raise ValueError("an empty prompt starts a document, for which the config has no bos_token_id")
+                raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
             ids = [self.config.bos_token_id]
         if max(ids) >= self.config.vocab_size:
             raise ValueError(
@@ -718,7 +721,7 @@ class GPT(PreTrainedModel, GenerationMixin):
 
 
 class GPTLMHeadModel(GPT):
-    """GPT for text generation and next-token prediction: `forward` gives logits. Its state dict is a GPT's."""
+    """GPT for generation and next-token prediction: `forward` gives logits. Its state dict is a GPT's."""
 
     _gives_logits = True
 

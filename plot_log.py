@@ -420,8 +420,8 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
             axes[-1].xaxis.set_major_formatter(short)
         if len(runs) == 1:
             fig.suptitle(headline(runs[0]), x=0.01, ha="left", weight="bold")
-        else:  # the space: matplotlib leaves labels out that begin with an underscore
-            keys = [Line2D([], [], **run.line, **run.mark, label=f" {headline(run)}") for run in runs]
+        else:
+            keys = [Line2D([], [], **run.line, **run.mark, label=headline(run)) for run in runs]
             fig.legend(handles=keys, loc="outside upper left", handlelength=4)
         write(fig, Path(out))
     return out
