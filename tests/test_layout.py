@@ -95,7 +95,7 @@ def test_every_test_file_opens_with_its_command(path):
 
 
 def test_settings_of_the_model_are_settings_of_the_run():
-    """Every field of GPTConfig is a flag of train_gpt_moe.py with the same default, but for the derived ones."""
+    """Every field of GPTConfig is a flag of train_gpt_moe.py with the same default, but for derived ones."""
     import dataclasses
 
     from model import GPTConfig
