@@ -158,7 +158,7 @@ def layer_step(layer: nn.Module, forward: Callable, direction: torch.Tensor) -> 
 
 
 def bench_moe(options) -> list[dict]:
-    """Forward and backward of one layer: ours against a dense MLP of equal active FLOPs, and against others."""
+    """Forward and backward of one layer: ours, a dense MLP of equal active FLOPs, and other MoE layers."""
     device, rows = torch.device(options.device), []
     for N, C, E, K, H in MOE_SIZES:
         N = options.tokens or N
