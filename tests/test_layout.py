@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "hellaswag": {"model", "checkpoint", "parallel"},  # inside main only
     "checkpoint": {"model", "convert", "mixture_of_experts"},
     "run_log": {"checkpoint"},
+    "preflight": {"model"},
     "faults": {"checkpoint", "parallel", "run_log"},
     "sample": {"model", "fineweb", "checkpoint", "parallel"},
     "llmc": {"model", "fineweb", "checkpoint"},
     "bench": {"model", "mixture_of_experts", "hellaswag", "fineweb", "checkpoint", "parallel", "muon"},
     "train_gpt_moe": {
         "checkpoint", "convert", "faults", "fineweb", "hellaswag", "llmc", "mixture_of_experts", "model",
-        "muon", "parallel", "plot_log", "run_log",
+        "muon", "parallel", "preflight", "plot_log", "run_log",
     },
 }  # fmt: skip
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

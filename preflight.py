@@ -1,0 +1,112 @@
+"""What a run will need, told before its first step: parameters, tokens, epochs, memory. And its time, once
+known.
+
+Used by train_gpt_moe.py. The memory of the activations is an estimate, good to about a quarter for the models
+of model.py: what autograd keeps of each token in every block, and the logits, which are the peak of small
+models.
+"""
+
+import os
+
+import torch
+
+from model import GPTLMHeadModel
+
+REPEATS_THAT_HURT = (
+    4  # epochs; beyond it repeated data is worth little (Muennighoff et al., arXiv 2305.16264)
+)
+
+
+def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
+    """Number of parameters of each part; a head that is tied to the embeddings counts as embeddings."""
+    parts = dict.fromkeys(("embeddings", "head", "attention", "dense MLP", "experts", "routers", "norms"), 0)
+    for name, parameter in model.named_parameters():
+        if ".ln_" in name or "_norm." in name:
+            part = "norms"
+        elif ".attn." in name:
+            part = "attention"
+        elif ".gate." in name:
+            part = "routers"
+        elif ".experts." in name or ".shared." in name:
+            part = "experts"
+        elif ".mlp." in name:
+            part = "dense MLP"
+        else:
+            part = "head" if name.startswith("lm_head") else "embeddings"
+        parts[part] += parameter.numel()
+    return {part: count for part, count in parts.items() if count}
+
+
+def memory_estimate(model: GPTLMHeadModel, B: int, T: int, dtype: str) -> dict[str, int]:
+    """Bytes on the device, by use, of training with AdamW and micro-steps of (B, T).
+
+    Parameters, gradients and the two moments are fp32. A block keeps, per token, the inputs of its norms (fp32),
+    and in the dtype of the matrix products the norms' outputs, q, k, v, attention's output and the feed-forward's
+    hidden values (for each of the K experts it goes to). The head has the logits and, in fp32, their log-softmax
+    and two gradients at once.
+    """
+    config, count = model.config, model.get_num_params(False)
+    size, N, C = 2 if dtype == "bfloat16" else 4, B * T, config.n_embd
+    kv = 2 * C * (config.n_kv_head or config.n_head) // config.n_head
+    wide = 2 if config.activation == "swiglu" else 1
+    per_token = 0
+    for layer in range(config.n_layer):
+        per_token += 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
+        if config.is_moe_layer(layer):
+            H = config.expert_hidden_size or 4 * C
+            rows = config.num_experts_per_tok
+            per_token += size * rows * H * wide + 4 * 4 * config.num_experts
+            per_token += size * 2 * (wide + 1) * H * config.num_shared_experts
+        else:
+            per_token += size * (wide + 1) * (config.mlp_hidden_size or 4 * C)
+    logits = (size + 3 * 4) * config.vocab_size
+    return {
+        "parameters": 4 * count,
+        "gradients": 4 * count,
+        "optimizer": 8 * count,
+        "activations": N * (per_token + logits + 4 * C),
+    }
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory the device has in all; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def preflight(
+    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int
+) -> tuple[str, list[str]]:
+    """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of data."""
+    epochs = config.max_steps * config.total_batch_size / num_tokens
+    parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
+    memory = memory_estimate(model, config.B, config.T, config.dtype)
+    need, have = sum(memory.values()), device_memory(model.device)
+    uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
+    share = f" of {have / 2**30:.1f}" if have else ""
+    batch = f"{accumulation} micro-steps x B {config.B} x T {config.T} x {world.size} processes"
+    rows = {
+        "parameters": f"{model.get_num_params(False):,}, {model.get_num_active_params():,} active per token",
+        "": parts,
+        "data": f"{num_tokens:,} tokens, seen {epochs:.2f} times",
+        "step": f"{config.total_batch_size:,} tokens = {batch}",
+        "steps": f"{config.max_steps:,}, {config.max_steps * config.total_batch_size:,} tokens in all",
+        "memory": f"about {need / 2**30:.2f}{share} GiB: {uses}",
+        "device": f"{model.device}, {config.dtype}" + (", compiled" if config.use_compile else ""),
+    }
+    warnings = []
+    if have is not None and need > have:
+        warnings.append(
+            f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, then "
+            "T, then the model (n_layer, n_embd, num_experts)"
+        )
+    if epochs > REPEATS_THAT_HURT:
+        warnings.append(
+            f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little: "
+            "lower max_steps or make more data with fineweb.py"
+        )
+    return "\n".join(f"{name:12s}{text}" for name, text in rows.items()), warnings
