@@ -169,7 +169,7 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
 
     `state` has our names. No random numbers are drawn, so nobody's random state moves.
     """
-    eot = 50256 if sizes.V == 50257 else None
+    eot = sizes.V - 1 if sizes.V in (257, 50257) else None  # the last token of both encodings
     config = GPTConfig(
         use_moe=False, block_size=sizes.P, vocab_size=sizes.V, n_layer=sizes.L, n_head=sizes.nh,
         n_embd=sizes.C, encoding="bytes" if sizes.V == 257 else "gpt2", bos_token_id=eot, eos_token_id=eot,
@@ -300,7 +300,7 @@ def read_model(path: str | Path) -> GPTLMHeadModel:
             names = our_names(name, sizes.L)
             parts = tensor if "L" in TENSORS[name][1].split() else [tensor]
             for ours, part in zip(names, parts, strict=True):
-                state[ours] = part.to(torch.float32, copy=True)  # memory of its own
+                state[ours] = part.to(torch.float32, copy=True)  # its own memory, not a view
     return dense_model(sizes, state)
 
 

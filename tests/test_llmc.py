@@ -139,6 +139,8 @@ def test_logits_recomputed_from_the_file(model, batch, tmp_path, dtype):
     ours = llmc.read_model(tmp_path / "m.bin")
     assert not ours.training and ours.dtype == torch.float32 and ours.config.vocab_size == 300
     assert ours.lm_head.weight is ours.transformer.wte.weight
+    for name, parameter in ours.named_parameters():  # else saving a part saves the whole stack
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
     expected = gpt2_logits(tensors, sizes, x.numpy())
     with torch.no_grad():
         assert np.abs(ours(x).logits.numpy() - expected).max() < 1e-4
@@ -491,6 +493,8 @@ def test_command_line(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "again").iterdir()} == {"gpt2_d3.bin", "gpt2_tokenizer.bin"}
     assert (tmp_path / "again" / "gpt2_d3.bin").read_bytes() == (out / "gpt2_d3.bin").read_bytes()
     assert [p.name for p in folder.parent.iterdir()] == ["face"]
+    imported = GPTLMHeadModel.from_pretrained(folder).config
+    assert (imported.encoding, imported.vocab_size, imported.eos_token_id) == ("bytes", 257, 256)
 
 
 def test_command_line_says_what_is_wrong(tmp_path, capsys):
