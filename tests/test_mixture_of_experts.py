@@ -1,0 +1,903 @@
+"""Tests of mixture_of_experts.py against references written out in float64.
+
+Run: python -m pytest tests/test_mixture_of_experts.py
+"""
+
+import copy
+import io
+import math
+import pickle
+import pydoc_data.topics
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import mixture_of_experts
+from mixture_of_experts import (
+    LOSSES,
+    MLP,
+    MoE,
+    RouterAuxiliary,
+    dispatch,
+    diversity_regularization,
+    entropy_regularization,
+    expert_mlp,
+    expert_usage,
+    idle_experts_spared,
+    load_balancing,
+    update_routers,
+    variance_penalty,
+)
+
+
+def make_config(**overrides) -> SimpleNamespace:
+    config = dict(
+        block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=8, dropout=0.0, bias=True,
+        use_moe=True, num_experts=4, num_experts_per_tok=2, moe_every=1,
+        moe_loss=True, moe_loss_type="load_balancing", moe_loss_coef=0.01, router_z_loss_coef=0.0,
+        router_score="softmax", norm_topk_prob=True, router_bias_update_rate=0.0,
+        num_shared_experts=0, expert_hidden_size=None, position="learned", rope_theta=10000.0, n_kv_head=None,
+        sliding_window=None, global_every=None, norm="layernorm", activation="gelu", qk_norm=False,
+        logit_softcap=0.0, tie_word_embeddings=True, infer_step=250,
+    )  # fmt: skip
+    return SimpleNamespace(**{**config, **overrides})
+
+
+def make_layer(seed: int = 0, std: float = 0.5, **overrides) -> MoE:
+    """A layer whose parameters, biases included, are large enough for every difference to show."""
+    torch.manual_seed(seed)
+    layer = MoE(make_config(**overrides))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=std)
+    return layer
+
+
+def gradients(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+
+
+def reference(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    """The layer as a loop over tokens and their experts, in plain differentiable operations."""
+    experts, K, rows = layer.experts, layer.num_experts_per_tok, []
+    for token in x.reshape(-1, x.shape[-1]):
+        logits = layer.gate.weight.to(x.dtype) @ token
+        scores = torch.exp(logits - logits.max())
+        scores = scores / scores.sum() if layer.router_score == "softmax" else 1 / (1 + torch.exp(-logits))
+        chosen = sorted(range(len(scores)), key=lambda e: (-scores[e] - layer.router_bias[e]).item())[:K]
+        total = sum(scores[e] for e in chosen) if K > 1 and layer.norm_topk_prob else 1.0
+        y = 0
+        for e in chosen:
+            h = experts.c_fc[e].to(x.dtype) @ token
+            if experts.c_fc_bias is not None:
+                h = h + experts.c_fc_bias[e]
+            if experts.activation == "gelu":
+                h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+            elif experts.activation == "relu2":
+                h = torch.where(h > 0, h * h, 0)
+            else:
+                gate, up = h[: len(h) // 2], h[len(h) // 2 :]
+                h = gate / (1 + torch.exp(-gate)) * up
+            out = experts.c_proj[e].to(x.dtype) @ h
+            if experts.c_proj_bias is not None:
+                out = out + experts.c_proj_bias[e]
+            y = y + scores[e] / total * out
+        rows.append(y)
+    return torch.stack(rows).view(x.shape)
+
+
+def check_against_reference(layer, x, engine, rtol, atol):
+    weight = torch.randn_like(x)
+    results = []
+    for forward in (layer, lambda x: reference(layer, x)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        layer.experts.engine = engine
+        y = forward(leaf)
+        (y * weight).sum().backward()
+        results.append({"y": y.detach(), "x": leaf.grad, **gradients(layer)})
+    for name, expected in results[1].items():
+        torch.testing.assert_close(
+            results[0][name], expected, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# -----------------------------------------------------------------------------
+# Forward and gradients
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "swiglu"])
+@pytest.mark.parametrize("K,norm", [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_every_gradient_equal_a_float64_loop(activation, K, norm, bias):
+    layer = make_layer(
+        activation=activation, num_experts_per_tok=K, norm_topk_prob=norm, bias=bias, num_experts=5,
+        expert_hidden_size=6,
+    ).double()  # fmt: skip
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[3, 0] = -50  # nobody wants expert 3
+    check_against_reference(layer, x, "auto", rtol=1e-9, atol=1e-12)
+    assert layer.get_usage_counts()[3] == 0 and layer.get_usage_counts().sum() == 10 * K
+    assert (layer.experts.c_fc.grad[3] == 0).all() and (layer.experts.c_proj.grad[3] == 0).all()
+
+
+@pytest.mark.parametrize("activation,bias", [("gelu", True), ("swiglu", False)])
+@pytest.mark.skipif(mixture_of_experts.grouped_mm is None, reason="this torch has no grouped_mm")
+def test_grouped_engine_equals_the_loop(activation, bias):
+    layer = make_layer(activation=activation, bias=bias, num_experts=5, n_embd=16, expert_hidden_size=8)
+    x = torch.randn(2, 7, 16)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[1, 0] = -50
+    check_against_reference(layer, x, "grouped_mm", rtol=1e-4, atol=1e-5)
+    assert layer.get_usage_counts()[1] == 0
+
+
+@pytest.mark.parametrize("activation,bias", [("gelu", True), ("swiglu", False)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gathering_engine_equals_the_loop(activation, bias, tokens):
+    layer = make_layer(activation=activation, bias=bias).eval()
+    x = torch.randn(tokens, 1, 8)
+    layer.experts.engine = "gather"
+    torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
+def test_no_rows_at_all(engine):
+    if engine == "grouped_mm" and mixture_of_experts.grouped_mm is None:
+        pytest.skip("this torch has no grouped_mm")
+    layer = make_layer()
+    layer.experts.engine = engine
+    y = layer(torch.randn(1, 0, 8, requires_grad=True))
+    assert y.shape == (1, 0, 8) and layer.get_auxiliary_loss() == 0
+    (y.sum() + layer.get_auxiliary_loss()).backward()
+    assert all((gradient == 0).all() for gradient in gradients(layer).values())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu2", "swiglu"])
+def test_one_expert_is_the_dense_mlp(activation):
+    layer = make_layer(num_experts=1, num_experts_per_tok=1, activation=activation)
+    dense = MLP(make_config(activation=activation))
+    dense.load_state_dict(
+        {
+            "c_fc.weight": layer.experts.c_fc[0], "c_fc.bias": layer.experts.c_fc_bias[0],
+            "c_proj.weight": layer.experts.c_proj[0], "c_proj.bias": layer.experts.c_proj_bias[0],
+        }
+    )  # fmt: skip
+    x = torch.randn(2, 9, 8)
+    torch.testing.assert_close(layer(x), dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dispatch_of_a_hand_worked_example():
+    index = torch.tensor([[2, 0], [0, 3], [2, 3]])  # slots 0 to 5 want experts 2 0 0 3 2 3
+    order, ends = dispatch(index, 5)
+    assert order.tolist() == [1, 2, 0, 4, 3, 5]
+    assert ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
+    assert ends.dtype == torch.int32
+
+
+def test_operators_are_well_formed():
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 4, generator=generator), torch.rand(3, 2, generator=generator)
+    parameters = [torch.randn(shape, generator=generator) for shape in ((5, 6, 4), (5, 4, 6), (5, 6), (5, 4))]
+    order, ends = dispatch(torch.tensor([[2, 0], [0, 3], [2, 3]]), 5)
+    for tensor in (x, weights, *parameters):
+        tensor.requires_grad_()
+    for count in (2, 4):
+        torch.library.opcheck(expert_mlp, (x, weights, order, ends, parameters[:count], "gelu"))
+
+
+def test_gradcheck_of_the_whole_layer():
+    for overrides in ({"num_experts_per_tok": 1}, {"activation": "swiglu", "router_score": "sigmoid"}):
+        layer = make_layer(expert_hidden_size=3, n_embd=4, **overrides).double().eval()
+        names = [name for name, _ in layer.named_parameters()]
+        x = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+
+        def forward(x, *values, layer=layer, names=names):
+            return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+        torch.autograd.gradcheck(forward, (x, *layer.parameters()))
+
+
+def test_odd_layouts_of_input_and_gradient():
+    layer = make_layer()
+    x = torch.randn(8, 3, 2).transpose(0, 2)  # (2, 3, 8), not contiguous
+    for scale in (torch.ones(()), torch.randn(8, 3, 2).transpose(0, 2)):
+        results = []
+        for value, factor in ((x, scale), (x.contiguous(), scale.expand(x.shape).contiguous())):
+            layer.zero_grad()
+            leaf = value.detach().requires_grad_()
+            (layer(leaf) * factor.expand(x.shape)).sum().backward()
+            results.append((leaf.grad, gradients(layer)))
+        torch.testing.assert_close(results[0], results[1])
+    layer.zero_grad()
+    layer(x).sum().backward()  # a gradient of stride 0
+    assert all(gradient.isfinite().all() for gradient in gradients(layer).values())
+
+
+def test_same_input_same_bits():
+    x = torch.randn(2, 33, 8)
+    results = []
+    for _ in range(2):
+        layer = make_layer()
+        layer(x).square().sum().backward()
+        results.append(gradients(layer))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_token_depends_on_another(training):
+    layer = make_layer().double().train(training)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    other = x.clone()
+    other[0, 4:] = 3 * torch.randn(2, 8, dtype=torch.float64)  # later tokens of a row
+    other[1] = x[1, :1]  # all of another row, crowding one pair of experts
+    torch.testing.assert_close(layer(other)[0, :4], layer(x)[0, :4], rtol=1e-12, atol=1e-13)
+    for b, t in ((0, 2), (1, 5)):
+        alone = layer(x[b : b + 1, t : t + 1])
+        torch.testing.assert_close(alone[0, 0], layer(x)[b, t], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("engine", ["loop", "gather"])
+def test_decoding_never_touches_unused_experts(engine):
+    layer = make_layer(num_experts=8).eval()
+    x = torch.randn(1, 1, 8)
+    expected = layer(x)
+    used = layer.choose(layer.gate(x[0]))[0].flatten().tolist()
+    unused = [e for e in range(8) if e not in used]
+    assert len(unused) == 6
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[unused] = math.nan
+    layer.experts.engine = engine
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_shared_expert_is_added():
+    layer = make_layer(num_shared_experts=2, expert_hidden_size=6)
+    assert layer.shared.c_fc.weight.shape == (12, 8)
+    x = torch.randn(1, 5, 8)
+    with_shared, shared = layer(x), layer.shared(x)
+    layer.shared = None
+    torch.testing.assert_close(with_shared, layer(x) + shared)
+
+
+def test_dropout_is_active_in_training_only():
+    layer = make_layer(dropout=0.5)
+    x = torch.randn(4, 16, 8)
+    zeros = (layer(x) == 0).float().mean()
+    assert 0.3 < zeros < 0.7
+    assert (layer.eval()(x) != 0).all()
+
+
+# -----------------------------------------------------------------------------
+# Routing
+
+
+def test_router_stays_in_fp32_under_autocast():
+    layer = make_layer(n_embd=32)
+    x = torch.randn(4, 64, 32)
+    expected = layer.choose(layer.gate(x.view(-1, 32)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer.gate(x.view(-1, 32))
+        routed = layer.choose(logits)
+        y, auxiliary = layer(x, return_auxiliary=True)
+    assert logits.dtype == torch.float32 and auxiliary.balance_loss.dtype == torch.float32
+    assert torch.equal(routed[0], expected[0]) and torch.equal(routed[1], expected[1])
+    assert y.dtype == torch.bfloat16
+    exact = layer(x)
+    assert (y - exact).abs().max() < 0.03 * exact.abs().max()
+    y.float().square().sum().backward()
+    bf16 = gradients(layer)
+    layer.zero_grad()
+    exact.square().sum().backward()
+    for name, gradient in gradients(layer).items():
+        assert bf16[name].dtype == torch.float32
+        assert (bf16[name] - gradient).norm() < 0.03 * gradient.norm(), name
+
+
+def test_sigmoid_scores_and_their_weights():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    s = 1 / (1 + torch.exp(-logits[0]))
+    for K, norm, expected in (
+        (1, True, [s[1]]),
+        (2, False, [s[1], s[2]]),
+        (2, True, [s[1] / (s[1] + s[2]), s[2] / (s[1] + s[2])]),
+    ):
+        layer = make_layer(router_score="sigmoid", num_experts_per_tok=K, norm_topk_prob=norm)
+        index, weights, probs = layer.choose(logits)
+        assert index.tolist() == [[1, 2][:K]]
+        torch.testing.assert_close(weights[0], torch.stack(expected))
+        torch.testing.assert_close(probs[0], s / s.sum())
+    layer = make_layer(router_score="sigmoid").double()
+    check_against_reference(layer, torch.randn(1, 6, 8, dtype=torch.float64), "auto", rtol=1e-9, atol=1e-12)
+
+
+def test_a_single_expert_per_token_still_teaches_the_router():
+    layer = make_layer(num_experts_per_tok=1, norm_topk_prob=True)
+    layer(torch.randn(2, 8, 8)).square().sum().backward()
+    assert layer.gate.weight.grad.norm() > 0.1
+
+
+def test_ties_go_to_the_lower_index():
+    layer = make_layer(num_experts=64, num_experts_per_tok=8)
+    index, weights, _ = layer.choose(torch.zeros(5, 64))
+    assert index.tolist() == [list(range(8))] * 5
+    torch.testing.assert_close(weights, torch.full((5, 8), 1 / 8))
+    logits = torch.zeros(1, 64)
+    logits[0, [9, 50]] = 1
+    assert layer.choose(logits)[0][0].tolist() == [9, 50, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_nan_surfaces_where_it_came_from(score, norm):
+    layer = make_layer(router_score=score, norm_topk_prob=norm)
+    x = torch.randn(2, 4, 8)
+    expected = layer(x)
+    x[1, 2, 3] = math.nan
+    y = layer(x)
+    assert y[1, 2].isnan().all()
+    y[1, 2] = expected[1, 2]
+    torch.testing.assert_close(y, expected)
+    with torch.no_grad():
+        layer.gate.weight[1] = math.nan  # only one expert's logit is bad, for all tokens
+    assert layer(x).isnan().all()
+    assert layer.get_usage_counts().sum() == 3 * 2 * 8
+    assert expert_usage([layer])[0].entropy.isfinite()
+
+
+def test_loss_free_balancing():
+    layer = make_layer(router_bias_update_rate=0.1, moe_loss=False)
+    x = torch.randn(4, 16, 8)
+    update_routers([layer])
+    assert layer.router_bias.tolist() == [0, 0, 0, 0]
+    counts = torch.zeros(4, dtype=torch.int64)
+    for part in x.split(1):  # four micro-steps
+        layer(part)
+        counts += torch.bincount(layer.choose(layer.gate(part[0]))[0].flatten(), minlength=4)
+    update_routers([layer])
+    assert torch.equal(counts, layer.last_step_counts())
+    torch.testing.assert_close(layer.router_bias, 0.1 * torch.sign(counts.sum() / 4 - counts))
+    assert layer.router_bias.abs().sum() > 0
+    before = layer.router_bias.clone()
+    layer.eval()(x)
+    update_routers([layer])
+    assert torch.equal(layer.router_bias, before)  # neither evaluation nor an empty step moves it
+    # The bias decides the choice and stays out of the weights.
+    layer.router_bias.copy_(torch.tensor([0.0, 0.0, 10.0, 20.0]))
+    logits = torch.randn(6, 4)
+    index, weights, _ = layer.choose(logits)
+    assert index.tolist() == [[3, 2]] * 6
+    p = logits.softmax(-1)
+    torch.testing.assert_close(weights, torch.stack((p[:, 3], p[:, 2]), 1) / (p[:, 3] + p[:, 2])[:, None])
+    assert "router_bias" in layer.state_dict()
+
+
+def test_forced_balance_for_benchmarks():
+    layer = make_layer(num_experts=8, num_experts_per_tok=2)
+    layer.force_balanced = True
+    layer(torch.randn(2, 16, 8)).sum().backward()
+    assert layer.get_usage_counts().tolist() == [8] * 8
+    assert layer.gate.weight.grad.norm() > 0
+
+
+# -----------------------------------------------------------------------------
+# Losses
+
+
+def written_out(loss_type: str, p: torch.Tensor, chosen: list[list[int]]) -> float:
+    """The four losses in plain Python from the probabilities (N, E) and the chosen experts of every token."""
+    N, E = p.shape
+    p = p.tolist()
+    P = [sum(row[e] for row in p) / N for e in range(E)]
+    if loss_type == "load_balancing":
+        f = [sum(e in row for row in chosen) / sum(len(row) for row in chosen) for e in range(E)]
+        return E * sum(f[e] * P[e] for e in range(E))
+    if loss_type == "variance_penalty":
+        mean = sum(P) / E
+        return sum((P[e] - mean) ** 2 for e in range(E)) / E / mean**2
+    if loss_type == "entropy_regularization":
+        return math.log(E) + sum(P[e] * math.log(P[e]) for e in range(E))
+    total = 0.0
+    for i in range(E):
+        for j in range(E):
+            if i != j:
+                dot = sum(row[i] * row[j] for row in p)
+                total += dot**2 / sum(row[i] ** 2 for row in p) / sum(row[j] ** 2 for row in p)
+    return total / (E * (E - 1))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_balance_loss_equals_the_formula_and_its_finite_differences(loss_type, score):
+    layer = make_layer(moe_loss_type=loss_type, router_score=score, num_experts=5).double()
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+
+    def loss(weight):
+        torch.func.functional_call(layer, {"gate.weight": weight}, (x,))
+        return layer.get_auxiliary_loss()
+
+    index, _, probs = layer.choose(layer.gate(x.view(-1, 8)))
+    expected = written_out(loss_type, probs.detach(), index.tolist())
+    assert loss(layer.gate.weight).item() == pytest.approx(expected, rel=1e-9)
+    torch.autograd.gradcheck(loss, (layer.gate.weight,))  # f, piecewise constant, has no derivative
+    for _ in range(2):  # step-managed: at first around perfect balance, then around the step before
+        update_routers([layer])
+        torch.autograd.gradcheck(loss, (layer.gate.weight,))
+
+
+def test_values_at_perfect_balance_and_collapse():
+    E = 6
+    uniform, collapsed = torch.full((E,), 1 / E), torch.eye(E)[0]
+    assert load_balancing(uniform, uniform).item() == pytest.approx(1)
+    assert load_balancing(collapsed, collapsed).item() == pytest.approx(E)
+    assert variance_penalty(uniform).item() == pytest.approx(0, abs=1e-6)
+    assert variance_penalty(collapsed).item() == pytest.approx(E - 1)
+    assert entropy_regularization(uniform).item() == pytest.approx(0, abs=1e-6)
+    assert entropy_regularization(collapsed).item() == pytest.approx(math.log(E))
+    assert diversity_regularization(torch.eye(E) / E).item() == 0
+    assert diversity_regularization(torch.full((E, E), 1 / E**2)).item() == pytest.approx(1)
+    for loss_type in LOSSES:  # perfectly balanced, sure routing of a whole layer, K = 2; and a single expert
+        layer = make_layer(moe_loss_type=loss_type, num_experts=4, n_embd=4, num_experts_per_tok=1)
+        with torch.no_grad():
+            layer.gate.weight.copy_(40 * torch.eye(4))
+        layer(torch.eye(4)[None])
+        perfect = 1 if loss_type == "load_balancing" else 0
+        assert layer.get_auxiliary_loss().item() == pytest.approx(perfect, abs=1e-5)
+        lonely = make_layer(moe_loss_type=loss_type, num_experts=1, num_experts_per_tok=1)
+        lonely(torch.randn(1, 3, 8))
+        assert lonely.get_auxiliary_loss().item() == pytest.approx(perfect, abs=1e-6)
+
+
+def test_z_loss_equals_the_formula():
+    layer = make_layer().double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    _, auxiliary = layer(x, return_auxiliary=True)
+    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in layer.gate(x[0]).tolist()) / 6
+    assert auxiliary.z_loss.item() == pytest.approx(expected, rel=1e-12)
+    torch.autograd.gradcheck(
+        lambda w: torch.func.functional_call(layer, {"gate.weight": w}, (x, None, None, True))[1].z_loss,
+        (layer.gate.weight,),
+    )
+
+
+def auxiliary_gradient(layer, x, mask, micro_steps: int) -> torch.Tensor:
+    """Router gradient of balance and z-loss of one step, cut into micro-steps along the batch."""
+    layer.zero_grad()
+    for part, part_mask in zip(x.chunk(micro_steps), mask.chunk(micro_steps), strict=True):
+        _, auxiliary = layer(part, part_mask, mask.sum(), return_auxiliary=True)
+        layer.accumulate(auxiliary)
+        (auxiliary.balance_loss + 0.1 * auxiliary.z_loss).backward()
+    return layer.gate.weight.grad.clone()
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_gradient_does_not_depend_on_the_cut_into_micro_steps(loss_type, score):
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(8, 16, 8, generator=generator) for _ in range(3)]
+    masks = [torch.rand(8, 16, generator=generator) < 0.7 for _ in range(3)]
+    results = []
+    for micro_steps in (1, 2, 4):
+        layer, found = make_layer(moe_loss_type=loss_type, router_score=score), []
+        for x, mask in zip(steps, masks, strict=True):
+            update_routers([layer])
+            found.append(auxiliary_gradient(layer, x, mask, micro_steps))
+        results.append(found)
+    for found in results[1:]:
+        for step in range(3):
+            difference = (found[step] - results[0][step]).norm() / results[0][step].norm()
+            assert difference < 1e-5
+    # Without step management the same cut shows, for a loss that is not linear in tokens.
+    plain = make_layer(moe_loss_type=loss_type, router_score=score)
+    whole, cut = (auxiliary_gradient(plain, steps[2], masks[2], n) for n in (1, 4))
+    assert (whole - cut).norm() / whole.norm() > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_step_managed_loss_is_the_expansion_around_the_step_before(loss_type):
+    layer = make_layer(moe_loss_type=loss_type).double()
+    x, later = torch.randn(2, 2, 16, 8, dtype=torch.float64)
+    update_routers([layer])
+    layer(x)
+    update_routers([layer])
+    p_ref, p = (layer.choose(layer.gate(v.view(-1, 8)))[2].detach() for v in (x, later))
+    squared = loss_type == "diversity_regularization"
+    s_ref, s = (p.t() @ p / len(p) if squared else p.mean(0) for p in (p_ref, p))
+    loss = LOSSES[loss_type]
+    if loss is load_balancing:
+        f = layer.last_step_counts() / 64
+        expected = 4 * sum(f[e] * s[e] for e in range(4))
+    else:
+        s_ref.requires_grad_()
+        value = loss(s_ref)
+        (slope,) = torch.autograd.grad(value, s_ref)
+        expected = value + (slope * (s - s_ref)).sum()
+    layer(later)
+    assert layer.get_auxiliary_loss().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_first_managed_step_has_no_balance_gradient():
+    for loss_type in LOSSES:
+        layer = make_layer(moe_loss_type=loss_type)
+        update_routers([layer])
+        layer(torch.randn(2, 8, 8))
+        layer.get_auxiliary_loss().backward()
+        assert layer.gate.weight.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_masked_tokens_do_not_count(loss_type):
+    x = torch.randn(3, 8, 8)
+    mask = torch.rand(3, 8) < 0.6
+    masked, alone = make_layer(moe_loss_type=loss_type), make_layer(moe_loss_type=loss_type)
+    y, auxiliary = masked(x, mask.long(), return_auxiliary=True)
+    torch.testing.assert_close(y, alone.eval()(x))
+    expected = alone.train()(x[mask][None], return_auxiliary=True)[1]
+    torch.testing.assert_close(auxiliary, expected)
+    auxiliary.balance_loss.backward()
+    expected.balance_loss.backward()
+    torch.testing.assert_close(masked.gate.weight.grad, alone.gate.weight.grad)
+    masked.accumulate(auxiliary)
+    assert masked.get_usage_counts().sum() == 2 * mask.sum()
+    # A batch of padding only: zero, and no NaN in the gradient.
+    masked.zero_grad()
+    nothing = masked(x, torch.zeros(3, 8), return_auxiliary=True)[1]
+    (nothing.balance_loss + nothing.z_loss).backward()
+    assert nothing.balance_loss == 0 and nothing.z_loss == 0 and nothing.counts.sum() == 0
+    assert (masked.gate.weight.grad == 0).all()
+
+
+def test_no_balance_loss_without_moe_loss():
+    layer = make_layer(moe_loss=False)
+    layer(torch.randn(1, 4, 8))
+    assert layer.get_auxiliary_loss() == 0 and layer.get_usage_counts().sum() == 8
+
+
+TEXT = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()
+
+
+def max_load_while_learning(loss_type: str, **overrides) -> tuple[float, float]:
+    """max/mean load in the first and last steps of 200 on real text, from a router that prefers expert 0."""
+    torch.manual_seed(0)
+    layer = MoE(make_config(n_embd=16, num_experts_per_tok=1, moe_loss_type=loss_type, **overrides))
+    data = torch.frombuffer(bytearray(TEXT), dtype=torch.uint8).long()
+    embedding, head = torch.randn(256, 16), torch.nn.Linear(16, 256)
+    embedding[:, 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[0, 0] += 1
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-2)
+    loads = []
+    for step in range(200):
+        update_routers([layer])
+        tokens = data[256 * step : 256 * step + 257]
+        x = embedding[tokens[:-1]][None]
+        loss = F.cross_entropy(head(x + layer(x))[0], tokens[1:]) + 0.1 * layer.get_auxiliary_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loads.append(layer.usage_statistics().max_load.item())
+        layer.reset_usage_counts()
+    return sum(loads[:5]) / 5, sum(loads[-20:]) / 20
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_loss_balances_a_skewed_router_on_real_text(loss_type):
+    first, last = max_load_while_learning(loss_type)
+    assert first > 3.5  # of at most 4
+    # Over five seeds the worst were 1.5, 1.7, 2.2 and, as diversity does not ask for equal loads, 2.9.
+    assert last < (3.2 if loss_type == "diversity_regularization" else 2.3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_loss_free_balancing_on_real_text(rate):
+    _, last = max_load_while_learning("load_balancing", moe_loss=False, router_bias_update_rate=rate)
+    assert last < 2 if rate else last > 3.5  # without any help the router stays skewed
+
+
+# -----------------------------------------------------------------------------
+# Accounts
+
+
+def test_evaluation_leaves_no_trace():
+    def train(layer, evaluate):
+        generator, losses = torch.Generator().manual_seed(1), []
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(3):
+            update_routers([layer])
+            x = torch.randn(2, 8, 8, generator=generator)
+            loss = layer(x).square().mean() + layer.get_auxiliary_loss()
+            if evaluate:
+                before = copy.deepcopy(layer.state_dict()), layer.get_auxiliary_loss()
+                with torch.no_grad():
+                    y, auxiliary = layer.eval()(torch.randn(1, 3, 8), return_auxiliary=True)
+                    layer(torch.randn(1, 1, 8))
+                layer.train()
+                assert auxiliary is None and not y.requires_grad
+                assert all(torch.equal(v, before[0][k]) for k, v in layer.state_dict().items())
+                assert layer.get_auxiliary_loss() is before[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    overrides = dict(router_bias_update_rate=0.1, moe_loss_type="variance_penalty")
+    assert train(make_layer(**overrides), True) == train(make_layer(**overrides), False)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_once_and_keeps_gradients(use_reentrant):
+    def flat(layer, x):
+        y, auxiliary = layer(x, return_auxiliary=True)
+        return y, *auxiliary
+
+    results = []
+    for recompute in (False, True):
+        layer, x = make_layer(), torch.linspace(-1, 1, 128).view(2, 8, 8).requires_grad_()
+        update_routers([layer])
+        for _ in range(2):
+            if recompute:
+                # Flat outputs: the reentrant form sees only tensors at the top level.
+                y, *auxiliary = checkpoint(flat, layer, x, use_reentrant=use_reentrant)
+                auxiliary = RouterAuxiliary(*auxiliary)
+            else:
+                y, auxiliary = layer(x, return_auxiliary=True)
+            layer.accumulate(auxiliary)
+            (y.square().sum() + auxiliary.balance_loss + auxiliary.z_loss).backward()
+            update_routers([layer])
+        results.append((layer.get_usage_counts(), layer.state_dict(), gradients(layer), x.grad))
+    assert results[1][0].sum() == 2 * 2 * 16
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_usage_statistics():
+    layer = make_layer(num_experts=4, num_experts_per_tok=1, n_embd=4)
+    with torch.no_grad():
+        layer.gate.weight.copy_(100 * torch.eye(4))
+    x = torch.eye(4)[[0] * 15 + [1] * 4 + [2]][None]  # sure choices: 15, 4, 1 and 0 tokens
+    layer(x)
+    usage = layer.usage_statistics()
+    assert usage.counts.tolist() == layer.get_usage_counts().tolist() == [15, 4, 1, 0]
+    torch.testing.assert_close(usage.share, torch.tensor([0.75, 0.2, 0.05, 0.0]))
+    assert usage.max_load.item() == pytest.approx(3) and usage.starved.item() == pytest.approx(0.25)
+    assert usage.entropy.item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        layer.gate.weight.zero_()
+    layer(x)
+    usage = expert_usage([layer])[0]
+    assert usage.counts.tolist() == [35, 4, 1, 0]
+    assert usage.entropy.item() == pytest.approx(math.log(4) / 2, rel=1e-5)  # 20 sure tokens, 20 clueless
+    empty = MoE(make_config()).usage_statistics()
+    assert empty.counts.sum() == 0 and empty.max_load == 0 and empty.entropy == 0
+
+
+def test_resetting_the_usage_leaves_training_alone():
+    x = torch.randn(3, 2, 8, 8)
+    results = []
+    for reset in (False, True):
+        layer = make_layer(router_bias_update_rate=0.1)
+        for part in x:
+            update_routers([layer])
+            layer(part)
+            if reset:
+                layer.reset_usage_counts()
+                assert layer.get_usage_counts().sum() == 0
+        update_routers([layer])
+        update_routers([layer])  # an empty step changes nothing
+        assert layer.get_usage_counts().sum() == (0 if reset else 3 * 32)
+        results.append((layer.router_bias, layer.reference_totals))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_accounts_are_exact_in_any_dtype_of_the_model():
+    layer, x = make_layer().bfloat16(), torch.randn(1, 8, 8, dtype=torch.bfloat16)
+    for _ in range(300):
+        layer(x)
+    assert layer.get_usage_counts().sum() == 300 * 16
+    update_routers([layer])
+    assert layer.last_step_counts().sum() == 300 * 16
+    probs = layer.choose(layer.gate(x[0]))[2].detach().mean(0)
+    mean = layer.reference_totals[4:] / (2.0**24 * 300 * 8)
+    torch.testing.assert_close(mean.float(), probs, rtol=1e-6, atol=1e-7)
+
+
+def test_copies_pickles_and_meta_construction():
+    layer, x = make_layer(), torch.randn(1, 4, 8)
+    assert layer.get_auxiliary_loss() == 0
+    layer(x)
+    assert layer.get_auxiliary_loss().requires_grad
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.get_auxiliary_loss() == 0
+        assert torch.equal(twin.get_usage_counts(), layer.get_usage_counts())
+        assert torch.equal(twin.eval()(x), layer.eval()(x))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = make_layer(seed=1)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other.get_usage_counts(), layer.get_usage_counts())
+    assert torch.equal(other.eval()(x), layer(x))
+    with torch.device("meta"):
+        assert all(tensor.is_meta for tensor in MoE(make_config(num_shared_experts=1)).state_dict().values())
+
+
+def test_fresh_parameters_are_initialised():
+    layer = MoE(make_config(n_embd=64))
+    for name, parameter in layer.named_parameters():
+        expected = 0.0 if "bias" in name else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes == {
+        "gate.weight": (4, 64), "experts.c_fc": (4, 256, 64), "experts.c_proj": (4, 64, 256),
+        "experts.c_fc_bias": (4, 256), "experts.c_proj_bias": (4, 64),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 must lie between 1 and num_experts=4"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0"),
+        ({"moe_loss_type": "balance"}, "moe_loss_type='balance' is unknown; use one of load_balancing"),
+        ({"router_score": "tanh"}, "router_score='tanh' is unknown"),
+    ],
+)
+def test_bad_configurations(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(make_config(**overrides))
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="activation='gleu' is unknown"):
+        MLP(make_config(activation="gleu"))(torch.zeros(1, 8))
+    with pytest.raises(ValueError, match=r"token_mask has shape \(3, 2\), but x has \(B, T\) = \(2, 3\)"):
+        make_layer()(torch.zeros(2, 3, 8), torch.ones(3, 2))
+
+
+# -----------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.parametrize(
+    "backend,overrides",
+    [
+        ("inductor", {"router_bias_update_rate": 0.1, "num_shared_experts": 1}),
+        ("aot_eager", {"moe_loss_type": "variance_penalty", "router_score": "sigmoid"}),
+        ("aot_eager", {"moe_loss_type": "entropy_regularization", "activation": "swiglu", "bias": False}),
+        ("aot_eager", {"moe_loss_type": "diversity_regularization", "num_experts_per_tok": 1}),
+    ],
+)
+def test_compiles_without_break_or_recompilation(backend, overrides):
+    layer, eager = make_layer(**overrides), make_layer(**overrides)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    graphs = []
+    for step in range(5):
+        x = torch.randn(2, 16, 8) * (1 + step)
+        mask = torch.rand(2, 16) < 0.8
+        results = []
+        for forward, module in ((compiled, layer), (eager, eager)):
+            module.zero_grad()
+            update_routers([module])
+            y, auxiliary = forward(x, mask, mask.sum(), return_auxiliary=True)
+            module.accumulate(auxiliary)
+            (y.square().mean() + auxiliary.balance_loss + auxiliary.z_loss).backward()
+            results.append((y, tuple(auxiliary), gradients(module), module.get_usage_counts()))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for module in (layer, eager):
+                module.gate.weight.copy_(module.gate.weight.roll(1, 0))  # the routing changes at every step
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
+def test_compiles_under_bf16_autocast(engine):
+    if engine == "grouped_mm" and mixture_of_experts.grouped_mm is None:
+        pytest.skip("this torch has no grouped_mm")
+    layer = make_layer(n_embd=16, expert_hidden_size=16)
+    layer.experts.engine = engine
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    update_routers([layer])
+    for _ in range(3):
+        x = torch.randn(2, 16, 16)
+        results = []
+        for forward in (compiled, layer):
+            layer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = forward(x)
+            (y.float().square().mean() + layer.get_auxiliary_loss()).backward()
+            results.append((y.float(), gradients(layer)))
+        torch.testing.assert_close(results[0], results[1], rtol=2e-2, atol=1e-2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# -----------------------------------------------------------------------------
+# Two ranks
+
+
+def train_a_part(rank: int, world_size: int, loss_type: str) -> tuple:
+    """Three steps of two micro-steps on one rank's part of the batch: gradients of each step, accounts."""
+    layer = parallel = make_layer(moe_loss_type=loss_type, router_bias_update_rate=0.01)
+    if world_size > 1:
+        layer._ddp_params_and_buffers_to_ignore = list(MoE.per_rank_buffers)  # else rank 0's replace all
+        parallel = torch.nn.parallel.DistributedDataParallel(layer)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        update_routers([layer])
+        x = torch.randn(8, 8, 8, generator=generator)
+        layer.zero_grad()
+        for part in x.chunk(world_size)[rank].chunk(2):
+            y, auxiliary = parallel(part, None, 64 / world_size, True)
+            layer.accumulate(auxiliary)
+            (y.square().sum() / (64 / world_size) + auxiliary.balance_loss).backward()
+        found.append(gradients(layer))
+    usage = expert_usage([layer])[0]
+    update_routers([layer])
+    assert torch.equal(usage.counts, layer.get_usage_counts())
+    return found, tuple(usage), layer.router_bias, layer.last_step_counts()
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {loss_type: train_a_part(rank, 2, loss_type) for loss_type in LOSSES}
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    mp.spawn(run_rank, (str(tmp_path),), 2)
+    for rank in (0, 1):
+        results = torch.load(tmp_path / f"rank{rank}.pt")
+        for loss_type in LOSSES:
+            (one, usage, bias, counts), (two, usage2, bias2, counts2) = (
+                train_a_part(0, 1, loss_type), results[loss_type],
+            )  # fmt: skip
+            assert torch.equal(usage[0], usage2[0]) and usage[0].sum() == 3 * 64 * 2
+            torch.testing.assert_close(usage, usage2)
+            assert torch.equal(bias, bias2) and torch.equal(counts, counts2)
+            for a, b in zip(one, two, strict=True):
+                for name in a:
+                    assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm(), (loss_type, name)
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_idle_experts_stay_as_they_are(spared):
+    """Expert 3 gets rows in the first step only: afterwards neither decay nor old moments may change it."""
+    layer = make_layer(num_experts_per_tok=1).train()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    x = torch.randn(2, 16, 8)
+    update_routers([layer])
+    seen = []
+    for step in range(3):
+        layer.router_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 100.0 if step == 0 else -100.0]))
+        layer(x).square().sum().backward()
+        update_routers([layer])
+        if spared:
+            with idle_experts_spared([layer], optimizer) as idle:
+                optimizer.step()
+            assert idle == (3 if step == 0 else (layer.last_step_counts() == 0).sum())
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        tensors = [*layer.experts.parameters()]
+        tensors += [optimizer.state[p][name] for p in tensors for name in ("exp_avg", "exp_avg_sq")]
+        seen.append([tensor[3].clone() for tensor in tensors])
+    assert layer.last_step_counts()[3] == 0 and layer.last_step_counts().sum() == 32
+    unchanged = [torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)]
+    assert all(unchanged) if spared else not any(unchanged)
+    assert not torch.equal(layer.experts.c_fc[0], make_layer(num_experts_per_tok=1).experts.c_fc[0])
