@@ -1,4 +1,4 @@
-"""Attention and what belongs to it: norms, rotary positions, grouped queries, windows. Used by model.py.
+"""Attention and what belongs to it: norms, rotary positions, grouped queries, windows, masks.
 
 Letters as in model.py: B batch, T sequence length, S keys a query can see (cache included), C n_embd,
 nh query heads, nkv key/value heads, hs head size.
@@ -6,13 +6,17 @@ nh query heads, nkv key/value heads, hs head size.
 References:
     RMSNorm, arXiv 1910.07467     RoPE, arXiv 2104.09864     grouped queries (GQA), arXiv 2305.13245
     sliding windows, arXiv 2004.05150     QK norm, arXiv 2010.04245
+    FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
+import functools
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -94,6 +98,66 @@ def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, 
     return F.dropout(weight, dropout) @ v, weight
 
 
+@functools.cache  # made when first needed: torch.compile imports the whole compiler
+def compiled_flex_attention():
+    """flex_attention as a kernel; uncompiled it is O(T^2)."""
+    return torch.compile(flex_attention)
+
+
+def window_block_mask(T: int, window: int, device: torch.device, block: int = 128) -> BlockMask:
+    """Which blocks of keys each block of queries has to look at, and within them which keys: O(T) to make.
+
+    Query i sees the keys i - window + 1 .. i. For flex_attention, whose work is then O(T * window).
+    """
+
+    def visible(b, h, query, key):
+        return (query >= key) & (query - key < window)
+
+    last = torch.arange(math.ceil(T / block), device=device)  # (T/block,): of one's own keys, the last to see
+    first = (last * block - window + 1).clamp(min=0) // block
+    indices = (first[:, None] + last).clamp(max=len(last) - 1)  # those past the count are not looked at
+    count, indices = (last - first + 1).int()[None, None], indices.int()[None, None]
+    return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(T, T))
+
+
+def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
+    """The mask that lets flex_attention's kernels train windowed layers, or None where they cannot.
+
+    They want a GPU from Ampere on, heads of 16, 32, 64, ... channels, and no dropout. Not for evaluation: its
+    code runs uncompiled, and there flex_attention is slower than a mask.
+    """
+    size = config.n_embd // config.n_head
+    new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    able = new_enough and config.dropout == 0 and size >= 16 and size & (size - 1) == 0
+    return window_block_mask(T, config.sliding_window, device) if able else None
+
+
+def build_masks(
+    config, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
+) -> dict[str, torch.Tensor | BlockMask | None]:
+    """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
+
+    attention_mask: 2-d (B, S), 0 = padding; 4-d; or the dictionary that generate() makes for static caches,
+    which is the result. position_ids: only those that a caller gave. flexible: windows may be a BlockMask.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    arguments = dict(
+        config=config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
+        position_ids=position_ids,
+    )  # fmt: skip
+    nothing_special = attention_mask is None and past_key_values is None and position_ids is None
+    plain = nothing_special and config._attn_implementation != "eager"
+    masks = {}
+    for kind in sorted(set(config.layer_types)):
+        if kind == "sliding_attention" and not (plain and x.size(1) <= config.sliding_window):
+            mask = flex_window(config, x.size(1), x.device) if plain and flexible else None
+            masks[kind] = create_sliding_window_causal_mask(**arguments) if mask is None else mask
+        else:
+            masks[kind] = None if plain else create_causal_mask(**arguments)
+    return masks
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; grouped queries, RoPE, QK norm, windows and cache by configuration."""
 
@@ -112,12 +176,12 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (B, T, C)
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | BlockMask | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values=None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B, T, C) -> the same shape, and the attention weights (B, nh, T, S) if asked for."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(
             [C, self.n_kv_head * self.head_size, self.n_kv_head * self.head_size], dim=2
@@ -136,11 +200,18 @@ class CausalSelfAttention(nn.Module):
         weight = None
         if output_attentions or self.config._attn_implementation == "eager":
             y, weight = attention_reference(q, k, v, mask, dropout)
+        elif isinstance(mask, BlockMask):
+            flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+            q, k, v = (t.contiguous() for t in (q, k, v))  # generated code has misread views of one buffer
+            y = flex(q, k, v, block_mask=mask, enable_gqa=self.n_kv_head != self.n_head)
         else:
+            causal = mask is None
+            if T == 1:  # the newest token sees all; a branch, because a compiled `T > 1` is not a bool
+                causal = False
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout,
-                is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head,
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
+                enable_gqa=self.n_kv_head != self.n_head,
             )  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)
         y = F.dropout(self.c_proj(y), self.config.dropout, self.training)
-        return y, weight if output_attentions else None
+        return (y, weight) if output_attentions else y

@@ -5,11 +5,12 @@
 
 Either of them also tells the routers where an optimizer step ends, which the balance losses and loss-free
 balancing need (mixture_of_experts.py says why). Without one the balance losses are the textbook's, of each
-micro-batch alone, and loss-free balancing does nothing. Counts are of training only, over all ranks, since
-the last report.
+micro-batch alone, and loss-free balancing does nothing. What is reported are the rows routed to each expert
+in training, over all ranks, since the callback's last report; both callbacks may be used together.
 """
 
 import logging
+import os
 
 import torch
 from transformers import TrainerCallback
@@ -27,36 +28,46 @@ class MoEUsageCallback(TrainerCallback):
         if log_interval < 1:
             raise ValueError(f"log_interval={log_interval}: must be at least 1 step")
         self.log_interval = log_interval
+        self._counts: list[torch.Tensor] = []  # (E,) int64 per layer since the last report, on its device
 
     def _get_moe_layers(self, model) -> list[MoE]:
         """All MoE layers of a model (wrapped by DDP, FSDP or compile, or not), in the order of its blocks."""
         return [module for module in model.modules() if isinstance(module, MoE)]
 
-    def _take_counts(self, model) -> list[torch.Tensor]:
-        """Routed rows per expert since the last call, (E,) int64 on the CPU per layer; counts start anew."""
-        layers = self._get_moe_layers(model)
-        counts = [
-            layer.get_usage_counts().cpu() for layer in layers
-        ]  # update_routers has summed them over ranks
-        for layer in layers:
+    def _report_counts(self, model, state) -> None:
+        """Report on the master, and start counting anew, in the layers too."""
+        counts, self._counts = [count.cpu() for count in self._counts], []
+        for layer in self._get_moe_layers(model):
             layer.reset_usage_counts()
-        return counts
+        if state.is_world_process_zero:
+            self._report(counts, state.global_step)
+
+    def _report(self, counts: list[torch.Tensor], step: int) -> None:
+        raise NotImplementedError
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Called before the first step: from here on the routers' statistics are those of whole steps."""
-        update_routers(self._get_moe_layers(model))
+        layers = self._get_moe_layers(model)
+        update_routers(layers)
+        resumed = state.global_step > 0  # then the layers hold what was not reported before the interruption
+        self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Called after each optimizer step on every rank; the master reports if the interval is met."""
-        update_routers(self._get_moe_layers(model))
+        layers = self._get_moe_layers(model)
+        update_routers(layers)
+        # Summed up here, not read from the layers, because another callback may have reset those.
+        counts = [layer.last_step_counts() for layer in layers]
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
         if state.global_step % self.log_interval == 0:
-            counts = self._take_counts(model)
-            if state.is_world_process_zero:
-                self._report(counts, state)
+            self._report_counts(model, state)
 
 
 class MoEUsageLoggingCallback(MoEUsageCallback):
-    """Logs the experts' shares of every MoE layer, every `log_interval` steps and after an epoch."""
+    """Logs the experts' shares of every MoE layer, every `log_interval` steps and after an epoch.
+
+    logger: a logging.Logger, by default this module's; the level is INFO.
+    """
 
     def __init__(self, logger: logging.Logger | None = None, log_interval: int = 100):
         super().__init__(log_interval)
@@ -64,25 +75,22 @@ class MoEUsageLoggingCallback(MoEUsageCallback):
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         """Reports what came since the last report, unless a report has just been made."""
-        if state.global_step % self.log_interval != 0:
-            counts = self._take_counts(model)
-            if state.is_world_process_zero:
-                self._report(counts, state)
+        if self._counts:
+            self._report_counts(model, state)
 
-    def _report(self, counts, state):
+    def _report(self, counts, step):
         for layer, count in enumerate(counts):
             total = max(int(count.sum()), 1)
             shares = " ".join(f"{100 * int(n) / total:.1f}%" for n in count)
-            most = int(count.max()) * len(count) / total
-            load = f"{total} assignments, max/mean {most:.2f}, shares {shares}"
-            self.logger.info(f"step {state.global_step} MoE layer {layer}: {load}")
+            load = f"{int(count.sum())} assignments, max/mean {int(count.max()) * len(count) / total:.2f}"
+            self.logger.info(f"step {step} MoE layer {layer}: {load}, shares {shares}")
 
 
 class MoEUsageTensorBoardCallback(MoEUsageCallback):
-    """Writes counts, shares and max/mean load of every MoE layer to TensorBoard every `log_interval` steps.
+    """Writes every MoE layer's shares, max/mean load and counts to TensorBoard every `log_interval` steps.
 
-    `tb_writer`: a torch.utils.tensorboard.SummaryWriter, which stays open; without one the callback makes
-    its own under args.logging_dir (or output_dir), on the master only, and closes it at the end.
+    tb_writer: a torch.utils.tensorboard.SummaryWriter, which stays open; without one the callback makes its
+    own on the master, in the Trainer's folder of such files, and closes it at the end.
     """
 
     def __init__(self, log_interval: int = 100, tb_writer=None):
@@ -90,29 +98,30 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
         self.tb_writer = tb_writer
         self._owns_writer = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Opens a writer on the master if none was given."""
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
         if self.tb_writer is None and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tb_writer = SummaryWriter(log_dir=getattr(args, "logging_dir", None) or args.output_dir)
-            self._owns_writer = True
+            folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, "runs")
+            self.tb_writer, self._owns_writer = SummaryWriter(log_dir=folder), True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Closes the writer if this callback opened it."""
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        """Reports what came since the last report, and closes the writer if this callback opened it."""
+        if self._counts:
+            self._report_counts(model, state)
         if self._owns_writer:
             self.tb_writer.close()
             self.tb_writer, self._owns_writer = None, False
 
-    def _report(self, counts, state):
-        if self.tb_writer is None:
+    def _report(self, counts, step):
+        if self.tb_writer is None:  # on_step_end without on_train_begin
             return
-        step = state.global_step
         for layer, count in enumerate(counts):
             share = count / count.sum().clamp(min=1)
-            for expert in range(len(count)):
-                self.tb_writer.add_scalar(f"moe/layer_{layer}/expert_{expert}", share[expert], step)
+            for expert, value in enumerate(share.tolist()):
+                self.tb_writer.add_scalar(f"moe/layer_{layer}/expert_{expert}", value, step)
             self.tb_writer.add_scalar(f"moe/layer_{layer}/max_load", share.max() * len(count), step)
             self.tb_writer.add_histogram(f"moe/layer_{layer}/counts", count, step)
         self.tb_writer.flush()

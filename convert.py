@@ -52,6 +52,23 @@ def decode_tokens(ids: list[int], encoding: str) -> str:
     return encoder.decode([i for i in ids if i < encoder.n_vocab and i not in special])
 
 
+def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
+    """Token ids of a prompt for a model of this configuration; an empty one begins a document.
+
+    ValueError for an empty prompt without config.bos_token_id, and for tokens the vocabulary does not have.
+    """
+    ids = encode_text(text, config.encoding)
+    if not ids and config.bos_token_id is None:
+        raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
+    ids = ids or [config.bos_token_id]
+    if max(ids) >= config.vocab_size:
+        raise ValueError(
+            f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}; "
+            "set config.encoding to the one that the model was trained with"
+        )
+    return ids
+
+
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
 
@@ -139,6 +156,21 @@ def gpt2_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def load_gpt2(name: str | Path, *args, **kwargs) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any, dict]:
+    """Our fields, our weights, generation config and loading information of a GPT-2: folder or hub name.
+
+    Further arguments are those of transformers' from_pretrained. ValueError for missing weights and, naming
+    the field, for a configuration that we cannot express.
+    """
+    from transformers import GPT2LMHeadModel
+
+    source, info = GPT2LMHeadModel.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+    fields, weights = gpt2_config_fields(source.config), transpose_gpt2_weights(source.state_dict())
+    return fields, weights, source.generation_config, info
+
+
 def transpose_gpt2_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Hugging Face's GPT-2 weights as ours, or ours as theirs: their Conv1D keeps matrices as (in, out)."""
     turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -212,32 +244,42 @@ def export_folder(
     refuse_foreign(folder)
     model = copy.copy(model)  # the same weights; the configuration becomes the folder's own
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
-    parts = []
-    if tokenizer:
-        parts.append(build_tokenizer(model.config.encoding, model.config.block_size))
-        if len(parts[0]) > model.config.vocab_size:
+    words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
+    if words is not None:
+        if len(words) > model.config.vocab_size:
             raise ValueError(
-                f"encoding={model.config.encoding!r} has {len(parts[0])} tokens, but vocab_size="
+                f"encoding={model.config.encoding!r} has {len(words)} tokens, but vocab_size="
                 f"{model.config.vocab_size}; name the right encoding, or export without (tokenizer=False)"
             )
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:
-                setattr(config, f"{name}_token_id", parts[0].eos_token_id)
-    parts.append(to_gpt2(model) if format == "gpt2" else model)
+                setattr(config, f"{name}_token_id", words.eos_token_id)
+    weights = forget_usage(model) if format == "gpt_moe" else None
+    model = to_gpt2(model) if format == "gpt2" else model
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        for part in parts:
-            part.save_pretrained(temporary, max_shard_size=max_shard_size)
-        names = sorted([MANIFEST, *os.listdir(temporary)])
-        manifest = {"format": format, "files": names}
+        model.save_pretrained(temporary, state_dict=weights, max_shard_size=max_shard_size)
+        if words is not None:
+            words.save_pretrained(temporary)
+        manifest = {"format": format, "files": sorted([MANIFEST, *os.listdir(temporary)])}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def forget_usage(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict, the routers' statistics of training (not their biases) as in a new model."""
+    weights = model.state_dict()
+    for name, module in model.named_modules():
+        if hasattr(module, "initial_statistics"):
+            fresh = {f"{name}.{key}": value for key, value in module.initial_statistics().items()}
+            weights |= {key: value for key, value in fresh.items() if not key.endswith("router_bias")}
+    return weights
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import transformers.initialization as init  # its functions leave weights alone that were loaded from a file
 from huggingface_hub.dataclasses import strict
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -40,15 +39,31 @@ from transformers.modeling_outputs import (
 
 # In an exported folder these files are a package and must find their own copies; here they lie side by side.
 try:
-    from .attention import CausalSelfAttention, LayerNorm, RMSNorm, build_norm, rotary_angles, upcast
+    from .attention import (
+        CausalSelfAttention,
+        LayerNorm,
+        RMSNorm,
+        build_masks,
+        build_norm,
+        rotary_angles,
+        upcast,
+    )  # fmt: skip
     from .callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from .convert import decode_tokens, encode_text, gpt2_config_fields, transpose_gpt2_weights
-    from .mixture_of_experts import MLP, Experts, MoE, RouterAuxiliary, update_routers
+    from .convert import decode_tokens, encode_prompt, load_gpt2
+    from .mixture_of_experts import MLP, Experts, ExpertUsage, MoE, RouterAuxiliary, update_routers
 except ImportError:
-    from attention import CausalSelfAttention, LayerNorm, RMSNorm, build_norm, rotary_angles, upcast
+    from attention import (
+        CausalSelfAttention,
+        LayerNorm,
+        RMSNorm,
+        build_masks,
+        build_norm,
+        rotary_angles,
+        upcast,
+    )  # fmt: skip
     from callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from convert import decode_tokens, encode_text, gpt2_config_fields, transpose_gpt2_weights
-    from mixture_of_experts import MLP, Experts, MoE, RouterAuxiliary, update_routers
+    from convert import decode_tokens, encode_prompt, load_gpt2
+    from mixture_of_experts import MLP, Experts, ExpertUsage, MoE, RouterAuxiliary, update_routers
 
 __all__ = [
     "GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "GPTLMHeadModel", "LayerNorm", "MoE",
@@ -115,6 +130,7 @@ class GPTConfig(PreTrainedConfig):
     qk_norm: bool = False
     logit_softcap: float | int = 0.0
     tie_word_embeddings: bool = True
+    init: str = "gpt2"  # zero_proj: projections into the residual stream begin at zero
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: "bytes" or a name tiktoken knows
     encoding_size: int | None = None  # ids from here up only pad vocab_size and are never generated
@@ -132,6 +148,7 @@ class GPTConfig(PreTrainedConfig):
         "position": ("learned", "rope"),
         "norm": ("layernorm", "rmsnorm"),
         "activation": ("gelu", "relu2", "swiglu"),
+        "init": ("gpt2", "zero_proj"),
     }  # fmt: skip
 
     LEAST = {  # noqa: RUF012
@@ -145,7 +162,7 @@ class GPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Dictionaries that transformers wrote carry its version, and may carry another version's names;
         # names that a person wrote are checked: an ignored typo trains the wrong model.
-        if kwargs.pop("transformers_version", None) is None:
+        if self.transformers_version is None:
             self._reject_unknown_names(kwargs)
         super().__post_init__(**kwargs)
         for name, allowed in self.CHOICES.items():
@@ -219,18 +236,23 @@ class Block(GradientCheckpointingLayer):
         num_tokens: torch.Tensor | int | None = None,
         past_key_values=None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, RouterAuxiliary | None, torch.Tensor | None]:
-        """x (B, T, C) -> x, what the router has to report (an MoE in training, else None), attention weights.
+        return_auxiliary: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
 
-        The report is returned, not stored: activation checkpointing runs this twice and must count once.
+        Weights are None unless output_attentions. The report, in training and for an MoE only, is a
+        RouterAuxiliary. Whoever asks for it must accumulate() it: activation checkpointing runs this twice
+        and must count once. It is unpacked: reentrant checkpointing gives gradients to bare tensors only.
         """
-        y, weight = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
+        y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
+        y, weight = y if output_attentions else (y, None)
         x = x + y
         if isinstance(self.mlp, MoE):
-            y, auxiliary = self.mlp(self.ln_2(x), token_mask, num_tokens, return_auxiliary=True)
+            y = self.mlp(self.ln_2(x), token_mask, num_tokens, return_auxiliary)
+            y, report = y if return_auxiliary else (y, None)
         else:
-            y, auxiliary = self.mlp(self.ln_2(x)), None
-        return x + y, auxiliary, weight
+            y, report = self.mlp(self.ln_2(x)), None
+        return (x + y, weight, *(report or ())) if return_auxiliary else x + y
 
 
 @dataclass
@@ -256,6 +278,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["mlp.gate", "router_bias"]  # noqa: RUF012 (when loaded with another dtype)
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer then hands us num_items_in_batch and leaves the loss as it is
@@ -277,19 +300,26 @@ class GPT(PreTrainedModel, GenerationMixin):
         if config.encoding_size is not None and config.encoding_size < config.vocab_size:
             # Ids that only pad the vocabulary have no text: whoever decoded one would get an error.
             self.generation_config.suppress_tokens = list(range(config.encoding_size, config.vocab_size))
-        # DDP would overwrite the routers' statistics with rank 0's; update_routers() adds up all ranks'.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        for name, module in self.named_modules():
+            if name.endswith("c_proj"):
+                module.into_residual = True  # for _init_weights, which is not told the name
+        # DDP would overwrite what a rank has counted with rank 0's; update_routers() adds up all ranks'.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
+        ]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation, all of it: N(0, 0.02), projections into the residual stream 0.02/sqrt(2 L).
 
-        Called for every module, children before parents, so that a parent can redraw what its child drew.
-        Only functions of transformers.initialization are used: they leave loaded weights alone.
+        With init="zero_proj" the latter begin at zero: every block is the identity at first.
+        Called for every module that has parameters or buffers of its own (not for others: transformers skips
+        them in code that is not its own). The functions of transformers.initialization leave loaded weights
+        alone.
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.02)
+            init.normal_(module.weight, std=residual_std if hasattr(module, "into_residual") else 0.02)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -298,8 +328,6 @@ class GPT(PreTrainedModel, GenerationMixin):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (CausalSelfAttention, MLP)):
-            init.normal_(module.c_proj.weight, std=residual_std)
         elif isinstance(module, Experts):
             init.normal_(module.c_fc, std=0.02)
             init.normal_(module.c_proj, std=residual_std)
@@ -307,8 +335,8 @@ class GPT(PreTrainedModel, GenerationMixin):
                 init.zeros_(module.c_fc_bias)
                 init.zeros_(module.c_proj_bias)
         elif isinstance(module, MoE):
-            for buffer in module.buffers(recurse=False):  # all its statistics begin at zero
-                init.zeros_(buffer)
+            for name, value in module.initial_statistics().items():
+                init.copy_(getattr(module, name), value)
 
     # --- embeddings, sizes ------------------------------------------------------------------------------
 
@@ -396,8 +424,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         update_routers(self.moe_layers(), process_group)
 
-    def expert_usage(self, reset: bool = False) -> list[dict]:
-        """Per MoE layer what MoE.usage_statistics() gives: counts and loads since the last reset."""
+    def expert_usage(self, reset: bool = False) -> list[ExpertUsage]:
+        """Per MoE layer counts and loads since its last reset, of all ranks up to update_routers()."""
         usage = [moe.usage_statistics() for moe in self.moe_layers()]
         if reset:
             for moe in self.moe_layers():
@@ -405,26 +433,6 @@ class GPT(PreTrainedModel, GenerationMixin):
         return usage
 
     # --- forward ----------------------------------------------------------------------------------------
-
-    def _masks(self, x, attention_mask, position_ids, past_key_values) -> dict[str, torch.Tensor | None]:
-        """Attention masks by kind of layer; None is plain causal attention, the fast path of training."""
-        if isinstance(attention_mask, dict):  # made by generate() for static caches
-            return attention_mask
-        arguments = dict(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
-        )  # fmt: skip
-        nothing_special = attention_mask is None and past_key_values is None and position_ids is None
-        plain = nothing_special and self.config._attn_implementation != "eager"
-        masks = {}
-        for kind in sorted(set(self.config.layer_types)):
-            if kind == "sliding_attention" and not (plain and x.size(1) <= self.config.sliding_window):
-                masks[kind] = create_sliding_window_causal_mask(**arguments)
-            elif plain:
-                masks[kind] = None
-            else:
-                masks[kind] = create_causal_mask(**arguments)
-        return masks
 
     def _positions(self, x, padding, past_key_values) -> torch.Tensor:
         """Positions (B or 1, T) of new tokens: after the cached ones, a row's padding not counted.
@@ -435,7 +443,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         if isinstance(past, int) and past + T > self.config.block_size:  # a static cache's length is a tensor
             raise ValueError(f"{past + T} tokens are longer than block_size={self.config.block_size}")
         if padding is not None:
-            return (padding.cumsum(-1) - 1).clamp(min=0)[:, -T:]
+            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         return torch.arange(T, device=x.device)[None] + past
 
     def _run(
@@ -452,7 +460,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        masks = self._masks(x, attention_mask, position_ids, past_key_values)
+        flexible = self.training and not output_attentions
+        masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
         if padding is not None:
             present = padding[:, -x.size(1) :].bool()  # (B, T)
@@ -468,15 +477,16 @@ class GPT(PreTrainedModel, GenerationMixin):
 
         hidden_states, attentions, reports = [x], [], []
         for block, kind in zip(self.transformer.h, config.layer_types, strict=True):
-            x, report, weight = block(
+            x, weight, *report = block(
                 x, masks[kind], rotary, counted, num_tokens,
-                past_key_values=past_key_values, output_attentions=output_attentions,
+                past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True,
             )  # fmt: skip
-            hidden_states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
             attentions.append(weight)
-            if report is not None:
-                block.mlp.accumulate(report)
-                reports.append(report)
+            if report:
+                reports.append(RouterAuxiliary(*report))
+                block.mlp.accumulate(reports[-1])
         x = self.transformer.ln_f(x)
         hidden_states[-1] = x  # as GPT-2 does, the last one is normalised
         output = BaseModelOutputWithPastAndCrossAttentions(
@@ -521,7 +531,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets, ignore_index = F.pad(labels[:, 1:], (0, 1), value=-100), -100
         if targets is not None:
-            use_cache = False
+            use_cache, logits_to_keep = False, 0
         elif use_cache is None:
             use_cache = config.use_cache and not self.training
         if output_attentions is None:
@@ -537,7 +547,6 @@ class GPT(PreTrainedModel, GenerationMixin):
         )  # fmt: skip
         if targets is not None or self._gives_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = kept if targets is None else slice(None)
             logits = self._logits(output.last_hidden_state[:, kept])  # (B, T or kept, V)
             losses = {}
             if targets is not None:
@@ -582,7 +591,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     # --- text -------------------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ) -> dict:
         """As transformers', and a text that outgrows block_size is cropped to its last block_size tokens.
 
@@ -590,14 +599,13 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         block_size = self.config.block_size
         if input_ids.size(1) > block_size:
-            cropped = {"input_ids": input_ids[:, -block_size:].contiguous(), "use_cache": False}
-            if attention_mask is not None:
-                cropped["attention_mask"] = attention_mask[:, -block_size:]
-            passed_on = ("logits_to_keep", "output_attentions", "output_hidden_states")
-            return cropped | {name: kwargs[name] for name in passed_on if name in kwargs}
+            input_ids, past_key_values = input_ids[:, -block_size:], None
+            attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
+            kwargs |= dict(use_cache=False, position_ids=None, next_sequence_length=None)
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
@@ -616,7 +624,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         try:
             if not isinstance(inputs, str):
                 return super(GPT, model).generate(inputs, *args, **kwargs)
-            ids = torch.tensor([self._encode_prompt(inputs)], device=self.device)  # (1, T)
+            ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)
             end = self.generation_config.eos_token_id
             kwargs = {
                 "attention_mask": torch.ones_like(ids),
@@ -627,19 +635,6 @@ class GPT(PreTrainedModel, GenerationMixin):
             return texts[0] if len(texts) == 1 else texts
         finally:
             self.train(was_training)
-
-    def _encode_prompt(self, text: str) -> list[int]:
-        ids = encode_text(text, self.config.encoding)
-        if not ids:
-            if self.config.bos_token_id is None:
-                raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
-            ids = [self.config.bos_token_id]
-        if max(ids) >= self.config.vocab_size:
-            raise ValueError(
-                f"encoding={self.config.encoding!r} gives token {max(ids)}, but vocab_size="
-                f"{self.config.vocab_size}; set config.encoding to the one that the model was trained with"
-            )
-        return ids
 
     # --- training and files -----------------------------------------------------------------------------
 
@@ -690,34 +685,24 @@ class GPT(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: Hugging Face's GPT-2 or ours.
 
-        ValueError, naming the field, for a GPT-2 whose configuration this model cannot express.
+        ValueError for a GPT-2 that lacks weights or, naming the field, that this model cannot express.
         """
         found = {}
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
             hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             given = {name: kwargs[name] for name in hub if name in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **given)
-        if found.get("model_type") == "gpt2":
-            return cls._from_gpt2(pretrained_model_name_or_path, *args, **kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        for moe in (loaded[0] if isinstance(loaded, tuple) else loaded).moe_layers():
-            moe.step_managed.zero_()  # whoever trained it called update_routers(); who goes on need not
-        return loaded
-
-    @classmethod
-    def _from_gpt2(cls, name, *args, output_loading_info=False, **kwargs):
-        from transformers import GPT2LMHeadModel
-
-        source, info = GPT2LMHeadModel.from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+        if found.get("model_type") != "gpt2":
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        fields, weights, generation_config, info = load_gpt2(pretrained_model_name_or_path, *args, **kwargs)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = cls(GPTConfig(**gpt2_config_fields(source.config)))
-        model.load_state_dict(transpose_gpt2_weights(source.state_dict()), assign=True)
+            model = cls(GPTConfig(**fields))
+        model.load_state_dict(weights, assign=True)
         model.tie_weights()
-        model.generation_config = source.generation_config
+        model.generation_config = generation_config
         model.eval()
-        return (model, info) if output_loading_info else model
+        return (model, info) if wants_info else model
 
 
 class GPTLMHeadModel(GPT):
