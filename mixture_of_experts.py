@@ -381,6 +381,7 @@ class Router(nn.Linear):
         super().__init__(n_embd, num_experts, bias=False)
 
     def reset_parameters(self) -> None:
+        """Normal with standard deviation 0.02: nearly equal scores, so that all experts begin with tokens."""
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ def read_run(folder: str) -> Run:
                 if "run" in record:
                     run.config, restarted = record["run"], True
                     continue
-                if restarted:  # a run begun again or resumed replaces what was logged from its first step on
-                    rows = {step: row for step, row in rows.items() if step < record["step"]}
+                if restarted:  # a run begun again or resumed replaces what was logged after its first step
+                    rows = {step: row for step, row in rows.items() if step <= record["step"]}
                     restarted = False
                 rows.setdefault(record["step"], {}).update(record)
         if bad:
@@ -197,7 +197,8 @@ def heat() -> dict:
 def reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") -> None:
     """A grey line at `y` to compare with; its name stands at the left (x = 0) or right end (x = 1)."""
     ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
-    words = {"color": GREY, "fontsize": 9, "ha": "right" if x else "left", "va": va}
+    words = {"color": GREY, "fontsize": 9, "ha": "right" if x else "left", "va": va, "zorder": 5}
+    words["bbox"] = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}
     shift = (4 - 8 * x, -3 if va == "top" else 2)  # points
     ax.annotate(text, (x, y), shift, ("axes fraction", "data"), "offset points", **words)
 
@@ -230,7 +231,7 @@ def draw_loss(fig, cell, runs: list[Run], compare: bool) -> list:
         top.append(GPT2_VAL_LOSS)
     low, high = ax.dataLim.y0, max(top, default=0)
     if high > low:  # without the first steps, whose fall from ln(vocabulary) flattens all that follows
-        ax.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.06 * (high - low))
     if one:
         ax.legend(loc="upper right")
     ax.set(title="Loss" if one else "Loss: training (lines), validation (markers)", ylabel="nats per token")
@@ -316,8 +317,8 @@ def draw_load_history(fig, cell, run: Run, title: str) -> list:
     table = loads.reshape(len(x), -1).T  # (MoE layers * E, records)
     ax.pcolormesh(x, np.arange(len(table)), table, shading="nearest", rasterized=True, **heat())
     ax.hlines(np.arange(1, layers) * experts - 0.5, x[0], x[-1], color=GREY, linewidth=0.8)
-    dead = np.flatnonzero(table[:, -1] < DEAD)
-    ax.plot(0 * dead + 1.012, dead, "kx", transform=ax.get_yaxis_transform(), clip_on=False)
+    for row in np.flatnonzero(table[:, -1] < DEAD):
+        ax.plot(1.012, row, "kx", transform=ax.get_yaxis_transform(), clip_on=False)
     shown = np.arange(0, layers, 1 + layers // 16)
     ax.set_yticks(shown * experts + (experts - 1) / 2, shown)
     ax.set(title=f"{title} over time, a row per expert", ylabel="MoE layer", ylim=(len(table) - 0.5, -0.5))

@@ -40,10 +40,10 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
 def memory_estimate(model: GPTLMHeadModel, B: int, T: int, dtype: str) -> dict[str, int]:
     """Bytes on the device, by use, of training with AdamW and micro-steps of (B, T).
 
-    Parameters, gradients and the two moments are fp32. A block keeps, per token, the inputs of its norms (fp32),
-    and in the dtype of the matrix products the norms' outputs, q, k, v, attention's output and the feed-forward's
-    hidden values (for each of the K experts it goes to). The head has the logits and, in fp32, their log-softmax
-    and two gradients at once.
+    Parameters, gradients and the two moments are fp32. A block keeps, per token, its norms' inputs (fp32)
+    and, in the dtype of the matrix products, the norms' outputs, q, k, v, attention's output and the hidden
+    values of the feed-forward (for each of the K experts). The head has the logits and, in fp32, their
+    log-softmax and two gradients at once.
     """
     config, count = model.config, model.get_num_params(False)
     size, N, C = 2 if dtype == "bfloat16" else 4, B * T, config.n_embd

@@ -241,7 +241,7 @@ def test_validation_loss_that_rises_and_a_reference_above_all_losses_are_in_view
         lines = [{"run": {"config": {"vocab_size": vocab}}}, *rows, {"step": 100, "val_loss": 2.99}]
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         assert drawn(tmp_path)[0]["Loss"].get_ylim()[1] > top
-    rows = [row | {"loss": 2.0} for row in rows]
+    rows = [row | {"loss": row["loss"] - 1} for row in rows]
     (tmp_path / "metrics.jsonl").write_text(
         "\n".join(map(json.dumps, [*rows, {"step": 100, "val_loss": 4.0}]))
     )
@@ -264,9 +264,23 @@ def test_dead_experts_are_marked(tmp_path, drawn):
         )  # expert 2 of layer 1, middle of its cell
     assert "dead" in now.get_xlabel() and len(texts_of(now).split(" | ")) == 32
     history = axes["Expert load over time, a row per expert"]
-    assert [line.get_ydata().tolist() for line in history.lines] == [[1 * 8 + 2]]
+    assert [line.get_ydata() for line in history.lines] == [[1 * 8 + 2]]
     dead = next(ax for ax in fig.axes if ax.get_ylabel() == "dead experts").lines[0].get_ydata()
     assert dead[-1] == 1 and dead[len(dead) // 2 - 2] == 0
+
+
+def test_every_panel_has_room(tmp_path, drawn):
+    """Whether experts are dead or not, and with any number of runs: the layout gives no panel a sliver."""
+    healthy = fake_log(tmp_path / "healthy", steps=20)
+    lines = (healthy / "metrics.jsonl").read_text().splitlines()
+    (healthy / "metrics.jsonl").write_text("\n".join(lines[:9]))
+    for folders in ([healthy], [fake_log(tmp_path / "dead", steps=20)], [healthy, tmp_path / "dead"]):
+        axes, fig = drawn(*folders)
+        fig.draw_without_rendering()
+        for ax in axes.values():
+            box = ax.get_position()
+            assert (box.width > 0.2 and box.height > 0.08) or ax.get_label() == "<colorbar>", ax
+            assert box.x0 > 0.02 and box.x1 <= 1 and box.y0 > 0.02 and box.y1 < 0.98
 
 
 def test_loads_are_drawn_in_fair_shares(tmp_path, drawn):
@@ -419,7 +433,8 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, first + again)))
     run = plot_log.read_run(str(tmp_path))
     assert [row["step"] for row in run.rows] == list(range(8)) and run.config["vocab_size"] == 259
-    assert run.rows[6] == {"step": 6, "loss": 2.0} and not run.problems
+    assert run.rows[6] == {"step": 6, "loss": 2.0, "val_loss": 9.0}  # evaluated before the stop
+    assert run.rows[7] == {"step": 7, "loss": 2.0} and not run.problems
 
 
 def test_records_of_one_step_are_merged(tmp_path):
