@@ -1,8 +1,8 @@
 """Measurements. Everything that is compared alternates (A B A B ...) in one run; figures are medians.
 
-    python bench.py moe                        # MoE layer against dense MLP, mask loop and Hugging Face's
-    experts python bench.py step                       # one optimizer step, dense against 8 experts top-2
-    python bench.py train --size d12 --dtype bfloat16 --compile 1
+    python bench.py moe [--compile 1]     # MoE layer against dense MLP, mask loop, Hugging Face's experts
+    python bench.py step                  # one optimizer step, dense against 8 experts top-2
+    python bench.py train --size d12 --dtype bfloat16 --compile 1         # whole models
 
 --csv FILE writes the table as well. MFU = FLOPs of GPT.flops_per_token (active parameters, attention counted)
 x tokens per second / the device's dense bf16 peak; unknown on CPUs. Memory: on CUDA the allocator's peak; on
@@ -163,28 +163,27 @@ def bench_moe(options) -> list[dict]:
     for N, C, E, K, H in MOE_SIZES:
         N = options.tokens or N
         config = moe_config(C, E, K, H)
-        layers = {
-            "dense": MLP(config, K * H), "ours": MoE(config), "mask loop": MaskLoop(C, E, K, H),
-            "transformers": huggingface_layer(C, E, K, H),
-        }  # fmt: skip
+        layers = {"dense": MLP(config, K * H), "ours": MoE(config)}
+        if not (options.compile and options.dtype == "float32"):  # grouped_mm compiles in bf16 only
+            layers["ours, grouped_mm"] = MoE(config)
+            layers["ours, grouped_mm"].experts.engine = "grouped_mm"
+        layers |= {"mask loop": MaskLoop(C, E, K, H), "transformers": huggingface_layer(C, E, K, H)}
         torch.manual_seed(0)
         x, direction = torch.randn(2, 1, N, C, device=device)  # (1, N, C) each
         for layer in layers.values():
             layer.to(device).train()
-        for compiled in (False, True) if options.compile else (False,):
-            forwards, both = {}, {}
-            for name, layer in layers.items():
-                forward = torch.compile(layer) if compiled else layer
-                forwards[name] = partial(layer_forward, forward, x, options.dtype)
-                both[name] = partial(layer_step, layer, forwards[name], direction)
-            seconds = alternate(both, device, options.rounds)
-            for name in layers:
-                _, kept = (0, 0) if compiled else memory_bytes(forwards[name], device)
-                rows.append({
-                    "tokens,C,E,K,H": f"{N},{C},{E},{K},{H}", "layer": name, "compiled": compiled,
-                    "ms": 1000 * seconds[name], "x dense": seconds[name] / seconds["dense"],
-                    "saved activations MiB": "" if compiled else kept / 2**20,
-                })  # fmt: skip
+        forwards, both = {}, {}
+        for name, layer in layers.items():
+            forward = torch.compile(layer) if options.compile else layer
+            forwards[name] = partial(layer_forward, forward, x, options.dtype)
+            both[name] = partial(layer_step, layer, forwards[name], direction)
+        seconds = alternate(both, device, options.rounds)
+        for name in layers:
+            rows.append({
+                "tokens,C,E,K,H": f"{N},{C},{E},{K},{H}", "layer": name, "ms": 1000 * seconds[name],
+                "x dense": seconds[name] / seconds["dense"],
+                "saved activations MiB": memory_bytes(forwards[name], device)[1] / 2**20,
+            })  # fmt: skip
     return rows
 
 
@@ -264,9 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--compile", type=int, default=0, help="1: compiled too (moe), or compiled (train, step)"
-    )
+    parser.add_argument("--compile", type=int, default=0, help="1: torch.compile")
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each contender")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--tokens", type=int, default=0, help="moe: tokens, instead of each size's own")

@@ -428,7 +428,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     return out
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code, 2 where a folder has no log or an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="log/", help="folders of runs")
@@ -436,7 +436,7 @@ def main() -> int:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", help="file to write (default: training.png in the first folder)")
     target.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="its format alone")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     out = args.out or str(Path(args.folders[0], f"training.{args.format}"))
     try:
         print(plot_runs(args.folders, out, args.x))
