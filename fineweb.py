@@ -4,7 +4,7 @@
     python fineweb.py --demo                           # prose that every Python carries -> demo_data/
     python fineweb.py --source book.txt --out book --val_tokens 20000
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
-    python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines, which may share --out
+    python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
 Killed at any moment and started again with the same command, it goes on after the last complete shard and
 ends with the same bytes. The order below: encodings, shards, loader, demo corpus, sources, tokenising.
@@ -27,17 +27,17 @@ import hashlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import queue
 import re
 import signal
 import sys
 import sysconfig
-import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -55,9 +55,7 @@ EOT = "<|endoftext|>"
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 TASK_CHARS = 1 << 19  # text handed to a worker at a time: some 30 ms of work
 MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,999 spaces in a row
-OPEN_SHARDS = (
-    256  # memory maps a loader keeps; each takes a file descriptor, of which a process may have 1,024
-)
+OPEN_SHARDS = 256  # memory maps a loader keeps; each takes a file descriptor, often limited to 1,024
 ROUNDS = 6  # of the Feistel network that shuffles
 
 # ----------------------------------------------------------------------------------------------------------
@@ -97,9 +95,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
 def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     """Token ids of `text`, uint16; what looks like a special token in it is ordinary text."""
     parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
-    return np.concatenate([encoding.encode_to_numpy(p, disallowed_special=()) for p in parts]).astype(
-        np.uint16
-    )
+    ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+    return np.concatenate(ids).astype(np.uint16)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,25 +187,21 @@ def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
 
 def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
     """Raise ValueError if a file without a header is something else than bare tokens."""
-    signatures = {
-        b"PK\x03\x04": "a zip archive or checkpoint",
-        b"\x1f\x8b\x08": "a gzip file",
-        b"\x28\xb5\x2f\xfd": "a zstd file",
-        b"PAR1": "a parquet file",
-    }
-    what = next((name for start, name in signatures.items() if head.startswith(start)), None)
+    signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+    kind = next((kind for start, kind in signatures.items() if head.startswith(start)), None)
+    why = f"it is {kind}" if kind else None
     if magic == MAGIC:
-        what = "the start of one, truncated within its header"
+        why = f"it is truncated within its header, at {len(head)} bytes"
     # llm.c's magic numbers are dates, which as uint16 are no tokens of GPT-2; its headers end in zeros.
     elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
-        what = f"has magic number {magic} instead of {MAGIC}"
+        why = f"it has magic number {magic} instead of {MAGIC}"
     # Tokens soon have a control character among their bytes; text has none.
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
             if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
-                what = f"is text, to be made into shards by `python fineweb.py --source {path} --out FOLDER`"
-    if what:
-        raise ValueError(f"{path} is no shard of tokens but {what}; {_rebuild(path)}")
+                why = f"it is text (shards of it: `python fineweb.py --source {path} --out FOLDER`)"
+    if why:
+        raise ValueError(f"{path} is not a shard of tokens: {why}; {_rebuild(path)}")
 
 
 def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
@@ -246,9 +239,7 @@ def count_tokens(path: str) -> int:
 
 def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool) -> dict:
     """What every meta.json says; `shards` is the number of tokens by file name."""
-    counts = {
-        split: sum(n for name, n in shards.items() if name.startswith(split)) for split in ("train", "val")
-    }
+    counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
     vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
     return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
 
@@ -256,15 +247,9 @@ def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool
 def load_metas(folder: str) -> dict[str, dict]:
     """Path -> content of a folder's meta.json, or each machine's meta_p0000.json, ... Raises ValueError."""
     metas = {}
-    kinds = {
-        "encoding": str,
-        "vocab_size": int,
-        "eot_token": int,
-        "tokens": dict,
-        "shards": dict,
-        "complete": bool,
-    }
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "meta*.json"))):
+    kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
+    names = "meta.json", "meta_p[0-9]*.json"
+    for path in sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))):
         try:
             with open(path, encoding="utf-8") as file:
                 metas[path] = json.load(file)
@@ -368,14 +353,8 @@ class DistributedDataLoader:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-        self.B, self.T, self.rank, self.world_size, self.shuffle, self.seed = (
-            B,
-            T,
-            rank,
-            world_size,
-            shuffle,
-            seed,
-        )
+        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
+        self.shuffle, self.seed = shuffle, seed
         self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -388,7 +367,7 @@ class DistributedDataLoader:
             tokens = read_shard(path)
             lengths.append(len(tokens))
             digest.update(
-                lengths[-1].to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
+                len(tokens).to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
             )
         group = B * world_size
         samples = (np.array(lengths) - 1) // T  # (files,)
@@ -396,17 +375,12 @@ class DistributedDataLoader:
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
             raise ValueError(
-                f"too little data: one batch of B={B} on world_size={world_size} ranks with T={T} needs "
-                f"B * world_size * T + 1 = {group * T + 1} tokens, but the {len(lengths)} shards from "
-                f"{self.files[0]} on have {self.num_tokens}; lower B or T, or make more: `python fineweb.py`"
+                f"too little data: one batch of B={B} on world_size={world_size} ranks needs {group} samples "
+                f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
+                f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
+                f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
             )
-        self._stream = {
-            "T": T,
-            "shuffle": shuffle,
-            "seed": seed,
-            "files": len(lengths),
-            "tokens": self.num_tokens,
-        }
+        self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(read_shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -500,21 +474,12 @@ def demo_documents() -> Iterator[str]:
     """Prose that every Python carries: the language's help topics and each standard module's docstrings.
 
     About 1.8 MB, in the same order every time for one version of Python; nothing is imported or run.
-    Paragraphs that repeat earlier ones are left out (docstrings are copied between modules, help topics contain
-    one another), so that a document held out for validation has no twin in training.
+    Paragraphs that repeat earlier ones are left out (docstrings are copied between modules, help topics
+    contain one another), so that a document held out for validation has no twin in training.
     Raises FileNotFoundError if this Python came without its library's sources.
     """
     library = sysconfig.get_paths()["stdlib"]
-    skip = {
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-    }
+    skip = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages __pycache__".split())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     seen: set[tuple[str, ...]] = set()
     for folder, folders, names in os.walk(library):
@@ -526,16 +491,14 @@ def demo_documents() -> Iterator[str]:
             except (SyntaxError, ValueError):
                 continue
             if path.endswith(os.path.join("pydoc_data", "topics.py")):
-                tables = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
-                texts = [text for table in tables for text in table.values()]
+                tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+                texts = [ast.literal_eval(text) for table in tables for text in table.values]
             else:
                 strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
                 texts = ["\n\n".join(filter(None, strings))]
             yield from filter(None, (_only_new(text, seen) for text in texts))
     if not seen:
-        raise FileNotFoundError(
-            f"the demo corpus needs the .py files of the standard library; {library} has none"
-        )
+        raise FileNotFoundError(f"the demo corpus needs the standard library's .py files; {library} has none")
 
 
 def _only_new(text: str, seen: set[tuple[str, ...]]) -> str:
@@ -576,10 +539,9 @@ def prepare_demo(out: str | os.PathLike = "demo_data", encoding: str = "bytes") 
 
 def all_there(out: str, meta: dict) -> bool:
     """Whether a meta.json is final and all the shards it lists are whole."""
-    shards = meta.get("shards", {}).items()
-    return meta.get("complete", False) and all(
-        count_tokens(os.path.join(out, name)) == n for name, n in shards
-    )
+    shards = meta.get("shards", {})
+    whole = (count_tokens(os.path.join(out, name)) == n for name, n in shards.items())
+    return meta.get("complete", False) and all(whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -594,30 +556,29 @@ def _flag(default: object, text: str) -> Any:
 class Job:
     """What a run of the script does: its flags. All but the last three decide which bytes come out."""
 
-    source: str = _flag(
-        FINEWEB, "file or folder of .txt .jsonl .jsonl.gz .jsonl.zst .parquet, or a Hub dataset"
-    )
+    source: str = _flag(FINEWEB, "file or folder of .txt, .jsonl[.gz|.zst], .parquet; or a Hub dataset")
     subset: str | None = _flag(None, "of a Hub dataset; FineWeb-Edu's is sample-10BT")
     split: str = _flag("train", "of a Hub dataset")
     revision: str | None = _flag(None, "of a Hub dataset: branch, tag or commit")
     text_field: str = _flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
-    encoding: str | None = _flag(
-        None, "bytes or one of tiktoken's up to 65,536 ids; gpt2, for the demo bytes"
-    )
+    encoding: str | None = _flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     shard_size: int = _flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = _flag(None, "tokens at the start kept for validation; one shard if not given")
-    limit_docs: int | None = _flag(None, "stop after so many documents")
+    limit_docs: int | None = _flag(None, "stop after so many documents (of this part)")
     num_parts: int = _flag(1, "machines that share the work")
     part: int = _flag(0, "which of them this is, from 0; part 0 writes the validation shard")
-    out: str | None = _flag(
-        None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, demo_data for the demo"
-    )
+    out: str | None = _flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
     workers: int | None = _flag(None, "tokenising processes; one a core if not given")
     demo: bool = _flag(False, "prose that every Python carries, in place of a source")
 
 
 # How far reading has come. A reader that starts from a copy repeats nothing and leaves nothing out.
 START = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
+
+
+def decode(raw: bytes | bytearray) -> str:
+    """UTF-8, without its byte order mark; invalid bytes become surrogate escapes, for clean() to count."""
+    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
 def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
@@ -636,13 +597,13 @@ def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
             for end in range(len(held) - 1, fresh - 1, -1):
                 if held[end] in b" \n" and held[end - 1 : end].isalpha():
                     at += end
-                    yield begins, at, held[:end].decode("utf-8", "surrogateescape"), at
+                    yield begins, at, decode(held[:end]), at
                     begins = False
                     del held[:end]
                     break
         if held or begins:
             at += len(held)
-            yield begins, at, held.decode("utf-8", "surrogateescape"), at
+            yield begins, at, decode(held), at
 
 
 def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
@@ -658,7 +619,7 @@ def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, 
             if number > at and line.strip():
                 where = f"{path}, line {number}"
                 try:
-                    record = json.loads(line.decode("utf-8", "surrogateescape"))
+                    record = json.loads(decode(line))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not a JSON object ({error})") from error
                 yield True, number, text_of(record, name, where), file.tell()
@@ -683,16 +644,13 @@ def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str
                 for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     row += 1
                     if row > at:
-                        text = (raw or b"").decode("utf-8", "surrogateescape")
-                        yield True, row, text, size * row // table.metadata.num_rows
+                        yield True, row, decode(raw or b""), size * row // table.metadata.num_rows
 
 
 def text_of(record: object, name: str, where: str) -> str:
     """The text in a record. Raises ValueError that names the fields there are."""
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: expected an object with the field {name!r}, found {type(record).__name__}"
-        )
+        raise ValueError(f"{where}: {type(record).__name__} instead of an object with the field {name!r}")
     if name not in record:
         raise ValueError(f"{where}: no field {name!r}, only {', '.join(map(repr, record))}; see --text_field")
     if not isinstance(record[name], str | None):
@@ -723,10 +681,10 @@ def clean(text: str, place: dict) -> str:
 def find_files(path: str) -> list[str]:
     """The file itself, or the files of text in a folder and below it. Raises ValueError if there are none."""
     suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-    inside = (
-        glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if os.path.isdir(path) else [path]
-    )
-    files = sorted(file for file in inside if file.endswith(suffixes) and os.path.isfile(file))
+    found = [path]
+    if os.path.isdir(path):
+        found = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
+    files = sorted(file for file in found if file.endswith(suffixes) and os.path.isfile(file))
     if not files:
         raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")
     return files
@@ -747,13 +705,13 @@ def read_local(job: Job, files: list[str], place: dict) -> Iterator[tuple[bool, 
         try:
             for begins, at, text, read_bytes in pieces:
                 if begins:
-                    if place["seen"] == job.limit_docs:
+                    if place["documents"] == job.limit_docs:
                         return
                     mine = take(job, place)
                 place["at"], place["read"] = at, before + read_bytes
                 if not mine:
                     continue
-                text = clean(text.removeprefix("\ufeff") if begins else text, place)
+                text = clean(text, place)
                 if begins and not text.strip():
                     place["empty"] += 1
                 else:
@@ -775,9 +733,8 @@ def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | N
     """
     import datasets
 
-    data = datasets.load_dataset(
-        job.source, job.subset, split=job.split, revision=job.revision, streaming=True
-    )
+    where = {"split": job.split, "revision": job.revision}
+    data = datasets.load_dataset(job.source, job.subset, **where, streaming=True)
     splits = data.info.splits or {}
     total = splits[job.split].num_examples // job.num_parts if job.split in splits else None
     if job.num_parts > 1 and data.num_shards >= job.num_parts:
@@ -788,7 +745,7 @@ def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | N
 
     def stream() -> Iterator[tuple[bool, str]]:
         for record in data:
-            if place["seen"] == job.limit_docs:
+            if place["documents"] == job.limit_docs:
                 return
             mine = take(job, place)
             place["hub"], place["read"] = data.state_dict(), place["documents"]
@@ -831,34 +788,58 @@ def cut_tasks(stream: Iterator[tuple[bool, str]], place: dict) -> Iterator[Task]
         yield start, pieces
 
 
-def _start_worker() -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def _work(connection: multiprocessing.connection.Connection, name: str) -> None:
+    """Body of a worker process: encodes what comes, until the other end is closed or its process killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(encode_pieces(name, connection.recv()))
 
 
 def encode_tasks(tasks: Iterator[Task], name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """(place before them, tokens) of the tasks, in their order, by `workers` processes.
 
-    Processes, because documents are short and threads would wait for the interpreter's lock most of the time;
-    an executor, because a Pool reads the whole source into memory and waits for ever for a worker that died.
+    Processes, because documents are short and threads would wait for the interpreter's lock most of the time.
+    Each has a pipe of its own and a thread here that waits for it: unlike Python's pools, this cannot hang
+    when a process is killed. Raises ChildProcessError then.
     """
     if workers == 1:
         yield from ((place, encode_pieces(name, pieces)) for place, pieces in tasks)
         return
-    spawn, running = multiprocessing.get_context("spawn"), deque()
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+    spawn, idle, running = multiprocessing.get_context("spawn"), queue.SimpleQueue(), deque()
+    processes = []
+    for _ in range(workers):
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=_work, args=(theirs, name), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        idle.put(ours)
+
+    def encode_elsewhere(pieces: list[tuple[bool, str]]) -> np.ndarray:
+        connection = idle.get()
         try:
-            for place, pieces in tasks:
-                running.append((place, pool.submit(encode_pieces, name, pieces)))
-                if len(running) > 3 * workers:
-                    place, tokens = running.popleft()
-                    yield place, tokens.result()
-            for place, tokens in running:
-                yield place, tokens.result()
+            connection.send(pieces)
+            return connection.recv()
+        except (EOFError, OSError) as error:
+            raise ChildProcessError("a tokenising process died; out of memory? lower --workers") from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            idle.put(connection)
+
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for place, pieces in tasks:
+            running.append((place, threads.submit(encode_elsewhere, pieces)))
+            if len(running) > 3 * workers:
+                place, tokens = running.popleft()
+                yield place, tokens.result()
+        for place, tokens in running:
+            yield place, tokens.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+        for _ in processes:
+            idle.get().close()
+        for process in processes:
+            process.join()
 
 
 class ShardWriter:
@@ -920,21 +901,21 @@ class ShardWriter:
             self.filled, used = self.filled + count, used + count
 
     def finish(self, place: dict) -> dict:
-        """Write the last shard and the final meta.json, and return it. Raises ValueError for too little text."""
+        """Write the last shard and the final meta.json, and return it. Raises ValueError for too little."""
         if self.n == 0 and (self.val_shards or not self.filled):
+            need = "no text"
+            if self.val_shards:
+                need = f"validation takes val_tokens={self.job.val_tokens}, pass less"
             raise ValueError(
-                f"source={self.job.source!r} is too small: {place['documents']} documents give {self.filled} tokens, "
-                f"and val_tokens={self.job.val_tokens}; pass a --val_tokens below that"
+                f"source={self.job.source!r} is too small (part {self.job.part} of {self.job.num_parts}): "
+                f"{place['documents']} documents, {self.filled} tokens; {need}"
             )
         last = self.filled
         self._flush(None)
         counts = {"documents": place["documents"], "empty": place["empty"], "replaced": place["replaced"]}
         meta = self._write_meta(counts, last)
-        print(f"{self.job.out}: {place['documents']:,} documents, {place['empty']:,} of them empty; ", end="")
-        print(
-            f"{meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens; ", end=""
-        )
-        print(f"{place['replaced']:,} invalid characters replaced")
+        tokens = ", ".join(f"{n:,} {split} tokens" for split, n in meta["tokens"].items())
+        print(f"{self.job.out}: {tokens}; " + ", ".join(f"{name}: {n:,}" for name, n in counts.items()))
         return meta
 
     def _flush(self, following: list | None) -> None:
@@ -1001,23 +982,13 @@ def build(job: Job) -> dict:
 
 def check(job: Job) -> Job:
     """The job with its defaults filled in. Raises ValueError, FileNotFoundError."""
-    fineweb = job.source == FINEWEB
-    job = replace(
-        job,
-        subset=job.subset or (FINEWEB_SUBSET if fineweb else None),
-        out=job.out or ("edu_fineweb10B" if fineweb else None),
-        encoding=job.encoding or "gpt2",
-        val_tokens=job.shard_size if job.val_tokens is None else job.val_tokens,
-        workers=job.workers
-        or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-    )
-    for name, least in {
-        "shard_size": 1,
-        "val_tokens": 0,
-        "limit_docs": 1,
-        "workers": 1,
-        "num_parts": 1,
-    }.items():
+    if job.source == FINEWEB:
+        job = replace(job, subset=job.subset or FINEWEB_SUBSET, out=job.out or "edu_fineweb10B")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    job = replace(job, encoding=job.encoding or "gpt2", workers=job.workers or cores)
+    if job.val_tokens is None:
+        job.val_tokens = job.shard_size
+    for name, least in dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1).items():
         value = getattr(job, name)
         if value is not None and not least <= value < 1 << 31:
             raise ValueError(f"{name}={value} must be at least {least} and below 2147483648")
@@ -1026,9 +997,7 @@ def check(job: Job) -> Job:
     if job.out is None:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={job.source!r}")
     if not os.path.exists(job.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", job.source):
-        raise FileNotFoundError(
-            f"source={job.source!r} is no file or folder here, nor the name of a Hub dataset"
-        )
+        raise FileNotFoundError(f"source={job.source!r} is no file or folder here, nor a Hub dataset's name")
     return job
 
 
@@ -1037,7 +1006,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for flag in fields(Job):
         kind = (
-            {"action": "store_true"} if flag.name == "demo" else {"type": int if "int" in flag.type else str}
+            {"type": int if "int" in flag.type else str} if flag.type != "bool" else {"action": "store_true"}
         )
         parser.add_argument(f"--{flag.name}", default=flag.default, help=flag.metadata["help"], **kind)
     job = Job(**vars(parser.parse_args(argv)))
@@ -1049,10 +1018,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             build(job)
         return 0
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, BrokenProcessPool) as error:
+    except OSError as error:
         print(f"stopped by {error!r}; {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
