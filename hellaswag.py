@@ -1,0 +1,561 @@
+"""HellaSwag: how often a language model prefers the true ending of a short text to three false ones.
+
+    python hellaswag.py --model log/model_19073.pt                      # a training checkpoint
+    python hellaswag.py --model FOLDER --style harness                  # an exported model
+    python hellaswag.py --model gpt2-xl --device cuda --dtype bfloat16  # OpenAI's weights, from Hugging Face
+    python hellaswag.py --model gpt2 --data my_val.jsonl --limit 100    # another file, its first questions
+    torchrun --nproc_per_node=8 hellaswag.py --model log/model_19073.pt
+
+The model chooses among four endings the one to which it gives the highest probability (acc), or the highest
+per token or character (acc_norm). Two styles:
+    completion   the text as it stands; acc_norm per token; as in build-nanogpt
+    harness      as lm-evaluation-harness 0.4, zero-shot: "activity: context", WikiHow's [marks] taken out;
+                 acc_norm per character of the ending (a byte each in ASCII)
+A text longer than the model's block loses tokens on the left, for each ending as many as needed (as there).
+
+Expected on the 10,042 validation questions, per cent, where published (standard errors are 0.44 to 0.50):
+                               gpt2     gpt2-medium   gpt2-large   gpt2-xl
+    completion   acc           28.59                                38.42    build-nanogpt, hellaswag.py
+                 acc_norm      29.55       37.52         43.20      48.93    the same, and its play.ipynb
+    harness      acc           28.92                                40.04    build-nanogpt, hellaswag.py
+                 acc_norm      31.14                                50.89
+
+The plain method, `score_one_by_one`, runs four padded rows for every question and computes all their logits.
+`score_batched` finds the same numbers sooner: a question is ONE row, its context followed by the four
+endings; a mask hides these from each other, and positions restart for each. Rows of similar length share a
+batch, and only scored positions meet the head.
+
+References: HellaSwag, arXiv 1905.07830, github.com/rowanz/hellaswag; github.com/karpathy/build-nanogpt;
+github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py).
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import http.client
+import itertools
+import json
+import math
+import re
+import secrets
+import sys
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+DATA_DIR = Path(__file__).parent / "hellaswag"
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{}"
+# Bytes and SHA-256 of the files; tensorflow/datasets (url_checksums/hellaswag.txt) and huggingface/datasets
+# (datasets/hellaswag/dataset_infos.json) agree on them. The test file has no labels and cannot be scored.
+FILES = {
+    "train": (47496131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
+    "val": (12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
+Rows = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
+
+# -----------------------------------------------------------------------------
+# Questions
+
+
+class HellaSwagUnavailable(FileNotFoundError):
+    """The questions are not here and cannot be fetched; the message is one line."""
+
+
+def download(split: str = "val") -> Path:
+    """Path of a split's file; fetched into hellaswag/ beside this script if it is not there yet.
+
+    HellaSwagUnavailable if that fails; ValueError for a split that does not exist or has no labels.
+    """
+    if split not in FILES:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(FILES)} (the test file has no labels)")
+    path = DATA_DIR / f"hellaswag_{split}.jsonl"
+    if path.exists():
+        return path
+    url, temporary = URL.format(path.name), path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        DATA_DIR.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+        found = (len(content), hashlib.sha256(content).hexdigest())
+        if found != FILES[split]:
+            raise OSError(f"size and SHA-256 are {found}, expected {FILES[split]}")
+        temporary.write_bytes(content)
+        temporary.replace(path)  # the name appears with the whole file only, whoever else is downloading
+    except (OSError, http.client.HTTPException) as error:
+        get_it = f"get it by: curl --create-dirs -o {path} {url}"
+        raise HellaSwagUnavailable(f"no {path} and no download ({error}); {get_it}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iterator[dict]:
+    """The questions of a split, or of a file with a JSON object on each line, as checked dictionaries.
+
+    ValueError names file and line of a bad one; HellaSwagUnavailable if there is no file.
+    """
+    path = download(split) if data is None else Path(data)
+    try:
+        lines = open(path, "rb")
+    except OSError as error:
+        raise HellaSwagUnavailable(f"cannot read the questions in {path}: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    example = check_example(json.loads(line.decode("utf-8")))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                yield example
+
+
+def check_example(example: object) -> dict:
+    """The example, its label an int (Hugging Face's copy has strings); ValueError, naming the field."""
+    if not isinstance(example, dict):
+        raise ValueError(f"expected a JSON object, found {example!a:.60}")
+    endings, label = example.get("endings"), example.get("label")
+    if not isinstance(endings, list) or len(endings) != 4:
+        raise ValueError(f"endings: expected a list of 4 texts, found {endings!a:.60}")
+    texts = {name: example.get(name) for name in ("ctx", "activity_label")}
+    texts |= {name: example[name] for name in ("ctx_a", "ctx_b") if name in example}
+    texts |= {f"endings[{i}]": ending for i, ending in enumerate(endings)}
+    for name, text in texts.items():
+        if not isinstance(text, str) or text != text.encode("utf-8", "ignore").decode("utf-8"):
+            raise ValueError(f"{name}: expected a text of whole characters, found {text!a:.60}")
+    if not example["ctx"]:
+        raise ValueError("ctx: expected a text to continue, found an empty one")
+    if str(label) not in ("0", "1", "2", "3"):
+        raise ValueError(f"label: expected 0, 1, 2 or 3, found {label!a:.60}")
+    return example | {"label": int(label)}
+
+
+def get_encoder(encoding: str) -> tuple[Callable[[str], list[int]], int]:
+    """Function from text to token ids, and the number of ids; "bytes", or a name that tiktoken knows."""
+    if encoding == "bytes":
+        return lambda text: list(text.encode("utf-8")), 256
+    import tiktoken
+
+    try:
+        encoder = tiktoken.get_encoding(encoding)
+    except OSError as error:
+        raise HellaSwagUnavailable(f"tiktoken cannot fetch encoding={encoding!r}: {error}") from error
+    return encoder.encode_ordinary, encoder.n_vocab
+
+
+def preprocess(text: str) -> str:
+    """lm-evaluation-harness's cleaning: WikiHow's [title] ends a sentence, other [marks] vanish."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def tokenize(
+    example: dict, encode: Callable, style: str
+) -> tuple[list[int], list[list[int]], list[int] | None]:
+    """Tokens of the context and of the four endings; for the harness style also the endings' characters."""
+    if style == "completion":
+        return encode(example["ctx"]), [encode(" " + ending) for ending in example["endings"]], None
+    if style != "harness":
+        raise ValueError(f"style={style!r}: choose completion or harness")
+    context = example["ctx"]
+    if "ctx_a" in example and "ctx_b" in example:
+        context = example["ctx_a"] + " " + example["ctx_b"].capitalize()
+    context = preprocess(example["activity_label"] + ": " + context)
+    choices = [preprocess(ending) for ending in example["endings"]]
+    # An ending is what the whole has beyond the context's tokens, and the context's last spaces are its own.
+    start = encode(context.rstrip())
+    endings = [encode(context + " " + choice)[len(start) :] for choice in choices]
+    assert all(endings), "after a visible character, a space begins a token"
+    return start, endings, [len(choice) for choice in choices]
+
+
+def pad_rows(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, T) of contexts and endings, and mask (B, T), 1 on the endings; zeros fill up the right."""
+    T = max(len(context) + len(ending) for context, ending in rows)
+    tokens, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
+    for row, (context, ending) in enumerate(rows):
+        end = len(context) + len(ending)
+        tokens[row, :end] = torch.tensor(context + ending)
+        mask[row, len(context) : end] = 1
+    return tokens, mask
+
+
+def render_example(
+    example: dict, encoding: str = "gpt2", style: str = "completion"
+) -> tuple[dict, torch.Tensor, torch.Tensor, int]:
+    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label.
+
+    data holds label, ctx_tokens and ending_tokens as lists.
+    """
+    context, endings, _ = tokenize(example, get_encoder(encoding)[0], style)
+    data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
+    return data, *pad_rows([(context, ending) for ending in endings]), example["label"]
+
+
+class Question(NamedTuple):
+    """A question as the model will see it."""
+
+    rows: Rows  # one for each ending
+    norms: list[int]  # what acc_norm divides the endings' log-probabilities by
+    label: int
+    cropped: bool  # some row was longer than the model's block
+    joined: bool  # ctx was not given in its two parts, ctx_a and ctx_b
+
+
+def build_question(example: dict, encode: Callable, style: str, block_size: int) -> Question:
+    """Tokenize and crop: a row has at most block_size + 1 tokens, of which the model sees all but the last.
+
+    The context keeps one token at least; of an ending longer than block_size only the end is scored.
+    """
+    context, endings, characters = tokenize(example, encode, style)
+    rows = []
+    for ending in endings:
+        row = (context + ending)[-(block_size + 1) :]
+        scored = min(len(ending), len(row) - 1)
+        rows.append((row[:-scored], row[-scored:]))
+    cropped = len(context) + max(map(len, endings)) > block_size + 1
+    norms = characters or [len(ending) for _, ending in rows]
+    return Question(rows, norms, example["label"], cropped, not {"ctx_a", "ctx_b"} <= example.keys())
+
+
+@functools.lru_cache(maxsize=1)  # a training run asks for the same questions again and again
+def load_questions(
+    path: Path, limit: int | None, style: str, encoding: str, block_size: int, vocab_size: int, mtime: int = 0
+) -> tuple[Question, ...]:
+    """The first `limit` questions (None: all) of a file, for a model of that size.
+
+    mtime: when the file was changed; only there to have it read again then. Errors as iterate_examples, and
+    ValueError for a file without questions, another style, and an encoding with more ids than the model.
+    """
+    encode, ids = get_encoder(encoding)
+    if ids > vocab_size:
+        raise ValueError(f"encoding={encoding!r} has {ids} ids, the model only vocab_size={vocab_size}")
+    examples = itertools.islice(iterate_examples(data=path), limit)
+    questions = tuple(build_question(example, encode, style, block_size) for example in examples)
+    if not questions:
+        raise ValueError(f"{path}: there are no questions in this file")
+    return questions
+
+
+# -----------------------------------------------------------------------------
+# Scores
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def longest_input(config) -> int:
+    """Tokens that a Hugging Face model takes at most; a huge number where there is no limit."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, nothing compiled; afterwards every module is in the mode it was in.
+
+    Not compiled, because another mode and other shapes would make torch.compile build further graphs.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> torch.Tensor:
+    """The plain method: for every question four padded rows and all their logits.
+
+    Returns every ending's loss, minus its log-probability in nats: (n, 4) fp32 on the CPU.
+    """
+    model, losses = unwrap(model), []
+    with evaluating(model):
+        for question in questions:
+            tokens, mask = (x.to(model.device) for x in pad_rows(question.rows))  # (4, T)
+            logits = model(tokens[:, :-1]).logits  # (4, T-1, V)
+            loss = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
+            losses.append((loss * mask[:, 1:]).sum(dim=1).cpu())
+    return torch.stack(losses)
+
+
+class Unit(NamedTuple):
+    """What becomes one row of a batch: a context and the endings that continue it."""
+
+    slot: int  # 4 * question + number of the first ending
+    context: list[int]
+    endings: list[list[int]]
+
+    def size(self) -> int:
+        """Tokens in the row; the last token of an ending predicts nothing and stays out."""
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def split_into_units(questions: Sequence[Question], shared: bool) -> list[Unit]:
+    """A unit per question, or, where not shared or where contexts were cropped, per ending; longest first."""
+    units = []
+    for number, question in enumerate(questions):
+        if shared and not question.cropped:
+            units.append(Unit(4 * number, question.rows[0][0], [ending for _, ending in question.rows]))
+        else:
+            units += [Unit(4 * number + i, context, [end]) for i, (context, end) in enumerate(question.rows)]
+    return sorted(units, key=Unit.size, reverse=True)
+
+
+def bucket(size: int) -> int:
+    """Round a length up, to a multiple of 16 or by less than an eighth, so that few shapes occur."""
+    step = max(16, 2 ** (size - 1).bit_length() // 16)
+    return -(-size // step) * step
+
+
+class Batch(NamedTuple):
+    """B units side by side, and the M tokens whose probabilities are wanted."""
+
+    tokens: torch.Tensor  # (B, T)
+    positions: torch.Tensor  # (B, T) in the text: after the context they restart for every ending
+    segments: torch.Tensor  # (B, T) 0 = context; 1, 2, ... = endings; -1 = padding
+    scored: torch.Tensor  # (M,) which of the B*T positions predicts the token
+    targets: torch.Tensor  # (M,) the token
+    slots: torch.Tensor  # (M,) the ending that it belongs to, numbered as Unit.slot
+
+
+def build_batch(units: Sequence[Unit], T: int) -> Batch:
+    """Lay out units of at most T tokens each."""
+    layout, scored, targets, slots = [], [], [], []
+    for row, unit in enumerate(units):
+        C = len(unit.context)
+        tokens, positions, segments = [*unit.context], [*range(C)], [0] * C
+        for i, ending in enumerate(unit.endings):
+            inner, first = len(ending) - 1, row * T + len(tokens)
+            scored += [row * T + C - 1, *range(first, first + inner)]  # the context predicts the first token
+            targets += ending
+            slots += [unit.slot + i] * len(ending)
+            tokens += ending[:-1]
+            positions += range(C, C + inner)
+            segments += [i + 1] * inner
+        padding = T - len(tokens)
+        layout += tokens + [0] * padding + positions + [0] * padding + segments + [-1] * padding
+    # By way of numpy, which reads lists three times faster than torch does.
+    layout, *rest = (torch.from_numpy(np.array(x)) for x in (layout, scored, targets, slots))
+    return Batch(*layout.view(-1, 3, T).unbind(1), *rest)
+
+
+def attention_masks(batch: Batch, window: int | None) -> dict[str, torch.Tensor]:
+    """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
+
+    A token sees what precedes it of the context and of its own ending; with a window only what is near in
+    the text, which is not what is near in the row. Padding sees itself at least, so that no row is empty.
+    """
+    T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
+    before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
+    visible = before & ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None]))  # (B, T, T)
+    masks = {"full_attention": visible[:, None]}
+    if window is not None:
+        near = positions[:, :, None] - positions[:, None] < window
+        masks["sliding_attention"] = (visible & near)[:, None]
+    return masks
+
+
+def scored_logits(model: torch.nn.Module, batch: Batch, shared: bool) -> torch.Tensor:
+    """Logits (M, V) of the scored positions. In our own models the head is given no others."""
+    if not shared:
+        return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
+    masks = attention_masks(batch, model.config.sliding_window)
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # (B, T, C) -> (1, M, C)
+    )
+    try:
+        output = model(
+            batch.tokens,
+            attention_mask=masks,
+            position_ids=batch.positions,
+            use_cache=False,
+            return_dict=True,
+        )
+        # GPT stops before the head, GPTLMHeadModel after it.
+        logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
+    finally:
+        hook.remove()
+    return logits[0]
+
+
+def score_batched(
+    model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
+    rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The losses of score_one_by_one, (n, 4) fp32 on the CPU; how, is said at the top of this file.
+
+    Contexts are shared in our own models; another Hugging Face model gets one plain row per ending.
+    All ranks run equally many forwards of equal T, for in a sharded model they need each other.
+    """
+    model = unwrap(model)
+    device = torch.device(device or model.device)
+    budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
+    shared = model.config.model_type == "gpt_moe"
+    units = split_into_units(questions, shared)
+    losses = torch.zeros(4 * len(questions), device=device)
+    with evaluating(model):
+        while units:
+            T = bucket(units[0].size())
+            if not shared:
+                T = min(T, longest_input(model.config))
+            B = max(1, budget // T)
+            chunk, units = units[: B * world_size], units[B * world_size :]
+            mine = chunk[rank::world_size]
+            batch = Batch(*(x.to(device) for x in build_batch(mine or chunk[:1], T)))
+            logits = scored_logits(model, batch, shared).float()
+            loss = F.cross_entropy(logits, batch.targets, reduction="none")  # (M,)
+            if mine:
+                losses.index_add_(0, batch.slots, loss)
+    if world_size > 1:
+        dist.all_reduce(losses)
+    return losses.view(-1, 4).cpu()
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True)
+class HellaSwagResult:
+    """Accuracies as fractions, their standard errors, and what they were computed from."""
+
+    acc: float  # choice by log-probability
+    acc_norm: float  # choice by log-probability per token (completion) or character (harness)
+    acc_stderr: float
+    acc_norm_stderr: float
+    n: int  # questions
+    cropped: int  # questions longer than the model's block
+    choices: list[int]  # 0..3, question by question
+    choices_norm: list[int]
+    losses: torch.Tensor  # (n, 4) minus log-probability of every ending, nats, fp32 on the CPU
+
+    def __str__(self) -> str:
+        return (
+            f"acc {self.acc:.4f} ± {self.acc_stderr:.4f}, acc_norm {self.acc_norm:.4f} ± "
+            f"{self.acc_norm_stderr:.4f}, {self.n} questions, {self.cropped} cropped to the model's block"
+        )
+
+
+def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResult:
+    """Choices and accuracies; of equal scores the first counts, as in numpy's argmax.
+
+    Standard error as in lm-evaluation-harness, a sample mean's: sqrt(p (1-p) / (n-1)); nan for n = 1.
+    """
+    n, norms = len(questions), torch.tensor([question.norms for question in questions])
+    chosen = [score.numpy().argmin(axis=1).tolist() for score in (losses, losses / norms)]
+    labels = [question.label for question in questions]
+    accuracies = [sum(map(int.__eq__, choices, labels)) / n for choices in chosen]
+    errors = [math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan for p in accuracies]
+    cropped = sum(question.cropped for question in questions)
+    return HellaSwagResult(*accuracies, *errors, n, cropped, *chosen, losses)
+
+
+def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, device: torch.device) -> tuple:
+    """What load() returns. Rank 0 is first, so that only one downloads; if one fails, all raise."""
+    questions, error = (), None
+    for my_turn in (rank == 0, rank != 0):
+        if my_turn:
+            try:
+                questions = load()
+            except (OSError, ValueError) as problem:
+                error = problem
+        failed = torch.tensor(float(error is not None), device=device)
+        if world_size > 1:
+            dist.all_reduce(failed)
+    if failed > 0:
+        raise error or HellaSwagUnavailable("another rank could not load the questions; it says why")
+    return questions
+
+
+def evaluate(
+    model: torch.nn.Module, data: str | Path | None = None, limit: int | None = None,
+    style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
+    rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+) -> HellaSwagResult:  # fmt: skip
+    """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
+
+    model: ours, in DDP, FSDP2 or torch.compile or not, or another causal language model of Hugging Face.
+    encoding: its tokens; None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a
+    forward. rank, world_size: if above 1, all ranks call this alike and get the whole result. device: of
+    the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16.
+    Raises HellaSwagUnavailable if there are no questions to be had, ValueError for bad ones (naming file
+    and line) and for arguments that make no sense.
+    """
+    config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
+    encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
+    if encoding is None:
+        raise ValueError(f"model_type={config.model_type!r} does not name its encoding: give encoding=")
+    for name, value in (("limit", limit), ("tokens_per_batch", tokens_per_batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    if world_size > 1 and not dist.is_initialized():
+        raise ValueError(f"world_size={world_size}, but torch.distributed is not initialised: use torchrun")
+
+    def load() -> tuple[Question, ...]:
+        path = download("val") if data is None else Path(data)
+        mtime = path.stat().st_mtime_ns if path.exists() else 0
+        size = (longest_input(config), config.vocab_size)
+        return load_questions(path, limit, style, encoding, *size, mtime)
+
+    questions = load_on_all_ranks(load, rank, world_size, device)
+    if style == "harness" and rank == 0 and any(question.joined for question in questions):
+        warnings.warn("questions without ctx_a and ctx_b: their ctx is taken as it is", stacklevel=2)
+    with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+        losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device)
+    return tally(questions, losses)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate the model that the command line names; 0, or 2 for a bad model, data or setting."""
+    from checkpoint import load_model
+    from parallel import start, stop
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="checkpoint, exported folder, or gpt2 ... gpt2-xl")
+    parser.add_argument("--data", help="questions, one JSON object per line; default: download them once")
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--style", default="completion", choices=["completion", "harness"])
+    parser.add_argument("--encoding", help="bytes or a name that tiktoken knows; default: the model's")
+    parser.add_argument("--tokens_per_batch", type=int, help="positions in a forward; default: by device")
+    parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    options = parser.parse_args(arguments)
+    try:
+        world = start(options.device)
+        model = load_model(options.model).to(world.device)
+        began = time.perf_counter()
+        result = evaluate(
+            model, options.data, options.limit, options.style, options.encoding, options.tokens_per_batch,
+            world.rank, world.size, world.device,
+            autocast=None if options.dtype == "float32" else getattr(torch, options.dtype),
+        )  # fmt: skip
+        if world.is_master:
+            speed = result.n / (time.perf_counter() - began)
+            print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
+    except (OSError, ValueError) as error:
+        print(f"hellaswag.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
