@@ -2,7 +2,7 @@
 
     python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
     python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
-    python checkpoint.py verify log/model_19073.pt
+    python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
 
 A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its safe default
 (weights_only=True):
@@ -11,21 +11,29 @@ A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its 
     step          number of optimizer steps done
     val_loss      last validation loss, nats per token, or None
     optimizer     its state dict; loader: position in the data; rng: torch's state; train_config: all settings
-    elapsed_s     seconds trained so far;  format: 1
-Files appear by atomic rename only, so a killed run never leaves half a checkpoint under a checkpoint's name.
-The file is a zip archive, and the CRC-32 in it for every tensor is checked before anything is loaded:
-torch.load alone does not look at it. log/latest holds the name of the newest one.
+    elapsed_s     seconds trained so far; health: bad steps and the loss's mean; world_size;  format: 1
 
-References: Sparse Upcycling, arXiv 2212.05055.
+A file appears under its name only when it is whole: it is written beside it, fsynced, renamed, and the folder
+is fsynced. A kill, a crash or a full disk at any byte leaves the checkpoints there were. The file is a zip
+archive with a CRC-32 for every tensor, which is compared before anything is loaded (torch.load alone does not
+look at it): any change of up to 32 bits in a row is found, and others with a probability of 1 - 2**-32.
+log/latest holds the name of the newest checkpoint; it never names one that is not there.
+
+References: Sparse Upcycling, arXiv 2212.05055; the zip format, https://pkware.com/appnote (CRC-32, 4.4.7).
 """
 
 import argparse
+import dataclasses
+import inspect
 import os
-import pickle
 import re
 import sys
+import threading
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +48,33 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of ours, is damaged, or was made by a newer version."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint made by a newer version of this program."""
+
+
+# ---------------------------------------------------------------------------- WRITE
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(file) to a temporary file beside `path`, fsync, rename. What was at `path` stays until then.
+
+    OSError if it cannot be written; whatever `write` raises.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save hides "disk full" behind a complaint of its own
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in the folder durable (POSIX wants the folder fsynced; elsewhere this does nothing)."""
     if os.name == "posix":
@@ -50,27 +85,126 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(file) to a temporary file beside `path`, fsync, rename. What was at `path` stays until then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it. OSError if it cannot."""
-    path = Path(folder) / f"model_{checkpoint['step']:05d}.pt"
+    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it.
+
+    OSError if it cannot be written; CheckpointError if a value in it is not finite: such a file would only
+    push out good ones.
+    """
+    for name, tensor in named_tensors(checkpoint):
+        if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
+            raise CheckpointError(f"step {checkpoint['step']} is not saved: {name} is not finite")
+    path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))
     return path
+
+
+def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """All tensors in nested dictionaries, lists and tuples, with their paths."""
+    if torch.is_tensor(value):
+        return [(name, value)]
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    inner = value.items() if isinstance(value, dict) else ()
+    return [pair for key, part in inner for pair in named_tensors(part, f"{name}.{key}".lstrip("."))]
+
+
+def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Delete all but the newest `keep_last` (0: delete none) and multiples of `keep_every` steps; which."""
+    old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
+    old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return old
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, so that training waits only for a copy of its state.
+
+        writer = CheckpointWriter("log", keep_last=3)
+        writer.save(checkpoint)     # returns after the copy; the next save waits for this one to be written
+        error = writer.wait()       # the last save's exception, or None
+
+    A save that fails (disk full, values not finite) says so at once through `say`, leaves the checkpoints
+    there were, and does not stop the training. Old ones are deleted (prune_checkpoints) only after the new
+    one has been read back and found good. On CUDA the copy goes to pinned memory, which is kept for the next.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print):
+        self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
+        self.path: Path | None = None  # the newest checkpoint that was written
+        self.error: Exception | None = None  # of the last save
+        self.seconds = 0.0  # that the last save took in the thread
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
+        """Start writing; before() runs first, in the thread. Returns the seconds training stood still."""
+        begin = time.perf_counter()
+        self.wait()
+        used: dict[tuple, torch.Tensor] = {}
+        checkpoint = self._copy(checkpoint, used)
+        self._buffers = used
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pause = time.perf_counter() - begin
+        self._thread = threading.Thread(
+            target=self._write, args=(checkpoint, before, pause), name="checkpoint"
+        )
+        self._thread.start()
+        return pause
+
+    def wait(self) -> Exception | None:
+        """Wait until what is being written is on the disk; the exception of the last save, or None."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.error
+
+    def _copy(self, value: Any, used: dict) -> Any:
+        """`value` with its tensors copied to the host, into the buffers of the last time where they fit.
+
+        Tensors that are the same memory (tied embeddings) share a copy, so that the file has them once.
+        """
+        if torch.is_tensor(value):
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+            if key not in used:
+                buffer = self._buffers.get(key)
+                if buffer is None:
+                    buffer = torch.empty_like(
+                        value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
+                    )
+                used[key] = buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+            return used[key]
+        if isinstance(value, dict):
+            return {key: self._copy(inner, used) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(inner, used) for inner in value)
+        return value
+
+    def _write(self, checkpoint: dict, before: Callable[[], None], pause: float) -> None:
+        begin, step = time.perf_counter(), checkpoint["step"]
+        try:
+            before()
+            path = save_checkpoint(checkpoint, self.folder)
+            if self.keep_last > 0:
+                verify_checkpoint(path)
+                prune_checkpoints(self.folder, self.keep_last, self.keep_every)
+            self.path, self.error = path, None
+        except Exception as error:  # whatever it is, training goes on
+            self.error = error
+            last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+            self.say(
+                f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {error}. Training goes on; newest: {last}"
+            )
+            return
+        self.seconds = time.perf_counter() - begin
+        took = f"{self.seconds:.2f} s, training paused {1000 * pause:.0f} ms"
+        self.say(f"step {step}: saved {self.path} ({self.path.stat().st_size / 1e6:.0f} MB in {took})")
+
+
+# ---------------------------------------------------------------------------- READ
 
 
 def verify_checkpoint(path: str | Path) -> None:
@@ -82,55 +216,225 @@ def verify_checkpoint(path: str | Path) -> None:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or cut off: {error}. Use an earlier one") from error
-    except Exception as error:  # zlib.error, struct.error ...: whatever a damaged archive provokes
-        raise CheckpointError(f"{path}: damaged: {error}. Use an earlier one") from error
+            # torch reads nothing into a tensor that is marked as a folder, and leaves in it what memory held.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
+            damaged = folders[0] if folders else archive.testzip()
+    except PermissionError:
+        raise
+    except (
+        Exception
+    ) as error:  # BadZipFile, zlib.error, struct.error ...: whatever a damaged archive provokes
+        raise CheckpointError(
+            f"{path}: not a checkpoint, or damaged, or cut off: {error}. Use an earlier one"
+        ) from error
     if damaged is not None:
         raise CheckpointError(
-            f"{path}: checksum of {damaged!r} is wrong: the file is damaged. Use an earlier one"
+            f"{path}: checksum or kind of {damaged!r} is wrong: the file is damaged. Use an earlier one"
         )
 
 
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(folder) / f"model_{step:05d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def follow_latest(path: str | Path) -> Path:
+    """The path itself, or for log/latest the checkpoint it names. CheckpointError if it names none."""
+    path = Path(path)
+    if path.name != "latest" or not path.is_file():
+        return path
+    name = path.read_bytes().decode(errors="replace").strip()
+    if not NAME.fullmatch(name):  # a name out of a file is no path before it looks like ours
+        raise CheckpointError(f"{path} holds {name[:40]!r}, no checkpoint's name; give the checkpoint itself")
+    return path.with_name(name)
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """The verified dictionary, tensors on the CPU. CheckpointError says what is wrong; FileNotFoundError."""
+    """The verified dictionary, tensors on the CPU; of log/latest that of the checkpoint it names.
+
+    CheckpointError says what is wrong with the file; FileNotFoundError, PermissionError.
+    """
+    path = follow_latest(path)
     verify_checkpoint(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
-        message = str(error).strip().splitlines()[0]
+    except Exception as error:  # the unpickler meets a foreign file in many ways
+        message = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path}: torch.load cannot read it safely: {message}") from error
-    if not isinstance(checkpoint, dict) or not {"model", "config", "step"} <= checkpoint.keys():
+    kinds = {"model": dict, "config": dict, "step": int}
+    if not isinstance(checkpoint, dict) or any(
+        not isinstance(checkpoint.get(name), kind) for name, kind in kinds.items()
+    ):
         raise CheckpointError(f"{path}: not a checkpoint of train_gpt_moe.py: it lacks model, config or step")
-    if checkpoint.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(
-            f"{path}: made by a newer version: its format is {checkpoint['format']}, this one reads {FORMAT}"
+    made = checkpoint.get("format", FORMAT)
+    if not isinstance(made, int) or made > FORMAT:
+        raise NewerFormatError(
+            f"{path}: made by a newer version: its format is {made!r}, this one reads up to {FORMAT}; "
+            "update the program"
         )
     return checkpoint
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """All checkpoints in the folder, newest (most steps) first; they may be damaged."""
-    found = [(int(m[1]), p) for p in Path(folder).glob("model_*.pt") if (m := NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in Path(folder).glob("model_*.pt") if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def find_checkpoint(folder: str | Path, warn=print) -> Path | None:
-    """The newest undamaged checkpoint in the folder, or None; warn(message) for each damaged one."""
+def load_newest(folder: str | Path, warn: Callable = print) -> tuple[Path, dict] | None:
+    """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
+
+    NewerFormatError: to go on from an older checkpoint because this program is old would lose work.
+    """
     for path in list_checkpoints(folder):
         try:
-            verify_checkpoint(path)
-            return path
+            return path, load_checkpoint(path)
+        except NewerFormatError:
+            raise
         except (CheckpointError, OSError) as error:
-            warn(f"skipping {error}")
+            warn(f"WARNING: skipping {error}")
     return None
 
 
+# ---------------------------------------------------------------------------- RESUME
+
+# A resumed run keeps all settings that are not given anew, except these: where things are, what it runs on.
+NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", "parallel"}
+# Settings that cannot change in the middle of a run: the stream of samples, the optimizer's state, ...
+FIXED = {"T", "seed", "optimizer"}
+# ... and the architecture, except what touches nothing that has been learned.
+MAY_CHANGE = {
+    "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
+}  # fmt: skip
+FIXED |= set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
+
+
+def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
+    """(path, content) of the checkpoint to go on from: `resume`, or if "auto" the newest good one in log_dir.
+
+    (None, None) to start afresh. All ranks take the one that the first has found: others may see an older
+    state of a shared disk. CheckpointError, FileNotFoundError.
+    """
+    if not resume:
+        return None, None
+    if resume != "auto":
+        path = follow_latest(resume)
+        return path, load_checkpoint(path)
+    path, state = (load_newest(log_dir, say) if world.is_master else None) or (None, None)
+    step = world.sum(torch.tensor(step_of(path) if path else 0, device=world.device)).item()
+    if step > 0 and not world.is_master:
+        path = checkpoint_path(log_dir, step)
+        state = load_checkpoint(path)
+    return path, state
+
+
+def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
+    """Make the settings of a resumed run those of its checkpoint, but for flags, where these may change them.
+
+    config: the run's dataclass, changed in place; given: the settings that flags have set. CheckpointError if
+    the checkpoint holds no run; ValueError for a flag that would make it another run.
+    """
+    missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path}: no {', '.join(sorted(missing))} in it: weights to begin a new run with (--init_from), "
+            "not a run to go on with (--resume)"
+        )
+    saved = state["train_config"] | {name: state["config"][name] for name in FIXED & state["config"].keys()}
+    for field in dataclasses.fields(config):
+        name, now = field.name, getattr(config, field.name)
+        if name in NOT_KEPT or name not in saved:
+            continue
+        derived = name in ("block_size", "vocab_size") and now == 0
+        if name not in given or derived:
+            setattr(config, name, saved[name])
+        elif now != saved[name] and name in FIXED:
+            raise ValueError(
+                f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away, "
+                f"or start another run from these weights (--init_from {path})"
+            )
+        elif now != saved[name]:
+            say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
+
+
+def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+    """Put weights, moments, routers' statistics, position in the data and random state where they were.
+
+    ValueError, naming what differs, if the data or the architecture is another one. Learning rate, weight
+    decay and the like stay those the optimizer was made with: flags may have changed them.
+    """
+    loader.load_state_dict(state["loader"])
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+    torch.set_rng_state(state["rng"])
+
+
+# ---------------------------------------------------------------------------- MODELS
+
+
+def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
+    """A model to train with the weights of `init_from`, which load_model knows; with experts, each a copy of
+    the MLP, if use_moe=True was asked for and it has none.
+
+    The architecture is that of init_from. fields: what GPTConfig would be made of without it; given: those of
+    them that flags have set, which may not contradict it, but for dropout, the losses' weights, a shorter
+    block_size, and what upcycling needs. ValueError naming the field and both values.
+    """
+    source = load_model(init_from)
+    theirs = source.config
+    if theirs.encoding != fields["encoding"]:
+        raise ValueError(
+            f"encoding={theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data; "
+            f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
+        )
+    upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe
+    may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"}
+    if upcycles:
+        may_differ |= {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score"}
+        may_differ |= {"norm_topk_prob", "num_shared_experts", "expert_hidden_size"}
+    for name in sorted(given & fields.keys() - may_differ):
+        if fields[name] != getattr(theirs, name):
+            raise ValueError(
+                f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}; "
+                "leave the flag away"
+            )
+    if theirs.block_size < T:
+        raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
+    changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
+    changed["infer_step"] = fields["infer_step"]  # of the run, not of the model
+    config = GPTConfig(**(theirs.to_dict() | changed))
+    if upcycles:
+        model = upcycle(source, config)
+    else:
+        model = GPTLMHeadModel(config)
+        learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state = source.state_dict()  # without the statistics of the other run's data
+        state = {name: state[name] for name in state if name in learned or name.endswith("router_bias")}
+        model.load_state_dict(state, strict=False)
+    if "block_size" in given:
+        model.crop_block_size(fields["block_size"])
+    return model.train()
+
+
 def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
-    """The model of a loaded checkpoint, in evaluation mode on the CPU."""
-    model = GPTLMHeadModel(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
+    """The model of a loaded checkpoint, in evaluation mode on the CPU. CheckpointError if they do not fit."""
+    try:
+        model = GPTLMHeadModel(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
     return model.eval()
 
 
@@ -200,6 +504,7 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 for a bad checkpoint or folder."""
     parser = argparse.ArgumentParser(description="Verify or export training checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a Hugging Face folder")

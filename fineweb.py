@@ -7,7 +7,7 @@
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
 Killed at any moment and started again with the same command, it goes on after the last complete shard and
-ends with the same bytes. The order below: encodings, shards, loader, demo corpus, sources, tokenising.
+ends with the same bytes. What reads shards is shards.py's; below: demo corpus, sources, tokenising.
 
 A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32
 (magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another,
@@ -20,7 +20,6 @@ import argparse
 import ast
 import codecs
 import contextlib
-import difflib
 import functools
 import glob
 import hashlib
@@ -34,437 +33,36 @@ import re
 import signal
 import sys
 import sysconfig
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import torch  # imported only where it is used: the tokenising processes start far sooner without it
+from shards import (  # noqa: F401 (handed on)
+    EOT,
+    HEADER_INTS,
+    MAGIC,
+    VERSION,
+    DistributedDataLoader,
+    count_tokens,
+    describe,
+    encode,
+    find_shards,
+    get_encoding,
+    load_metas,
+    permute,
+    read_meta,
+    read_shard,
+    write_atomically,
+    write_shard,
+)
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-EOT = "<|endoftext|>"
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 TASK_CHARS = 1 << 19  # text handed to a worker at a time: some 30 ms of work
-MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,999 spaces in a row
-OPEN_SHARDS = 256  # memory maps a loader keeps; each takes a file descriptor, often limited to 1,024
-ROUNDS = 6  # of the Feistel network that shuffles
-
-# ----------------------------------------------------------------------------------------------------------
-# ENCODINGS
-
-
-@functools.cache
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding `name`: "bytes" (256 bytes and <|endoftext|> = 256, needs no files) or one of tiktoken's.
-
-    Raises ValueError if it is unknown, its files cannot be had, or its ids do not fit a shard's uint16.
-    """
-    if name == "bytes":
-        # With no merges, pieces of any size give the same ids; lines are fast.
-        pieces, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
-    known = ["bytes", *tiktoken.list_encoding_names()]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"encoding={name!r} is unknown{hint}; there are {', '.join(known)}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except OSError as error:
-        raise ValueError(
-            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}); without network "
-            "let TIKTOKEN_CACHE_DIR name a folder where tiktoken has put them before, or use --encoding bytes"
-        ) from error
-    if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
-        raise ValueError(
-            f"encoding={name!r} has {encoding.n_vocab} ids; a shard's uint16 takes 65536, {EOT} among them: "
-            "use gpt2, r50k_base, p50k_base or bytes"
-        )
-    return encoding
-
-
-def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of `text`, uint16; what looks like a special token in it is ordinary text."""
-    parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
-    ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-    return np.concatenate(ids).astype(np.uint16)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# SHARDS
-
-
-def write_atomically(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file that is whole or not there, whatever happens. Raises OSError (disk full, ...)."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # the new name is on disk only once its folder is
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ValueError(f"{path}: tokens must be a 1-D uint16 array, not {tokens.ndim}-D {tokens.dtype}")
-    if not 0 < len(tokens) < 1 << 31:
-        raise ValueError(f"{path}: a shard holds 1 to 2147483647 tokens, not {len(tokens)}")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    write_atomically(os.fspath(path), header.tobytes(), np.ascontiguousarray(tokens, dtype="<u2").data)
-
-
-def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, uint16: to be converted before torch sees them.
-
-    The first bytes tell its format: llm.c's, numpy's .npy (build-nanogpt), or else headerless uint16
-    (nanoGPT). Raises FileNotFoundError, or ValueError for whatever is not a whole shard.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
-    with open(path, "rb") as file:
-        size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
-        magic = int.from_bytes(head[:4], "little")
-        if head.startswith(b"\x93NUMPY"):
-            start, count = _read_npy_header(path, file)
-        elif magic == MAGIC and size >= 4 * HEADER_INTS:
-            version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
-            start = 4 * HEADER_INTS
-            if version != VERSION:
-                raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
-        else:
-            _refuse_foreign(path, head, magic)
-            start, count = 0, size // 2
-    if count <= 0:
-        raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
-    if size != start + 2 * count:
-        what = "truncated" if size < start + 2 * count else "padded"
-        raise ValueError(
-            f"{path} is {what}: header and {count} tokens take {start + 2 * count} bytes, it has {size}; "
-            + _rebuild(path)
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
-
-
-def _rebuild(path: str) -> str:
-    folder = os.path.dirname(path) or "."
-    return f"rebuild it: `python fineweb.py --out {folder}` with the other settings it was made with"
-
-
-def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
-    """(offset of the data, number of tokens) of an .npy file."""
-    file.seek(0)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[version](file)
-    except Exception as error:  # the header is Python source: a damaged one fails in many ways
-        raise ValueError(f"{path} has a damaged .npy header ({error!r}); {_rebuild(path)}") from error
-    if dtype != np.dtype("<u2") or len(shape) != 1:
-        raise ValueError(f"{path} holds {dtype} of shape {shape}, not one row of uint16; {_rebuild(path)}")
-    return file.tell(), shape[0]
-
-
-def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
-    """Raise ValueError if a file without a header is something else than bare tokens."""
-    signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-    kind = next((kind for start, kind in signatures.items() if head.startswith(start)), None)
-    why = f"it is {kind}" if kind else None
-    if magic == MAGIC:
-        why = f"it is truncated within its header, at {len(head)} bytes"
-    # llm.c's magic numbers are dates, which as uint16 are no tokens of GPT-2; its headers end in zeros.
-    elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
-        why = f"it has magic number {magic} instead of {MAGIC}"
-    # Tokens soon have a control character among their bytes; text has none.
-    elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
-        with contextlib.suppress(UnicodeDecodeError):
-            if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
-                why = f"it is text (shards of it: `python fineweb.py --source {path} --out FOLDER`)"
-    if why:
-        raise ValueError(f"{path} is not a shard of tokens: {why}; {_rebuild(path)}")
-
-
-def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
-    """Shards in reading order: in a folder those with `split` in their names; else all that match a pattern.
-
-    Knows the names of llm.c, build-nanogpt and nanoGPT too (fineweb_train_000001.bin, train.bin, ...).
-    Raises FileNotFoundError that says what is missing and how to make it.
-    """
-    where = os.fspath(where)
-    if not os.path.isdir(where):
-        paths = sorted(path for path in glob.glob(where) if os.path.isfile(path))
-        if not paths:
-            raise FileNotFoundError(
-                f"no data: {where} is neither a folder nor a file nor matches any. Make some with "
-                "`python fineweb.py --out FOLDER`, or without network `python fineweb.py --demo --out FOLDER`"
-            )
-        return paths
-    names = sorted(name for name in os.listdir(where) if name.endswith((".bin", ".npy")))
-    paths = [os.path.join(where, name) for name in names if split in re.split(r"[_.-]", name)]
-    if not paths:
-        raise FileNotFoundError(
-            f"no {split} shard ({split}_*.bin) among the {len(names)} shards in {where}. Make them with "
-            f"`python fineweb.py --out {where}`; --val_tokens says how many tokens validation gets"
-        )
-    return paths
-
-
-def count_tokens(path: str) -> int:
-    """Tokens in a shard; 0 if it is missing or damaged."""
-    try:
-        return len(read_shard(path))
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool) -> dict:
-    """What every meta.json says; `shards` is the number of tokens by file name."""
-    counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
-    vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
-    return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
-
-
-def load_metas(folder: str) -> dict[str, dict]:
-    """Path -> content of a folder's meta.json, or each machine's meta_p0000.json, ... Raises ValueError."""
-    metas = {}
-    kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
-    names = "meta.json", "meta_p[0-9]*.json"
-    for path in sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))):
-        try:
-            with open(path, encoding="utf-8") as file:
-                metas[path] = json.load(file)
-            for name, kind in kinds.items():
-                if not isinstance(metas[path][name], kind):
-                    raise TypeError(f"{name} is {metas[path][name]!r}")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); delete it and {_rebuild(path)}") from error
-    return metas
-
-
-def read_meta(folder: str | os.PathLike) -> dict:
-    """meta.json of a data folder: "encoding", "vocab_size", "eot_token", "tokens" by split, "source", ...
-
-    Where several machines wrote the shards, their counts are added up. A folder without it is taken to be
-    GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for a damaged or contradictory file.
-    """
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"there is no data folder {folder}; make it: `python fineweb.py --out {folder}`"
-        )
-    metas = load_metas(folder)
-    if not metas:
-        warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
-        return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
-    (first, meta), *others = metas.items()
-    for path, other in others:
-        for name in ("encoding", "vocab_size", "eot_token"):
-            if other[name] != meta[name]:
-                raise ValueError(f"{name} is {meta[name]!r} in {first} but {other[name]!r} in {path}")
-        counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
-        meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
-    if not meta["complete"]:
-        warnings.warn(f"{folder} is unfinished; start the fineweb.py that was making it again", stacklevel=2)
-    return meta
-
-
-# ----------------------------------------------------------------------------------------------------------
-# LOADER
-
-
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where the permutation of range(n) that `keys`, (rounds,) uint64, choose sends each of `index`, (k,).
-
-    A Feistel network on just enough bits for n, walked until it lands below n (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002), mixed by the finaliser of MurmurHash3. A table would cost each rank
-    80 MB and a second an epoch for 10 billion tokens; this needs no memory and knows every epoch at once.
-    """
-    bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << bits) - np.uint64(1)
-    x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
-    while walking.any():
-        left, right = x[walking] >> bits, x[walking] & mask
-        for key in keys:
-            h = right + key
-            h = (h ^ (h >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-            h = (h ^ (h >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-            left, right = right, left ^ ((h ^ (h >> np.uint64(33))) & mask)
-        x[walking] = left << bits | right
-        walking = x >= np.uint64(n)
-    return x.astype(np.int64)
-
-
-class DistributedDataLoader:
-    """Endless batches of a data set, the same stream for any number of ranks, any B and any accumulation.
-
-    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard,
-    so up to T tokens at a shard's end are unused. Each call, made on all ranks, consumes the next
-    B * world_size samples, of which rank r takes the r-th B.
-
-    pattern     glob pattern, folder (its train shards) or list of files
-    shuffle     True: in each epoch every sample comes once, in an order that is a pure function of (T, seed,
-                epoch) and of the shards' lengths.
-                False: llm.c's order, batch after batch through each shard, whose rest is skipped when it is
-                too short for a batch of all ranks and one token; after the last shard comes the first.
-                (llm.c's ranks leave a shard each by their own position, here they leave it together.)
-    vocab_size  every token read must be below it
-    prefetch    batches that a background thread keeps ready
-
-    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for none.
-    """
-
-    def __init__(
-        self,
-        pattern: str | os.PathLike | Sequence[str],
-        B: int,
-        T: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 1337,
-        device: str | torch.device = "cpu",
-        vocab_size: int | None = None,
-        prefetch: int = 2,
-    ):
-        import torch
-
-        for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
-        self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.shuffle, self.seed = shuffle, seed
-        self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-
-        self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
-        if not self.files:
-            raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
-        digest, lengths = hashlib.sha256(), []
-        for path in self.files:
-            tokens = read_shard(path)
-            lengths.append(len(tokens))
-            digest.update(
-                len(tokens).to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
-            )
-        group = B * world_size
-        samples = (np.array(lengths) - 1) // T  # (files,)
-        self._ends = np.cumsum(samples if shuffle else samples // group * group)
-        self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
-        if self.samples_per_epoch < group:
-            raise ValueError(
-                f"too little data: one batch of B={B} on world_size={world_size} ranks needs {group} samples "
-                f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
-                f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
-                f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
-            )
-        self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
-        self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(read_shard)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._batches: deque[Future] = deque()
-        self.position = 0  # global samples handed out, to all ranks together
-
-    def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of its first token) of a sample: where to look up the text of a strange batch."""
-        file, offset = self._locate(np.array([global_sample]))
-        return self.files[file[0]], int(offset[0])
-
-    def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the file, offset of the first token) of global samples, (k,) int64."""
-        epochs, index = np.divmod(index, self.samples_per_epoch)
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                keys = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
-                index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
-        file = np.searchsorted(self._ends, index, side="right")
-        return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
-
-    def _read(self, position: int) -> torch.Tensor:
-        """Inputs and targets of this rank's batch at a position, (2, B, T) int64, pinned for CUDA."""
-        import torch
-
-        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
-        index = np.arange(self.B) + (position + self.rank * self.B)
-        for row, file, start in zip(tokens, *self._locate(index), strict=True):
-            row[:] = self._open(self.files[file])[start : start + self.T + 1]
-            if self.vocab_size is not None and row.max() >= self.vocab_size:
-                at = int(np.argmax(row >= self.vocab_size))
-                raise ValueError(
-                    f"{self.files[file]}: token {row[at]} at offset {start + at} is not below vocab_size="
-                    f"{self.vocab_size}: the shard is damaged or of another encoding than the model; "
-                    + _rebuild(self.files[file])
-                )
-        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread: pinning would otherwise wake up GPU 0
-            batch = batch.pin_memory()
-        return batch
-
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y), each (B, T) int64 on the device, y one token later than x.
-
-        Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone; the position
-        then stays where it was.
-        """
-        step = self.B * self.world_size
-        while len(self._batches) <= self.prefetch:
-            self._batches.append(self._thread.submit(self._read, self.position + len(self._batches) * step))
-        try:
-            batch = self._batches.popleft().result()
-        except BaseException:
-            self._seek(self.position)
-            raise
-        self.position += step
-        x, y = batch.to(self.device, non_blocking=True)
-        return x, y
-
-    def _seek(self, position: int) -> None:
-        for batch in self._batches:
-            batch.cancel()
-        self._batches.clear()
-        self.position = position
-
-    def reset(self) -> None:
-        """Start over, as before each validation."""
-        self._seek(0)
-
-    def state_dict(self) -> dict:
-        """What has been handed out (not what has been prefetched), and what identifies the stream."""
-        return {"position": self.position, **self._stream}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, by whatever number of ranks. Raises ValueError on another stream."""
-        for name, value in self._stream.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"the data loader cannot go on: it was saved with {name}={state.get(name)!r}, but here "
-                    f"{name}={value!r} ({self.files[0]}, ...); give it the data and settings it had"
-                )
-        self._seek(state["position"])
-
 
 # ----------------------------------------------------------------------------------------------------------
 # DEMO CORPUS

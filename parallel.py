@@ -10,6 +10,8 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedData
 
 import inspect
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -101,8 +103,45 @@ def start(device: str = "", parallel: str = "ddp") -> World:
     # With device_id NCCL connects at once, so that a rank that cannot be reached fails here and not at step
     # 1.
     device_id = chosen if chosen.type == "cuda" else None
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+    store = meet(rank, size)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id
+    )
     return World(rank, local_rank, size, chosen)
+
+
+def meet(rank: int, size: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, under a prefix that only the processes of this start know.
+
+    torchrun keeps its store when it starts all processes again (--max-restarts), and in it the addresses of
+    the processes that have died; whoever found one of those would wait for it in vain
+    (https://github.com/pytorch/pytorch/issues/135712). Rank 0 therefore answers each rank's new random
+    greeting with a new prefix, until every rank has thanked it: old greetings may be answered, but no one
+    thanks for that.
+    """
+    launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = rank == 0 and not launcher_has_it
+    store = dist.TCPStore(address, port, size, hosts, TIMEOUT, wait_for_workers=False)
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"greeting of {rank}", mine)
+        prefix = store.get(f"answer to {mine}").decode()  # waits
+        store.set(f"thanks of {rank} for {prefix}", "")
+        return dist.PrefixStore(prefix, store)
+    missing, end = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"rank {min(missing)} of WORLD_SIZE={size} has not come; start as many processes"
+            )
+        for other in sorted(missing):
+            if store.check([f"greeting of {other}"]):
+                store.set(f"answer to {store.get(f'greeting of {other}').decode()}", mine)
+            if store.check([f"thanks of {other} for {mine}"]):
+                missing.remove(other)
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def stop() -> None:

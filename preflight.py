@@ -79,12 +79,12 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def preflight(
-    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int
+    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str
 ) -> tuple[str, list[str]]:
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of data."""
     epochs = config.max_steps * config.total_batch_size / num_tokens
     parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
-    memory = memory_estimate(model, config.B, config.T, config.dtype)
+    memory = memory_estimate(model, config.B, config.T, dtype)
     need, have = sum(memory.values()), device_memory(model.device)
     uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
     share = f" of {have / 2**30:.1f}" if have else ""
@@ -96,13 +96,13 @@ def preflight(
         "step": f"{config.total_batch_size:,} tokens = {batch}",
         "steps": f"{config.max_steps:,}, {config.max_steps * config.total_batch_size:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}{share} GiB: {uses}",
-        "device": f"{model.device}, {config.dtype}" + (", compiled" if config.use_compile else ""),
+        "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else ""),
     }
     warnings = []
     if have is not None and need > have:
         warnings.append(
-            f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, then "
-            "T, then the model (n_layer, n_embd, num_experts)"
+            f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, "
+            "then T, then the model (n_layer, n_embd, num_experts)"
         )
     if epochs > REPEATS_THAT_HURT:
         warnings.append(

@@ -1,40 +1,72 @@
 """What a run writes about itself: log.txt, metrics.jsonl, TensorBoard events, and the record it begins with.
 
 Formats: log.txt has lines `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`; metrics.jsonl one JSON object
-per line, first {"run": {...}} and then one per step with all that was measured. plot_log.py draws them.
+per line, {"run": {...}} at the start and at each resume, and one per step with all that was measured (null
+where it was not finite). plot_log.py draws them.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import transformers
 
-from checkpoint import write_atomically
+from checkpoint import list_checkpoints, sync_folder, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+# TensorBoard's curves, by what is measured. Training and validation loss share a page.
+CURVES = {
+    "loss": "loss/train", "val": "loss/val", "balance_loss": "loss/balance", "z_loss": "loss/z", "lr": "lr",
+    "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load", "hella": "hellaswag",
+}  # fmt: skip
 
 
 class RunLog:
     """The files of a run, written by the master only: log.txt, metrics.jsonl, tb/.
 
-    Every line is flushed at once. On a resume, lines of steps that are about to be done again are dropped, so
-    that no step is missing or doubled.
+    Every line reaches the system at once. On a resume, lines of steps that are about to be done again are
+    dropped, and with them a line that a kill has cut, so that no step is missing or doubled. Lines that a
+    full disk refuses are kept and written as soon as there is room; the training does not stop for them.
+    While it is open the folder is locked; what does not belong to this run is moved aside (set_aside).
+
+    resumed: the checkpoint that the run goes on from, first_step its step; None and 0 for a new run.
+    ValueError if another run has the folder, OSError if it cannot be written.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
-        self.files = {}
-        for name in ("log.txt", "metrics.jsonl"):
+    def __init__(
+        self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, say: Callable = print
+    ):
+        self.say, self.failing = say, False
+        self.lock, self.writing = claim_folder(folder), threading.Lock()
+        aside = set_aside(folder, resumed)
+        if aside:
+            say(f"moved what an earlier run left in {folder} to {aside}")
+        self.files: dict[str, BinaryIO] = {}
+        self.unwritten = {"log.txt": bytearray(), "metrics.jsonl": bytearray()}
+        for name in self.unwritten:
             path = folder / name
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines(True) if is_before(line, first_step)]
-                write_atomically(path, lambda file, kept=kept: file.write("".join(kept).encode()))
-            self.files[name] = open(path, "a", buffering=1)
+            lines = path.read_bytes().splitlines(True) if path.exists() else []
+            kept = [line for line in lines if is_before(line, first_step)]
+            if kept != lines:
+                write_atomically(path, lambda file, kept=kept: file.writelines(kept))
+            self.files[name] = open(path, "ab", buffering=0)
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -43,38 +75,106 @@ class RunLog:
 
     def record(self, values: dict) -> None:
         """One object of metrics.jsonl."""
-        self.files["metrics.jsonl"].write(json.dumps(values) + "\n")
+        self._append("metrics.jsonl", json.dumps(finite(values), allow_nan=False))
 
-    def event(self, step: int, kind: str, value: float) -> None:
-        """One line of log.txt: STEP KIND VALUE."""
-        self.files["log.txt"].write(f"{step} {kind} {value:.6f}\n")
+    def step(self, record: dict) -> None:
+        """What was measured in a training step, in all three files."""
+        self.record(record)
+        self._append("log.txt", f"{record['step']} train {record['loss']:.6f}")
+        self._scalars(record["step"], record)
 
-    def scalars(self, step: int, **values: float | None) -> None:
-        """TensorBoard curves; a double underscore in a name stands for its slash."""
-        for name, value in values.items():
-            if self.tensorboard is not None and value is not None:
-                self.tensorboard.add_scalar(name.replace("__", "/"), value, step)
+    def measurement(self, step: int, kind: str, value: float) -> None:
+        """A line of log.txt, STEP KIND VALUE, and a point of TensorBoard's curve of that name."""
+        self._append("log.txt", f"{step} {kind} {value:.6f}")
+        self._scalars(step, {kind: value})
 
-    def close(self) -> None:
-        """Close all files."""
+    def _scalars(self, step: int, values: dict) -> None:
+        with self._tensorboard_may_fail() as board:
+            for name, curve in CURVES.items() if board is not None else ():
+                if values.get(name) is not None:
+                    board.add_scalar(curve, values[name], step)
+
+    @contextlib.contextmanager
+    def _tensorboard_may_fail(self):
+        try:
+            yield self.tensorboard
+        except OSError as error:
+            self.say(
+                f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has everything"
+            )
+            self.tensorboard = None
+
+    def _append(self, name: str, line: str) -> None:
+        with self.writing:
+            self.unwritten[name] += line.encode() + b"\n"
+            try:
+                self._write()
+                self.failing = False
+            except OSError as error:
+                if not self.failing:
+                    self.say(
+                        f"WARNING: {name} cannot be written: {error}; its lines wait until there is room"
+                    )
+                self.failing = True
+
+    def _write(self) -> None:
+        for name, waiting in self.unwritten.items():
+            while waiting:
+                written = self.files[name].write(waiting)
+                del waiting[:written]
+
+    def sync(self) -> None:
+        """Make all lines durable, before a checkpoint that knows of their steps is. OSError if that fails."""
+        with self.writing:
+            self._write()
         for file in self.files.values():
-            file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+            os.fsync(file.fileno())
+        with self._tensorboard_may_fail() as board:
+            if board is not None:
+                board.flush()
+
+    def close(self) -> bool:
+        """Close all files and let go of the folder. Whether everything could be written."""
+        try:
+            self.sync()
+            with self._tensorboard_may_fail() as board:
+                if board is not None:
+                    board.close()
+            return True
+        except OSError as error:
+            self.say(f"WARNING: the last lines of the log files could not be written: {error}")
+            return False
+        finally:
+            for file in (*self.files.values(), self.lock):
+                file.close()
 
 
-def is_before(line: str, step: int) -> bool:
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not know: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_before(line: bytes, step: int) -> bool:
     """Whether a line of log.txt or metrics.jsonl is whole and of an earlier step (or of no step)."""
-    if not line.endswith("\n"):
+    if not line.endswith(b"\n"):
         return False
     try:
-        return (json.loads(line).get("step", -1) if line.startswith("{") else int(line.split()[0])) < step
-    except (ValueError, IndexError):
+        if not line.startswith(b"{"):
+            number, _, value = line.split()
+            float(value)
+            return int(number) < step
+        record = json.loads(line)
+        return record.get("step", record.get("run", {}).get("first_step", -1)) < step
+    except (ValueError, TypeError, AttributeError):
         return False
 
 
-def run_record(config, model, world) -> dict:
-    """What a run was: resolved settings, revision of the code, versions, machine."""
+def run_record(config, model, world, first_step: int) -> dict:
+    """What a run was: settings, revision of the code, versions, machine; nothing out of the environment."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -87,6 +187,7 @@ def run_record(config, model, world) -> dict:
         "parameters": model.get_num_params(False),
         "active_parameters": model.get_num_active_params(),
         "world_size": world.size,
+        "first_step": first_step,
         "git": revision,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
@@ -97,14 +198,85 @@ def run_record(config, model, world) -> dict:
     }  # fmt: skip
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Move what an earlier run left in the folder into a dated one in it, and say which (None: nothing)."""
-    found = [path for name in ("log.txt", "metrics.jsonl", "tb", "latest", "model_*.pt", "training.*")
-             for path in folder.glob(name)]  # fmt: skip
+def expert_load(model) -> dict:
+    """Of the last optimizer step: every MoE layer's shares of routed rows by expert; the largest max/mean."""
+    counts = torch.stack([moe.last_step_counts() for moe in model.moe_layers()]).cpu()  # (layers, E)
+    share = counts.double() / counts.sum(1, keepdim=True)
+    return {"expert_load": share.tolist(), "max_load": share.max().item() * share.size(1)}
+
+
+def usage_table(model) -> str:
+    """Percentages of the last step's routed rows, a line per MoE layer and a column per expert."""
+    lines = []
+    for layer, moe in enumerate(model.moe_layers()):
+        counts = moe.last_step_counts().cpu()
+        share = counts / counts.sum().clamp(min=1)
+        lines.append(
+            f"  MoE layer {layer:2d}: " + " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
+            + f"   max/mean {share.max() * len(share):.2f}"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def step_line(record: dict, max_steps: int) -> str:
+    """What the console shows of a step."""
+    utilisation = "" if record["mfu"] is None else f" | mfu {100 * record['mfu']:.1f}%"
+    return (
+        f"step {record['step']:5d}/{max_steps} | loss {record['loss']:.4f} | lr {record['lr']:.3e} | "
+        f"norm {record['norm']:.3f} | {record['ms']:.1f} ms | {record['tok_per_s']:,.0f} tok/s{utilisation}"
+    )
+
+
+def claim_folder(folder: Path) -> BinaryIO:
+    """Make the folder of a run, lock it for as long as the returned file is open, remove half-written files.
+
+    ValueError if another run holds the lock: two runs in one folder would destroy each other's files. OSError
+    if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"log_dir={folder}: another run is writing there; wait for its end, or give another --log_dir"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        for temporary in folder.glob(".*.[0-9]*.tmp"):  # of a process that was killed while it wrote
+            temporary.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"log_dir={folder}: cannot write there: {error.strerror}; mend that, or give another --log_dir",
+        ) from error
+    return lock
+
+
+def set_aside(folder: Path, resumed: Path | None) -> Path | None:
+    """Move what does not belong to this run into a dated folder in `folder`, and say which (None: nothing).
+
+    That is everything an earlier run left; or, where this run goes on from a checkpoint in the folder, the
+    newer checkpoints: damaged ones, and those of steps that are about to be done again, perhaps differently.
+    """
+    checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
+    if resumed is not None and resumed.resolve() in checkpoints:
+        found = checkpoints[: checkpoints.index(resumed.resolve())]
+        if found:
+            write_atomically(folder / "latest", lambda file: file.write(resumed.name.encode()))
+    else:
+        names = ("latest", "model_*.pt", "log.txt", "metrics.jsonl", "tb", "training.*")
+        found = [path for name in names for path in folder.glob(name)]
     if not found:
         return None
-    old = folder / time.strftime("old_%Y%m%d-%H%M%S")
+    old, number = folder / time.strftime("old_%Y%m%d-%H%M%S"), 1
+    while old.exists():
+        number += 1
+        old = old.with_name(f"{old.name.split('.')[0]}.{number}")
     old.mkdir()
     for path in found:
         shutil.move(path, old / path.name)
+    sync_folder(folder)
     return old

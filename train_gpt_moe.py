@@ -6,23 +6,27 @@
     torchrun --nproc_per_node=8 train_gpt_moe.py              # one machine with 8 GPUs
     torchrun --nnodes=2 --node_rank=0 --master_addr=IP --master_port=29500 --nproc_per_node=8 train_gpt_moe.py
     python train_gpt_moe.py --resume auto                     # go on where a run stopped
+    torchrun --nproc_per_node=8 --max-restarts=3 train_gpt_moe.py --resume auto      # survives a lost process
     python train_gpt_moe.py --use_moe False --B 8 --max_steps 100 --use_compile False
 
 Change the constants below or give any of them as a flag (--help lists them). A run writes, under log_dir:
 log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (one object per step, the first one
 the settings of the run), tb/ (TensorBoard), model_XXXXX.pt (checkpoint.py says what is in them).
-Exit codes: 0 done, 2 bad settings or data, 1 anything else; 130 and 143 stopped by a signal, after saving.
+Exit codes: 0 done, 2 bad settings or data, 1 anything else; 130 and 143 stopped by a signal, after saving
+(faults.py says what becomes of signals and errors). A resumed run keeps its settings; flags change those that
+can change.
 
 References: GPT-3, arXiv 2005.14165 (batch size, learning rates, schedule); the 124M recipe on FineWeb-Edu and
 its numbers: https://github.com/karpathy/build-nanogpt
 """
 
 import dataclasses
-import math
+import difflib
 import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,17 +35,26 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import checkpoint as ckpt
+import faults
 import parallel
-from fineweb import DistributedDataLoader, find_shards, prepare_demo, read_meta
-from model import GPTConfig, GPTLMHeadModel
-from run_log import RunLog, run_record, set_aside
+from fineweb import DistributedDataLoader, prepare_demo, read_meta
+from hellaswag import HellaSwagUnavailable
+from hellaswag import evaluate as score_hellaswag
+from mixture_of_experts import idle_experts_spared
+from model import GPTLMHeadModel
+from plot_log import plot_runs
+from preflight import preflight
+from prepare import build_loaders, build_model, build_optimizer, check_config, learning_rate
+from run_log import RunLog, expert_load, run_record, step_line, usage_table
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
 
 @dataclass
 class TrainConfig:
-    preset: str = HfArg(default="", help="a named set of settings: demo or gpt2; flags win over it")
+    """Every setting of a run; a flag of the same name sets it."""
+
+    preset: str = HfArg(default="", help="a named set of settings: demo, gpt2 or modern")
     # --- files
     data_dir: str = HfArg(default="edu_fineweb10B", help="folder with the shards that fineweb.py wrote")
     input_bin: str = HfArg(default="", help="pattern of training shards instead of data_dir/train_*.bin")
@@ -59,8 +72,10 @@ class TrainConfig:
     min_lr: float = HfArg(default=6e-5, help="learning rate at the end of the cosine")
     learning_rate_decay_frac: float | None = HfArg(default=None, help="min_lr as a fraction of max_lr")
     warmup_steps: int = HfArg(default=715, help="of linear warmup: 375M tokens", aliases=["--warmup_iters"])
+    schedule: str = HfArg(default="cosine", help="cosine, or wsd: constant, then a linear decay")
+    wsd_decay_frac: float = HfArg(default=0.4, help="wsd: share of max_steps that the decay takes")
     # --- optimizer
-    optimizer: str = HfArg(default="adamw", help="adamw")
+    optimizer: str = HfArg(default="adamw", help="adamw, or muon (matrices by Muon, the rest by AdamW)")
     weight_decay: float = HfArg(default=0.1, help="of matrices and embeddings; biases and norms never decay")
     beta1: float = HfArg(default=0.9, help="AdamW's first beta")
     beta2: float = HfArg(default=0.95, help="AdamW's second beta")
@@ -71,10 +86,17 @@ class TrainConfig:
     infer_step: int = HfArg(default=250, help="steps between evaluations", aliases=["--val_loss_every"])
     val_steps: int = HfArg(default=20, help="validation micro-batches per rank", aliases=["--val_max_steps"])
     sample_every: int = HfArg(default=-1, help="sample every so many steps; -1 = every infer_step, 0 = never")
+    hellaswag: bool = HfArg(default=True, help="HellaSwag at every evaluation, with GPT-2's tokens")
+    hellaswag_data: str = HfArg(default="", help="its questions; empty = downloaded once")
+    hellaswag_limit: int = HfArg(default=0, help="only the first so many questions; 0 = all 10,042")
     prompt: str = HfArg(default="Hello, I'm a language model,", help="what samples begin with")
-    sample_tokens: int = HfArg(default=32, help="tokens per sample, prompt included")
+    sample_tokens: int = HfArg(default=32, help="new tokens per sample")
     checkpoint_every: int = HfArg(default=5000, help="steps between checkpoints; the last step saves too")
+    keep_last: int = HfArg(default=0, help="checkpoints to keep, the oldest are deleted; 0 = all")
+    keep_every: int = HfArg(default=0, help="with keep_last: keep multiples of so many steps, too; 0 = none")
+    max_bad_steps: int = HfArg(default=10, help="stop after so many steps in a row without a finite gradient")
     log_every: int = HfArg(default=1, help="print every so many steps (the log files have them all)")
+    plot: bool = HfArg(default=True, help="draw log_dir/training.png at the end")
     tensorboard: bool = HfArg(default=True, help="write log_dir/tb")
     # --- machine
     device: str = HfArg(default="", help="cuda, cuda:1, mps, cpu; empty = the best there is")
@@ -118,31 +140,46 @@ class TrainConfig:
     activation: str = HfArg(default="gelu", help="gelu, relu2 or swiglu")
     qk_norm: bool = HfArg(default=False, help="normalise queries and keys")
     logit_softcap: float = HfArg(default=0.0, help="bound of the logits; 0 = none")
+    init: str = HfArg(default="gpt2", help="gpt2, or zero_proj: residual projections begin at zero")
     tie_word_embeddings: bool = HfArg(default=True, help="one matrix for token embedding and head")
 
 
-# Fields of the model that a resumed run may change: they touch nothing that has been learned.
-MAY_CHANGE = {"dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef"}
-
 # Named sets of overrides (--preset NAME); flags win over them.
+MODERN = dict(  # what paid in the ablation of BENCHMARKS.md
+    optimizer="muon", max_lr=1e-2, min_lr=1e-3, position="rope", qk_norm=True, activation="relu2",
+)  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # the faithful 124M
-    "demo": dict(
+    "modern": MODERN | dict(max_lr=2e-3, min_lr=2e-4),
+    "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, num_experts=8,
-        num_experts_per_tok=2, expert_hidden_size=256, B=16, T=128, total_batch_size=2048, max_steps=750,
-        max_lr=2e-3, min_lr=2e-4, warmup_steps=50, infer_step=250, val_steps=40, sample_tokens=100,
-        log_every=25, prompt="Return the ", use_compile=False,
+        num_experts_per_tok=2, expert_hidden_size=256, B=16, T=128, total_batch_size=2048, max_steps=500,
+        warmup_steps=40, infer_step=250, val_steps=40, sample_tokens=100, log_every=25, prompt="Return the ",
+        use_compile=False,
     ),
 }  # fmt: skip
 
 
+class FlagParser(HfArgumentParser):
+    """Flags from the fields of TrainConfig; ValueError where argparse would print its usage and exit."""
+
+    def error(self, message: str):
+        """Called by argparse for a value of a wrong type and the like."""
+        raise ValueError(f"{message}; --help says what each flag takes")
+
+
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
-    """The settings, and the names of those that a preset or a flag gave. Exits with code 2 on a bad flag."""
-    parser = HfArgumentParser(TrainConfig, allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    name = parser.parse_args(arguments).preset
-    if name and name not in PRESETS:
-        parser.error(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS.get(name, {})
+    """The settings, and the names of those that a preset or a flag gave. ValueError for a bad flag."""
+    parser = FlagParser(TrainConfig, allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    chosen, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+        raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
+    if chosen.preset and chosen.preset not in PRESETS:
+        raise ValueError(f"preset={chosen.preset!r}: choose one of {', '.join(PRESETS)}")
+    preset = PRESETS.get(chosen.preset, {})
     parser.set_defaults(**preset)
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     # A setting was given as a flag if another default would not have changed it.
@@ -152,165 +189,29 @@ def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[s
     return config, flags | set(preset)
 
 
-def check_config(config: TrainConfig, world: parallel.World) -> int:
-    """Number of micro-steps per optimizer step. ValueError, naming field and value, for what cannot work."""
-    least = dict(
-        B=1, T=1, total_batch_size=1, max_steps=0, max_lr=0, min_lr=0, warmup_steps=0, grad_clip=0,
-        weight_decay=0, infer_step=0, val_steps=1, sample_every=-1, sample_tokens=1, checkpoint_every=0,
-        log_every=1,
-        router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=0,
-    )  # fmt: skip
-    for name, smallest in least.items():
-        if not getattr(config, name) >= smallest:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least {smallest}")
-    choices = dict(optimizer=["adamw"], parallel=["ddp", "none"], dtype=["auto", "float32", "bfloat16"])
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(allowed)}")
-    if config.learning_rate_decay_frac is not None:
-        config.min_lr = config.learning_rate_decay_frac * config.max_lr
-    if config.min_lr > config.max_lr:
-        raise ValueError(f"min_lr={config.min_lr} is more than max_lr={config.max_lr}")
-    if 0 < config.max_steps <= config.warmup_steps:
-        raise ValueError(f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}")
-    if config.block_size and config.T > config.block_size:
-        raise ValueError(f"T={config.T} is more than block_size={config.block_size}")
-    per_micro_step = config.B * config.T * world.size
-    if config.total_batch_size % per_micro_step != 0:
-        raise ValueError(
-            f"total_batch_size={config.total_batch_size} is not a multiple of B * T * processes = "
-            f"{config.B} * {config.T} * {world.size} = {per_micro_step}; the nearest that is: "
-            f"{max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
-        )
-    return config.total_batch_size // per_micro_step
-
-
-# ---------------------------------------------------------------------------- DATA, MODEL, SCHEDULE
-
-
-def build_loaders(config: TrainConfig, world: parallel.World, meta: dict):
-    """(training loader, validation loader); the latter reads the same batches whenever it is reset."""
-    train_files = config.input_bin or find_shards(config.data_dir, "train")
-    val_files = config.input_val_bin or find_shards(config.data_dir, "val")
-    arguments = dict(
-        B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
-        vocab_size=meta["vocab_size"],
-    )  # fmt: skip
-    # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard,
-    # and are the same for every run, B and number of ranks.
-    return (
-        DistributedDataLoader(train_files, seed=config.seed, **arguments),
-        DistributedDataLoader(val_files, seed=0, **arguments),
-    )
-
-
-def build_model(config: TrainConfig, given: set[str], meta: dict) -> GPTLMHeadModel:
-    """The model to train, on the CPU: new, or from init_from, with experts added if use_moe=True was asked
-    for.
-
-    With init_from the architecture is the source's; a setting that was given and contradicts it is a
-    ValueError, but for dropout, the losses' weights, and what upcycling needs.
-    """
-    names = {field.name for field in dataclasses.fields(TrainConfig)} & set(GPTConfig.__annotations__)
-    fields = {name: getattr(config, name) for name in names}
-    fields |= dict(
-        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"]
-    )
-    fields["block_size"] = config.block_size or config.T
-    fields["vocab_size"] = config.vocab_size or 128 * math.ceil(meta["vocab_size"] / 128)
-    if fields["vocab_size"] < meta["vocab_size"]:
-        raise ValueError(
-            f"vocab_size={config.vocab_size}, but the data's encoding has {meta['vocab_size']} tokens"
-        )
-    torch.manual_seed(config.seed)
-    if not config.init_from:
-        return GPTLMHeadModel(GPTConfig(**fields))
-
-    source = ckpt.load_model(config.init_from)
-    if source.config.encoding != meta["encoding"]:
-        raise ValueError(
-            f"init_from={config.init_from} speaks {source.config.encoding!r}, the data {meta['encoding']!r}; "
-            "tokenise the text again with `python fineweb.py --encoding ...`"
-        )
-    upcycles = "use_moe" in given and config.use_moe and not source.config.use_moe
-    may_differ = {"dropout", "moe_loss", "moe_loss_type", "moe_loss_coef", "router_z_loss_coef"}
-    may_differ |= {"router_bias_update_rate", "infer_step", "block_size"}
-    if upcycles:
-        may_differ |= {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score"}
-        may_differ |= {"norm_topk_prob", "num_shared_experts", "expert_hidden_size"}
-    for name in sorted(given & names - may_differ):
-        if fields[name] != getattr(source.config, name):
-            raise ValueError(
-                f"{name}={fields[name]!r}, but init_from={config.init_from} has "
-                f"{name}={getattr(source.config, name)!r}; leave the flag away"
-            )
-    if config.T > source.config.block_size:
-        raise ValueError(
-            f"T={config.T}, but init_from={config.init_from} has block_size={source.config.block_size}"
-        )
-    changed = {name: fields[name] for name in given & may_differ if name != "block_size"}
-    new_config = GPTConfig(**(source.config.to_dict() | changed))
-    if upcycles:
-        model = ckpt.upcycle(source, new_config)
-    else:
-        model = GPTLMHeadModel(new_config)
-        model.load_state_dict(source.state_dict())
-    if "block_size" in given and config.block_size:
-        model.crop_block_size(config.block_size)
-    return model
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warmup to max_lr, then half a cosine down to min_lr at max_steps (GPT-3, appendix B)."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))) * (
-        config.max_lr - config.min_lr
-    )
-
-
-def resume(config, world, model, optimizer, loader, print0) -> tuple[int, float | None, float]:
-    """Take everything over from the checkpoint that config.resume names: (first step, validation loss,
-    seconds).
-
-    (0, None, 0.0) if nothing is to be resumed. CheckpointError or FileNotFoundError, and ValueError if the
-    data or the model is another one.
-    """
-    path = ckpt.find_checkpoint(config.log_dir, print0) if config.resume == "auto" else config.resume
-    if not path:
-        return 0, None, 0.0
-    state = ckpt.load_checkpoint(path)
-    for name, value in state["config"].items():
-        mine = getattr(model.config, name, None)
-        if name in GPTConfig.__annotations__ and name not in MAY_CHANGE and value != mine:
-            raise ValueError(
-                f"resume: {name}={value!r} in {path}, but {mine!r} now; give the same, or --init_from"
-            )
-    loader.load_state_dict(state["loader"])
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    print0(f"resumed {path} at step {state['step']}")
-    return state["step"], state["val_loss"], state["elapsed_s"]
-
-
 # ---------------------------------------------------------------------------- EVALUATION
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, loader: DistributedDataLoader, steps: int, world: parallel.World, autocast
-) -> float:
-    """Mean cross-entropy, nats per token, of the first `steps` batches of every rank, always the same."""
+    model: nn.Module, loader: DistributedDataLoader, steps: int, world: parallel.World, autocast, interrupted
+) -> float | None:
+    """Mean cross-entropy, nats per token, of the first `steps` batches of every rank, always the same.
+
+    None if interrupted() on any rank: whoever is told to stop shall save, not evaluate.
+    """
     model.eval()
     loader.reset()
-    total = torch.zeros((), device=world.device)
+    total = torch.zeros(2, device=world.device)  # sum of the batches' losses, number of batches
     for _ in range(steps):
-        x, y = loader.next_batch()  # (B, T), (B, T)
+        if interrupted():
+            break
+        x, y = faults.next_batch(loader)  # (B, T), (B, T)
         with autocast():
-            total += model(x, targets=y, return_dict=True).loss
-    return (world.sum(total) / (steps * world.size)).item()
+            total[0] += model(x, targets=y, return_dict=True).loss
+        total[1] += 1
+    loss, batches = world.sum(total).tolist()
+    return loss / batches if batches == steps * world.size else None
 
 
 def sample(model: GPTLMHeadModel, config: TrainConfig, step: int, autocast) -> str:
@@ -320,196 +221,300 @@ def sample(model: GPTLMHeadModel, config: TrainConfig, step: int, autocast) -> s
         return model.generate(config.prompt, max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
 
 
-def usage_table(model: GPTLMHeadModel) -> str:
-    """Percentages of the last step's routed rows, a line per MoE layer and a column per expert."""
-    lines = []
-    for layer, moe in enumerate(model.moe_layers()):
-        counts = moe.last_step_counts().cpu()
-        share = counts / counts.sum().clamp(min=1)
-        lines.append(
-            f"  MoE layer {layer:2d}: " + " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
-            + f"   max/mean {share.max() * len(share):.2f}"
-        )  # fmt: skip
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------- MAIN
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Set up, train, evaluate, save; returns the exit code."""
-    config, given = parse_config(arguments)
+def hellaswag(run: "Run", say) -> dict[str, float]:
+    """Accuracies over all ranks; none, and no second try, where the questions cannot be had."""
+    config, world = run.config, run.world
     try:
-        # ---- SET-UP
-        world = parallel.start(config.device, config.parallel)
-        accumulation = check_config(config, world)
-        print0 = print if world.is_master else lambda *args, **kwargs: None
-        if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
-            print0(
-                "Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts."
-            )
-            if world.is_master:
-                prepare_demo(config.data_dir)
-            world.barrier()
-        meta = read_meta(
-            config.data_dir if not config.input_bin else os.path.dirname(config.input_bin) or "."
-        )
-        train_loader, val_loader = build_loaders(config, world, meta)
-        model = build_model(config, given, meta).to(world.device)
-        if config.tensorcores:
-            torch.set_float32_matmul_precision("high")
-        if config.dtype == "auto":
-            config.dtype = "bfloat16" if world.device.type == "cuda" else "float32"
-        optimizer = model.configure_optimizers(
-            config.weight_decay, config.max_lr, (config.beta1, config.beta2), world.device.type,
-            config.router_lr_mult, config.expert_lr_mult,
+        result = score_hellaswag(
+            run.model, config.hellaswag_data or None, limit=config.hellaswag_limit or None, rank=world.rank,
+            world_size=world.size, autocast=torch.bfloat16 if run.dtype == "bfloat16" else None,
         )  # fmt: skip
-        folder = Path(config.log_dir)
+    except (HellaSwagUnavailable, ValueError) as error:
+        run.hellaswag = False
+        say(f"no HellaSwag in this run: {error}")
+        return {}
+    say(f"HellaSwag {result.acc_norm:.4f} per token, {result.acc:.4f} plain, of {result.n:,} questions")
+    return {"hella_acc": result.acc, "hella_acc_norm": result.acc_norm}
+
+
+# ---------------------------------------------------------------------------- SET-UP
+
+
+@dataclass
+class Run:
+    """What set_up makes and train uses."""
+
+    config: TrainConfig
+    world: parallel.World
+    accumulation: int  # micro-steps per optimizer step
+    train_loader: DistributedDataLoader
+    val_loader: DistributedDataLoader
+    model: GPTLMHeadModel
+    dtype: str  # of matrix products, resolved
+    optimizer: torch.optim.Optimizer
+    resumed: dict | None  # the checkpoint that it goes on from
+    log: RunLog | None = None  # of the master
+    hellaswag: bool = False  # whether its questions are asked
+
+
+def set_up(config: TrainConfig, given: set[str]) -> Run:
+    """Everything up to the first step. ValueError, OSError: settings, data or files that cannot work."""
+    world = parallel.start(config.device, config.parallel)
+    print0 = print if world.is_master else lambda *args, **kwargs: None
+    if config.resume not in ("", "auto") and "log_dir" not in given:
+        config.log_dir = os.path.dirname(config.resume) or "."
+    path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
+    if state:
+        ckpt.keep_settings(config, given, state, path, print0)
+    accumulation = check_config(config, world)
+    if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
+        print0("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
         if world.is_master:
-            folder.mkdir(parents=True, exist_ok=True)
-        first_step, val_loss, elapsed = resume(config, world, model, optimizer, train_loader, print0)
-        if world.is_master:
-            aside = set_aside(folder) if first_step == 0 else None
-            if aside:
-                print(f"moved what an earlier run left in {folder} to {aside}")
-            log = RunLog(folder, first_step, config.tensorboard)
-            log.record({"run": run_record(config, model, world)})
-    except (ValueError, OSError) as error:
-        print(f"train_gpt_moe.py: {error}", file=sys.stderr)
-        return 2
+            prepare_demo(config.data_dir)
+        world.barrier()
+    meta = read_meta(config.data_dir if not config.input_bin else os.path.dirname(config.input_bin) or ".")
+    train_loader, val_loader = build_loaders(config, world, meta)
+    preset = PRESETS.get(config.preset, {})
+    asked = {name for name in given if name not in preset or getattr(config, name) != preset[name]}
+    model = build_model(config, asked, meta, state).to(world.device)
+    dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
+    if dtype == "auto":
+        dtype = "bfloat16" if world.device.type == "cuda" else "float32"
+    if config.tensorcores and dtype == "float32":  # with bfloat16 it would only coarsen the routers
+        torch.set_float32_matmul_precision("high")
+    optimizer = build_optimizer(config, model)
+    run = Run(config, world, accumulation, train_loader, val_loader, model, dtype, optimizer, state)
+    run.hellaswag = config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data))
+    if state:
+        ckpt.restore(state, model, optimizer, train_loader)
+        before = state.get("world_size", world.size)
+        if before != world.size:
+            print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
+        print0(f"resumed {path} at step {state['step']}")
+    if world.is_master:
+        first_step = state["step"] if state else 0
+        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard)
+        run.log.record({"run": run_record(config, model, world, first_step)})
+        table, warnings = preflight(config, model, accumulation, world, train_loader.num_tokens, dtype)
+        print("\n".join([table, *(f"WARNING     {warning}" for warning in warnings)]), flush=True)
+    return run
+
+
+# ---------------------------------------------------------------------------- TRAINING
+
+
+def train(run: Run) -> int:
+    """Train, evaluate, save; returns the exit code."""
+    config, world, model, optimizer, log = run.config, run.world, run.model, run.optimizer, run.log
+    train_loader, accumulation, resumed = run.train_loader, run.accumulation, run.resumed or {}
 
     def autocast():
         """bf16 matrix products where dtype says so; parameters, norms, routers and losses stay in fp32."""
-        return torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+        return torch.autocast(world.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
+
+    def snapshot() -> dict:
+        """What checkpoint.py documents, as it was when `step` began."""
+        return {
+            **beginning, "model": model.state_dict(), "config": model.config.to_dict(),
+            "optimizer": optimizer.state_dict(), "train_config": dataclasses.asdict(config),
+            "elapsed_s": time.perf_counter() - begin, "world_size": world.size,
+        }  # fmt: skip
+
+    def told_to_stop() -> bool:
+        """Whether an evaluation is to be left out, because saving is more urgent."""
+        return signals.stop_requested and step < config.max_steps
 
     if config.use_compile:
-        for (
-            block
-        ) in model.transformer.h:  # they share one graph; the whole model would take four times as long
+        for block in model.transformer.h:  # one graph for all; of the whole it would take four times as long
             block.compile(fullgraph=True)
     parallel_model = parallel.wrap(model, world)
     model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
-    epochs = config.max_steps * config.total_batch_size / train_loader.num_tokens
-    print0(f"model   {model.get_num_params(False):,} parameters, {model.get_num_active_params():,} active")
-    print0(f"data    {train_loader.num_tokens:,} tokens, seen {epochs:.2f} times in {config.max_steps} steps")
-    print0(
-        f"step    {config.total_batch_size:,} tokens: {accumulation} micro-steps x B {config.B} x T {config.T} "
-        f"x {world.size} processes, {config.dtype} on {world.device}"
-    )
+    first_step = saved_step = resumed.get("step", 0)
+    val_loss, begin = resumed.get("val_loss"), time.perf_counter() - resumed.get("elapsed_s", 0.0)
+    health = faults.Health(resumed.get("health"))
     watched = world.is_master and sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=first_step, unit="step", disable=not watched, smoothing=0.05)
-    say = bar.write if watched else print0
-    begin = time.perf_counter() - elapsed
-
-    for step in range(first_step, config.max_steps + 1):
-        last_step = step == config.max_steps
-        evaluates = config.infer_step > 0 and step % config.infer_step == 0
-        every = config.infer_step if config.sample_every < 0 else config.sample_every
-        samples = every > 0 and (step % every == 0 or last_step)
-        saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0 and step > first_step
-
-        # ---- CHECKPOINT: before the evaluation, so that nothing that fails there can lose the run
-        if world.is_master and (saves or (last_step and step > first_step)):
-            path = ckpt.save_checkpoint(
-                {
-                    "model": model.state_dict(), "config": model.config.to_dict(), "step": step,
-                    "val_loss": val_loss, "optimizer": optimizer.state_dict(),
-                    "loader": train_loader.state_dict(), "rng": torch.get_rng_state(),
-                    "train_config": dataclasses.asdict(config), "elapsed_s": time.perf_counter() - begin,
-                },
-                folder,
-            )  # fmt: skip
-            say(f"step {step}: saved {path}")
-
-        # ---- EVALUATION: eagerly, through the raw model, so that nothing of the training graph is compiled
-        # anew
-        measured = {}
-        with torch.compiler.set_stance("force_eager"):
-            if evaluates or last_step:
-                val_loss = validate(model, val_loader, config.val_steps, world, autocast)
-                measured["val_loss"] = val_loss
-                say(f"step {step}: validation loss {val_loss:.4f}")
-            if samples:
-                say(f"step {step}: sample: {sample(model, config, step, autocast)!r}")
-        if world.is_master and measured:
-            log.event(step, "val", val_loss)
-            log.scalars(step, loss__val=val_loss)
-        if last_step:
-            break
-
-        # ---- TRAINING
-        start = time.perf_counter()
-        model.train()
-        # Dropout is a function of seed, step and rank, and so the same after a resume.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 65_536 + world.rank)
-        losses = torch.zeros(3, device=world.device)  # cross-entropy, balance loss, z-loss
-        for micro_step in range(accumulation):
-            x, y = train_loader.next_batch()  # (B, T), (B, T)
-            parallel.sync_gradients(parallel_model, micro_step == accumulation - 1)
-            with autocast():
-                output = parallel_model(x, targets=y, return_dict=True)
-            (output.loss / accumulation).backward()
-            parts = (output.cross_entropy, output.balance_loss, output.z_loss)
-            losses += torch.stack([losses.new_zeros(()) if p is None else p.detach() for p in parts])
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_routers()
-
-        # ---- LOG
-        losses = world.sum(losses) / (world.size * accumulation)
-        loss, balance_loss, z_loss, norm = [*losses.tolist(), norm.item()]  # waits for the device
-        seconds = time.perf_counter() - start
-        tokens_per_second = config.total_batch_size / seconds
-        sequences = config.total_batch_size / model.config.block_size / world.size
-        mfu = model.estimate_mfu(sequences, seconds)
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tok/s", refresh=False)
-        if not world.is_master:
-            continue
-        if not watched and (step % config.log_every == 0 or step == config.max_steps - 1):
-            utilisation = "" if mfu is None else f" | mfu {100 * mfu:.1f}%"
-            print(
-                f"step {step:5d}/{config.max_steps} | loss {loss:.4f} | lr {lr:.3e} | norm {norm:.3f} | "
-                f"{1000 * seconds:.1f} ms | {tokens_per_second:,.0f} tok/s{utilisation}",
-                flush=True,
-            )
-        record = {
-            "step": step, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * seconds,
-            "tok_per_s": tokens_per_second, "mfu": mfu, "elapsed_s": time.perf_counter() - begin, **measured,
-        }  # fmt: skip
-        if model.moe_layers():
-            counts = torch.stack([moe.last_step_counts() for moe in model.moe_layers()])  # (layers, E)
-            share = counts.cpu().double() / counts[0].sum().item()
-            record |= {"balance_loss": balance_loss, "z_loss": z_loss, "expert_load": share.tolist()}
-            record |= {"max_load": share.max().item() * share.size(1)}
-        log.record(record)
-        log.event(step, "train", loss)
-        log.scalars(
-            step, loss__train=loss, loss__balance=record.get("balance_loss"), loss__z=record.get("z_loss"),
-            lr=lr, norm=norm, tok_per_s=tokens_per_second, mfu=mfu, max_load=record.get("max_load"),
-        )  # fmt: skip
-
-    # ---- THE END
-    bar.close()
+    say = bar.write if watched else partial(print, flush=True) if world.is_master else lambda text: None
+    signals = faults.Signals(talkative=world.is_master)
+    writer = ckpt.CheckpointWriter(config.log_dir, config.keep_last, config.keep_every, say)
     if world.is_master:
-        if measured:
-            log.record({"step": config.max_steps, **measured, "elapsed_s": time.perf_counter() - begin})
-        log.close()
+        log.say = say
+    sequences = config.total_batch_size / model.config.block_size / world.size  # a step's, on each rank
+    step, intact, diagnosis = first_step, False, ""
+    signals.catch()
+    try:
+        while True:
+            beginning = {
+                "step": step, "val_loss": val_loss, "loader": train_loader.state_dict(),
+                "health": health.state_dict(), "rng": torch.get_rng_state(),
+            }  # fmt: skip
+            intact = True  # from here to the update, weights and moments belong to this beginning
+            last_step = step == config.max_steps
+            evaluates = config.infer_step > 0 and step % config.infer_step == 0
+            every = config.infer_step if config.sample_every < 0 else config.sample_every
+            samples = every > 0 and (step % every == 0 or last_step)
+            saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+            saves = saves or last_step or signals.save_now or signals.exit_code is not None
+
+            # ---- CHECKPOINT: before the evaluation, so that nothing that fails there can lose the run
+            if saves and step > saved_step:
+                if world.is_master:
+                    writer.save(snapshot(), log.sync)
+                saved_step = step
+            if signals.exit_code is not None:
+                break
+
+            # ---- EVALUATION: eagerly, through the raw model, so that nothing of the training graph is
+            # compiled anew
+            measured = {}
+            with torch.compiler.set_stance("force_eager"):
+                if evaluates or last_step:
+                    loss = validate(model, run.val_loader, config.val_steps, world, autocast, told_to_stop)
+                    if loss is None:  # evaluated it will be when the run goes on
+                        signals.agree(world.sum(signals.take(world.device)).tolist())
+                        continue
+                    val_loss = measured["val_loss"] = loss
+                    say(f"step {step}: validation loss {val_loss:.4f}")
+                if samples:
+                    say(f"step {step}: sample: {sample(model, config, step, autocast)!r}")
+                if (evaluates or last_step) and run.hellaswag:
+                    measured |= hellaswag(run, say)
+            if world.is_master and measured:
+                for kind, name in (("val", "val_loss"), ("hella", "hella_acc_norm")):
+                    if name in measured:
+                        log.measurement(step, kind, measured[name])
+                if last_step:
+                    log.record({"step": step, "elapsed_s": time.perf_counter() - begin, **measured})
+            if last_step:
+                break
+
+            # ---- TRAINING
+            start = time.perf_counter()
+            model.train()
+            # Dropout is a function of seed, step and rank, and so the same after a resume.
+            torch.manual_seed((config.seed * 1_000_003 + step) * 65_536 + world.rank)
+            losses = torch.zeros(3, device=world.device)  # cross-entropy, balance loss, z-loss
+            batch_losses = []  # of every micro-step
+            for micro_step in range(accumulation):
+                x, y = faults.next_batch(train_loader)  # (B, T), (B, T)
+                parallel.sync_gradients(parallel_model, micro_step == accumulation - 1)
+                with autocast():
+                    output = parallel_model(x, targets=y, return_dict=True)
+                (output.loss / accumulation).backward()
+                parts = (output.cross_entropy, output.balance_loss, output.z_loss)
+                losses += torch.stack([losses.new_zeros(()) if p is None else p.detach() for p in parts])
+                batch_losses.append(output.loss.detach())
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            # One collective tells all ranks the losses, and what signals ask of any of them.
+            sums = world.sum(torch.cat([losses, signals.take(world.device)]))  # (3 + 3,)
+            losses = sums[:3] / (world.size * accumulation)
+            loss, balance_loss, z_loss, norm_value = [*losses.tolist(), norm.item()]  # waits for the device
+            signals.agree(sums[3:].tolist())
+
+            # ---- UPDATE: all ranks, or none
+            lr = learning_rate(step, config)
+            sick = health.is_sick(loss, norm_value)
+            if sick:
+                faults.forget_routing(model)
+                if health.in_a_row >= config.max_bad_steps:
+                    diagnosis = faults.diagnose(model, batch_losses, train_loader, beginning["loader"])
+            else:
+                intact = False
+                if config.grad_clip > 0:
+                    nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_mult"]
+                model.update_routers()
+                with idle_experts_spared(model.moe_layers(), optimizer):
+                    optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            spike = not sick and health.is_spike(loss)
+
+            # ---- LOG
+            seconds = time.perf_counter() - start
+            if world.is_master:
+                record = {
+                    "step": step, "loss": loss, "lr": lr, "norm": norm_value, "ms": 1000 * seconds,
+                    "tok_per_s": config.total_batch_size / seconds,
+                    "mfu": model.estimate_mfu(sequences, seconds),
+                    "elapsed_s": time.perf_counter() - begin, "bad_steps": health.bad_steps, **measured,
+                }  # fmt: skip
+                if sick:
+                    record["skipped"] = True
+                    say(
+                        f"step {step}: WARNING: no update: loss {loss}, norm {norm_value} "
+                        f"({health.in_a_row} in a row, {health.bad_steps} in all)"
+                    )
+                elif model.moe_layers():
+                    record |= {"balance_loss": balance_loss, "z_loss": z_loss, **expert_load(model)}
+                if spike:
+                    record["spike"] = True
+                    say(f"step {step}: the loss jumped to {loss:.4f} from a mean of {health.mean:.4f}")
+                log.step(record)
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}, {record['tok_per_s']:,.0f} tok/s", refresh=False)
+                if not watched and (step % config.log_every == 0 or step == config.max_steps - 1):
+                    print(step_line(record, config.max_steps), flush=True)
+            if diagnosis:
+                break
+            step += 1
+    except Exception:
+        if world.is_master and intact and step > saved_step:
+            faults.forget_routing(model)
+            say(f"step {step}: an error; saving what has been trained before it")
+            writer.save(snapshot(), log.sync)
+        raise
+    finally:  # whatever happened, a checkpoint that is being written gets finished
+        failed = writer.wait() is not None
+        bar.close()
+        failed = (log is not None and not log.close()) or failed
+        signals.release()
+
+    # ---- THE END: together, because launchers stop all processes as soon as one has ended
+    world.barrier()
+    newest = next(iter(ckpt.list_checkpoints(config.log_dir)), "none")
+    if diagnosis:
+        stopped = (
+            f"stopped at step {step}: {health.in_a_row} steps in a row without a finite loss and gradient"
+        )
+        text = f"train_gpt_moe.py: {stopped}; the last good checkpoint is {newest}\n{diagnosis}"
+        print(text if world.is_master else diagnosis.splitlines()[-1], file=sys.stderr, flush=True)
+        return faults.FAILED
+    if failed:
+        print(
+            f"train_gpt_moe.py: not all could be written; the newest checkpoint is {newest}", file=sys.stderr
+        )
+        return faults.FAILED
+    if signals.exit_code is not None:
+        say(f"stopped before step {step}; --resume auto goes on from {newest}")
+        return signals.exit_code
+    if world.is_master:
         if model.moe_layers():
             print(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
             print(usage_table(model))
+        if config.plot:
+            picture = plot_runs([config.log_dir], str(Path(config.log_dir) / "training.png"))
+            print(f"picture         {picture}")
         print(f"validation loss {val_loss:.4f} nats per token after {config.max_steps} steps")
-        for path in ckpt.list_checkpoints(folder)[:1]:
-            print(f"checkpoint      {path}")
-            print(f"next            python sample.py --checkpoint {path} --prompt {config.prompt!r}")
-    return 0
+        print(f"checkpoint      {newest}")
+        print(f"next            python sample.py --checkpoint {newest} --prompt {config.prompt!r}")
+    return faults.OK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Set up and train; returns the exit code. What a person can mend is told in one line, no traceback."""
+    try:
+        config, given = parse_config(arguments)
+        run = set_up(config, given)
+    except (ValueError, OSError) as error:
+        return faults.report(error)
+    try:
+        code = train(run)
+    except (faults.DataError, torch.OutOfMemoryError) as error:
+        return faults.report(error, config)
+    parallel.stop()
+    return code
 
 
 if __name__ == "__main__":
-    code = main()
-    parallel.stop()
-    sys.exit(code)
+    sys.exit(main())

@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import shards
 from fineweb import DistributedDataLoader, Job, build, read_shard, write_shard
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -430,14 +431,14 @@ def test_sequential_order_is_llmcs(tmp_path, lengths):
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(n, key):
-    keys = np.random.SeedSequence(key).generate_state(fineweb.ROUNDS, np.uint64)
+    keys = np.random.SeedSequence(key).generate_state(shards.ROUNDS, np.uint64)
     assert sorted(fineweb.permute(np.arange(n), n, keys).tolist()) == list(range(n))
 
 
 @pytest.mark.parametrize("n", [7, 1000, 10**7])
 def test_permute_is_even(n):
     """Over many keys each place is reached equally often, and neighbours do not stay neighbours."""
-    keys = [np.random.SeedSequence([1337, e]).generate_state(fineweb.ROUNDS, np.uint64) for e in range(2000)]
+    keys = [np.random.SeedSequence([1337, e]).generate_state(shards.ROUNDS, np.uint64) for e in range(2000)]
     places = np.array([fineweb.permute(np.array([0, 1, n - 1]), n, k) for k in keys])  # (2000, 3)
     counts = np.array([np.bincount(places[:, i] * 7 // n, minlength=7) for i in range(3)])
     chi2 = ((counts - 2000 / 7) ** 2 / (2000 / 7)).sum(axis=1)
@@ -536,7 +537,7 @@ def test_token_outside_the_vocabulary_is_located(tmp_path):
 
 
 def test_a_shard_that_goes_away_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 1)
     make_shards(tmp_path, [50, 50, 50])
     loader = DistributedDataLoader(tmp_path, B=2, T=8, shuffle=False, prefetch=0)
     loader.next_batch()
@@ -547,7 +548,7 @@ def test_a_shard_that_goes_away_is_reported(tmp_path, monkeypatch):
 
 @linux
 def test_many_shards_take_few_file_descriptors(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "OPEN_SHARDS", 4)
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 4)
     make_shards(tmp_path, [40] * 50)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))

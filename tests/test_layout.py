@@ -14,7 +14,8 @@ from conftest import ROOT
 # Imports point one way: a file may import only what stands behind it here.
 MAY_IMPORT = {
     "attention": set(),
-    "fineweb": set(),
+    "shards": set(),
+    "fineweb": {"shards"},
     "mixture_of_experts": set(),
     "plot_log": set(),
     "convert": set(),
@@ -26,13 +27,14 @@ MAY_IMPORT = {
     "checkpoint": {"model", "convert", "mixture_of_experts"},
     "run_log": {"checkpoint"},
     "preflight": {"model"},
+    "prepare": {"checkpoint", "fineweb", "model", "muon", "parallel"},
     "faults": {"checkpoint", "parallel", "run_log"},
     "sample": {"model", "fineweb", "checkpoint", "parallel"},
     "llmc": {"model", "fineweb", "checkpoint"},
     "bench": {"model", "mixture_of_experts", "hellaswag", "fineweb", "checkpoint", "parallel", "muon"},
     "train_gpt_moe": {
         "checkpoint", "convert", "faults", "fineweb", "hellaswag", "llmc", "mixture_of_experts", "model",
-        "muon", "parallel", "preflight", "plot_log", "run_log",
+        "muon", "parallel", "preflight", "prepare", "plot_log", "run_log",
     },
 }  # fmt: skip
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -1,0 +1,194 @@
+"""Training processes for tests: real ones, which can be killed, without the seconds that importing takes.
+
+    process = start(["--max_steps", "9"], "out.txt")            # python train_gpt_moe.py --max_steps 9
+    ranks = start_ranks(2, ["--max_steps", "9"], "out.txt")     # what torchrun starts
+    assert finish(process) == 0
+
+A server process imports the program once; every training process is forked from it (multiprocessing's
+forkserver), so it has an id, memory, signals and an exit code of its own.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fineweb
+from checkpoint import load_checkpoint
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
+
+STEPS = 12
+TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --B 4
+    --total_batch_size 256 --max_steps 12 --warmup_steps 2 --max_lr 3e-3 --min_lr 3e-4 --infer_step 4
+    --val_steps 2 --sample_every 0 --prompt Return --use_compile False --device cpu --checkpoint_every 3
+    --tensorboard False --plot False --dropout 0.1 --router_bias_update_rate 0.01 --router_z_loss_coef 0.001""".split()
+
+
+def start(
+    arguments: list,
+    output: str | Path,
+    environment: Mapping = {},
+    sick: Mapping = {},
+    script: str = "train_gpt_moe",
+):
+    """Start `script` with its arguments; stdout and stderr are appended to `output`. sick: see `poisoned`."""
+    texts = [str(argument) for argument in arguments]
+    process = CONTEXT.Process(target=_run, args=(script, texts, str(output), dict(environment), dict(sick)))
+    here = Path(__file__).resolve().parent
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), before])  # for the server
+    try:
+        process.start()
+    finally:
+        os.environ["PYTHONPATH"] = before
+    return process
+
+
+def start_ranks(size: int, arguments: list, output: str | Path, sick: Mapping = {}) -> list:
+    """Start `size` processes that train together, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=port)
+    return [
+        start(arguments, output, {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}, sick)
+        for rank in range(size)
+    ]
+
+
+def finish(process, timeout: float = 120) -> int:
+    """Wait for the process's end; its exit code, or minus the signal that ended it."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"process {process.pid} still ran after {timeout} s")
+    return process.exitcode
+
+
+def made_up_text() -> str:
+    """Some 300 kB of words, the same every time; a few are frequent, so that there is something to learn."""
+    chance = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(chance.choice(letters, size)) for size in chance.integers(1, 9, 500)]
+    return " ".join(words[i % 500] for i in chance.zipf(1.3, 60_000))
+
+
+def write_data(folder: str | Path) -> str:
+    """Write the made-up text as training and validation shards of bytes; returns the folder's name."""
+    os.makedirs(folder)
+    tokens, shards = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16), {}
+    for name, part in (("train_000000.bin", tokens[:-20000]), ("val_000000.bin", tokens[-20000:])):
+        fineweb.write_shard(os.path.join(folder, name), part)
+        shards[name] = len(part)
+    meta = fineweb.describe(fineweb.get_encoding("bytes"), shards, complete=True)
+    Path(folder, "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+def flags(data, log_dir, *more) -> list[str]:
+    return [*TINY, "--data_dir", str(data), "--log_dir", str(log_dir), *map(str, more)]
+
+
+def metrics(log_dir) -> list[dict]:
+    """The steps' records without what is a matter of time."""
+    records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
+    clock = {"ms", "tok_per_s", "elapsed_s"}
+    return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
+
+
+def newest(log_dir: Path) -> int:
+    """The last step in log.txt, -1 for none."""
+    lines = (log_dir / "log.txt").read_text().split("\n")[:-1]
+    return max([int(line.split()[0]) for line in lines if " train " in line], default=-1)
+
+
+def same_run(a, b) -> None:
+    """Fails unless two log folders hold the same run: all numbers logged, all bits of the last checkpoint."""
+    assert (a / "log.txt").read_bytes() == (b / "log.txt").read_bytes()
+    assert metrics(a) == metrics(b)
+    first, second = (load_checkpoint(folder / "latest") for folder in (a, b))
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"train_config", "elapsed_s"}:
+        assert equal(first[name], second[name]), name
+
+
+def equal(a, b) -> bool:
+    """Whether two nested structures are equal to the bit."""
+    if torch.is_tensor(a):
+        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def wait_for(path: Path, lines: int, timeout: float = 60) -> None:
+    """Until the file has so many lines."""
+    end = time.monotonic() + timeout
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert time.monotonic() < end, f"{path} did not get {lines} lines"
+        time.sleep(0.003)
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes: writes fail with OSError, as they do where the disk is full."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def _run(script: str, arguments: list[str], output: str, environment: dict, sick: dict) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    if sick:
+        from model import GPTLMHeadModel
+
+        GPTLMHeadModel.forward = poisoned(GPTLMHeadModel.forward, sick, int(os.environ.get("RANK", 0)))
+    sys.exit(__import__(script).main(arguments))
+
+
+def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Callable:
+    """A model's `forward` that meets NaN behind the embedding in some training forwards.
+
+    sick: number of the training forward in this process, from 0 -> rank that it befalls, -1 for all.
+    """
+    numbers = itertools.count()
+
+    def sick_forward(self, *args, **kwargs):
+        training = self.training and kwargs.get("targets") is not None
+        if not training or sick.get(next(numbers)) not in (-1, rank):
+            return forward(self, *args, **kwargs)
+        hook = self.transformer.drop.register_forward_hook(
+            lambda module, inputs, output: output * float("nan")
+        )
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    return sick_forward

@@ -1,0 +1,444 @@
+"""A run that was killed and goes on is the same run: losses, weights, moments, routers, data, log files.
+
+Run: python -m pytest tests/test_resume.py
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from processes import (
+    STEPS,
+    equal,
+    finish,
+    flags,
+    full_disk,
+    metrics,
+    newest,
+    same_run,
+    start,
+    start_ranks,
+    wait_for,
+    write_data,
+)  # fmt: skip
+
+import checkpoint as ckpt
+import run_log
+import train_gpt_moe
+from fineweb import read_shard, write_shard
+from run_log import RunLog
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A folder with shards."""
+    return write_data(tmp_path_factory.mktemp("data") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """The undisturbed run."""
+    log_dir = tmp_path_factory.mktemp("straight")
+    assert train_gpt_moe.main(flags(data, log_dir)) == 0
+    return log_dir
+
+
+# ---------------------------------------------------------------------------- the same run
+
+
+def test_killed_again_and_again_it_ends_as_if_nothing_had_been(straight, data, tmp_path):
+    """SIGKILL at random moments, by the number of steps in the log and a random time after that."""
+    chance = random.Random(1)
+    output, kills, done = tmp_path / "out.txt", 0, 0
+    while done < STEPS:
+        process = start(flags(data, tmp_path, "--resume", "auto"), output)
+        last = ckpt.list_checkpoints(tmp_path)
+        done = ckpt.step_of(last[0]) if last else 0
+        target = done + chance.randint(2, 5)
+        if target < STEPS:
+            while process.is_alive() and (not (tmp_path / "log.txt").exists() or newest(tmp_path) < target):
+                time.sleep(0.002)
+            time.sleep(chance.random() * 0.05)
+            process.kill()
+            kills += 1
+        else:
+            assert finish(process) == 0, output.read_text()
+            break
+        process.join()
+        if (tmp_path / "latest").exists():  # it is written after the checkpoint it names
+            assert (tmp_path / (tmp_path / "latest").read_text()).exists()
+    assert kills >= 3 and "resumed" in output.read_text()
+    same_run(straight, tmp_path)
+    record = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    elapsed = [r["elapsed_s"] for r in record if "step" in r]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+
+
+def test_the_parts_that_must_be_the_same_are_in_the_comparison(straight):
+    """What same_run compares holds all that makes a run: moments, biases, counters, position, randomness."""
+    state = ckpt.load_checkpoint(straight / "latest")
+    names = state["model"].keys()
+    for part in ("router_bias", "usage_counts", "reference_totals"):
+        found = [name for name in names if name.endswith(part)]
+        assert found and all(state["model"][name].any() for name in found), part
+    moments = state["optimizer"]["state"][0]
+    assert {"exp_avg", "exp_avg_sq", "step"} <= moments.keys() and moments["step"] == STEPS
+    assert state["loader"]["position"] == STEPS * 256 // 32
+    assert state["rng"].numel() > 1000 and state["health"]["seen"] == STEPS
+
+
+def test_another_number_of_ranks_and_another_B_go_on_in_the_same_stream(straight, data, tmp_path):
+    """Without dropout, whose noise is each rank's own, losses differ by rounding only."""
+    exact = ["--dropout", 0, "--data_dir", data]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_gpt_moe.main(flags(data, whole, *exact, "--max_steps", 9)) == 0
+    parts.mkdir()
+    shutil.copy(whole / "model_00003.pt", parts)
+    ranks = start_ranks(
+        2, ["--resume", "auto", "--log_dir", parts, "--B", 2, "--device", "cpu"], tmp_path / "out"
+    )
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "resume: B was 4 and is 2 from step 3 on" in said and "processes were 1 and are 2" in said
+    assert said.count("resumed") == 1
+    ends = [ckpt.load_checkpoint(folder / "model_00009.pt") for folder in (whole, parts)]
+    assert equal(ends[0]["loader"], ends[1]["loader"])
+    losses = [[r["loss"] for r in metrics(folder) if 3 <= r["step"] < 9] for folder in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4) and len(losses[1]) == 6
+    for name, tensor in ends[0]["model"].items():
+        if tensor.is_floating_point() and not name.endswith("router_bias"):
+            torch.testing.assert_close(ends[1]["model"][name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
+def test_torchrun_restarts_a_killed_worker_and_passes_sigterm_on(data, tmp_path, request):
+    """A worker is killed: --max-restarts resumes. torchrun is told to stop: all save. Then the same end."""
+    undisturbed, log_dir = tmp_path / "undisturbed", tmp_path / "log"
+    more = ["--B", 2, "--max_steps", 60, "--checkpoint_every", 5, "--infer_step", 30]
+    others = start_ranks(2, flags(data, undisturbed, *more), tmp_path / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--max-restarts=3", str(ROOT / "train_gpt_moe.py"), *flags(data, log_dir, *more)]
+    with open(tmp_path / "torchrun", "w") as output:
+        agent = subprocess.Popen([*command, "--resume", "auto"], stdout=output, stderr=output)
+    request.addfinalizer(agent.kill)
+    wait_for(log_dir / "log.txt", 8, timeout=120)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    workers = [
+        pid for pid in map(int, children) if b"train_gpt_moe.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    wait_for(log_dir / "metrics.jsonl", 20, timeout=120)  # the restarted workers
+    agent.terminate()
+    agent.wait(60)
+    said = (tmp_path / "torchrun").read_text()
+    assert "resumed" in said and "SIGTERM: finishing this step" in said and "stopped before step" in said
+    stopped = ckpt.step_of(ckpt.list_checkpoints(log_dir)[0])
+    assert stopped == newest(log_dir) + 1 < 60  # nothing that was trained is missing
+    assert [finish(rank) for rank in others] == [0, 0]
+    ranks = start_ranks(2, flags(data, log_dir, *more, "--resume", "auto"), tmp_path / "out")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "out").read_text()
+    same_run(undisturbed, log_dir)
+
+
+# ---------------------------------------------------------------------------- settings of a resumed run
+
+
+@pytest.fixture
+def stopped(straight, tmp_path) -> Path:
+    """A copy of the undisturbed run as it was after 6 steps."""
+    log_dir = tmp_path / "stopped"
+    shutil.copytree(straight, log_dir)
+    for path in ckpt.list_checkpoints(log_dir):
+        if ckpt.step_of(path) > 6:
+            path.unlink()
+    return log_dir
+
+
+def test_settings_are_kept_without_flags(straight, stopped, capsys):
+    """Nothing but the checkpoint is named: its folder is log_dir, its settings are those of the run."""
+    assert train_gpt_moe.main(["--resume", str(stopped / "model_00006.pt"), "--device", "cpu"]) == 0
+    same_run(straight, stopped)
+    assert "resume:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "before"),
+    [
+        ("n_layer", 3, 2), ("n_embd", 64, 32), ("num_experts", 8, 4), ("T", 16, 32), ("seed", 7, 1337),
+        ("activation", "relu2", "'gelu'"), ("tie_word_embeddings", False, True), ("block_size", 64, 32),
+        ("moe_loss_type", "variance_penalty", "'load_balancing'"), ("vocab_size", 512, 384),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_naming_field_and_values(stopped, capsys, flag, value, before):
+    content = {path: path.read_bytes() for path in stopped.glob("*.*")}
+    code = train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), f"--{flag}", str(value)])
+    error = capsys.readouterr().err
+    assert code == 2 and len(error.splitlines()) == 1 and "Traceback" not in error
+    assert (
+        f"resume: {flag}={before}" in error and f"--{flag} {value!r} now" in error and "--init_from" in error
+    )
+    assert content == {path: path.read_bytes() for path in stopped.glob("*.*")}
+
+
+def other_data(data, folder: Path, change) -> str:
+    """A copy of the data with changed training tokens or meta.json."""
+    shutil.copytree(data, folder)
+    change(folder)
+    return str(folder)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "train_000000.bin"
+    write_shard(path, np.array(read_shard(path)[:-1000]))
+
+
+def other_tokens(folder: Path) -> None:
+    path = folder / "train_000000.bin"
+    tokens = np.array(read_shard(path))
+    tokens[:200] = tokens[200:400]
+    write_shard(path, tokens)
+
+
+def other_encoding(folder: Path) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"encoding": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(cut, "tokens="), (other_tokens, "sha256="), (other_encoding, "encoding='bytes' .* 'gpt2'")],
+)
+def test_other_data_is_refused(stopped, data, tmp_path, capsys, change, message):
+    other = other_data(data, tmp_path / "other", change)
+    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--data_dir", other]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(message, error), error
+
+
+def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopped, data, tmp_path, capsys):
+    moved = other_data(data, tmp_path / "moved", lambda folder: None)
+    arguments = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", moved, "--device", "cpu"]
+    arguments += "--max_steps 10 --max_lr 1e-3 --weight_decay 0.2 --infer_step 5 --log_every 2".split()
+    arguments += ["--total_batch_size", "128"]
+    assert train_gpt_moe.main(arguments) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "max_steps was 12 and is 10 from step 6 on", "max_lr was 0.003 and is 0.001",
+        "weight_decay was 0.1 and is 0.2", "infer_step was 4 and is 5", "log_every was 1 and is 2",
+        "total_batch_size was 256 and is 128",
+    ):  # fmt: skip
+        assert f"resume: {line}" in said
+    state = ckpt.load_checkpoint(stopped / "model_00010.pt")
+    assert max(group["weight_decay"] for group in state["optimizer"]["param_groups"]) == 0.2
+    assert state["loader"]["position"] == (6 * 256 + 4 * 128) // 32
+    assert [record["step"] for record in metrics(stopped)] == list(range(11))
+
+
+# ---------------------------------------------------------------------------- which checkpoint, which files
+
+
+def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys):
+    content = (stopped / "model_00006.pt").read_bytes()
+    (stopped / "model_00006.pt").write_bytes(content[: len(content) // 2])
+    (stopped / ".model_00009.pt.4711.tmp").write_bytes(content[:1000])
+    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "WARNING: skipping" in said and "model_00006.pt" in said and "resumed" in said and "at step 3" in said
+    )
+    (old,) = stopped.glob("old_*")
+    assert (old / "model_00006.pt").stat().st_size == len(content) // 2 and not list(stopped.glob(".*.tmp"))
+    same_run(straight, stopped)
+
+
+def test_an_earlier_checkpoint_starts_a_new_branch(straight, tmp_path):
+    """Newer checkpoints of the branch that is left must not be taken by the next --resume auto."""
+    log_dir = tmp_path / "log"
+    shutil.copytree(straight, log_dir)
+    assert (
+        train_gpt_moe.main(
+            ["--resume", str(log_dir / "model_00003.pt"), "--max_steps", "5", "--device", "cpu"]
+        )
+        == 0
+    )
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(log_dir)] == [5, 3]
+    (old,) = log_dir.glob("old_*")
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(old)] == [12, 9, 6]
+    assert (log_dir / "latest").read_text() == "model_00005.pt"
+
+
+def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsys):
+    """Also after a crash before the first checkpoint, whose log is put aside."""
+    tmp_path.joinpath("log.txt").write_text("0 val 5.9\n0 train 5.9\n1 tr")
+    tmp_path.joinpath("metrics.jsonl").write_text('{"run": {}}\n{"step": 0, "loss": 5.9}\n{"st')
+    assert train_gpt_moe.main(flags(data, tmp_path, "--resume", "auto")) == 0
+    (old,) = tmp_path.glob("old_*")
+    assert (old / "log.txt").read_text().endswith("1 tr") and "resumed" not in capsys.readouterr().out
+    same_run(straight, tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_is_finished(straight, stopped):
+    shutil.copy(straight / "model_00012.pt", stopped)
+    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--device", "cpu"]) == 0
+    same_run(straight, stopped)
+    assert len(list(stopped.glob("old_*"))) == 0
+
+
+def test_weights_alone_and_missing_files_cannot_be_resumed(straight, tmp_path, capsys):
+    state = ckpt.load_checkpoint(straight / "latest")
+    path = ckpt.save_checkpoint({name: state[name] for name in ("model", "config", "step")}, tmp_path)
+    for source, message in ((path, "--init_from"), (tmp_path / "none.pt", "no such checkpoint")):
+        assert train_gpt_moe.main(["--resume", str(source), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, capsys):
+    lock = run_log.claim_folder(tmp_path)
+    assert train_gpt_moe.main(flags(data, tmp_path)) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    lock.close()
+    run_log.claim_folder(tmp_path).close()
+
+
+# ---------------------------------------------------------------------------- log files
+
+
+def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
+    """Steps 0 to 4 were logged, the kill has cut the file, the run goes on from step 3."""
+    records = [{"run": {"first_step": 0}}, *({"step": step, "loss": step / 7} for step in range(5))]
+    whole = {
+        "log.txt": "".join(f"{s} val 1.0\n{s} train 1.5\n" for s in range(5)).encode(),
+        "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records).encode(),
+    }
+    kept = {
+        name: b"".join(content.splitlines(True)[: {"log.txt": 6}.get(name, 4)])
+        for name, content in whole.items()
+    }
+    for name, content in whole.items():
+        for length in range(len(kept[name]), len(content) + 1):
+            (tmp_path / name).write_bytes(content[:length] + b"\0" * (length % 3))
+            (tmp_path / "model_00003.pt").touch()
+            log = RunLog(tmp_path, tmp_path / "model_00003.pt", 3, tensorboard=False)
+            log.record({"step": 3, "loss": float("nan")})
+            log.measurement(3, "train", float("inf"))
+            assert log.close()
+            assert (tmp_path / name).read_bytes().startswith(kept[name])
+            added = (tmp_path / name).read_bytes()[len(kept[name]) :]
+            assert (
+                added == {"log.txt": b"3 train inf\n", "metrics.jsonl": b'{"step": 3, "loss": null}\n'}[name]
+            )
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        (b"2 train 1.500000\n", True), (b"3 train 1.500000\n", False), (b"2 train nan\n", True),
+        (b"2 train 1.5", False), (b"2 train\n", False), (b"\0\0\0\n", False), (b"\xff\n", False),
+        (b'{"step": 2}\n', True), (b'{"step": 3}\n', False), (b'{"step": 2}', False), (b'{"st\n', False),
+        (b'{"run": {}}\n', True), (b'{"run": {"first_step": 2}}\n', True), (b'{"step": "2"}\n', False),
+        (b'{"run": {"first_step": 3}}\n', False), (b'{"run": 3}\n', False), (b"[1]\n", False), (b"\n", False),
+    ],
+)  # fmt: skip
+def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
+    assert run_log.is_before(line, 3) == kept
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
+    log = RunLog(tmp_path, None, 0, tensorboard=False)
+    for step in range(40):
+        if step < 10 or step >= 30:
+            log.measurement(step, "train", 1.5)
+        else:
+            with full_disk(135):  # in the middle of a line
+                log.measurement(step, "train", 1.5)
+                with pytest.raises(OSError, match="File too large"):
+                    log.sync()  # no checkpoint that knows of these steps before their lines
+    assert capsys.readouterr().out.count("WARNING: log.txt cannot be written") == 1
+    with full_disk(100):
+        log.measurement(40, "train", 1.5)
+        assert not log.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines == [f"{step} train 1.500000" for step in range(40)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its thread
+def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capsys):
+    log = RunLog(tmp_path, None, 0, tensorboard=True)
+    with full_disk(2000):  # 200 of its events do not fit, and neither do all lines of the logs
+        for step in range(40):
+            log.step({"step": step, "loss": 1.5, "lr": 0.1, "norm": 2.0, "tok_per_s": 7.0})
+            time.sleep(0.002)  # its writer is a thread
+    log.step({"step": 40, "loss": 1.5})
+    assert log.close() and log.tensorboard is None
+    said = capsys.readouterr().out
+    assert said.count("WARNING: no more TensorBoard events") == 1 and said.count("cannot be written") == 1
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(41))
+
+
+# ---------------------------------------------------------------------------- begin with other weights
+
+
+def test_upcycling_end_to_end(data, tmp_path):
+    """A dense checkpoint becomes a MoE: same validation loss at first; its experts, equal then, part ways."""
+    dense, log_dir = tmp_path / "dense", tmp_path / "moe"
+    assert train_gpt_moe.main(flags(data, dense, "--use_moe", False, "--max_steps", 6)) == 0
+    arguments = ["--init_from", str(dense / "latest"), "--data_dir", data, "--log_dir", str(log_dir)]
+    arguments += "--use_moe True --num_experts 8 --max_steps 3 --warmup_steps 0 --checkpoint_every 1".split()
+    arguments += "--T 32 --B 4 --total_batch_size 256 --val_steps 2 --prompt A --device cpu".split()
+    arguments += ["--use_compile", "False"]
+    assert train_gpt_moe.main(arguments) == 0
+    assert metrics(log_dir)[0]["val_loss"] == pytest.approx(metrics(dense)[-1]["val_loss"], abs=1e-5)
+    state = ckpt.load_checkpoint(log_dir / "model_00003.pt")
+    assert state["config"]["num_experts"] == 8 and state["config"]["n_embd"] == 32
+    experts = state["model"]["transformer.h.1.mlp.experts.c_fc"]
+    loads = torch.tensor([record["expert_load"][1] for record in metrics(log_dir)[:-1]])  # (steps, E)
+    busy = loads.sum(0) > 0  # those without any token stay the copies that they were
+    assert busy.sum() > 2
+    apart = torch.pdist(experts[busy].flatten(1))
+    assert apart.min() > 1e-3, "two experts are still the same"
+    assert state["train_config"]["n_embd"] == 32 and state["train_config"]["dropout"] == 0.1  # the source's
+    # Killed and resumed with the same command, it goes on from its own checkpoint, not from init_from.
+    (log_dir / "model_00003.pt").unlink()
+    assert train_gpt_moe.main([*arguments, "--resume", "auto"]) == 0
+    assert equal(state["model"], ckpt.load_checkpoint(log_dir / "model_00003.pt")["model"])
+
+
+def test_beginning_with_weights_refuses_flags_that_contradict_them(straight, data, tmp_path, capsys):
+    refused = {
+        ("--n_layer", 3): "n_layer=3, but init_from=", ("--num_experts", 8): "num_experts=8, but init_from=",
+        ("--use_moe", False): "use_moe=False, but init_from=", ("--T", 64): "T=64, but init_from=",
+    }  # fmt: skip
+    for (flag, value), message in refused.items():
+        arguments = ["--init_from", straight / "latest", "--data_dir", data, "--log_dir", tmp_path]
+        arguments += ["--B", 1, "--total_batch_size", 64, "--device", "cpu", "--T", 32, flag, value]
+        assert train_gpt_moe.main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_moe_can_begin_a_new_run_with_another_balance_loss(straight, data, tmp_path):
+    arguments = ["--init_from", str(straight / "latest"), "--data_dir", data, "--log_dir", str(tmp_path)]
+    arguments += "--max_steps 2 --warmup_steps 1 --T 16 --block_size 16 --B 4 --total_batch_size 64".split()
+    arguments += "--moe_loss_type diversity_regularization --device cpu --use_compile False".split()
+    assert train_gpt_moe.main(arguments) == 0
+    state = ckpt.load_checkpoint(tmp_path / "latest")
+    assert (
+        state["config"]["block_size"] == 16 and state["config"]["moe_loss_type"] == "diversity_regularization"
+    )
+    assert metrics(tmp_path)[0]["val_loss"] < 5.0  # the weights came along: a fresh model has log 384 = 5.95

@@ -1,0 +1,335 @@
+"""Kill training and tokenising at random moments, for minutes, on a disk that fills up; nothing may be lost.
+
+    python tests/torture.py --minutes 10               # as root, on Linux: on a small tmpfs of its own
+    python tests/torture.py --minutes 10 --seed 3 --folder /mnt/small
+
+Two processes train a small model with --resume auto; a third tokenises. At random moments one of them or all
+get SIGKILL, SIGTERM or SIGINT, or a ballast file takes nearly all the room of the disk for a while, or a
+checkpoint on the disk gets a flipped bit or loses its end. Whenever training has stopped:
+    - log/latest names a checkpoint that is there
+    - the newest good checkpoint is not older than any good one seen before
+    - every good checkpoint is to the bit that of an undisturbed run at its step
+    - log.txt has every line of the steps before the newest checkpoint once, equal to the undisturbed run's
+Whenever tokenising has stopped: every shard is to the byte that of an undisturbed job. A finished run is
+compared with the undisturbed one (losses, weights, moments, routers, position), and the next one begins.
+Runs that break a rule, hang, or cannot go on are lost; bytes that are missing or wrong are lost bytes.
+
+Without root there is no tmpfs: a limit on the size of the processes' files (RLIMIT_FSIZE) then stands for the
+full disk. Not collected by pytest. Exit code 0 if nothing was lost.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from processes import flags, made_up_text, metrics, start, start_ranks, write_data
+
+import checkpoint as ckpt
+
+STEPS, SIZE = 40, 24 << 20  # of a run; bytes of the tmpfs
+PARTS = ("model", "optimizer", "rng")  # of a checkpoint: those with tensors
+
+
+def digests(state: dict) -> dict[str, str]:
+    """A hash of every part of a checkpoint that is not a matter of time."""
+    hashes = {}
+    for name in PARTS:
+        sha = hashlib.sha256()
+        for path, tensor in ckpt.named_tensors(state[name], name):
+            sha.update(path.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hashes[name] = sha.hexdigest()
+    return hashes | {name: repr(state[name]) for name in ("step", "loader", "health", "val_loss")}
+
+
+class Torture:
+    """One session: the folders, the undisturbed results, the faults so far, what was lost."""
+
+    def __init__(self, folder: Path, seed: int, mounted: bool):
+        self.chance, self.folder, self.mounted = random.Random(seed), folder, mounted
+        self.plain = Path(tempfile.mkdtemp())  # on the ordinary disk
+        self.data = write_data(self.plain / "bytes")
+        self.source = self.plain / "text.txt"
+        self.source.write_text(made_up_text())
+        self.faults: collections.Counter = collections.Counter()
+        self.lost: list[str] = []
+        self.bytes_lost = self.bytes_compared = self.runs = self.jobs = self.checkpoints = 0
+        self.seen = 0  # step of the newest good checkpoint of this run
+        self.harmed: set[str] = set()  # checkpoints that were damaged on purpose
+
+    # ------------------------------------------------------------------------ the undisturbed results
+
+    def training(self, log_dir: Path, *more) -> list[str]:
+        """The command line of the run."""
+        return flags(self.data, log_dir, "--max_steps", STEPS, "--B", 2, "--infer_step", 15, *more)
+
+    def tokenising(self, out: Path) -> list[str]:
+        """The command line of the job: some 15 shards."""
+        folders = ["--source", str(self.source), "--out", str(out)]
+        workers = ["--workers", self.chance.choice([1, 2])]
+        return [*folders, *"--encoding bytes --shard_size 30000 --val_tokens 20000".split(), *workers]
+
+    def prepare(self) -> None:
+        """Run both undisturbed, with a checkpoint of every step."""
+        log_dir, out = self.plain / "log", self.plain / "out"
+        command = self.training(log_dir, "--checkpoint_every", 1)
+        self.wait(start_ranks(2, command, self.plain / "out.txt"))
+        found = ckpt.list_checkpoints(log_dir)
+        self.digests = {ckpt.step_of(path): digests(ckpt.load_checkpoint(path)) for path in found}
+        self.lines = (log_dir / "log.txt").read_bytes().splitlines(True)
+        self.metrics = metrics(log_dir)
+        self.wait([start(self.tokenising(out), self.plain / "out.txt", script="fineweb")])
+        self.shards = {path.name: path.read_bytes() for path in out.glob("*.bin")}
+        if len(self.digests) != STEPS or len(self.shards) < 5:
+            raise RuntimeError(f"the undisturbed runs failed:\n{(self.plain / 'out.txt').read_text()}")
+
+    # ------------------------------------------------------------------------ faults
+
+    def run_for(self, processes: list, seconds: float) -> None:
+        """Let the processes run so long, or until they end, in the presence of other faults."""
+        end = time.monotonic() + seconds
+        full_until = 0.0
+        while time.monotonic() < end and any(process.is_alive() for process in processes):
+            if full_until == 0 and self.chance.random() < 0.02:
+                self.fill(processes)
+                full_until = time.monotonic() + self.chance.uniform(0.2, 1.5)
+            elif 0 < full_until < time.monotonic():
+                self.empty(processes)
+                full_until = float("inf")  # once is enough
+            time.sleep(0.02)
+        if full_until < float("inf"):
+            self.empty(processes)
+
+    def fill(self, processes: list) -> None:
+        """Leave little room on the disk: less than a checkpoint, or next to nothing."""
+        self.faults["full disk"] += 1
+        room = self.chance.choice([0, 5_000, 300_000, 900_000])
+        if self.mounted:
+            with contextlib.suppress(OSError), open(self.folder / "ballast", "wb", buffering=0) as file:
+                while True:
+                    free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize - room
+                    if free <= 0 or file.write(bytes(min(free, 1 << 20))) == 0:
+                        break
+        else:
+            self.limit(processes, max(room, 2_000))
+
+    def empty(self, processes: list) -> None:
+        """Room again."""
+        (self.folder / "ballast").unlink(missing_ok=True)
+        if not self.mounted:
+            self.limit(processes, resource.RLIM_INFINITY)
+
+    def limit(self, processes: list, size: int) -> None:
+        """Let no file of these processes grow beyond so many bytes."""
+        for process in processes:
+            with contextlib.suppress(OSError):
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def harm_a_checkpoint(self, log_dir: Path) -> None:
+        """Flip a bit of the newest checkpoint, or cut off its end."""
+        found = [path for path in ckpt.list_checkpoints(log_dir) if path.name not in self.harmed]
+        if len(found) < 2:
+            return  # the last one is not touched: without any, a run rightly starts afresh
+        content = bytearray(found[0].read_bytes())
+        if self.chance.random() < 0.5:
+            tensor = max(ckpt.named_tensors(ckpt.load_checkpoint(found[0])), key=lambda item: item[1].nbytes)[
+                1
+            ]
+            at = content.index(tensor.numpy().tobytes()[:64]) + self.chance.randrange(tensor.nbytes)
+            content[at] ^= 1 << self.chance.randrange(8)
+            self.faults["flipped bit"] += 1
+        else:
+            del content[self.chance.randrange(len(content)) :]
+            self.faults["cut file"] += 1
+        found[0].write_bytes(content)
+        self.harmed.add(found[0].name)
+        self.seen = ckpt.step_of(found[1])
+
+    def stop(self, processes: list) -> None:
+        """End the processes in one of the ways processes are ended."""
+        alive = [process for process in processes if process.is_alive()]
+        kind = self.chance.choice(["SIGKILL of one", "SIGKILL of one", "SIGKILL of all", "SIGTERM", "SIGINT"])
+        if not alive:
+            return
+        self.faults[kind] += 1
+        number = getattr(signal, kind.split()[0])
+        for process in alive if kind.endswith("all") else [self.chance.choice(alive)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def wait(self, processes: list) -> list[int]:
+        """The exit codes. As under torchrun, once one has failed the others get SIGTERM, then SIGKILL."""
+        begin, told = time.monotonic(), 0.0
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.02)
+            if not told and any(process.exitcode for process in processes):
+                told = time.monotonic()
+                for process in processes:
+                    process.terminate()
+            if told and time.monotonic() > told + 30:
+                for process in processes:
+                    process.kill()
+            elif time.monotonic() > begin + 300:
+                self.lose("a run hangs")
+                told = 1.0
+        return [process.exitcode for process in processes]
+
+    # ------------------------------------------------------------------------ what must hold
+
+    def lose(self, what: str, count: int = 0) -> None:
+        """Take note of a loss."""
+        self.lost.append(what)
+        self.bytes_lost += count
+        print("LOST:", what, flush=True)
+
+    def check_training(self, log_dir: Path) -> None:
+        """The rules for training, of which the module's docstring speaks."""
+        latest = log_dir / "latest"
+        if latest.exists() and not (log_dir / latest.read_text()).exists():
+            self.lose(f"latest names {latest.read_text()}, which is not there")
+        good = 0
+        for path in ckpt.list_checkpoints(log_dir):
+            try:
+                state = ckpt.load_checkpoint(path)
+            except ckpt.CheckpointError as error:
+                if path.name not in self.harmed:
+                    self.lose(f"a damaged checkpoint has its name: {error}", path.stat().st_size)
+                continue
+            good = max(good, ckpt.step_of(path))
+            self.checkpoints += 1
+            self.bytes_compared += path.stat().st_size
+            truth = self.digests[state["step"]]
+            wrong = [name for name, value in digests(state).items() if value != truth[name]]
+            if wrong:
+                self.lose(f"{path}: {', '.join(wrong)} unlike the undisturbed run's", path.stat().st_size)
+        if good < self.seen:
+            self.lose(f"the newest good checkpoint is of step {good}, but there was one of step {self.seen}")
+        self.seen = good
+        if good:
+            found = (log_dir / "log.txt").read_bytes().splitlines(True)
+            wanted, found = (
+                [line for line in lines if int(line.split()[0]) < good] for lines in (self.lines, found)
+            )
+            self.bytes_compared += sum(map(len, wanted))
+            if wanted != found:
+                missing = set(wanted) - set(found)
+                self.lose(f"log.txt before step {good}: {len(missing)} lines missing", sum(map(len, missing)))
+
+    def check_tokens(self, out: Path) -> None:
+        """The rule for tokenising."""
+        for path in out.glob("*.bin"):
+            self.bytes_compared += path.stat().st_size
+            if path.read_bytes() != self.shards.get(path.name):
+                self.lose(f"{path.name} differs from the undisturbed job's", path.stat().st_size)
+
+    # ------------------------------------------------------------------------ the session
+
+    def train(self) -> None:
+        """Start or resume the run, disturb it, check what it leaves; compare it if it has come to its end."""
+        log_dir, output = self.folder / "log", self.plain / "torture.txt"
+        output.write_text("")
+        command = self.training(log_dir, "--resume", "auto", "--keep_last", 2, "--checkpoint_every", 4)
+        ranks = start_ranks(2, command, output)
+        self.run_for(ranks, self.chance.choice([0.3, 1, 2, 4, 8]) * self.chance.random())
+        self.stop(ranks)
+        codes = self.wait(ranks)
+        self.check_training(log_dir)
+        if 2 in codes:
+            self.lose(f"the run cannot go on: {output.read_text()[-2000:]}")
+        elif codes != [0, 0]:
+            if self.chance.random() < 0.15:
+                self.harm_a_checkpoint(log_dir)
+            return
+        self.runs += 1
+        lines = (log_dir / "log.txt").read_bytes().splitlines(True)
+        if self.lines != lines or self.metrics != metrics(log_dir) or self.seen != STEPS:
+            self.lose("a finished run differs from the undisturbed run")
+        shutil.rmtree(log_dir)
+        self.seen, self.harmed = 0, set()
+
+    def tokenise(self) -> None:
+        """Start or resume the job, disturb it, check what it leaves; compare it if it has come to its end."""
+        out, output = self.folder / "tokens", self.plain / "torture.txt"
+        output.write_text("")
+        job = start(self.tokenising(out), output, script="fineweb")
+        self.run_for([job], 10 * self.chance.random())
+        self.stop([job])
+        (code,) = self.wait([job])
+        self.check_tokens(out)
+        if code == 2:
+            self.lose(f"the job cannot go on: {output.read_text()[-2000:]}")
+        elif code != 0:
+            return
+        self.jobs += 1
+        if {path.name for path in out.glob("*.bin")} != set(self.shards):
+            self.lose("a finished job lacks shards", sum(map(len, self.shards.values())))
+        shutil.rmtree(out)
+
+    def report(self, minutes: float) -> str:
+        """What BENCHMARKS.md quotes."""
+        disk = f"tmpfs of {SIZE >> 20} MB" if self.mounted else "RLIMIT_FSIZE in place of a full disk"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
+        return (
+            f"{minutes:.1f} minutes, 2 ranks, {disk}\n"
+            f"faults injected  {sum(self.faults.values())} ({kinds})\n"
+            f"finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs\n"
+            f"compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes\n"
+            f"runs lost        {len(self.lost)}\n"
+            f"bytes lost       {self.bytes_lost}"
+        )
+
+
+@contextlib.contextmanager
+def small_disk(folder: str):
+    """(a folder for the runs, whether it is a disk of its own that can be filled up)."""
+    if folder:
+        yield Path(folder), True
+        return
+    path = Path(tempfile.mkdtemp())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(path)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield path, mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(path)], check=True)
+        shutil.rmtree(path)
+
+
+def main() -> int:
+    """Torture for so many minutes; 0 if nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", default="", help="a small file system of yours, in place of a tmpfs")
+    options = parser.parse_args()
+    with small_disk(options.folder) as (folder, mounted):
+        torture = Torture(folder, options.seed, mounted)
+        try:
+            torture.prepare()
+            begin = time.monotonic()
+            deadline = begin + 60 * options.minutes
+            while time.monotonic() < deadline:
+                torture.chance.choice([torture.train, torture.train, torture.tokenise])()
+            print(torture.report((time.monotonic() - begin) / 60), flush=True)
+        finally:
+            shutil.rmtree(torture.plain)
+    return 1 if torture.lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
