@@ -263,9 +263,11 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
     print0 = print if world.is_master else lambda *args, **kwargs: None
     if config.resume not in ("", "auto") and "log_dir" not in given:
         config.log_dir = os.path.dirname(config.resume) or "."
+    preset = PRESETS.get(config.preset, {})
+    asked = {name for name in given if name not in preset or getattr(config, name) != preset[name]}
     path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
     if state:
-        ckpt.keep_settings(config, given, state, path, print0)
+        ckpt.keep_settings(config, asked, state, path, print0)
     accumulation = check_config(config, world)
     if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
         print0("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
@@ -274,8 +276,6 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
         world.barrier()
     meta = read_meta(config.data_dir if not config.input_bin else os.path.dirname(config.input_bin) or ".")
     train_loader, val_loader = build_loaders(config, world, meta)
-    preset = PRESETS.get(config.preset, {})
-    asked = {name for name in given if name not in preset or getattr(config, name) != preset[name]}
     model = build_model(config, asked, meta, state).to(world.device)
     dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
     if dtype == "auto":

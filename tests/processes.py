@@ -34,8 +34,8 @@ STEPS = 12
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --B 4
     --total_batch_size 256 --max_steps 12 --warmup_steps 2 --max_lr 3e-3 --min_lr 3e-4 --infer_step 4
     --val_steps 2 --sample_every 0 --prompt Return --use_compile False --device cpu --checkpoint_every 3
-    --tensorboard False --plot False
-    --dropout 0.1 --router_bias_update_rate 0.01 --router_z_loss_coef 0.001""".split()
+    --tensorboard False --plot False --dropout 0.1 --router_bias_update_rate 0.01
+    --router_z_loss_coef 0.001""".split()
 
 
 def start(

@@ -246,6 +246,15 @@ def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopp
     assert [record["step"] for record in metrics(stopped)] == list(range(11))
 
 
+def test_a_preset_changes_nothing_in_a_resumed_run(data, tmp_path):
+    """The first command had flags that win over the preset; the second one need not repeat them."""
+    more = ["--preset", "gpt2", "--use_moe", True, "--max_steps", 3, "--warmup_steps", 1]
+    assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
+    again = ["--preset", "gpt2", "--resume", "auto", "--log_dir", str(tmp_path), "--device", "cpu"]
+    assert train_gpt_moe.main(again) == 0
+    assert ckpt.load_newest(tmp_path)[1]["config"]["use_moe"]
+
+
 # ---------------------------------------------------------------------------- which checkpoint, which files
 
 
