@@ -20,7 +20,7 @@ import torch.nn as nn
 
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal it is 128 + its number
 # What is wrong with a path that somebody gave; other errors of the system (disk full, ...) are failures.
-MENDABLE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+MENDABLE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 # ---------------------------------------------------------------------------- SIGNALS
 
@@ -188,7 +188,7 @@ def report(error: Exception, config=None) -> int:
             f"stays the same, in more micro-steps), then --T, then --n_layer or --n_embd. {text}"
         )
     elif isinstance(error, OSError):
-        code = BAD_SETTINGS if error.errno in MENDABLE else FAILED
+        code = BAD_SETTINGS if isinstance(error, MENDABLE) or error.errno == errno.EROFS else FAILED
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         time.sleep(3)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)

@@ -129,18 +129,18 @@ def test_torchrun_restarts_a_killed_worker_and_passes_sigterm_on(data, tmp_path,
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["--max-restarts=3", str(ROOT / "train_gpt_moe.py"), *flags(data, log_dir, *more)]
     with open(tmp_path / "torchrun", "w") as output:
-        agent = subprocess.Popen([*command, "--resume", "auto"], stdout=output, stderr=output)
-    request.addfinalizer(agent.kill)
+        launcher = subprocess.Popen([*command, "--resume", "auto"], stdout=output, stderr=output)
+    request.addfinalizer(launcher.kill)
     wait_for(log_dir / "log.txt", 8, timeout=120)
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     workers = [
         pid for pid in map(int, children) if b"train_gpt_moe.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     wait_for(log_dir / "metrics.jsonl", 20, timeout=120)  # the restarted workers
-    agent.terminate()
-    agent.wait(60)
+    launcher.terminate()
+    launcher.wait(60)
     said = (tmp_path / "torchrun").read_text()
     assert "resumed" in said and "SIGTERM: finishing this step" in said and "stopped before step" in said
     stopped = ckpt.step_of(ckpt.list_checkpoints(log_dir)[0])
