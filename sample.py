@@ -1,8 +1,8 @@
 """Continue a prompt with a trained model.
 
-    python sample.py --checkpoint log/model_00500.pt --prompt "Hello, I'm a language model," --num_samples 3
-    python sample.py --model gpt2 --prompt "The answer is"            # a hub name or an exported folder
-    python sample.py --checkpoint log/latest --temperature 0          # the newest checkpoint; 0 = greedy
+python sample.py --checkpoint log/model_00500.pt --prompt "Hello, I'm a language model," --num_samples 3
+python sample.py --model gpt2 --prompt "The answer is"            # a hub name or an exported folder
+python sample.py --checkpoint log/latest --temperature 0          # the newest checkpoint; 0 = greedy
 """
 
 import argparse
