@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import sysconfig
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -394,6 +395,18 @@ def _work(connection: multiprocessing.connection.Connection, name: str) -> None:
             connection.send(encode_pieces(name, connection.recv()))
 
 
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def encode_tasks(tasks: Iterator[Task], name: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """(place before them, tokens) of the tasks, in their order, by `workers` processes.
 
@@ -409,7 +422,9 @@ def encode_tasks(tasks: Iterator[Task], name: str, workers: int) -> Iterator[tup
     for _ in range(workers):
         ours, theirs = spawn.Pipe()
         processes.append(spawn.Process(target=_work, args=(theirs, name), daemon=True))
-        processes[-1].start()
+        # A worker that is still importing must not show Ctrl-C's traceback: ignored signals are inherited.
+        with _sigint_ignored():
+            processes[-1].start()
         theirs.close()
         idle.put(ours)
 

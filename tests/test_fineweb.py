@@ -1084,7 +1084,7 @@ def test_command_line(tmp_path, capsys):
             main(*flags)
         assert message in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("hello")
-    code, printed = main("--source", tmp_path / "a.txt", "--out", tmp_path / "a.txt")  # a file for a folder
+    code, printed = main("--source", tmp_path / "a.txt", "--out", tmp_path / "a.txt", "--encoding", "bytes")
     assert code == 2 and str(tmp_path / "a.txt") in printed.err
     flags = (
         "--source",
