@@ -39,6 +39,10 @@ from torch import Tensor, nn
 # order of micro-steps and ranks nor on a later model.bfloat16(). Room for 2^39 tokens.
 FIXED_POINT = 2.0**24
 
+# Below so many channels `expert_mlp` keeps the activation for its backward; in wider layers, where it is a
+# smaller part of the work than fresh memory is, it computes the activation again.
+KEEP_ACTIVATION_BELOW = 512
+
 grouped_mm = getattr(F, "grouped_mm", None)
 
 # -----------------------------------------------------------------------------
@@ -55,6 +59,16 @@ def activate(h: Tensor, activation: str) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
     raise ValueError(f"activation={activation!r} is unknown; use 'gelu', 'relu2' or 'swiglu'")
+
+
+def activate_into(out: Tensor, h: Tensor, activation: str) -> Tensor:
+    """`activate` without gradient, its result (..., H) written to `out`, which is returned."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu.out(h, approximate="tanh", out=out)
+    if activation == "relu2":
+        return torch.square(F.relu(h), out=out)
+    gate, up = h.chunk(2, dim=-1)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def activate_backward(grad: Tensor, h: Tensor, activation: str) -> Tensor:
@@ -162,11 +176,17 @@ def _groups(order: Tensor, ends: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return order // weights.shape[1], weights.reshape(-1, 1)[order], spans, most
 
 
+def _kept_rows(x: Tensor, order: Tensor) -> int:
+    """How many rows of activations `expert_mlp` hands to its backward: all, or none."""
+    return order.shape[0] if x.device.type == "cpu" and x.shape[1] < KEEP_ACTIVATION_BELOW else 0
+
+
 @torch.library.custom_op("gpt_moe::expert_mlp", mutates_args=())
 def expert_mlp(
     x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, parameters: list[Tensor], activation: str
-) -> tuple[Tensor, Tensor]:
-    """Stages 3 and 4, one expert after the other: output (M, C) and hidden pre-activations (R, H).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stages 3 and 4, one expert after the other: output (M, C), hidden pre-activations (R, H), and their
+    activations (R, H) where `_kept_rows` keeps them.
 
     x (M, C), weights (M, K), order and ends from `dispatch`, parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]. A single operator, so that a compiler sees no shape that depends
@@ -176,6 +196,8 @@ def expert_mlp(
     token, w, spans, most = _groups(order, ends, weights)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
     hidden = x.new_empty(order.shape[0], parameters[0].shape[1])  # (R, H)
+    acts = x.new_empty(_kept_rows(x, order), parameters[1].shape[2])  # (R, H), or nothing
+    scratch = None if acts.shape[0] else x.new_empty(most, acts.shape[1])
     out = w.new_zeros(x.shape)
     for e, span in enumerate(spans):
         n, h = span.stop - span.start, hidden[span]
@@ -185,28 +207,33 @@ def expert_mlp(
         torch.index_select(x, 0, token[span], out=rows[:n])
         if biases:
             torch.addmm(biases[0], rows[:n], c_fc.t(), out=h)
-            torch.addmm(biases[1], activate(h, activation), c_proj.t(), out=y[:n])
         else:
             torch.mm(rows[:n], c_fc.t(), out=h)
-            torch.mm(activate(h, activation), c_proj.t(), out=y[:n])
+        act = activate_into(acts[span] if acts.shape[0] else scratch[:n], h, activation)
+        if biases:
+            torch.addmm(biases[1], act, c_proj.t(), out=y[:n])
+        else:
+            torch.mm(act, c_proj.t(), out=y[:n])
         out.index_add_(0, token[span], y[:n].mul_(w[span]).to(out.dtype))
-    return out.to(x.dtype), hidden
+    return out.to(x.dtype), hidden, acts
 
 
 @expert_mlp.register_fake
 def _(x, weights, order, ends, parameters, activation):
-    return x.new_empty(x.shape), x.new_empty(order.shape[0], parameters[0].shape[1])
+    hidden = x.new_empty(order.shape[0], parameters[0].shape[1])
+    return x.new_empty(x.shape), hidden, x.new_empty(_kept_rows(x, order), parameters[1].shape[2])
 
 
 @torch.library.custom_op("gpt_moe::expert_mlp_backward", mutates_args=())
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, hidden: Tensor,
-    parameters: list[Tensor], activation: str,
+    acts: Tensor, parameters: list[Tensor], activation: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of x, weights and every parameter, given that of the output and `hidden` (R, H)."""
+    """Gradients of x, weights and every parameter, given that of the output, `hidden` and `acts`."""
     token, w, spans, most = _groups(order, ends, weights)
     rows, grad_rows = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
     grad_hidden = x.new_empty(most, parameters[1].shape[2])
+    scratch = None if acts.shape[0] else torch.empty_like(grad_hidden)
     grad_x, grad_w = w.new_zeros(x.shape), torch.empty_like(w)
     grads = [x.new_empty(p.shape) for p in parameters]
     for e, span in enumerate(spans):
@@ -220,7 +247,7 @@ def expert_mlp_backward(
         torch.index_select(x, 0, t, out=r)
         torch.index_select(grad, 0, t, out=g)
         torch.mm(g, c_proj, out=gh)
-        act = activate(h, activation)
+        act = acts[span] if acts.shape[0] else activate_into(scratch[:n], h, activation)
         # A weight's gradient is <g, c_proj act + bias>, taken as <c_proj^T g, act> + <g, bias>.
         torch.sum(gh * act, 1, keepdim=True, dtype=w.dtype, out=grad_w[span])
         if biases:
@@ -239,19 +266,19 @@ def expert_mlp_backward(
 
 
 @expert_mlp_backward.register_fake
-def _(grad, x, weights, order, ends, hidden, parameters, activation):
+def _(grad, x, weights, order, ends, hidden, acts, parameters, activation):
     return [tensor.new_empty(tensor.shape) for tensor in (x, weights, *parameters)]
 
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, parameters, ctx.activation = inputs
-    ctx.save_for_backward(*tensors, output[1], *parameters)
+    ctx.save_for_backward(*tensors, *output[1:], *parameters)
     ctx.set_materialize_grads(False)  # `hidden` never has a gradient: no zeros (R, H) for it
 
 
-def _run_backward(ctx, grad, _):
+def _run_backward(ctx, grad, *_):
     saved = ctx.saved_tensors  # once: under activation checkpointing this recomputes
-    saved, parameters = saved[:5], list(saved[5:])
+    saved, parameters = saved[:6], list(saved[6:])
     if grad is None:
         return None, None, None, None, [None] * len(parameters), None
     grad_x, grad_weights, *grads = expert_mlp_backward(grad.contiguous(), *saved, parameters, ctx.activation)
