@@ -9,14 +9,24 @@ References:
     FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
+import contextlib
 import functools
 import math
+import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+# Fused kernels for CUDA by the name of the flag, in the order in which they are tried and stand in for each
+# other. "math" is made of ordinary products, takes every shape and mask, and comes last always.
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +44,10 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if input.dtype == torch.float32:  # FSDP may have gathered them in bf16
+            weight, bias = weight.float(), bias.float() if bias is not None else None
+        return F.layer_norm(input, weight.shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -156,6 +169,65 @@ def build_masks(
         else:
             masks[kind] = None if plain else create_causal_mask(**arguments)
     return masks
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.device, dtype) -> float:
+    """Seconds of one layer's causal attention, forward and backward, with one backend; infinite if it cannot.
+
+    The best of three, after two that make kernels ready.
+    """
+    nh, nkv, hs = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
+    # As CausalSelfAttention has them: parts of one tensor, with the heads inside.
+    packed = torch.randn(B, T, (nh + 2 * nkv) * hs, device=device, dtype=dtype).requires_grad_()
+    parts = packed.split([nh * hs, nkv * hs, nkv * hs], dim=2)
+    q, k, v = (part.unflatten(2, (-1, hs)).transpose(1, 2) for part in parts)  # (B, nh or nkv, T, hs)
+    direction, times = torch.randn(q.shape, device=device, dtype=dtype), []
+    try:
+        with sdpa_kernel(backend):
+            for _ in range(5):
+                synchronize(device)
+                start = time.perf_counter()
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=nkv != nh)
+                y.backward(direction, retain_graph=True)
+                synchronize(device)
+                times.append(time.perf_counter() - start)
+    except RuntimeError:  # "No available kernel", or one that fails on this GPU
+        return math.inf
+    return min(times[2:])
+
+
+def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The name in BACKENDS of the attention that training at (B, T) shall use; "" where there is no choice.
+
+    name: one of them, or "auto" for the fastest, by measurement (some milliseconds, on CUDA only). Elsewhere
+    torch knows one fused kernel at most. ValueError for another name.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
+    if device.type != "cuda" or config._attn_implementation == "eager":
+        return ""
+    if name != "auto":
+        return name
+    times = {name: time_backend(kernel, config, B, T, device, dtype) for name, kernel in BACKENDS.items()}
+    return min(times, key=times.get)
+
+
+def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which attention on CUDA uses the backend `name` wherever it can; elsewhere, or for "auto",
+    nothing changes.
+
+    Where it cannot (a mask, float64), the others of BACKENDS stand in, in their order.
+    """
+    if device.type != "cuda" or name not in BACKENDS:
+        return contextlib.nullcontext()
+    order = [name, *(other for other in BACKENDS if other not in (name, "math")), "math"]
+    return sdpa_kernel([BACKENDS[backend] for backend in dict.fromkeys(order)], set_priority=True)
 
 
 class CausalSelfAttention(nn.Module):

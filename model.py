@@ -4,7 +4,7 @@
     model = GPTLMHeadModel(GPTConfig(num_experts=8, num_experts_per_tok=2))
     logits, loss = model(idx, targets=targets)                       # nanoGPT's call, targets already shifted
     output = model(input_ids=idx, labels=idx)                        # Hugging Face's call, labels unshifted
-    model = GPTLMHeadModel.from_pretrained("gpt2")                   # or a folder, GPT-2's or ours
+    model = GPTLMHeadModel.from_pretrained("gpt2")                   # or a folder: GPT-2's, a Llama's, ours
     print(model.generate("Hello, I'm a language model,", max_length=50))
 
 Letters in the trailing comments, here and in every other file:
@@ -18,7 +18,6 @@ References:
     sliding windows, arXiv 2004.05150     QK norm, arXiv 2010.04245     logit soft-capping, arXiv 2408.00118
 """
 
-import copy
 import difflib
 import inspect
 import math
@@ -49,7 +48,8 @@ try:
         upcast,
     )  # fmt: skip
     from .callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from .convert import decode_tokens, encode_prompt, load_gpt2
+    from .convert import FOREIGN, decode_tokens, encode_prompt, fresh_statistics, load_foreign
+    from .linear_cross_entropy import linear_cross_entropy
     from .mixture_of_experts import MLP, Experts, ExpertUsage, MoE, RouterAuxiliary, update_routers
 except ImportError:
     from attention import (
@@ -62,7 +62,8 @@ except ImportError:
         upcast,
     )  # fmt: skip
     from callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-    from convert import decode_tokens, encode_prompt, load_gpt2
+    from convert import FOREIGN, decode_tokens, encode_prompt, fresh_statistics, load_foreign
+    from linear_cross_entropy import linear_cross_entropy
     from mixture_of_experts import MLP, Experts, ExpertUsage, MoE, RouterAuxiliary, update_routers
 
 __all__ = [
@@ -283,6 +284,9 @@ class GPT(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # Trainer then hands us num_items_in_batch and leaves the loss as it is
     _gives_logits = False
+    # Rows of logits at a time in the loss, -1 for as many as pay. The outputs have no logits then, except in
+    # nanoGPT's pair. 0: all rows at once, and they are in the outputs.
+    loss_chunk = 0
 
     def __init__(self, config: GPTConfig | dict):
         if isinstance(config, dict):
@@ -518,6 +522,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
         return_dict=True); in training the loss has the routers' losses in it.
         logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
+        With loss_chunk, a loss comes without logits, whose memory it saves; nanoGPT's pair has them always.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part; the
         loss is then this part's share. Tokens then weigh in the routers' losses as in the cross-entropy
         (those with a target, over the step's number of targets), so that no sum depends on the cut.
@@ -546,11 +551,16 @@ class GPT(PreTrainedModel, GenerationMixin):
             num_tokens=num_items_in_batch if in_parts else None,
         )  # fmt: skip
         if targets is not None or self._gives_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(output.last_hidden_state[:, kept])  # (B, T or kept, V)
-            losses = {}
+            hidden, logits, losses = output.last_hidden_state, None, {}
+            # Only a bare head is what its weight says: an adapter or quantisation would make it another one.
+            chunk = self.loss_chunk if type(self.lm_head) is nn.Linear and not as_pair else 0
+            if targets is None or not chunk:
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                logits = self._logits(hidden[:, kept])  # (B, T or kept, V)
             if targets is not None:
-                losses = self._losses(logits, targets, ignore_index, num_items_in_batch, reports)
+                losses = self._losses(
+                    self._cross_entropy(hidden, logits, targets, ignore_index, num_items_in_batch), reports
+                )
             if as_pair:
                 return logits, losses["loss"]
             output = GPTLMOutput(
@@ -568,16 +578,24 @@ class GPT(PreTrainedModel, GenerationMixin):
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def _losses(self, logits, targets, ignore_index, num_items, reports) -> dict[str, torch.Tensor]:
-        """The loss of logits (B, T, V) on targets (B, T) in nats, and in training the parts it consists of.
+    def _cross_entropy(self, hidden, logits, targets, ignore_index, num_items) -> torch.Tensor:
+        """Cross-entropy on targets (B, T) in nats, of logits (B, T, V), or without them of hidden (B, T, C).
 
         A mean over the targets; with num_items their sum, divided by that number.
         """
+        if logits is None:
+            return linear_cross_entropy(
+                hidden, self.lm_head.weight, targets, ignore_index, num_items,
+                self.config.logit_softcap, self.loss_chunk,
+            )  # fmt: skip
         loss = F.cross_entropy(
             upcast(logits).view(-1, logits.size(-1)), targets.reshape(-1),
             ignore_index=ignore_index, reduction="mean" if num_items is None else "sum",
         )  # fmt: skip
-        loss = loss if num_items is None else loss / num_items
+        return loss if num_items is None else loss / num_items
+
+    def _losses(self, loss: torch.Tensor, reports) -> dict[str, torch.Tensor]:
+        """The loss and, in training, the parts it consists of, from the cross-entropy and the routers."""
         losses = {"loss": loss}
         if self.training:
             losses["cross_entropy"] = loss
@@ -618,9 +636,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         was_training = self.training
         self.eval()
         # The same parameters as the class whose forward gives logits, without a compiled forward: the
-        # growing sequences of generation would make it compile again and again.
-        model = copy.copy(self)
-        model.__class__ = GPTLMHeadModel
+        # growing sequences of generation would make it compile again and again. (As copy.copy, which fails
+        # for the class that FSDP gives the model.)
+        model = GPTLMHeadModel.__new__(GPTLMHeadModel)
+        model.__setstate__(self.__getstate__())
         try:
             if not isinstance(inputs, str):
                 return super(GPT, model).generate(inputs, *args, **kwargs)
@@ -683,22 +702,26 @@ class GPT(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: Hugging Face's GPT-2 or ours.
+        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
+        Llama, Qwen3, Qwen3-MoE or Mixtral.
 
-        ValueError for a GPT-2 that lacks weights or, naming the field, that this model cannot express.
+        ValueError for one that lacks weights or, naming the field, that this model cannot express.
         """
         found = {}
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
             hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             given = {name: kwargs[name] for name in hub if name in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **given)
-        if found.get("model_type") != "gpt2":
+        kind = found.get("model_type")
+        if kind not in FOREIGN:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        fields, weights, generation_config, info = load_gpt2(pretrained_model_name_or_path, *args, **kwargs)
+        fields, weights, generation_config, info = load_foreign(
+            kind, pretrained_model_name_or_path, *args, **kwargs
+        )
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = cls(GPTConfig(**fields))
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights | fresh_statistics(model), assign=True)
         model.tie_weights()
         model.generation_config = generation_config
         model.eval()

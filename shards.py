@@ -308,7 +308,7 @@ class DistributedDataLoader:
                 too short for a batch of all ranks and one token; after the last shard comes the first.
                 (llm.c's ranks leave a shard each by their own position, here they leave it together.)
     vocab_size  every token read must be below it
-    prefetch    batches that a background thread keeps ready
+    prefetch    batches that a background thread keeps ready, on CUDA in the GPU's memory
 
     Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for none.
     """
@@ -364,6 +364,7 @@ class DistributedDataLoader:
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(read_shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._upload = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._batches: deque[Future] = deque()
         self.position = 0  # global samples handed out, to all ranks together
 
@@ -382,8 +383,11 @@ class DistributedDataLoader:
         file = np.searchsorted(self._ends, index, side="right")
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
 
-    def _read(self, position: int) -> torch.Tensor:
-        """Inputs and targets of this rank's batch at a position, (2, B, T) int64, pinned for CUDA."""
+    def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Inputs and targets of this rank's batch at a position, (2, B, T) int64.
+
+        With CUDA they are on their way to the GPU, and the event tells when they have arrived.
+        """
         import torch
 
         tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
@@ -398,10 +402,12 @@ class DistributedDataLoader:
                     + _rebuild(self.files[file])
                 )
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread: pinning would otherwise wake up GPU 0
-            batch = batch.pin_memory()
-        return batch
+        if self._upload is None:
+            return batch, None
+        torch.cuda.set_device(self.device)  # of this thread: pinning would otherwise wake up GPU 0
+        with torch.cuda.stream(self._upload):  # beside the training, which goes on meanwhile
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+            return batch, self._upload.record_event()
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y), each (B, T) int64 on the device, y one token later than x.
@@ -409,16 +415,22 @@ class DistributedDataLoader:
         Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone; the position
         then stays where it was.
         """
+        import torch
+
         step = self.B * self.world_size
         while len(self._batches) <= self.prefetch:
             self._batches.append(self._thread.submit(self._read, self.position + len(self._batches) * step))
         try:
-            batch = self._batches.popleft().result()
+            batch, arrived = self._batches.popleft().result()
         except BaseException:
             self._seek(self.position)
             raise
         self.position += step
-        x, y = batch.to(self.device, non_blocking=True)
+        if arrived is not None:
+            training = torch.cuda.current_stream(self.device)
+            training.wait_event(arrived)  # the GPU waits, not this process
+            batch.record_stream(training)  # its memory is free again when the training is done with it
+        x, y = batch.to(self.device)
         return x, y
 
     def _seek(self, position: int) -> None:

@@ -580,6 +580,41 @@ raise SystemExit(5)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 5
 
 
+def test_batches_for_a_gpu_are_uploaded_ahead_and_waited_for_there(tmp_path, monkeypatch):
+    """The order of what is asked of CUDA, told by stand-ins for its streams; the same batches as ever."""
+    make_shards(tmp_path, [300])
+    told = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def record_event(self):
+            told.append(f"{self.name} records")
+            return "arrival"
+
+        def wait_event(self, event):
+            told.append(f"{self.name} waits for {event}")
+
+    def pinned(batch):
+        told.append("pinned")
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("training"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda batch, stream: told.append("in use"))
+    plain = DistributedDataLoader(tmp_path, B=2, T=8)
+    loader = DistributedDataLoader(tmp_path, B=2, T=8, prefetch=0)
+    loader._upload = Stream("upload")
+    for _ in range(2):
+        for ours, expected in zip(loader.next_batch(), plain.next_batch(), strict=True):
+            assert torch.equal(ours, expected)
+    assert told == ["pinned", "upload records", "training waits for arrival", "in use"] * 2
+    assert loader.state_dict()["position"] == 4
+
+
 # ----------------------------------------------------------------------------------------------------------
 # DEMO CORPUS
 

@@ -1,0 +1,275 @@
+"""The chunked loss head against F.cross_entropy of all logits in float64; its memory; the model with it.
+
+Run: python -m pytest tests/test_linear_cross_entropy.py
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_model import strong, tiny, tokens
+
+from bench import memory_bytes
+from linear_cross_entropy import BUFFER_BYTES, linear_cross_entropy, log_softmax_, rows_per_chunk
+from model import GPTLMHeadModel
+
+N, C, V = 33, 16, 57
+
+
+def inputs(dtype=torch.float32, ignore_index=-100, seed=0):
+    """x (N, C), weight (V, C), targets (N,), a quarter of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, C, generator=generator, dtype=dtype) for n in (N, V))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[::4] = ignore_index
+    return (2 * x).requires_grad_(), weight.requires_grad_(), targets
+
+
+def plain(x, weight, targets, ignore_index=-100, num_items=None, softcap=0.0):
+    """The definition."""
+    logits = x @ weight.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    how = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets,
+                           ignore_index=ignore_index, reduction=how)  # fmt: skip
+    return loss if num_items is None else loss / num_items
+
+
+def value_and_gradients(function, x, weight, *arguments, factor=1.0):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = function(x, weight, *arguments)
+    (factor * loss).backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+# -----------------------------------------------------------------------------
+# The function
+
+
+@pytest.mark.parametrize("chunk", [-1, 1, 5, 11, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(9)], ids=["mean", "int", "tensor"])
+def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softcap, chunk):
+    for ignore_index, dtype in itertools.product((-1, -100), (torch.float32, torch.float64)):
+        x, weight, targets = inputs(dtype, ignore_index)
+        rest = (targets, ignore_index, num_items, softcap)
+        ours = value_and_gradients(linear_cross_entropy, x, weight, *rest, chunk, factor=0.3)
+        truth = value_and_gradients(plain, x.double(), weight.double(), *rest, factor=0.3)
+        for a, b in zip(ours, truth, strict=True):
+            assert a.dtype == dtype
+            assert (a - b).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_extreme_logits_neither_overflow_nor_vanish():
+    x, weight, targets = inputs()
+    for scale in (1e-4, 30.0, 3000.0):
+        ours = value_and_gradients(linear_cross_entropy, scale * x, weight, targets, -100, None, 0.0, 5)
+        truth = value_and_gradients(plain, (scale * x).double(), weight.double(), targets)
+        for a, b in zip(ours, truth, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
+
+
+def test_where_all_targets_are_ignored_it_is_as_plain():
+    x, weight, targets = inputs()
+    targets[:] = -100
+    for num_items in (None, 5):
+        ours = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, num_items)
+        stock = value_and_gradients(plain, x, weight, targets, -100, num_items)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, num_items)
+        for a, b, c in zip(ours, stock, low, strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+            assert torch.equal(c.isnan(), b.isnan()) and torch.equal(c.nan_to_num(), b.nan_to_num())
+    nothing = linear_cross_entropy(x[:0], weight, targets[:0], num_items=1)
+    nothing.backward()
+    assert nothing == 0 and weight.grad.eq(0).all()
+
+
+def test_a_target_outside_the_vocabulary_is_an_error():
+    x, weight, targets = inputs()
+    for wrong in (-1, V):
+        targets[5] = wrong
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            linear_cross_entropy(x, weight, targets)
+
+
+def test_a_tied_weight_gets_both_gradients():
+    _, weight, targets = inputs()
+    ids = torch.arange(N)
+    grads = []
+    for function, dtype in ((linear_cross_entropy, torch.float32), (plain, torch.float64)):
+        table = weight.detach().to(dtype).requires_grad_()
+        function(torch.tanh(F.embedding(ids, table)), table, targets).backward()
+        grads.append(table.grad)
+    assert (grads[0] - grads[1]).abs().max() < 1e-5
+
+
+def test_autocast_loses_no_more_than_the_plain_head_does():
+    x, weight, targets = inputs()
+    truth = value_and_gradients(plain, x.double(), weight.double(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, None, 0.0, 5)
+        stock = value_and_gradients(plain, x, weight, targets)
+    for a, b, true in zip(ours, stock, truth, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - true).norm() <= 1.2 * (b - true).norm() + 1e-6
+        assert (a - true).norm() <= 0.02 * true.norm()
+    assert torch.equal(ours[0], stock[0])  # the same rounded logits
+    low = linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets)
+    assert low.dtype == torch.float32 and (low - truth[0]).abs() < 0.02 * truth[0]
+
+
+def test_float16_gradients_outlive_a_small_scale():
+    """Divided by a step's tokens, float16's gradients would vanish before a GradScaler multiplies them."""
+    x, weight, targets = inputs()
+    arguments = (targets, -100, 2**24)
+    truth = value_and_gradients(plain, x.double(), weight.double(), *arguments, factor=2.0**24)
+    with torch.autocast("cpu", torch.float16):
+        ours = value_and_gradients(linear_cross_entropy, x.half(), weight, *arguments, factor=2.0**24)
+    for a, true in zip(ours, truth, strict=True):
+        assert (a - true).norm() <= 0.005 * true.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_without_a_graph_break(bf16):
+    torch._dynamo.reset()
+    x, weight, targets = inputs()
+
+    def half(*arguments):
+        return 0.5 * linear_cross_entropy(*arguments)
+
+    results = []
+    for function in (half, torch.compile(half, fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            results.append(value_and_gradients(function, x, weight, targets, -100, None, 0.0, 7, factor=0.3))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler():
+    x, weight, targets = inputs()
+    for with_grad, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+        arguments = (x, weight, targets, torch.tensor(0.1), -100, 3.0, 7, dtype, with_grad)
+        checks = ["test_schema", "test_faketensor"] + ["test_aot_dispatch_dynamic"] * with_grad
+        torch.library.opcheck(torch.ops.gpt_moe.linear_cross_entropy.default, arguments, test_utils=checks)
+
+
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
+    x, weight, targets = inputs()
+    loss = linear_cross_entropy(x, weight, targets)
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_softmax_in_place_on_rows_of_every_length():
+    for length in (1, 2, 15, 16, 17, 63, 257, 1023, 5000, 50304):
+        z = 5 * torch.randn(3, length, generator=torch.Generator().manual_seed(length))
+        expected = z.double().log_softmax(1)
+        assert (log_softmax_(z) - expected).abs().max() < 1e-5
+        assert z.exp().sum(1) == pytest.approx(torch.ones(3), abs=1e-4)
+
+
+def test_rows_per_chunk():
+    assert rows_per_chunk(2048, 50304, -1, "cpu") == 512  # 667 fit: four chunks, as even as can be
+    assert rows_per_chunk(2048, 384, -1, "cpu") == 2048
+    assert rows_per_chunk(2048, 50304, 1000, "cpu") == 683
+    assert rows_per_chunk(3, 10**9, -1, "cpu") == 1
+    assert rows_per_chunk(0, 10, -1, "cpu") == 0
+    for rows in (1, 667, 668, 2048, 16384):
+        assert 4 * 50304 * rows_per_chunk(rows, 50304, -1, "cuda") <= BUFFER_BYTES["cuda"]
+
+
+def test_memory_is_that_of_a_chunk():
+    x, weight = torch.randn(1024, 32).requires_grad_(), torch.randn(4096, 32).requires_grad_()
+    targets = torch.randint(0, 4096, (1024,))
+    peaks = {}
+    for name, run in (
+        ("plain", lambda: plain(x, weight, targets).backward()),
+        ("chunked", lambda: linear_cross_entropy(x, weight, targets, chunk=64).backward()),
+    ):
+        peaks[name] = memory_bytes(run, torch.device("cpu"))[0]
+    logits = 4 * 1024 * 4096
+    assert peaks["plain"] > 2 * logits
+    assert peaks["chunked"] < 0.2 * logits  # 1/16 of them, and the gradients
+
+
+# -----------------------------------------------------------------------------
+# In the model
+
+
+def loss_and_gradients(model, **arguments):
+    model.zero_grad(set_to_none=True)
+    output = model(return_dict=True, **arguments)
+    output.loss.backward()
+    return output, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(use_moe=False), dict(use_moe=False, tie_word_embeddings=False, logit_softcap=5.0),
+        dict(router_z_loss_coef=0.01), dict(logit_softcap=5.0, norm="rmsnorm"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["targets", "labels", "parts"])
+def test_the_models_loss_and_gradients_do_not_change(fields, kind):
+    model, ids = strong(GPTLMHeadModel(tiny(**fields)), std=0.1).train(), tokens()
+    arguments = dict(input_ids=ids, labels=ids.masked_fill(ids % 5 == 0, -100))
+    if kind != "labels":
+        arguments = dict(input_ids=ids, targets=ids.roll(-1, 1).masked_fill(ids % 5 == 0, -1))
+    if kind == "parts":
+        arguments["num_items_in_batch"] = torch.tensor(100)
+    whole, expected = loss_and_gradients(model, **arguments)
+    for chunk in (-1, 10):
+        model.loss_chunk = chunk
+        output, grads = loss_and_gradients(model, **arguments)
+        assert output.logits is None and whole.logits is not None
+        assert (output.loss - whole.loss).abs() < 1e-5
+        assert (output.cross_entropy - whole.cross_entropy).abs() < 1e-5
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(grads, expected, strict=True))
+
+
+def test_which_calls_have_logits():
+    model, ids = GPTLMHeadModel(tiny(use_moe=False)).train(), tokens()
+    model.loss_chunk = -1
+    logits, loss = model(ids, targets=ids)  # nanoGPT's pair
+    assert logits.shape == (3, 24, 97) and loss.requires_grad
+    assert model(ids).logits.shape == (3, 24, 97)
+    with torch.no_grad():
+        output = model.eval()(ids, targets=ids, return_dict=True)
+    assert output.logits is None and output.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert model(ids, labels=ids, return_dict=False)[0].dim() == 0
+    assert "loss_chunk" not in model.config.to_dict()
+    assert GPTLMHeadModel(tiny())(ids, labels=ids).logits is not None  # off unless it is asked for
+
+
+def test_another_head_than_a_linear_layer_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, ids = GPTLMHeadModel(tiny(use_moe=False, tie_word_embeddings=False)).train(), tokens()
+    head = Doubled(64, 97, bias=False)
+    model.lm_head = head
+    expected = model(ids, labels=ids).loss
+    model.loss_chunk = 8
+    assert model(ids, labels=ids).loss == expected
+
+
+def test_with_activation_checkpointing_and_whole_model_compiled():
+    model, ids = strong(GPTLMHeadModel(tiny(use_moe=False)), std=0.1).train(), tokens()
+    _, expected = loss_and_gradients(model, input_ids=ids, targets=ids)
+    model.loss_chunk = 10
+    model.gradient_checkpointing_enable()
+    _, checkpointed = loss_and_gradients(model, input_ids=ids, targets=ids)
+    model.gradient_checkpointing_disable()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad(set_to_none=True)
+    compiled(ids, targets=ids, return_dict=True).loss.backward()
+    for a, b, p in zip(checkpointed, expected, model.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-5 and (p.grad - b).abs().max() < 1e-5
