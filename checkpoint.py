@@ -2,7 +2,9 @@
 
     python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
     python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
+    python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe     # convert_llama.py has more
     python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
+    python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 
 A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its safe default
 (weights_only=True):
@@ -17,7 +19,9 @@ A file appears under its name only when it is whole: it is written beside it, fs
 is fsynced. A kill, a crash or a full disk at any byte leaves the checkpoints there were. The file is a zip
 archive with a CRC-32 for every tensor, which is compared before anything is loaded (torch.load alone does not
 look at it): any change of up to 32 bits in a row is found, and others with a probability of 1 - 2**-32.
-log/latest holds the name of the newest checkpoint; it never names one that is not there.
+log/latest holds the name of the newest checkpoint; it never names one that is not there. Where no rank holds
+the whole model (--parallel fsdp, --ep_size), a checkpoint is a folder log/model_XXXXX of the same content:
+sharded.py. Everything here takes either.
 
 References: Sparse Upcycling, arXiv 2212.05055; the zip format, https://pkware.com/appnote (CRC-32, 4.4.7).
 """
@@ -32,57 +36,20 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import sharded
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
+from sharded import FORMAT, CheckpointError, NewerFormatError, sync_folder, write_atomically  # noqa: F401
 
-FORMAT = 1
-NAME = re.compile(r"model_(\d{5,})\.pt")
-
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, is damaged, or was made by a newer version."""
-
-
-class NewerFormatError(CheckpointError):
-    """A checkpoint made by a newer version of this program."""
-
+NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file, or without the ending a folder
 
 # ---------------------------------------------------------------------------- WRITE
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """write(file) to a temporary file beside `path`, fsync, rename. What was at `path` stays until then.
-
-    OSError if it cannot be written; whatever `write` raises.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save hides "disk full" behind a complaint of its own
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable (POSIX wants the folder fsynced; elsewhere this does nothing)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
@@ -115,7 +82,7 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
     for path in old:
-        path.unlink(missing_ok=True)
+        sharded.remove(path)
     return old
 
 
@@ -128,11 +95,19 @@ class CheckpointWriter:
 
     A save that fails (disk full, values not finite) says so at once through `say`, leaves the checkpoints
     there were, and does not stop the training. Old ones are deleted (prune_checkpoints) only after the new
-    one has been read back and found good. On CUDA the copy goes to pinned memory, which is kept for the next.
+    one has been read back and found good. rank, savers: where rank 0 alone has all that is saved, the
+    other ranks' save() does nothing; with a process group for it (Layout.savers) all ranks save together,
+    each its part, to a folder (sharded.py). On CUDA the copy for a single file goes to pinned memory, which
+    is kept for the next.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print):
+    def __init__(
+        self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
+        rank: int = 0, savers: Any = None,
+    ):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
+        self.rank = rank
+        self.saver = sharded.Saver(savers, self.folder) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that was written
         self.error: Exception | None = None  # of the last save
         self.seconds = 0.0  # that the last save took in the thread
@@ -143,14 +118,23 @@ class CheckpointWriter:
         """Start writing; before() runs first, in the thread. Returns the seconds training stood still."""
         begin = time.perf_counter()
         self.wait()
-        used: dict[tuple, torch.Tensor] = {}
-        checkpoint = self._copy(checkpoint, used)
-        self._buffers = used
+        if self.saver is not None:
+            try:
+                write = partial(self.saver.commit, self.saver.stage(checkpoint))
+            except Exception as error:  # as of those that arise in the thread
+                self._failed(checkpoint["step"], error)
+                return time.perf_counter() - begin
+        elif self.rank == 0:
+            used: dict[tuple, torch.Tensor] = {}
+            write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
+            self._buffers = used
+        else:
+            return 0.0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         pause = time.perf_counter() - begin
         self._thread = threading.Thread(
-            target=self._write, args=(checkpoint, before, pause), name="checkpoint"
+            target=self._write, args=(checkpoint["step"], write, before, pause), name="checkpoint"
         )
         self._thread.start()
         return pause
@@ -183,25 +167,38 @@ class CheckpointWriter:
             return type(value)(self._copy(inner, used) for inner in value)
         return value
 
-    def _write(self, checkpoint: dict, before: Callable[[], None], pause: float) -> None:
-        begin, step = time.perf_counter(), checkpoint["step"]
+    def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
+        begin, problem = time.perf_counter(), None
         try:
-            before()
-            path = save_checkpoint(checkpoint, self.folder)
-            if self.keep_last > 0:
+            try:
+                before()
+            except OSError as error:
+                if self.saver is None:
+                    raise
+                problem = error  # the other ranks wait for this one's part
+            path = write()
+            if problem is not None:
+                sharded.remove(path)
+                raise problem
+            if self.saver is not None and self.rank == 0:
+                write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
+            if self.keep_last > 0 and self.rank == 0:
                 verify_checkpoint(path)
                 prune_checkpoints(self.folder, self.keep_last, self.keep_every)
             self.path, self.error = path, None
         except Exception as error:  # whatever it is, training goes on
-            self.error = error
-            last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
-            self.say(
-                f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {error}. Training goes on; newest: {last}"
-            )
+            self._failed(step, error)
             return
         self.seconds = time.perf_counter() - begin
         took = f"{self.seconds:.2f} s, training paused {1000 * pause:.0f} ms"
-        self.say(f"step {step}: saved {self.path} ({self.path.stat().st_size / 1e6:.0f} MB in {took})")
+        if self.rank == 0:
+            size = sum(file.stat().st_size for file in (path, *path.glob("*")) if file.is_file())
+            self.say(f"step {step}: saved {self.path} ({size / 1e6:.0f} MB in {took})")
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self.error = error
+        last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {error}. Training goes on; newest: {last}")
 
 
 # ---------------------------------------------------------------------------- READ
@@ -210,9 +207,11 @@ class CheckpointWriter:
 def verify_checkpoint(path: str | Path) -> None:
     """Read all of a checkpoint and compare it with its checksums. CheckpointError, FileNotFoundError."""
     path = Path(path)
+    if path.is_dir():
+        return sharded.verify(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such checkpoint; `ls {path.parent}/model_*.pt` shows those there are"
+            f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows those there are"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -234,7 +233,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Where the checkpoint of a step lies, if it is a file."""
     return Path(folder) / f"model_{step:05d}.pt"
 
 
@@ -254,13 +253,18 @@ def follow_latest(path: str | Path) -> Path:
     return path.with_name(name)
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
     """The verified dictionary, tensors on the CPU; of log/latest that of the checkpoint it names.
 
-    CheckpointError says what is wrong with the file; FileNotFoundError, PermissionError.
+    Of a folder, whole=False gives all but the weights and moments, which `restore` reads, each rank its part;
+    trusted=True: without reading the folder's files, which another rank has verified. CheckpointError says
+    what is wrong with the file; FileNotFoundError, PermissionError.
     """
     path = follow_latest(path)
-    verify_checkpoint(path)
+    if not (trusted and path.is_dir()):
+        verify_checkpoint(path)
+    if path.is_dir():
+        return sharded.load(path) if whole else sharded.read_rest(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets a foreign file in many ways
@@ -282,18 +286,20 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """All checkpoints in the folder, newest (most steps) first; they may be damaged."""
-    found = [path for path in Path(folder).glob("model_*.pt") if NAME.fullmatch(path.name)]
+    found = [path for path in Path(folder).glob("model_*") if NAME.fullmatch(path.name)]
+    found = [path for path in found if path.is_dir() != (path.suffix == ".pt")]
     return sorted(found, key=step_of, reverse=True)
 
 
-def load_newest(folder: str | Path, warn: Callable = print) -> tuple[Path, dict] | None:
+def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
+    whole: as in load_checkpoint.
 
     NewerFormatError: to go on from an older checkpoint because this program is old would lose work.
     """
     for path in list_checkpoints(folder):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, whole)
         except NewerFormatError:
             raise
         except (CheckpointError, OSError) as error:
@@ -304,9 +310,12 @@ def load_newest(folder: str | Path, warn: Callable = print) -> tuple[Path, dict]
 # ---------------------------------------------------------------------------- RESUME
 
 # A resumed run keeps all settings that are not given anew, except these: where things are, what it runs on.
-NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", "parallel"}
+NOT_KEPT = {
+    "preset", "log_dir", "resume", "init_from", "device", "parallel", "zero_stage", "ep_size",
+    "activation_checkpointing",
+}  # fmt: skip
 # Settings that cannot change in the middle of a run: the stream of samples, the optimizer's state, ...
-FIXED = {"T", "seed", "optimizer"}
+FIXED = {"T", "seed", "shuffle", "optimizer"}
 # ... and the architecture, except what touches nothing that has been learned.
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
@@ -324,12 +333,14 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
         return None, None
     if resume != "auto":
         path = follow_latest(resume)
-        return path, load_checkpoint(path)
-    path, state = (load_newest(log_dir, say) if world.is_master else None) or (None, None)
-    step = world.sum(torch.tensor(step_of(path) if path else 0, device=world.device)).item()
+        return path, load_checkpoint(path, whole=False, trusted=not world.is_master)
+    path, state = (load_newest(log_dir, say, whole=False) if world.is_master else None) or (None, None)
+    found = [step_of(path), path.is_dir()] if path else [0, 0]
+    step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
     if step > 0 and not world.is_master:
         path = checkpoint_path(log_dir, step)
-        state = load_checkpoint(path)
+        path = path.with_suffix("") if is_folder else path
+        state = load_checkpoint(path, whole=False, trusted=True)
     return path, state
 
 
@@ -371,9 +382,11 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError) as error:
+        if "folder" in state:
+            state = sharded.read_parts(state, model, optimizer)
+        model.load_state_dict(sharded.cut_weights(state["model"], model))
+        optimizer.load_state_dict(sharded.cut_moments(state["optimizer"], optimizer))
+    except (RuntimeError, KeyError, IndexError) as error:
         raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
@@ -439,12 +452,13 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model from a checkpoint file, a folder (ours or Hugging Face's GPT-2) or a hub name such as "gpt2".
+    """A model from a checkpoint file, a folder (any that from_pretrained knows) or a hub name such as "gpt2".
 
     Evaluation mode, CPU. CheckpointError, FileNotFoundError; what transformers raises for a bad folder or
     name.
     """
-    if str(source).endswith((".pt", ".pth", ".bin")) or os.path.isfile(source):
+    is_sharded = os.path.isfile(os.path.join(source, sharded.INDEX))
+    if is_sharded or str(source).endswith((".pt", ".pth", ".bin")) or os.path.isfile(source):
         return model_from_checkpoint(load_checkpoint(source))
     return GPTLMHeadModel.from_pretrained(str(source)).eval()
 
@@ -503,6 +517,21 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     return model
 
 
+def convert_checkpoint(source: str | Path, to: str | Path) -> None:
+    """Write a checkpoint as a single file (`to` ends with .pt) or as a folder; needs memory for all of it.
+
+    CheckpointError, FileNotFoundError; FileExistsError: nothing is overwritten.
+    """
+    checkpoint, to = load_checkpoint(source), Path(to)
+    if to.exists():
+        raise FileExistsError(f"{to}: there is something already; give another name")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".pt":
+        write_atomically(to, lambda file: torch.save(checkpoint, file))
+    else:
+        sharded.save(checkpoint, to)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 for a bad checkpoint or folder."""
     parser = argparse.ArgumentParser(description="Verify or export training checkpoints.", allow_abbrev=False)
@@ -510,15 +539,22 @@ def main(arguments: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a Hugging Face folder")
     export.add_argument("checkpoint", help="log/model_XXXXX.pt, or a folder of ours")
     export.add_argument("folder", help="where to; it must not exist yet")
-    export.add_argument("--format", default="gpt_moe", help="gpt_moe (any model) or gpt2 (dense GPT-2 only)")
+    formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
+    export.add_argument("--format", default="gpt_moe", help=formats)
     verify = commands.add_parser("verify", help="compare every byte with its checksum")
     verify.add_argument("checkpoint")
+    convert = commands.add_parser("convert", help="write a checkpoint in the other form")
+    convert.add_argument("checkpoint", help="a file log/model_XXXXX.pt, or a folder log/model_XXXXX")
+    convert.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify":
             checkpoint = load_checkpoint(options.checkpoint)
             step, val_loss = checkpoint["step"], checkpoint.get("val_loss")
             print(f"{options.checkpoint}: undamaged, step {step}, validation loss {val_loss}")
+        elif options.command == "convert":
+            convert_checkpoint(options.checkpoint, options.to)
+            print(f"wrote {options.to}")
         else:
             from convert import export_folder
 

@@ -14,8 +14,8 @@ A token passes five stages, in the order of `MoE.forward`:
     5. account   balance loss, z-loss and usage of the tokens that count                 MoE.measure
 
 There is no capacity: no token is dropped, and no token's output depends on another token. `Experts` takes
-any rows (M, C) with weights and an order, and reads its number of experts from its parameters, so that an
-exchange of rows between processes fits between 2 and 3, and the way back after 4.
+any rows (M, C) with weights and an order, and reads its number of experts from its parameters; where ranks
+share the experts (expert_parallel.py), an exchange of rows stands between 2 and 3, and the way back after 3.
 
 Letters: B batch, T sequence length, C n_embd, N tokens = B*T, E experts, K experts per token, H expert
 hidden size, R routed rows = N*K.
@@ -44,6 +44,24 @@ FIXED_POINT = 2.0**24
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
+
+# -----------------------------------------------------------------------------
+# Parameters that are shared out over ranks (DTensors, always cut along dimension 0)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is shared out over ranks, differentiable; any other as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rows_held(tensor: Tensor) -> range:
+    """Which rows (dimension 0) of the whole tensor `local` gives: all, unless it is shared out."""
+    rows, mesh = range(tensor.shape[0]), getattr(tensor, "device_mesh", None)
+    for dim in reversed(range(mesh.ndim)) if mesh is not None else ():  # the last dimension cut first
+        size = math.ceil(len(rows) / mesh.size(dim))  # as torch.chunk: the last ranks may hold fewer, or none
+        rows = rows[mesh.get_local_rank(dim) * size :][:size]
+    return rows
+
 
 # -----------------------------------------------------------------------------
 # Dense feed-forward
@@ -355,12 +373,13 @@ class Experts(nn.Module):
         if engine == "gather":
             return self._gathered(x, weights, order, ends)
         biases = [] if self.c_fc_bias is None else [self.c_fc_bias, self.c_proj_bias]
-        return expert_mlp(x, weights, order, ends, [self.c_fc, self.c_proj, *biases], self.activation)[0]
+        parameters = [local(p) for p in (self.c_fc, self.c_proj, *biases)]
+        return expert_mlp(x, weights, order, ends, parameters, self.activation)[0]
 
     def _choose_engine(self, x: Tensor, rows: int) -> str:
-        if x.device.type != "cuda":
+        if x.device.type != "cuda" or rows == 0:  # none: an exchange brought this rank nothing
             return "loop"
-        if rows <= self.c_fc.shape[0] and not torch.is_grad_enabled():
+        if rows <= local(self.c_fc).shape[0] and not torch.is_grad_enabled():
             return "gather"
         aligned = x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0
         return "grouped_mm" if aligned and _has_grouped_kernel() else "loop"
@@ -370,25 +389,25 @@ class Experts(nn.Module):
         position = torch.empty_like(order).scatter_(0, order, rows)  # (R,) from slot to sorted row
         w = Gather.apply(weights.view(-1, 1), order, position)  # (R, 1)
         h = Gather.apply(x, order // K, position)  # (R, C)
-        h = grouped_mm(h, self.c_fc.to(x.dtype).mT, offs=ends)  # (R, H)
+        h = grouped_mm(h, local(self.c_fc).to(x.dtype).mT, offs=ends)  # (R, H)
         if self.c_fc_bias is not None:
             # Biases by a product with a one-hot matrix, whose gradient is a product too.
             expert = torch.searchsorted(ends, rows, right=True)  # (R,)
             one_hot = (expert[:, None] == torch.arange(ends.shape[0], device=x.device)).to(x.dtype)  # (R, E)
-            h = torch.addmm(h, one_hot, self.c_fc_bias.to(x.dtype))
+            h = torch.addmm(h, one_hot, local(self.c_fc_bias).to(x.dtype))
         # Weighting before the projection keeps (R, H) for the backward pass; after it, it would be (R, C).
         h = (activate(h, self.activation) * w).to(x.dtype)
-        y = grouped_mm(h, self.c_proj.to(x.dtype).mT, offs=ends)  # (R, C)
+        y = grouped_mm(h, local(self.c_proj).to(x.dtype).mT, offs=ends)  # (R, C)
         y = Gather.apply(y, position, order).view(M, K, y.shape[1]).sum(1)  # (M, C)
         if self.c_proj_bias is not None:
             mix = Gather.apply((one_hot * w).to(x.dtype), position, order)  # (R, E)
-            y = torch.addmm(y, mix.view(M, K, mix.shape[1]).sum(1), self.c_proj_bias.to(x.dtype))
+            y = torch.addmm(y, mix.view(M, K, mix.shape[1]).sum(1), local(self.c_proj_bias).to(x.dtype))
         return y
 
     def _gathered(self, x, weights, order, ends):
         rows = torch.arange(order.shape[0], device=x.device)
         expert = torch.empty_like(order).scatter_(0, order, torch.searchsorted(ends, rows, right=True))
-        chosen = {name: p[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every slot
+        chosen = {name: local(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every slot
         y = x.repeat_interleave(weights.shape[1], 0)  # (R, C)
         h = (chosen["c_fc"] @ y[:, :, None])[:, :, 0] + chosen.get("c_fc_bias", 0)  # (R, H)
         h = activate(h, self.activation)
@@ -470,6 +489,7 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * (config.expert_hidden_size or 4 * C)
         self.shared = MLP(config, shared) if shared else None
         self.dropout = nn.Dropout(config.dropout)
+        self.exchange = None  # expert_parallel.Exchange, where ranks share the experts
         for name, value in self.initial_statistics().items():
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
@@ -512,9 +532,13 @@ class MoE(nn.Module):
         logits = self.gate(tokens)  # (N, E)
         index, weights, probs = self.choose(logits)
         order, ends = dispatch(index, self.num_experts)
-        y = self.dropout(self.experts(tokens, weights, order, ends).view(B, T, C))
-        if self.shared is not None:
-            y = y + self.shared(x)
+        if self.exchange is None:
+            y, shared = self.experts(tokens, weights, order, ends), self.run_shared(x)
+        else:
+            y, shared = self.exchange(self.experts, tokens, weights, order, ends, lambda: self.run_shared(x))
+        y = self.dropout(y.view(B, T, C))
+        if shared is not None:
+            y = y + shared
         auxiliary = None
         if self.training:
             auxiliary = self.measure(logits, probs, order, ends, token_mask, num_tokens)
@@ -523,6 +547,10 @@ class MoE(nn.Module):
         if auxiliary is not None:
             self.accumulate(auxiliary)
         return y
+
+    def run_shared(self, x: Tensor) -> Tensor | None:
+        """The shared experts' output for x (B, T, C), which every token gets; None without any."""
+        return None if self.shared is None else self.shared(x)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logits (N, E) -> expert index (N, K), weights (N, K), routing probabilities (N, E).
@@ -692,18 +720,21 @@ def idle_experts_spared(layers: Iterable[MoE], optimizer: torch.optim.Optimizer)
 
     AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
     move them. Their weights and moments are copied and put back, which costs nothing while every expert is
-    busy but reading the counts on the host. Yields the number of idle experts. Parameters must be whole on
-    this rank.
+    busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
+    out, each rank looks after its rows.
     """
     layers, kept, idle = list(layers), [], 0
+    states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
     for layer, layer_counts in zip(layers, counts, strict=True):
         experts = [e for e, count in enumerate(layer_counts) if count == 0]
         idle += len(experts)
         for parameter in layer.experts.parameters() if experts else ():
-            moments = [m for m in optimizer.state.get(parameter, {}).values() if torch.is_tensor(m)]
-            for whole in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
-                kept += [(whole[e], whole[e].clone()) for e in experts]
+            rows = rows_held(parameter)
+            moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
+            for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
+                mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]
+                kept += [(row, row.clone()) for row in mine]
     yield idle
     for place, value in kept:
         place.copy_(value)

@@ -28,6 +28,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.adamw import adamw
 
+from mixture_of_experts import local
+
 # Of a x + b x^3 + c x^5: five rounds of it drive singular values of 0.003 .. 1 to 0.7 .. 1.2. Jordan's.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in units of the learning rate; Moonlight's
@@ -62,7 +64,8 @@ class MuonAdamW(torch.optim.Optimizer):
     (dimension -2); and replicated: whether all processes hold the same parameters and so share the work.
     A matrix whose gradient is exactly zero (an expert that no token chose) is left as it is: orthogonalised,
     the remains of its momentum would count as much as a real gradient.
-    ValueError for Muon parameters that are not 2- or 3-dimensional, or sharded (DTensor).
+    ValueError for Muon parameters that are not 2- or 3-dimensional, or that are replicated and yet sharded
+    (DTensor); of others that are, each process has whole matrices.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"]:
-                if type(parameter.data).__name__ == "DTensor":
+                whole = group["method"] == "adamw" or not group["replicated"]
+                if type(parameter.data).__name__ == "DTensor" and not whole:
                     raise ValueError("Muon needs whole matrices, but these are sharded; use optimizer=adamw")
                 if group["method"] == "muon" and parameter.dim() not in (2, 3):
                     raise ValueError(
@@ -106,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 blocks = group["row_blocks"] or [parameter.size(-2)]
-                parts = (parameter, parameter.grad, self._momentum(parameter, group))
+                parts = (local(parameter), local(parameter.grad), self._momentum(parameter, group))
                 for weight, grad, update in zip(*(t.split(blocks, dim=-2) for t in parts), strict=True):
                     weight, grad, update = (t if t.dim() == 3 else t[None] for t in (weight, grad, update))
                     alive = (grad != 0).any(-1, keepdim=True).any(-2, keepdim=True)  # (n, 1, 1)
@@ -129,8 +133,8 @@ class MuonAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-        update = parameter.grad.lerp(buffer, group["momentum"])
+        grad, buffer = local(parameter.grad), local(state["momentum_buffer"])
+        update = grad.lerp(buffer.lerp_(grad, 1 - group["momentum"]), group["momentum"])
         in_bf16 = update.dtype == torch.float32 and has_fast_bf16(update.device.type)
         return update.bfloat16() if in_bf16 else update
 
@@ -225,8 +229,12 @@ def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
 def check_muon(parallel: str = "ddp", zero_stage: int = 0) -> None:
     """ValueError for ways to run in which no process holds whole matrices and whole optimizer states."""
     if parallel not in ("none", "ddp"):
-        raise ValueError(f"optimizer=muon needs whole matrices, but parallel={parallel}; use --parallel ddp")
+        raise ValueError(
+            f"optimizer=muon needs whole matrices, but parallel={parallel}; use --parallel ddp, or "
+            "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
+        )
     if zero_stage > 0:
         raise ValueError(
-            f"optimizer=muon needs whole states, but zero_stage={zero_stage}; use --zero_stage 0"
+            f"optimizer=muon needs whole states, but zero_stage={zero_stage}; use --zero_stage 0, or "
+            "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
         )

@@ -5,14 +5,17 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 import checkpoint as ckpt
 import parallel
+from attention import BACKENDS
 from fineweb import DistributedDataLoader, find_shards
-from model import GPTConfig, GPTLMHeadModel
-from muon import configure_muon
+from model import Block, GPTConfig, GPTLMHeadModel
+from muon import check_muon, configure_muon
 
 
 def check_config(config, world: parallel.World) -> int:
@@ -20,19 +23,23 @@ def check_config(config, world: parallel.World) -> int:
     least = dict(
         B=1, T=1, total_batch_size=1, max_steps=0, max_lr=0, min_lr=0, warmup_steps=0, grad_clip=0,
         weight_decay=0, infer_step=0, val_steps=1, sample_every=-1, sample_tokens=1, checkpoint_every=0,
-        keep_last=0, keep_every=0, max_bad_steps=1, log_every=1,
-        router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=0,
+        keep_last=0, keep_every=0, max_bad_steps=1, log_every=1, loss_chunk=-1,
+        router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=0, zero_stage=0, ep_size=1,
     )  # fmt: skip
     for name, smallest in least.items():
         if not getattr(config, name) >= smallest:
             raise ValueError(f"{name}={getattr(config, name)}: must be at least {smallest}")
     choices = dict(
-        optimizer=["adamw", "muon"], schedule=["cosine", "wsd"], parallel=["ddp", "none"],
-        dtype=["auto", "float32", "bfloat16"],
+        optimizer=["adamw", "muon"], schedule=["cosine", "wsd"], parallel=["ddp", "fsdp", "none"],
+        dtype=["auto", "float32", "bfloat16", "float16"], zero_stage=[0, 1],
+        activation_checkpointing=["none", "block"], attention_backend=["auto", *BACKENDS],
     )  # fmt: skip
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise ValueError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(allowed)}")
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: choose one of {', '.join(map(str, allowed))}"
+            )
+    check_layout(config, world)
     if not 0 < config.wsd_decay_frac <= 1:
         raise ValueError(f"wsd_decay_frac={config.wsd_decay_frac}: must be above 0 and at most 1")
     if config.learning_rate_decay_frac is not None:
@@ -55,10 +62,62 @@ def check_config(config, world: parallel.World) -> int:
     return config.total_batch_size // per_micro_step
 
 
+def check_layout(config, world: parallel.World) -> None:
+    """ValueError for ways to spread a model over processes that exclude each other, or find no processes."""
+    fsdp, zero, ep_size = config.parallel == "fsdp", config.zero_stage > 0, config.ep_size
+    if (fsdp or zero) and not dist.is_initialized():
+        what = "parallel=fsdp" if fsdp else "zero_stage=1"
+        raise ValueError(
+            f"{what} needs processes: start with torchrun --nproc_per_node=N train_gpt_moe.py (N may be 1)"
+        )
+    if zero and config.parallel != "ddp":
+        raise ValueError(
+            f"zero_stage=1 is a form of --parallel ddp, but parallel={config.parallel}"
+            + (", which divides the optimizer up already; leave --zero_stage away" if fsdp else "")
+        )
+    if zero and ep_size > 1:
+        raise ValueError(
+            f"zero_stage=1 wants the same parameters on all ranks, but ep_size={ep_size} gives them other "
+            "experts; to divide the rest of the optimizer up too, use --parallel fsdp with --ep_size"
+        )
+    if config.dtype == "float16" and fsdp:
+        raise ValueError("dtype=float16 does not work with parallel=fsdp; use --dtype bfloat16")
+    if config.optimizer == "muon":
+        check_muon(config.parallel, config.zero_stage)
+    if config.dtype == "float16" and (fsdp or ep_size > 1):
+        raise ValueError(
+            "dtype=float16 scales gradients by what it finds in all of them, but no rank has them all with "
+            "--parallel fsdp or --ep_size; use --dtype bfloat16"
+        )
+    if config.write_tensors and fsdp:
+        raise ValueError(
+            "write_tensors=True writes a whole model, but parallel=fsdp leaves none on any rank; use ddp"
+        )
+    if ep_size == 1:
+        return
+    if config.parallel == "none":
+        raise ValueError(f"ep_size={ep_size} is for many processes, but parallel=none; use --parallel ddp")
+    if world.size % ep_size != 0:
+        raise ValueError(f"ep_size={ep_size} does not divide the number of processes, {world.size}")
+    if not config.init_from:  # else the experts are those of another model
+        check_experts(config, ep_size)
+
+
+def check_experts(config, ep_size: int) -> None:
+    """ValueError if the experts cannot be dealt out to ep_size ranks. config: a run's or a model's."""
+    if ep_size > 1 and not config.use_moe:
+        raise ValueError(f"ep_size={ep_size} deals experts out, but use_moe=False: there are none")
+    if ep_size > 1 and config.num_experts % ep_size != 0:
+        raise ValueError(f"ep_size={ep_size} does not divide num_experts={config.num_experts}")
+
+
 def build_loaders(config, world: parallel.World, meta: dict):
-    """(training loader, validation loader); the latter reads the same batches whenever it is reset."""
+    """(training loader, validation loader); the latter reads the same batches whenever it is reset.
+
+    As in llm.c there is none, None, where input_bin is given without input_val_bin.
+    """
     train_files = config.input_bin or find_shards(config.data_dir, "train")
-    val_files = config.input_val_bin or find_shards(config.data_dir, "val")
+    val_files = config.input_val_bin or (None if config.input_bin else find_shards(config.data_dir, "val"))
     arguments = dict(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
@@ -66,14 +125,16 @@ def build_loaders(config, world: parallel.World, meta: dict):
     # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard,
     # and are the same for every run, B and number of ranks.
     return (
-        DistributedDataLoader(train_files, seed=config.seed, **arguments),
-        DistributedDataLoader(val_files, seed=0, **arguments),
+        DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
+        DistributedDataLoader(val_files, seed=0, **arguments) if val_files else None,
     )
 
 
 def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
 
+    With parallel="fsdp" only the one with the weights of init_from is: the others are on the meta device,
+    without weights, because they may be larger than any memory.
     ValueError for settings that contradict each other, the data, or where the weights come from.
     """
     names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
@@ -86,7 +147,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
                 "the data it was trained with, or start a new run"
             )
         changed = {name: fields[name] for name in names & ckpt.MAY_CHANGE}
-        return GPTLMHeadModel(GPTConfig(**(resumed["config"] | changed)))
+        return new_model(GPTConfig(**(resumed["config"] | changed)), config.parallel)
     fields |= dict(
         encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"]
     )
@@ -99,12 +160,66 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         )
     torch.manual_seed(config.seed)
     if not config.init_from:
-        return GPTLMHeadModel(GPTConfig(**fields))
+        return new_model(GPTConfig(**fields), config.parallel)
     given = {name for name in given if name not in ("vocab_size", "block_size") or getattr(config, name)}
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
     for name in names:  # from here on the settings are those of the model
         setattr(config, name, getattr(model.config, name))
+    check_experts(model.config, config.ep_size)
     return model
+
+
+def new_model(config: GPTConfig, parallel: str) -> GPTLMHeadModel:
+    """A model of that configuration with random weights, or with parallel="fsdp" on the meta device."""
+    with torch.device("meta" if parallel == "fsdp" else "cpu"):
+        return GPTLMHeadModel(config)
+
+
+def place_model(
+    config, model: GPTLMHeadModel, layout: parallel.Layout, dtype: str, resumed: dict | None
+) -> GPTLMHeadModel:
+    """build_model's model on this rank's device, all of it or what the layout gives this rank."""
+    weights: Iterator = iter(())
+    if layout.parallel == "fsdp" and model.device.type != "meta":
+        weights, model = iter(model.state_dict().items()), new_model(model.config, "fsdp")
+    elif layout.parallel == "fsdp" and resumed is None:  # else the checkpoint's weights come later
+        weights = initial_weights(model.config, config.seed)
+    parallel.place(model, layout, dtype, weights)
+    if config.activation_checkpointing == "block":
+        newer = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        newer({"use_reentrant": False})
+    return model
+
+
+def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor on the CPU) of all parameters and buffers, as GPTLMHeadModel(config) has them after
+    torch.manual_seed(seed), but never more than one module's at a time.
+
+    The same numbers, because the same random numbers are drawn in the same order: those that the modules'
+    constructors draw and _init_weights replaces (they are drawn here and dropped), then those that stay.
+    """
+    torch.manual_seed(seed)
+    torch.nn.Embedding(config.vocab_size, config.n_embd)
+    if config.position == "learned":
+        torch.nn.Embedding(config.block_size, config.n_embd)
+    for layer in range(config.n_layer):
+        Block(config, layer)
+    torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+    with torch.device("meta"):
+        model = GPTLMHeadModel(config)
+    names = {module: name for name, module in model.named_modules()}
+
+    def inner_first(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        for child in module.children():
+            yield from inner_first(child)
+        yield module
+
+    for module in inner_first(model):  # transformers' order
+        module.to_empty(device="cpu", recurse=False)
+        model._init_weights(module)
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        yield from ((f"{names[module]}.{name}", tensor.detach()) for name, tensor in own)
+        module._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
 
 def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
@@ -112,7 +227,7 @@ def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
     settings = (config.weight_decay, config.max_lr, (config.beta1, config.beta2), model.device.type)
     multiples = dict(router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult)
     if config.optimizer == "muon":
-        return configure_muon(model, *settings, **multiples)
+        return configure_muon(model, *settings, **multiples, expert_parallel=config.ep_size > 1)
     return model.configure_optimizers(*settings, **multiples)
 
 

@@ -58,14 +58,16 @@ def start(
     return process
 
 
-def start_ranks(size: int, arguments: list, output: str | Path, sick: Mapping = {}) -> list:
+def start_ranks(
+    size: int, arguments: list, output: str | Path, sick: Mapping = {}, script: str = "train_gpt_moe"
+) -> list:
     """Start `size` processes that train together, as torchrun would."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=port)
     return [
-        start(arguments, output, {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}, sick)
+        start(arguments, output, {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}, sick, script)
         for rank in range(size)
     ]
 
@@ -106,7 +108,7 @@ def flags(data, log_dir, *more) -> list[str]:
 def metrics(log_dir) -> list[dict]:
     """The steps' records without what is a matter of time."""
     records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
-    clock = {"ms", "tok_per_s", "elapsed_s"}
+    clock = {"ms", "tok_per_s", "elapsed_s", "memory"}
     return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
 
 

@@ -1,0 +1,341 @@
+"""One model, every layout: the same losses and weights in one process, two and four, however they share it.
+
+Run: python -m pytest tests/test_parallel.py
+
+The processes of a test are started once and try one layout after another (main, below).
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from processes import finish, flags, metrics, start, start_ranks, wait_for, write_data
+
+import checkpoint as ckpt
+import expert_parallel
+import muon
+import parallel
+import train_gpt_moe
+from mixture_of_experts import idle_experts_spared, local
+from prepare import build_model, build_optimizer, check_config, place_model
+
+META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
+STEPS, SEQUENCES, T = 5, 8, 16
+IDLE = 2  # an expert of the first layer that no token ever chooses
+
+# name: processes, settings, micro-steps
+LAYOUTS = {
+    "one process": (1, {}, 1),
+    "one process, fsdp": (1, dict(parallel="fsdp"), 1),
+    "one process, muon": (1, dict(optimizer="muon"), 1),
+    "ddp": (2, {}, 1),
+    "ddp, accumulation": (2, {}, 2),
+    "ddp, zero": (2, dict(zero_stage=1), 1),
+    "fsdp": (2, dict(parallel="fsdp"), 1),
+    "fsdp, accumulation": (2, dict(parallel="fsdp"), 2),
+    "fsdp, checkpointing": (2, dict(parallel="fsdp", activation_checkpointing="block"), 2),
+    "experts": (2, dict(ep_size=2), 1),
+    "experts, accumulation": (2, dict(ep_size=2, activation_checkpointing="block"), 2),
+    "experts, muon": (2, dict(ep_size=2, optimizer="muon"), 1),
+    "experts, fsdp": (2, dict(ep_size=2, parallel="fsdp"), 2),
+    "four: fsdp": (4, dict(parallel="fsdp"), 1),
+    "four: ddp x experts": (4, dict(ep_size=2), 1),
+    "four: fsdp x experts": (4, dict(ep_size=2, parallel="fsdp"), 2),
+}
+
+
+def settings(**more) -> train_gpt_moe.TrainConfig:
+    return train_gpt_moe.TrainConfig(
+        n_layer=2, n_head=2, n_embd=32, num_experts=6, num_experts_per_tok=2, num_shared_experts=1,
+        expert_hidden_size=24, T=T, B=1, total_batch_size=SEQUENCES * T, router_bias_update_rate=0.01,
+        router_z_loss_coef=1e-3, max_lr=3e-3, min_lr=3e-4, warmup_steps=2, max_steps=STEPS, use_compile=False,
+        device="cpu", **more,
+    )  # fmt: skip
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def build(world: parallel.World, micro_steps: int, **more) -> tuple:
+    """Layout, model and optimizer, as train_gpt_moe.py makes them."""
+    config = settings(**more)
+    config.B = SEQUENCES // world.size // micro_steps
+    assert check_config(config, world) == micro_steps
+    layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
+    model = place_model(config, build_model(config, set(), META, None), layout, "float32", None)
+    model.moe_layers()[0].router_bias[IDLE] = -10.0
+    return config, layout, model, parallel.share_optimizer(build_optimizer(config, model), layout)
+
+
+def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict:
+    """Five steps, as train_gpt_moe.py makes them: losses, norms and the weights at both ends.
+
+    What comes out is saved to the folder.
+    """
+    config, layout, model, optimizer = build(world, micro_steps, **more)
+    wrapped = parallel.wrap(model, layout)
+    begin = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    model.update_routers()
+    data = torch.randint(257, (STEPS, SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
+    losses, norms = [], []
+    for step in range(STEPS):
+        parts = torch.zeros(3)
+        for micro_step in range(micro_steps):
+            first = (micro_step * world.size + world.rank) * config.B
+            tokens = data[step, first : first + config.B]
+            parallel.sync_gradients(wrapped, micro_step == micro_steps - 1)
+            output = wrapped(tokens[:, :-1], targets=tokens[:, 1:], return_dict=True)
+            (output.loss / micro_steps).backward()
+            parts += torch.stack([output.cross_entropy, output.balance_loss, output.z_loss]).detach()
+        parallel.finish_gradients(model, layout)
+        norm = parallel.gradient_norm(model, layout)
+        parallel.clip_gradients(model, 0.5, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (step + 1) / STEPS * group["lr_mult"]
+            group["eps"] = 1e-4  # else AdamW turns what rounding leaves of a zero gradient into steps
+        model.update_routers()
+        with idle_experts_spared(model.moe_layers(), optimizer) as idle:
+            optimizer.step()
+        assert idle == 1
+        optimizer.zero_grad(set_to_none=True)
+        losses.append((world.sum(parts) / world.size / micro_steps).tolist())
+        norms.append(norm.item())
+    end = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    held = sum(local(p).numel() for p in model.parameters())
+    folder.mkdir(exist_ok=True)
+    writer = ckpt.CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
+    state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
+    rest = dict(step=STEPS, config=model.config.to_dict(), loader={}, rng=torch.get_rng_state())
+    if world.is_master or layout.saves_together:
+        writer.save(state | rest)
+    with torch.no_grad():  # the copy has been made
+        for parameter in model.parameters():
+            local(parameter).zero_()
+        for values in getattr(optimizer, "optim", optimizer).state.values():
+            for value in values.values():
+                local(value).zero_()
+    assert writer.wait() is None, writer.error
+    return {"losses": losses, "norms": norms, "begin": begin, "end": end, "held": held}
+
+
+def order_of_work(world: parallel.World) -> list[str]:
+    """What happens in one forward and backward of a layer whose two ranks share the experts."""
+    events = []
+
+    def noted(name, function):
+        return lambda *args, **kwargs: (events.append(name), function(*args, **kwargs))[1]
+
+    _, _, model, _ = build(world, 1, ep_size=2)
+    moe, x = model.moe_layers()[0], torch.randn(1, T, 32, requires_grad=True)
+    moe.experts.register_forward_pre_hook(lambda *args: events.append("experts"))
+    moe.shared.register_forward_pre_hook(lambda *args: events.append("shared"))
+    moe.shared.c_proj.weight.register_hook(lambda grad: events.append("shared"))
+    moe.experts.c_fc.register_hook(lambda grad: events.append("experts"))
+    begin, end = expert_parallel.Trip.begin, expert_parallel.Trip.end
+    expert_parallel.Trip.begin, expert_parallel.Trip.end = noted("leave", begin), noted("arrive", end)
+    moe(x).sum().backward()
+    expert_parallel.Trip.begin, expert_parallel.Trip.end = begin, end
+    return events
+
+
+class NoLoader:
+    """In the place of a DistributedDataLoader."""
+
+    def load_state_dict(self, state: dict) -> None:
+        assert state == {}
+
+
+def restore(world: parallel.World, path: Path, **more) -> dict:
+    """What a checkpoint becomes in this layout: weights, buffers and moments, put together again."""
+    _, layout, model, optimizer = build(world, 1, **more)
+    ckpt.restore(ckpt.load_checkpoint(path, whole=False), model, optimizer, NoLoader())
+    state = {f"model.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
+    for number, values in parallel.optimizer_state(optimizer, layout).get("state", {}).items():
+        state |= {f"optimizer.{number}.{name}": whole(value) for name, value in values.items()}
+    return state
+
+
+def main(arguments: list[str]) -> int:
+    """What each process does: the layouts for that many processes, one after the other."""
+    world, folder = parallel.start("cpu"), Path(arguments[0])
+    muon.has_fast_bf16 = lambda device_type: False  # its rounding would hide what is wrong
+    for name, (size, more, micro_steps) in LAYOUTS.items():
+        if size == world.size and name != "one process":
+            result = train(world, folder / name, micro_steps, **more)
+            if size == 2 and micro_steps == 1 and "muon" not in name:
+                result["restored"] = [restore(world, source, **more) for source in sources(folder)]
+            if name == "experts":
+                result["events"] = order_of_work(world)
+            if world.is_master:
+                torch.save(result, folder / name / "result")
+    parallel.stop()
+    return 0
+
+
+def sources(folder: Path) -> list[Path]:
+    """A single file, and folders that four processes have written in three layouts."""
+    names = ["one process", "four: fsdp", "four: ddp x experts", "four: fsdp x experts"]
+    return [ckpt.list_checkpoints(folder / name)[0] for name in names]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What every layout has come to, and its checkpoint, in a folder of its name."""
+    folder = tmp_path_factory.mktemp("layouts")
+    result = train(parallel.World(0, 0, 1, torch.device("cpu")), folder / "one process", 1)
+    torch.save(result, folder / "one process" / "result")
+    for size in (1, 4, 2):
+        ranks = start_ranks(size, [folder], folder / f"output of {size}", script="test_parallel")
+        codes = [finish(rank) for rank in ranks]
+        assert codes == [0] * size, (folder / f"output of {size}").read_text()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LAYOUTS if not name.startswith("one process")] + ["one process, fsdp"]
+)
+def test_layouts_train_the_same_model(folder, name):
+    """Losses, balance losses, gradient norms (which are clipped), weights, router biases and counts."""
+    one = torch.load(folder / ("one process, muon" if "muon" in name else "one process") / "result")
+    many = torch.load(folder / name / "result")
+    for key, value in one["begin"].items():
+        assert torch.equal(many["begin"][key], value), key
+    torch.testing.assert_close(
+        torch.tensor(many["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-6
+    )
+    rounding = 1e-4 if "muon" in name else 1e-5  # its iterations multiply it
+    assert many["norms"] == pytest.approx(one["norms"], rel=rounding) and min(one["norms"]) > 0.5
+    for key, value in one["end"].items():
+        if value.is_floating_point():
+            error = (many["end"][key] - value).norm() / value.norm().clamp_min(1e-3)
+            assert error < rounding, f"{key}: {error}"
+        else:
+            torch.testing.assert_close(many["end"][key], value, rtol=1e-5, atol=20)
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_a_checkpoint_holds_everything(folder, name):
+    """Weights and buffers to the bit, though the model went on changing; moments as in one process."""
+    path = ckpt.list_checkpoints(folder / name)[0]
+    assert path.is_dir() == ("fsdp" in name or "experts" in name)
+    saved = ckpt.load_checkpoint(path)
+    end = torch.load(folder / name / "result")["end"]
+    assert saved["model"].keys() == end.keys()
+    assert all(torch.equal(saved["model"][key], value) for key, value in end.items())
+    one = ckpt.load_checkpoint(
+        ckpt.list_checkpoints(folder / ("one process, muon" if "muon" in name else "one process"))[0]
+    )
+    assert saved["config"] == one["config"]
+    for number, values in one["optimizer"]["state"].items():
+        assert saved["optimizer"]["state"][number].keys() == values.keys()
+        for key, value in values.items():
+            torch.testing.assert_close(
+                saved["optimizer"]["state"][number][key], value, rtol=1e-3, atol=1e-4, check_device=False
+            )
+
+
+@pytest.mark.parametrize("source", range(4))
+@pytest.mark.parametrize("name", ["ddp", "ddp, zero", "fsdp", "experts"])
+def test_any_layout_reads_what_any_layout_has_saved(folder, name, source):
+    saved = ckpt.load_checkpoint(sources(folder)[source])
+    restored = torch.load(folder / name / "result")["restored"][source]
+    numbers = [key for key in restored if key.startswith("optimizer.")]
+    assert len(numbers) == sum(len(values) for values in saved["optimizer"]["state"].values())
+    for key, value in restored.items():
+        kind, _, rest = key.partition(".")
+        if kind == "model":
+            expected = saved["model"][rest]
+        else:
+            number, _, rest = rest.partition(".")
+            expected = saved["optimizer"]["state"][int(number)][rest]
+        assert torch.equal(value, expected), key
+
+
+def test_shared_experts_work_while_rows_are_under_way(folder):
+    events = torch.load(folder / "experts" / "result")["events"]
+    forward = ["leave", "shared", "arrive", "experts", "leave", "arrive"]
+    backward = ["leave", "arrive", "experts", "leave", "shared", "arrive"]
+    assert events == forward + backward
+
+
+def test_memory_is_divided_up(folder):
+    """Numbers of parameters that rank 0 holds."""
+    held = {name: torch.load(folder / name / "result")["held"] for name in LAYOUTS if "one" not in name}
+    all_of_them = torch.load(folder / "one process" / "result")["held"]
+    experts = 2 * 6 * (2 * 24 * 32 + 24 + 32)
+    assert held["ddp"] == held["ddp, zero"] == all_of_them
+    assert held["experts"] == held["four: ddp x experts"] == all_of_them - experts // 2
+    assert held["fsdp"] == pytest.approx(all_of_them / 2, rel=0.01)
+    assert held["four: fsdp x experts"] < 0.3 * all_of_them  # 6 experts: two ranks hold 2, two hold 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--parallel fsdp", "parallel=fsdp needs processes: start with torchrun"),
+        ("--zero_stage 1", "zero_stage=1 needs processes: start with torchrun"),
+        ("--zero_stage 2", "zero_stage=2: choose one of 0, 1"),
+        ("--parallel tensor", "parallel='tensor': choose one of ddp, fsdp, none"),
+        ("--activation_checkpointing all", "activation_checkpointing='all': choose one of none, block"),
+        ("--ep_size 0", "ep_size=0: must be at least 1"),
+        ("--ep_size 2", "ep_size=2 does not divide the number of processes, 1"),
+        ("--ep_size 2 --parallel none", "ep_size=2 is for many processes, but parallel=none"),
+        ("--ep_size 2 --zero_stage 1", "zero_stage=1 wants the same parameters on all ranks, but ep_size=2"),
+        ("--zero_stage 1 --parallel none", "zero_stage=1 is a form of --parallel ddp, but parallel=none"),
+        ("--zero_stage 1 --parallel fsdp", "divides the optimizer up already; leave --zero_stage away"),
+        ("--parallel fsdp --optimizer muon", "optimizer=muon needs whole matrices, but parallel=fsdp"),
+        ("--zero_stage 1 --optimizer muon", "optimizer=muon needs whole states, but zero_stage=1"),
+        ("--parallel fsdp --dtype float16", "use --dtype bfloat16"),
+        ("--parallel fsdp --write_tensors True", "write_tensors=True writes a whole model"),
+        ("--ep_size 2 --use_moe False", "ep_size=2 deals experts out, but use_moe=False"),
+        ("--ep_size 2 --num_experts 3", "ep_size=2 does not divide num_experts=3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
+    config, _ = train_gpt_moe.parse_config(["--hellaswag", "False", *flags.split()])
+    alone = "processes" in message
+    monkeypatch.setattr("prepare.dist.is_initialized", lambda: not alone)
+    size = 1 if alone else 2
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_config(config, parallel.World(0, 0, size, torch.device("cpu")))
+
+
+def test_a_run_goes_on_in_another_layout(tmp_path):
+    """Two processes with FSDP and shared experts, then one process from their folder in mid-run."""
+    data = write_data(tmp_path / "data")
+    more = ["--dropout", "0", "--infer_step", "6", "--sample_every", "6", "--sample_tokens", "4"]
+    both = [*flags(data, tmp_path / "two", *more), "--parallel", "fsdp", "--ep_size", "2"]
+    ranks = start_ranks(2, both, tmp_path / "output")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
+    middle = tmp_path / "two" / "model_00006"
+    assert (tmp_path / "two" / "latest").read_text() == "model_00012" and middle.is_dir()
+    one = [*flags(data, tmp_path / "one", *more), "--resume", str(middle)]
+    assert finish(start([*one, "--log_dir", str(tmp_path / "one")], tmp_path / "output")) == 0
+    first, second = (
+        {record["step"]: record["loss"] for record in metrics(tmp_path / name) if "loss" in record}
+        for name in ("two", "one")
+    )
+    assert list(first) == list(range(12)) and list(second) == list(range(6, 12))
+    assert list(second.values()) == pytest.approx(list(first.values())[6:], rel=1e-5)
+
+
+def test_a_kill_leaves_whole_folders_and_the_run_goes_on(tmp_path):
+    """Two processes save at every step, and are killed; one process takes the newest folder and finishes."""
+    both = flags(write_data(tmp_path / "data"), tmp_path / "log", "--dropout", "0", "--checkpoint_every", "1")
+    sharing = ["--parallel", "fsdp", "--keep_last", "2", "--max_steps", "40"]
+    (tmp_path / "log" / ".model_00009.unfinished").mkdir(parents=True)  # of a run that was killed before
+    ranks = start_ranks(2, [*both, *sharing], tmp_path / "output")
+    wait_for(tmp_path / "log" / "log.txt", 8)
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+    warnings = []
+    path, state = ckpt.load_newest(tmp_path / "log", warnings.append)
+    assert path.is_dir() and state["step"] >= 3 and not warnings
+    assert 1 <= len(ckpt.list_checkpoints(tmp_path / "log")) <= 3
+    assert not (tmp_path / "log" / ".model_00009.unfinished").exists()
+    assert finish(start([*both, "--resume", "auto"], tmp_path / "output")) == 0
+    assert [record["step"] for record in metrics(tmp_path / "log")] == list(range(13))
