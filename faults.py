@@ -3,7 +3,8 @@
     SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT stops at once
     SIGUSR1                     save now and go on
     loss or gradient not finite the step's update is left out on all ranks; too many in a row end the run
-    lost rank, bad data, no memory    what has been trained is saved, then exit; --resume auto goes on
+    lost rank, bad data, no memory    what has been trained is saved (where rank 0 has all of it: in one process
+                                and with DDP), then exit; --resume auto goes on
 
 Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM.
 """
@@ -12,7 +13,9 @@ import errno
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 
 import torch
@@ -33,7 +36,11 @@ class Signals:
         signals.agree(flags.tolist())                # what any rank has got: exit_code, save_now
         signals.release()
 
-    Before and after that, and for the second SIGINT, signals do what they always do.
+    Before and after that signals do what they always do; a second SIGINT ends the process at once, too.
+
+    Python runs its handlers between two of its instructions, never while it waits inside a collective. The
+    system's side of the handler, though, writes the signal's number to a socket (signal.set_wakeup_fd), where
+    a thread of ours reads it whatever the main thread waits for.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -44,6 +51,7 @@ class Signals:
         self.save_now = False
         self._got: set[str] = set()
         self._before: dict[int, object] = {}
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     def catch(self) -> None:
         """From here on signals are requests."""
@@ -51,21 +59,43 @@ class Signals:
             if hasattr(signal, name):  # Windows lacks SIGUSR1
                 number = getattr(signal, name)
                 self._before[number] = signal.signal(number, self._receive)
+        self._wakeup = socket.socketpair()
+        for end in self._wakeup:
+            end.setblocking(end is self._wakeup[0])
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._wakeup[0],), daemon=True).start()
 
     def release(self) -> None:
         """Give the signals back to whom they were before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._wakeup[1].close()  # the thread reads the end of the stream
+            self._wakeup = None
 
     def _receive(self, number: int, frame) -> None:
-        name = signal.Signals(number).name
-        self._got.add(name)
-        if name == "SIGINT":
+        """In the main thread, as soon as it comes back to Python."""
+        self._got.add(signal.Signals(number).name)
+        if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+
+    def _listen(self, wakeup: socket.socket) -> None:
+        """In a thread of its own, at once."""
+        interrupts = 0
+        with wakeup:
+            while numbers := wakeup.recv(64):
+                interrupts += numbers.count(signal.SIGINT)
+                if interrupts > 1:
+                    os._exit(128 + signal.SIGINT)
+                for name in sorted({signal.Signals(number).name for number in numbers} & set(self.NAMES)):
+                    self._announce(name)
+
+    def _announce(self, name: str) -> None:
         if self.talkative:
             end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
             text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
-            os.write(sys.__stderr__.fileno(), text.encode())  # print is not safe within a signal handler
+            os.write(sys.__stderr__.fileno(), text.encode())
 
     @property
     def stop_requested(self) -> bool:
@@ -75,7 +105,11 @@ class Signals:
     def take(self, device: torch.device) -> torch.Tensor:
         """(3,) fp32, one where this rank has got SIGINT, SIGTERM, SIGUSR1 since the last call."""
         got, self._got = self._got, set()
-        return torch.tensor([float(name in got) for name in self.NAMES], device=device)
+        flags = torch.zeros(len(self.NAMES), device=device)
+        for i, name in enumerate(self.NAMES):
+            if name in got:
+                flags[i] = 1.0  # a copy of the whole from this process would wait for the device
+        return flags
 
     def agree(self, counts: list[float]) -> None:
         """Take note of how many ranks have got each of the three."""

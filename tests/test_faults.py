@@ -32,9 +32,12 @@ from processes import (
     write_data,
 )  # fmt: skip
 from test_checkpoint import dense_model
+from test_hellaswag import make_examples
 
 import checkpoint as ckpt
+import evaluation
 import faults
+import hellaswag
 import parallel
 import train_gpt_moe
 from faults import Health, Signals
@@ -97,6 +100,28 @@ def test_sigusr1_saves_and_goes_on_and_a_second_sigint_stops_at_once(data, tmp_p
     assert finish(process) in (-signal.SIGINT, 130)
 
 
+def test_signals_are_heard_inside_a_collective(data, tmp_path):
+    """Rank 1 is stopped, so rank 0 waits for it, and Python with it: no handler of Python can run."""
+    output = tmp_path / "out.txt"
+    ranks = start_ranks(
+        2, flags(data, tmp_path, "--max_steps", 5000, "--checkpoint_every", 0, "--B", 2), output
+    )
+    wait_for(tmp_path / "log.txt", 6)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    time.sleep(1)
+    try:
+        for interrupts in (1, 2):
+            os.kill(ranks[0].pid, signal.SIGINT)
+            end = time.monotonic() + 20
+            while interrupts == 1 and "SIGINT: finishing this step" not in output.read_text():
+                assert time.monotonic() < end and ranks[0].is_alive()
+                time.sleep(0.01)
+            assert ranks[0].is_alive() or interrupts == 2
+        assert finish(ranks[0], 20) == 130
+    finally:
+        ranks[1].kill()
+
+
 def test_the_second_sigint_is_not_ours_any_more():
     signals = Signals(talkative=False)
     before = signal.getsignal(signal.SIGINT)
@@ -152,9 +177,9 @@ def test_an_evaluation_gives_way_to_a_signal():
 
     model, loader, world = dense_model(), Loader(), parallel.World(0, 0, 1, torch.device("cpu"))
     autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    assert train_gpt_moe.validate(model, loader, 5, world, autocast, lambda: loader.asked == 3) is None
+    assert evaluation.validate(model, loader, 5, world, autocast, lambda: loader.asked == 3) is None
     assert loader.asked == 3
-    assert train_gpt_moe.validate(model, loader, 5, world, autocast, lambda: False) == pytest.approx(
+    assert evaluation.validate(model, loader, 5, world, autocast, lambda: False) == pytest.approx(
         4.1, abs=0.2
     )
 
@@ -173,6 +198,38 @@ def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(straight, dat
     assert ckpt.load_newest(tmp_path)[1]["step"] == 4 and newest(tmp_path) == 3
     assert train_gpt_moe.main(flags(data, tmp_path, "--resume", "auto")) == 0
     same_run(straight, tmp_path)
+
+
+def test_hellaswag_gives_way_to_a_signal_and_is_done_after_the_resume(data, tmp_path, monkeypatch):
+    """SIGTERM at its second batch before step 4: the run saves, stops, and asks all questions later."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps(example) for example in make_examples(30)))
+    scored_logits, batches = hellaswag.scored_logits, []
+
+    def told_to_stop(model, batch, shared):
+        batches.append(batch)
+        if len(batches) == before + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scored_logits(model, batch, shared)
+
+    monkeypatch.setattr(hellaswag, "scored_logits", told_to_stop)
+    monkeypatch.setattr(hellaswag, "TOKENS_PER_BATCH", {"cpu": 128})
+    arguments = ["--hellaswag", 1, "--hellaswag_data", questions]
+    before = 10**6
+    whole = tmp_path / "whole"
+    assert train_gpt_moe.main(flags(data, whole, *arguments)) == 0
+    of_one_evaluation = len(batches) // 4  # at steps 0, 4, 8 and 12
+    assert of_one_evaluation >= 5
+    batches.clear()
+    before = of_one_evaluation
+    assert train_gpt_moe.main(flags(data, tmp_path / "run", *arguments)) == 143
+    assert len(batches) == before + 2
+    assert ckpt.load_newest(tmp_path / "run")[1]["step"] == 4
+    batches.clear()
+    before = 10**6
+    assert train_gpt_moe.main(flags(data, tmp_path / "run", "--resume", "auto")) == 0
+    assert len(batches) == 3 * of_one_evaluation
+    same_run(whole, tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------- sick steps
@@ -307,7 +364,7 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
 
 def test_an_error_of_any_kind_loses_no_step(straight, data, tmp_path, monkeypatch):
     """A failing evaluation, here: the weights are saved as they were, and the error is not hidden."""
-    validate, calls = train_gpt_moe.validate, []
+    validate, calls = evaluation.validate, []
 
     def fail_at_the_third(*args):
         calls.append(args)
@@ -315,7 +372,7 @@ def test_an_error_of_any_kind_loses_no_step(straight, data, tmp_path, monkeypatc
             raise RuntimeError("something unforeseen")
         return validate(*args)
 
-    monkeypatch.setattr(train_gpt_moe, "validate", fail_at_the_third)
+    monkeypatch.setattr(evaluation, "validate", fail_at_the_third)
     with pytest.raises(RuntimeError, match="something unforeseen"):
         train_gpt_moe.main(flags(data, tmp_path, "--checkpoint_every", 100))
     assert ckpt.load_newest(tmp_path)[1]["step"] == 8

@@ -1,0 +1,259 @@
+"""Several machines, played by several launchers on this one: rendezvous, lost ranks, Slurm, environment.
+
+Run: python -m pytest tests/test_nodes.py
+"""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT
+from processes import finish, flags, same_run, start_ranks, wait_for, write_data
+
+import parallel
+import train_gpt_moe
+import watch
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SHORT = ["--B", 2, "--max_steps", 30, "--checkpoint_every", 5, "--infer_step", 10]
+LONG = ["--B", 2, "--max_steps", 5000, "--checkpoint_every", 0]
+
+
+def main(arguments: list[str]) -> int:
+    """What `start(..., script="test_nodes")` runs: a training whose ranks have little patience."""
+    watch.BEAT, watch.PATIENCE, watch.SUSPICION, watch.GRACE = 0.2, 2.0, 1.0, 2.0
+    return train_gpt_moe.main(arguments)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A folder with shards."""
+    return write_data(tmp_path_factory.mktemp("data") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def one_node(data, tmp_path_factory) -> Path:
+    """The log of two processes on one machine, undisturbed."""
+    folder = tmp_path_factory.mktemp("one_node")
+    ranks = start_ranks(2, flags(data, folder / "log", *SHORT), folder / "out")
+    assert [finish(rank) for rank in ranks] == [0, 0], (folder / "out").read_text()
+    return folder / "log"
+
+
+def worker(log_dir: Path, rank: int) -> int:
+    """Process id of the training process of this rank that writes to log_dir."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile, or is not ours
+            continue
+        words = command.split(b"\0")
+        of_run = str(log_dir).encode() in words and b"torch.distributed.run" not in words
+        if of_run and f"RANK={rank}".encode() in environment.split(b"\0"):
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+# ---------------------------------------------------------------------------- two launchers
+
+
+def test_static_rendezvous_and_a_lost_worker_without_restarts(one_node, data, tmp_path, request):
+    """README's command. The worker of the second machine is killed: both launchers end, and it is named.
+    Started again, the same two commands go on, and end as one machine does."""
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^ +torchrun (.*--node_rank=0 .*) train_gpt_moe.py", readme, re.MULTILINE)[1]
+    for name, value in (("master_addr", "127.0.0.1"), ("master_port", free_port()), ("nproc_per_node", 1)):
+        command, found = re.subn(rf"--{name}=\S+", f"--{name}={value}", command)
+        assert found == 1
+    script = [str(ROOT / "train_gpt_moe.py"), *flags(data, tmp_path / "log", *SHORT), "--resume", "auto"]
+
+    def launch():
+        launchers = []
+        for node in (0, 1):
+            with open(tmp_path / f"node{node}", "a") as output:
+                options = command.replace("--node_rank=0", f"--node_rank={node}").split()
+                words = [*TORCHRUN, *options, *script]
+                launchers.append(subprocess.Popen(words, stdout=output, stderr=output))
+            request.addfinalizer(launchers[-1].kill)
+        return launchers
+
+    launchers = launch()
+    wait_for(tmp_path / "log" / "log.txt", 8, timeout=120)
+    victim = worker(tmp_path / "log", 1)
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    assert [launcher.wait(60) for launcher in launchers] == [1, 1]
+    assert time.monotonic() - killed < 40
+    said = (tmp_path / "node0").read_text()
+    assert f"rank 1 (process {victim} on {socket.gethostname()}) is lost" in said
+    assert "Signal 9 (SIGKILL)" in (tmp_path / "node1").read_text()
+    assert [launcher.wait(120) for launcher in launch()] == [0, 0], (tmp_path / "node0").read_text()
+    same_run(one_node, tmp_path / "log")
+
+
+def test_the_slurm_script_brings_a_lost_worker_back(one_node, data, tmp_path, request):
+    """Slurm's commands are played: srun starts its task once per machine. A worker of the second machine is
+    killed; --max-restarts starts all again on both, and the run ends as on one machine."""
+    commands = {
+        "scontrol": 'test "$*" = "show hostnames node[1-2]" && printf "127.0.0.1\\nnode2\\n"',
+        "srun": 'test "$1" = --kill-on-bad-exit=1 && shift && ("$@" & one=$!; "$@"; other=$?; wait $one '
+        "&& exit $other)",
+        "torchrun": f'exec {shlex.join(TORCHRUN)} --local_addr=127.0.0.1 "$@"',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = dict(SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1")
+    job["SLURM_JOB_ID"] = str(4_711_0000 + int(free_port()) % 10_000)
+    words = ["bash", ROOT / "train.slurm", *flags(data, tmp_path / "log", *SHORT)]
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with open(tmp_path / "out", "w") as output:
+        task = subprocess.Popen(
+            list(map(str, words)), stdout=output, stderr=output, env=environment, cwd=ROOT,
+            start_new_session=True,
+        )  # fmt: skip
+    request.addfinalizer(lambda: task.poll() is None and os.killpg(task.pid, signal.SIGKILL))
+    wait_for(tmp_path / "log" / "log.txt", 8, timeout=120)
+    os.kill(worker(tmp_path / "log", 1), signal.SIGKILL)
+    said = lambda: (tmp_path / "out").read_text()  # noqa: E731
+    assert task.wait(120) == 0, said()
+    assert re.search(r"resumed .*model_000\d\d.pt at step", said())
+    same_run(one_node, tmp_path / "log")
+
+
+def test_what_the_slurm_script_asks_for():
+    """The options that the comments promise, and no line that the shell would not take."""
+    text = (ROOT / "train.slurm").read_text()
+    assert subprocess.run(["bash", "-n", ROOT / "train.slurm"]).returncode == 0
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == "1" and options["signal"] == "TERM@120" and "requeue" in options
+    before_first_command = text[: text.index("set -euo")]
+    assert text.count("#SBATCH") == before_first_command.count("#SBATCH")  # Slurm reads no later ones
+
+
+# ---------------------------------------------------------------------------- lost ranks
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
+    """Processes started by hand, without a launcher that would end the others. Rank 0 has the store."""
+    more = [*LONG, "--total_batch_size", 192]
+    ranks = start_ranks(3, flags(data, tmp_path / "log", *more), tmp_path / "out", script="test_nodes")
+    wait_for(tmp_path / "log" / "log.txt", 6)
+    ranks[lost].kill()
+    killed = time.monotonic()
+    others = [rank for number, rank in enumerate(ranks) if number != lost]
+    assert [finish(rank, 60) for rank in others] == [1, 1]
+    assert time.monotonic() - killed < 30
+    said = (tmp_path / "out").read_text()
+    assert said.count(f"rank {lost} (process {ranks[lost].pid} on {socket.gethostname()})") == 2
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
+    """A stopped process is to the other what a machine without network is: no error ever arrives."""
+    ranks = start_ranks(2, flags(data, tmp_path / "log", *LONG), tmp_path / "out", script="test_nodes")
+    wait_for(tmp_path / "log" / "log.txt", 6)
+    os.kill(ranks[frozen].pid, signal.SIGSTOP)
+    try:
+        assert finish(ranks[1 - frozen], 30) == 1
+    finally:
+        ranks[frozen].kill()
+    said = (tmp_path / "out").read_text()
+    assert f"rank {frozen} (process {ranks[frozen].pid} on " in said
+    assert f"Rank {1 - frozen} would wait for ever and ends" in said
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Four ranks' watches in this process, with little patience."""
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "PATIENCE", 0.5)
+    monkeypatch.setattr(watch, "SUSPICION", 0.5)
+    host = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    connect = lambda: dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)  # noqa: E731
+    watches = [watch.Watch(rank, 4, connect()) for rank in range(4)]
+    for one in watches:
+        one.start()
+    yield watches
+    for one in watches:
+        one.stop()
+
+
+def test_whoever_takes_leave_is_not_missed(watches):
+    watches[2].stop(leaves=True)
+    time.sleep(1.5)
+    assert [one.lost for one in watches] == [""] * 4
+    assert watches[1].suspect() == ""  # an error of another kind: all are alive
+
+
+def test_leaving_after_the_rank_that_has_the_store():
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    last = watch.Watch(0, 1, dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False))
+    last.start()
+    del host
+    last.stop(leaves=True)
+    assert last.lost == ""
+
+
+def test_all_learn_who_is_lost(watches):
+    watches[2].stop()
+    watches[3].stop()
+    assert watches[0].found.wait(5) and watches[1].found.wait(5)
+    place = f"(process {os.getpid()} on {socket.gethostname()})"
+    assert watches[0].lost == watches[1].lost == watches[1].suspect()
+    assert watches[0].lost.startswith(f"rank 2 {place}, rank 3 {place} are lost")
+
+
+# ---------------------------------------------------------------------------- environment
+
+WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(RANK="one"), "RANK='one' in the environment: must be a whole number"),
+        (dict(RANK="-1"), "RANK=-1 in the environment: must be at least 0"),
+        (dict(RANK="2"), "RANK=2 must lie in 0..WORLD_SIZE-1=1"),
+        (dict(LOCAL_RANK=""), "LOCAL_RANK='' in the environment: must be a whole number"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE=0 in the environment: must be at least 1"),
+        (dict(WORLD_SIZE="2.0"), "WORLD_SIZE='2.0' in the environment: must be a whole number"),
+        (dict(MASTER_PORT="http"), "MASTER_PORT='http' in the environment: must be a whole number"),
+        (dict(RANK="1"), "rank 1 has not met rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1;"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_named(change, message, monkeypatch):
+    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name, value in (WORLD | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parallel.start("cpu")
+
+
+def test_a_port_that_is_taken_and_a_rank_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=1))
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match=r"rank 0 has not met rank 0 at .* free on rank 0's machine"):
+            parallel.meet(0, 2, "localhost", taken.getsockname()[1])
+    with pytest.raises(ValueError, match="rank 1 of WORLD_SIZE=2 has not come; start as many processes"):
+        parallel.meet(0, 2, "localhost", int(free_port()))
