@@ -1,0 +1,225 @@
+"""Bytes, seconds and memory of every layout: formulas against numbers worked out by hand, and against what
+processes really send.
+
+Run: python -m pytest tests/test_scaling.py
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+from model import GPTConfig
+from scaling import measure
+from traffic import LAYOUTS, Collective, Links, Plan, elements, memory, meta_model, step_seconds, traffic
+
+# 2 layers, C = 8, 4 experts of H = 32, 2 per token, no biases, V = 32, T = 16: P by hand
+SMALL = dict(
+    n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False,
+)  # fmt: skip
+OUTSIDE = 32 * 8 + 16 * 8 + 8  # wte, wpe, ln_f
+GATES = 2 * 4 * 8
+BLOCKS = 2 * (8 + 3 * 8 * 8 + 8 * 8 + 8)  # ln_1, c_attn, c_proj, ln_2
+EXPERTS = 2 * 4 * 2 * 32 * 8
+P = OUTSIDE + GATES + BLOCKS + EXPERTS
+STATISTICS = 2 * 8 * (1 + 4 + 4 + 4)  # per layer: entropy, counts twice, sums of probabilities
+ROWS = 2 * 16 * 2 * 8  # B T K C
+
+
+def model(**fields):
+    return meta_model(GPTConfig(block_size=16, **SMALL | fields))
+
+
+def sent(collectives: list[Collective]) -> dict[str, float]:
+    """Bytes that each rank sends, by kind of collective."""
+    total = defaultdict(float)
+    for collective in collectives:
+        total[collective.kind] += collective.sent
+    return {kind: size for kind, size in total.items() if size}
+
+
+# ---------------------------------------------------------------------------- by hand
+
+
+def test_bytes_of_each_collective():
+    gb = 1e9
+    assert Collective("all_reduce", gb, 4).sent == 1.5e9
+    assert Collective("all_gather", gb, 4).sent == Collective("reduce_scatter", gb, 4).sent == 0.75e9
+    assert Collective("all_to_all", gb, 8).sent == Collective("broadcast", gb, 8).sent == 0.875e9
+    assert all(Collective(kind, gb, 1).sent == 0 for kind in ("all_reduce", "broadcast"))
+
+
+def test_bytes_of_each_layout():
+    plan = Plan(4, B=2, T=16, dtype="float32", micro_steps=3)
+    assert sum(p.numel() for p in model().parameters()) == P
+    assert sent(traffic(model(), plan)) == {"all_reduce": 1.5 * (4 * P + STATISTICS)}
+    assert sent(traffic(model(), replace(plan, zero_stage=1))) == {
+        "all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P,
+    }  # fmt: skip
+    inside = GATES + BLOCKS + EXPERTS
+    assert sent(traffic(model(), replace(plan, parallel="fsdp"))) == {
+        "all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * inside), "reduce_scatter": 0.75 * 4 * P,
+        "all_reduce": 1.5 * (STATISTICS + 4),
+    }  # fmt: skip
+    half = replace(plan, parallel="fsdp", dtype="bfloat16")
+    gathered = 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))
+    assert sent(traffic(model(), half))["all_gather"] == 0.75 * gathered
+    ep = sent(traffic(model(), replace(plan, ep_size=2)))  # 2 replicas x 2
+    assert ep == {
+        "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4,
+        "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),  # layers, micro-steps, trips, bytes; counts
+    }
+
+
+def test_the_zero_papers_three_volumes():
+    """fsdp in one micro-step moves the parameters twice and the gradients once; ddp's all-reduce is two."""
+    plan = Plan(64, B=2, T=16, dtype="float32")
+    dense = meta_model(
+        GPTConfig(block_size=16, n_layer=40, n_head=2, n_embd=64, vocab_size=64, use_moe=False)
+    )
+    whole = 4 * sum(p.numel() for p in dense.parameters()) * 63 / 64
+    assert sum(sent(traffic(dense, plan)).values()) == pytest.approx(2 * whole)
+    fsdp = sum(sent(traffic(dense, replace(plan, parallel="fsdp"))).values())
+    assert fsdp == pytest.approx(3 * whole, rel=0.02)  # what is outside of the blocks is gathered once
+
+
+def test_seconds_of_links():
+    links = Links(100.0, 10.0, per_machine=4, latency=0.5)
+    assert links.seconds(Collective("all_gather", 400.0, 1)) == 0
+    assert links.seconds(Collective("all_gather", 400.0, 4, calls=3)) == 3 * 0.5 * 2 + 3.0
+    assert links.seconds(Collective("all_gather", 800.0, 8)) == 0.5 * 3 + 700 / (4 * 10)  # four cards
+    assert links.seconds(Collective("all_gather", 800.0, 8, stride=4)) == 0.5 * 3 + 700 / 10  # one each
+    # 100 bytes for each of 8 ranks: 3 within the machine, 4 out of it
+    assert links.seconds(Collective("all_to_all", 800.0, 8)) == 0.5 * 3 + 400 / 10
+    fast = Links(100.0, 1000.0, per_machine=4, latency=0)
+    assert fast.seconds(Collective("all_reduce", 800.0, 8)) == 1400 / 100  # NVLink is the narrow part
+    assert Links(measured={"broadcast": 50.0}, latency=0.5).seconds(Collective("broadcast", 100.0, 2)) == 1.5
+
+
+def test_what_hides_behind_what():
+    """ddp: one bucket, all too late. fsdp: only the first group of the gathers, and of the scatters."""
+    links = Links(1e6, 1e6, per_machine=4, latency=0.0)
+    plan = Plan(4, B=2, T=16, dtype="float32")
+    step, communication, waits = step_seconds(model(), plan, links, 3.0, 1.0)
+    assert waits == communication == pytest.approx(1.5 * (4 * P + STATISTICS) / 1e6)
+    assert step == 4.0 + waits
+    fsdp = replace(plan, parallel="fsdp", micro_steps=2)
+    inside = GATES + BLOCKS + EXPERTS
+    gathers = 0.75 * 4 * (OUTSIDE + 2 * inside) / 1e6
+    scatters, rest = 0.75 * 4 * P / 1e6, 1.5 * (STATISTICS + 4) / 1e6
+    step, communication, waits = step_seconds(model(), fsdp, links, 3.0, 1.0)
+    assert communication == pytest.approx(2 * gathers + scatters + rest)
+    assert waits == pytest.approx((2 * gathers + scatters) / 3 + rest)  # 2 blocks, so a third is too late
+    assert step == pytest.approx(2 * 3.0 + 1.0 / 4 + waits)  # a rank updates a quarter
+    assert step_seconds(model(), fsdp, links, 3.0, 1.0, overlap=0.0)[2] == pytest.approx(communication)
+    slow = step_seconds(model(), fsdp, Links(1e3, 1e3, 4, 0.0), 3.0, 1.0)
+    assert slow[2] == pytest.approx(1e3 * communication - 2 * 3.0)  # both phases of both micro-steps are full
+    zero = step_seconds(model(), replace(plan, zero_stage=1), links, 3.0, 1.0)
+    assert zero[0] == pytest.approx(3.25 + zero[1])
+
+
+def test_memory_by_hand():
+    plan = Plan(4, B=2, T=16, dtype="float32")
+    alone = memory(model(), plan)
+    assert (alone["parameters"], alone["gradients"], alone["moments"]) == (4 * P, 4 * P, 8 * P)
+    assert memory(model(), replace(plan, zero_stage=1))["moments"] == 2 * P
+    fsdp = memory(model(), replace(plan, parallel="fsdp"))
+    assert (fsdp["parameters"], fsdp["gradients"], fsdp["moments"]) == (P, P, 2 * P)
+    block = (BLOCKS + EXPERTS) / 2
+    assert fsdp["gathered"] == 2 * 4 * block + 4 * OUTSIDE + 4 * block
+    ep = memory(model(), replace(plan, ep_size=4))
+    assert ep["parameters"] == 4 * (P - EXPERTS + EXPERTS // 4) and ep["rows"] == 2 * 2 * 4 * ROWS
+    assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
+
+
+def test_padding_of_what_does_not_divide():
+    assert elements([torch.Size((3, 5))], 2) == 4 * 5
+    assert elements([torch.Size((8, 7, 5)), torch.Size((8,))], 64) == 64 * 7 * 5 + 64
+    assert elements([torch.Size((8, 7, 5))]) == 8 * 7 * 5
+
+
+# ---------------------------------------------------------------------------- against what is sent
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_formulas_equal_what_ranks_send(ranks):
+    """Two micro-steps of every layout, byte by byte, in the calls; and, within the messages' heads and gloo's
+    reduce-scatter by an all-reduce, through the network. Two experts on four ranks are sent like four."""
+    fields = dict(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2, num_experts_per_tok=2,
+        num_shared_experts=1,
+    )  # fmt: skip
+    plan = Plan(ranks, B=2, T=16, dtype="float32", micro_steps=2)
+    meta = meta_model(GPTConfig(block_size=16, **fields))
+    found = measure(plan, fields, list(LAYOUTS), rounds=0)
+    for name, changes in LAYOUTS.items():
+        formula = sent(traffic(meta, replace(plan, **changes)))
+        for rank in found:
+            assert {kind: size for kind, size in rank[name]["sent"].items() if size} == formula, name
+        wire = sum(rank[name]["wire"] for rank in found) / ranks
+        expected = sum(formula.values()) + formula.get("reduce_scatter", 0)
+        assert wire == pytest.approx(expected, rel=0.1), name
+
+
+def test_bf16_of_fsdp_is_gathered_in_two_bytes():
+    fields = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2)
+    plan = Plan(2, B=2, T=16, dtype="bfloat16")
+    meta = meta_model(GPTConfig(block_size=16, **fields))
+    for name, rank in measure(plan, fields, ["fsdp", "ep"], rounds=0)[0].items():
+        assert rank["sent"] == pytest.approx(sent(traffic(meta, replace(plan, **LAYOUTS[name])))), name
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def table(capsys) -> list[list[str]]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_forecast(capsys):
+    command = "scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16 --ranks 1,8,1024".split()
+    assert bench.main(command) == 0
+    head, _, *rows = table(capsys)
+    assert [row[:2] for row in rows[3:6]] == [["zero", "1"], ["zero", "8"], ["zero", "1024"]]
+    row = dict(zip(head, rows[11], strict=True))
+    assert row["layout"] == "ep 128 x 8" and row["tokens/step"] == str(1024 * 16 * 1024)
+    single = dict(zip(head, rows[0], strict=True))
+    assert (
+        single["tokens/s"] == str(round(2**19 / (32 * 0.09 + 0.008))) and single["efficiency %"] == "100.00"
+    )
+
+
+def test_a_forecast_from_a_measured_step(capsys):
+    command = ["scale", "--size", "d12", "--B", "1", "--T", "8", "--rounds", "1", "--vocab_size", "64"]
+    command += ["--ranks", "1", "--device", "cpu", "--layouts", "ddp", "--total_batch_size", "8"]
+    assert bench.main(command) == 0
+    head, _, row = table(capsys)
+    assert float(row[head.index("ms")]) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--layouts ddp,ep2", "'ep2' is unknown"),
+        ("--size d13", "'d13' is unknown"),
+        ("--ranks 4,x", "ranks='4,x'"),
+    ],
+)
+def test_bad_flags(flags, message, capsys):
+    assert bench.main(["scale", "--micro_ms", "1", *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_forecasts_for_gloo_are_of_the_right_size():
+    """`--check` on two ranks: that the forecast is off by less than 4 on a busy machine, no more."""
+    from scaling import check
+
+    rows = check(rounds=2, ranks=(2,))
+    assert [row["layout"] for row in rows] == list(LAYOUTS)
+    for row in rows:
+        assert row["MB, called"] == pytest.approx(row["MB sent, formula"])
+        assert abs(math.log(row["forecast / measured"])) < math.log(4), row
