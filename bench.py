@@ -2,97 +2,63 @@
 
     python bench.py moe [--compile 1]     # MoE layer against dense MLP, mask loop, Hugging Face's experts
     python bench.py step                  # one optimizer step, dense against 8 experts top-2
-    python bench.py train --size d12 --dtype bfloat16 --compile 1         # whole models
+    python bench.py train --size d12 --dtype bfloat16 --compile 2         # whole models, compiled and not
+    python bench.py train --size d12 --nanogpt DIR    # in turns with nanoGPT's, of a checkout in DIR
+    python bench.py ladder                # the optimisation ladder, rung by rung (ladder.py)
+    python bench.py head                  # the loss head: all logits at once, and in chunks
+    python bench.py hellaswag --data FILE # HellaSwag: the plain method against ours
+    python bench.py loop                  # where a step of the training loop spends its time
+    python bench.py time_to_loss --text FILE --nanogpt DIR --png FILE     # loss against seconds (recipes.py)
+    python bench.py moe_pays --text FILE  # 8 experts top-2 against dense, equally active (recipes.py)
+    python bench.py scale                 # forecasts for up to 1,024 ranks (scaling.py)
 
---csv FILE writes the table as well. MFU = FLOPs of GPT.flops_per_token (active parameters, attention counted)
-x tokens per second / the device's dense bf16 peak; unknown on CPUs. Memory: on CUDA the allocator's peak; on
-CPU the largest sum of live allocations, from the profiler, in a run of its own.
+--csv FILE and --png FILE write the table as well. MFU = FLOPs of GPT.flops_per_token (active parameters,
+attention counted) x tokens per second / the device's dense bf16 peak; unknown on CPUs. Memory is what a step
+takes beyond parameters and optimizer state: on CUDA by the allocator's peak; on CPU the largest sum of live
+allocations, from the profiler, in a run of its own.
 BENCHMARKS.md holds results with command, machine and versions.
 """
 
 import argparse
-import csv
-import statistics
+import contextlib
+import gc
+import importlib.util
+import io
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import hellaswag as hs
+from fineweb import prepare_demo
+from ladder import bench_ladder
+from linear_cross_entropy import linear_cross_entropy
+from measure import PICTURES, alternate, in_words, memory_bytes, report, training_step
 from mixture_of_experts import MLP, MoE
 from model import GPTConfig, GPTLMHeadModel
+from recipes import moe_pays, time_to_loss
+from scaling import add_flags, bench_scale
 
 MOE_SIZES = ((4096, 256, 8, 2, 1024), (2048, 768, 8, 2, 3072), (4096, 384, 64, 8, 192))  # tokens, C, E, K, H
 MODEL_SIZES = {
+    "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU
+    "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
     "d12": dict(n_layer=12, n_head=12, n_embd=768, use_moe=False),
     "d12-moe8x2": dict(
         n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536
     ),  # as many active FLOPs as d12
     "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
 }  # fmt: skip
-
-# ---------------------------------------------------------------------------- MEASURING
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def alternate(
-    contenders: dict[str, Callable], device: torch.device, rounds: int, warmup: int = 3
-) -> dict[str, float]:
-    """Median seconds of each function, called in turn `rounds` times: noise meets all alike."""
-    times = {name: [] for name in contenders}
-    for turn in range(warmup + rounds):
-        for name, run in contenders.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def memory_bytes(run: Callable, device: torch.device) -> tuple[int, int]:
-    """(peak, kept): most bytes that tensors made by run() took at once, and those alive while it returns."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = run()
-        kept = torch.cuda.memory_allocated(device) - before
-        return torch.cuda.max_memory_allocated(device) - before, kept
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = run()  # noqa: F841
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-    return max(live), live[-1]
-
-
-def report(rows: list[dict], path: str = "") -> None:
-    """Print the rows as a Markdown table, and write them as CSV if a path is given."""
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print(
-            "| "
-            + " | ".join(f"{row[n]:.2f}" if isinstance(row[n], float) else str(row[n]) for n in names)
-            + " |"
-        )
-    if path:
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-
+HEAD_SIZES = ((2048, 768, 50304), (2048, 384, 8192), (2048, 128, 384))  # tokens, C, V
 
 # ---------------------------------------------------------------------------- MOE
 
@@ -190,48 +156,80 @@ def bench_moe(options) -> list[dict]:
 # ---------------------------------------------------------------------------- WHOLE MODELS
 
 
-def training_step(model: GPTLMHeadModel, B: int, T: int, dtype: str) -> Callable:
-    """A function that does one optimizer step on random tokens: forward, backward, clip, AdamW, routers."""
-    device = model.device
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
-    tokens = torch.randint(0, model.config.vocab_size, (B, T + 1), device=device)
+def load_nanogpt(folder: str):
+    """The module model.py of a checkout of nanoGPT, under another name than ours. FileNotFoundError."""
+    path = Path(folder) / "model.py"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"nanogpt={folder!r} has no model.py; git clone https://github.com/karpathy/nanoGPT {folder}"
+        )
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def nanogpt_step(folder: str, fields: dict, B: int, T: int, V: int, options, compiled: bool) -> Callable:
+    """nanoGPT's model and a step as its train.py does one, with its optimizer and its compile."""
+    nanogpt, device = load_nanogpt(folder), torch.device(options.device)
+    sizes = {name: fields[name] for name in ("n_layer", "n_head", "n_embd")}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        raw = nanogpt.GPT(nanogpt.GPTConfig(block_size=T, vocab_size=V, dropout=0.0, **sizes)).to(device)
+        optimizer = raw.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    model = torch.compile(raw) if compiled else raw
+    tokens = torch.randint(0, V, (B, T + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def run():
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = model(tokens[:, :-1], targets=tokens[:, 1:])
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_routers()
 
+    run.model = raw
     return run
 
 
-def bench_models(options, sizes: dict[str, dict], B: int, T: int, vocab_size: int) -> list[dict]:
-    """Optimizer steps of whole models, alternating."""
-    device = torch.device(options.device)
-    models = {}
-    for name, fields in sizes.items():
-        torch.manual_seed(0)
-        model = GPTLMHeadModel(GPTConfig(block_size=T, vocab_size=vocab_size, **fields)).to(device).train()
-        model.update_routers()
-        if options.compile:
-            for block in model.transformer.h:
-                block.compile(fullgraph=True)
-        models[name] = model
-    runs = {name: training_step(model, B, T, options.dtype) for name, model in models.items()}
-    seconds = alternate(runs, device, options.rounds)
-    rows = []
-    for name, model in models.items():
-        mfu = model.estimate_mfu(B, seconds[name])
-        rows.append({
-            "model": name, "parameters": f"{model.get_num_params(False):,}",
-            "active": f"{model.get_num_active_params():,}", "B": B, "T": T, "dtype": options.dtype,
-            "compiled": bool(options.compile), "ms": 1000 * seconds[name],
-            "tokens/s": round(B * T / seconds[name]), "MFU %": "" if mfu is None else 100 * mfu,
-            "peak MiB": memory_bytes(runs[name], device)[0] / 2**20,
-        })  # fmt: skip
+def bench_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "") -> list[dict]:
+    """Optimizer steps of whole models, alternating; those of a size in turns with nanoGPT's, if there."""
+    device, runs, rows = torch.device(options.device), {}, []
+    for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
+        for name, fields in sizes.items():
+            torch.manual_seed(0)
+            model = GPTLMHeadModel(GPTConfig(block_size=T, vocab_size=V, **fields)).to(device).train()
+            model.update_routers()
+            model.loss_chunk = -1
+            if compiled:
+                for block in model.transformer.h:
+                    block.compile(fullgraph=True)
+            run = training_step(model, B, T, options.dtype)
+            run.model = model
+            runs[name, compiled, "ours"] = run
+            if nanogpt and not fields.get("use_moe", True):
+                run = nanogpt_step(nanogpt, fields, B, T, V, options, compiled)
+                runs[name, compiled, "nanoGPT"] = run
+    seconds = alternate(runs, device, options.rounds, warmup=2)
+    peaks = {key: memory_bytes(run, device)[0] for key, run in runs.items()}
+    for key, run in runs.items():
+        name, compiled, whose = key
+        ours = runs[name, compiled, "ours"].model
+        mfu = ours.estimate_mfu(B, seconds[key])
+        row = {"model": name, "compiled": "yes" if compiled else "no"}
+        row |= {"whose": whose} if nanogpt else {}
+        row |= {
+            "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
+            "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",
+            "dtype": options.dtype, "ms": 1000 * seconds[key], "tokens/s": round(B * T / seconds[key]),
+            "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": peaks[key] / 2**20,
+        }  # fmt: skip
+        if nanogpt:
+            theirs = (name, compiled, "nanoGPT")
+            row["time x nanoGPT"] = seconds[key] / seconds[theirs] if theirs in runs else ""
+            row["memory x nanoGPT"] = peaks[key] / peaks[theirs] if theirs in runs else ""
+        rows.append(row)
     return rows
 
 
@@ -243,18 +241,200 @@ def bench_step(options) -> list[dict]:
         "8 experts top-2": small | dict(num_experts=8, num_experts_per_tok=2),
     }
     sizes["8 experts top-2, same active FLOPs"] = sizes["8 experts top-2"] | dict(expert_hidden_size=768)
-    return bench_models(options, sizes, B=8, T=256, vocab_size=8192)
+    return bench_models(options, sizes, B=8, T=256, V=8192)
 
 
 def bench_train(options) -> list[dict]:
-    """The named sizes of MODEL_SIZES at the GPT-2 vocabulary."""
-    sizes = {name: MODEL_SIZES[name] for name in (options.size.split(",") if options.size else MODEL_SIZES)}
-    return bench_models(options, sizes, B=options.B, T=options.T, vocab_size=50304)
+    """The named sizes of MODEL_SIZES, at the GPT-2 vocabulary unless said otherwise."""
+    names = options.size.split(",") if options.size else ["d12", "d12-moe8x2", "d24"]
+    unknown = set(names) - set(MODEL_SIZES)
+    if unknown:
+        raise ValueError(f"size={options.size!r}: choose of {', '.join(MODEL_SIZES)}")
+    sizes = {name: MODEL_SIZES[name] for name in names}
+    B, T = options.B or 4, options.T or 1024
+    return bench_models(options, sizes, B, T, options.vocab_size, options.nanogpt)
+
+
+# ---------------------------------------------------------------------------- LOSS HEAD
+
+
+def head_methods(chunks: tuple[int, ...]) -> dict[str, Callable]:
+    """Functions of x (N, C), weight (V, C), targets (N,) that give the mean cross-entropy."""
+    methods = {"all logits": lambda x, weight, targets: F.cross_entropy(F.linear(x, weight).float(), targets)}
+    for chunk in chunks:
+        name = "ours, auto" if chunk == -1 else f"ours, {chunk} rows"
+        methods[name] = partial(linear_cross_entropy, chunk=chunk)
+    if hasattr(nn, "LinearCrossEntropyOptions"):
+        settings = nn.LinearCrossEntropyOptions(batch_chunk_size=512)
+        methods["torch's, 512 rows"] = partial(F.linear_cross_entropy, options=settings)
+    return methods
+
+
+def bench_head(options) -> list[dict]:
+    """Forward and backward of the loss head, relative to all logits at once."""
+    device, rows = torch.device(options.device), []
+    for N, C, V in HEAD_SIZES:
+        N = options.tokens or N
+        torch.manual_seed(0)
+        x = torch.randn(N, C, device=device).requires_grad_()
+        weight = (0.02 * torch.randn(V, C, device=device)).requires_grad_()
+        targets = torch.randint(0, V, (N,), device=device)
+
+        def run(method, x=x, weight=weight, targets=targets):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+                loss = method(x, weight, targets)
+            loss.backward()
+            x.grad = weight.grad = None
+            return loss.detach()
+
+        runs = {name: partial(run, method) for name, method in head_methods((-1, 128, 512, 1024)).items()}
+        seconds = alternate(runs, device, options.rounds, warmup=1)
+        peaks = {name: memory_bytes(each, device)[0] for name, each in runs.items()}
+        with torch.no_grad():
+            exact = F.cross_entropy(x.double() @ weight.double().t(), targets)
+        for name, each in runs.items():
+            rows.append({
+                "tokens,C,V": f"{N},{C},{V}", "head": name, "ms": 1000 * seconds[name],
+                "x all": seconds[name] / seconds["all logits"], "peak MiB": peaks[name] / 2**20,
+                "memory x all": peaks[name] / peaks["all logits"],
+                "loss off by": f"{(each() - exact).abs().item():.0e}",
+            })  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------- HELLASWAG
+
+
+def bench_hellaswag(options) -> list[dict]:
+    """Questions per second: four padded rows and all logits for each, against hellaswag.py's way."""
+    device, name = torch.device(options.device), options.size or "d12"
+    torch.manual_seed(0)
+    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **MODEL_SIZES[name])).to(device).eval()
+    path = Path(options.data) if options.data else hs.download("val")
+    every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
+    questions = every[:: max(1, len(every) // options.limit)][: options.limit]  # from the whole file
+
+    def score(method):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            return method(model, questions)
+
+    methods = {"plain": hs.score_one_by_one, "ours": hs.score_batched}
+    runs = {method: partial(score, function) for method, function in methods.items()}
+    seconds = alternate(runs, device, options.rounds, warmup=1)
+    losses = {method: run() for method, run in runs.items()}
+    choices = {method: hs.tally(questions, each).choices for method, each in losses.items()}
+    return [
+        {
+            "method": method, "model": name, "questions": len(questions), "s": seconds[method],
+            "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
+            "same choices": sum(map(int.__eq__, choices[method], choices["plain"])),
+            "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}",
+        }
+        for method in methods
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- THE LOOP
+
+
+@contextlib.contextmanager
+def timed(owner, name: str, part: str, spent: dict[str, list]) -> Iterator[None]:
+    """Within it, every call of owner.name adds (when it began, its seconds) to spent[part]."""
+    original = getattr(owner, name)
+
+    def call(*arguments, **named):
+        start = time.perf_counter()
+        try:
+            return original(*arguments, **named)
+        finally:
+            spent[part].append((start, time.perf_counter() - start))
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[str, float]:
+    """Milliseconds per step, by part, of train_gpt_moe.py with the demo's model, the first five left out.
+
+    folder: with the demo's data; the log is written beside them. collector: "frozen", as the loop has the
+    garbage collector, or "python", as Python has it.
+    """
+    import parallel
+    import train_gpt_moe
+    from run_log import RunLog
+
+    spent, collections, skipped = defaultdict(list), [], 5
+    places = {
+        "forward": [(GPTLMHeadModel, "forward")], "backward": [(torch.Tensor, "backward")],
+        "norm, clip, AdamW": [
+            (parallel, "gradient_norm"), (parallel, "clip_gradients"), (torch.optim.AdamW, "step"),
+            (torch.optim.AdamW, "zero_grad"),
+        ],
+        "next batch": [(train_gpt_moe.faults, "next_batch")], "log": [(RunLog, "step")],
+    }  # fmt: skip
+
+    def collected(phase, info):
+        collections.append(time.perf_counter())
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for part, calls in places.items():
+            for owner, name in calls:
+                stack.enter_context(timed(owner, name, part, spent))
+        gc.callbacks.append(collected)
+        stack.callback(gc.callbacks.remove, collected)
+        if collector == "python":
+            for name in ("freeze", "disable"):
+                stack.enter_context(mock.patch.object(gc, name))
+        flags = ["--preset", "demo", "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/{collector}"]
+        flags += ["--B", str(B), "--T", str(T), "--total_batch_size", str(B * T)]
+        flags += ["--optimizer", "adamw", "--max_lr", "1e-3", "--min_lr", "1e-4", "--infer_step", "0"]
+        flags += ["--sample_every", "0", "--max_steps", str(steps), "--warmup_steps", "1", "--plot", "False"]
+        code = train_gpt_moe.main([*flags, "--val_steps", "1", "--device", "cpu"])
+    if code != 0:
+        raise ValueError(f"the run of the loop ended with exit code {code}")
+    spent["in the garbage collector"] = [(a, b - a) for a, b in zip(*[iter(collections)] * 2, strict=True)]
+    # A step lasts from one call of the log to the next.
+    marks = [start for start, _ in spent["log"]][skipped:]
+    took, first, last = [b - a for a, b in pairwise(marks)], marks[0], marks[-1]
+    means = {
+        part: sum(seconds for start, seconds in calls if first <= start < last) / len(took)
+        for part, calls in spent.items()
+    }
+    collecting, step = means.pop("in the garbage collector"), sum(took) / len(took)
+    means |= {"the rest": step - sum(means.values()), "in the garbage collector": collecting}
+    means |= {"a step": step, "the slowest step": max(took)}
+    return {part: 1000 * seconds for part, seconds in means.items()}
+
+
+def bench_loop(options) -> list[dict]:
+    """Where a step of train_gpt_moe.py's loop spends its time, with the demo's model on a CPU."""
+    if torch.device(options.device).type != "cpu":
+        raise ValueError(f"device={options.device!r}: calls return when their work is done on a CPU only")
+    B, T, steps = options.B or 16, options.T or 128, 4 * options.rounds + 10
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare_demo(f"{folder}/data")
+        ours, stock = (loop_times(folder, steps, B, T, collector) for collector in ("frozen", "python"))
+    return [
+        {
+            "part": part, "ms": ours[part], "% of a step": 100 * ours[part] / ours["a step"],
+            "ms, Python's collector": stock[part],
+        }
+        for part in ours
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- COMMAND LINE
 
-COMMANDS = {"moe": bench_moe, "step": bench_step, "train": bench_train}
+COMMANDS = {
+    "moe": bench_moe, "step": bench_step, "train": bench_train, "ladder": bench_ladder, "head": bench_head,
+    "hellaswag": bench_hellaswag, "loop": bench_loop, "time_to_loss": time_to_loss, "moe_pays": moe_pays,
+    "scale": lambda options: bench_scale(options, MODEL_SIZES),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -263,27 +443,44 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", type=int, default=0, help="1: torch.compile")
+    parser.add_argument(
+        "--compile", type=int, default=0, choices=(0, 1, 2), help="1: torch.compile; 2: with and without"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each contender")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--tokens", type=int, default=0, help="moe: tokens, instead of each size's own")
     parser.add_argument("--size", default="", help=f"train: of {', '.join(MODEL_SIZES)}, separated by commas")
-    parser.add_argument("--B", type=int, default=4)
-    parser.add_argument("--T", type=int, default=1024)
+    parser.add_argument("--B", type=int, default=0, help="sequences; 0 = the command's own number")
+    parser.add_argument("--T", type=int, default=0, help="tokens per sequence; 0 = the command's own")
+    parser.add_argument("--vocab_size", type=int, default=50304, help="train: ids")
+    parser.add_argument(
+        "--nanogpt", default="", help="train, time_to_loss: a checkout of nanoGPT to run in turns with"
+    )
+    parser.add_argument("--data", default="", help="hellaswag: its questions; empty = downloaded once")
+    parser.add_argument("--limit", type=int, default=30, help="hellaswag: questions, from the whole file")
+    parser.add_argument("--text", default="", help="time_to_loss, moe_pays: the text to train on")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="time_to_loss: of the baseline; moe_pays: of all"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="moe_pays: runs of each model")
+    add_flags(parser)
     parser.add_argument("--csv", default="", help="write the table here as well")
+    parser.add_argument("--png", default="", help="and draw it here (or .svg, .pdf)")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+    if options.png and Path(options.png).suffix not in PICTURES:
+        parser.error(f"png={options.png!r}: the name must end in {', '.join(PICTURES)}")
+    device = in_words(torch.device(options.device))
     print(
-        f"torch {torch.__version__}, {name}, {options.dtype}, medians of {options.rounds} alternating calls\n"
+        f"torch {torch.__version__}, {device}, {options.dtype}, medians of {options.rounds} calls in turns\n"
     )
-    report(COMMANDS[options.command](options), options.csv)
+    try:
+        rows = COMMANDS[options.command](options)
+        report(rows, options.csv, options.png if options.command != "time_to_loss" else "")  # has its own
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,0 +1,138 @@
+"""The optimisation ladder of the GPT-2 124M lecture and what is added to it here, on the machine it runs on.
+
+    python bench.py ladder                                  # CUDA: 124M, B = 16, T = 1024
+    python bench.py ladder --device cpu --rounds 3          # CPU: a small model, without what CUDA alone has
+
+Every rung keeps what the rungs before have changed and changes one thing more. It is measured in turns with
+the rung before, so that noise meets both, and its ratio is that of their tokens per second. On a CPU blocks
+are compiled with --compile 1 only. bench.py says what the columns are.
+
+Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attention import prefer_backend
+from fineweb import DistributedDataLoader, write_shard
+from measure import alternate, memory_bytes, training_step
+from model import GPTConfig, GPTLMHeadModel
+from muon import has_fast_bf16
+
+START = dict(
+    tf32=False, dtype="float32", compile=False, attention="written out", vocab_size=50257, fused=False,
+    loss_chunk=0, times_B=1, prefetch=0, moe=False,
+)  # fmt: skip
+RUNGS = {
+    "fp32, attention written out": {},
+    "TF32": dict(tf32=True),
+    "bf16": dict(dtype="bfloat16"),
+    "torch.compile": dict(compile=True),
+    "flash attention": dict(attention="flash"),
+    "vocabulary 50257 -> 50304": dict(vocab_size=50304),
+    "fused AdamW": dict(fused=True),
+    "chunked loss head": dict(loss_chunk=-1),
+    "cuDNN attention": dict(attention="cudnn"),
+    "micro-batch twice as large": dict(times_B=2),
+    "prefetched batches": dict(prefetch=2),
+    "8 experts top-2, same active FLOPs": dict(moe=True),
+}
+CUDA_ONLY = ("TF32", "cuDNN attention")
+SHAPES = {  # where --B, --T are not given: n_layer, n_head, n_embd, B, T
+    "cuda": (12, 12, 768, 16, 1024),
+    "cpu": (4, 4, 256, 4, 128),
+}
+
+
+def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
+    """The settings of every rung that this device can climb; torch.compile only where it is wanted."""
+    left_out = set() if device.type == "cuda" else set(CUDA_ONLY)
+    left_out |= set() if has_fast_bf16(device.type) else {"bf16"}
+    left_out |= set() if compiled else {"torch.compile"}
+    settings, rungs = START, {}
+    for name, change in RUNGS.items():
+        if name not in left_out:
+            settings = rungs[name] = settings | change
+    return rungs
+
+
+def compile_blocks(model: GPTLMHeadModel) -> None:
+    """torch.compile every block; on CUDA by a backend of its own, so that rungs do not share graphs.
+
+    (Which attention a graph calls was chosen when it was made, and is not among what it is looked up by.)
+    """
+    backend = inductor = torch._dynamo.lookup_backend("inductor")
+    if model.device.type == "cuda":
+
+        def backend(graph, inputs):
+            return inductor(graph, inputs)
+
+    for block in model.transformer.h:
+        block.compile(fullgraph=True, backend=backend)
+
+
+def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel, int]:
+    """A rung's training step, its model, and the tokens of a step."""
+    device = torch.device(options.device)
+    n_layer, n_head, C, B, T = SHAPES["cuda" if device.type == "cuda" else "cpu"]
+    B, T = (options.B or B) * settings["times_B"], options.T or T
+    torch.manual_seed(0)
+    experts = dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=2 * C)
+    config = GPTConfig(
+        n_layer=n_layer, n_head=n_head, n_embd=C, block_size=T, vocab_size=settings["vocab_size"],
+        use_moe=settings["moe"], **experts if settings["moe"] else {},
+        attn_implementation="eager" if settings["attention"] == "written out" else "sdpa",
+    )  # fmt: skip
+    model = GPTLMHeadModel(config).to(device).train()
+    model.update_routers()
+    model.loss_chunk = settings["loss_chunk"]
+    if settings["compile"]:
+        compile_blocks(model)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    if not settings["fused"]:
+        groups = [
+            {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+    loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
+    step = training_step(model, B, T, settings["dtype"], optimizer, loader.next_batch)
+
+    def run():
+        torch.set_float32_matmul_precision("high" if settings["tf32"] else "highest")
+        with prefer_backend(settings["attention"], device):
+            step()
+
+    return run, model, B * T
+
+
+def bench_ladder(options) -> list[dict]:
+    """Every rung after the one before it, in turns."""
+    device, rows, before = torch.device(options.device), [], None
+    rungs = rungs_for(device, compiled=device.type == "cuda" or bool(options.compile))
+    precision = torch.get_float32_matmul_precision()
+    more_graphs = torch._dynamo.config.patch(recompile_limit=8 * len(rungs))  # of one block's code
+    with tempfile.TemporaryDirectory() as folder, more_graphs:
+        shard = str(Path(folder) / "train_000000.bin")
+        write_shard(shard, np.random.default_rng(0).integers(0, 50257, 2_000_000, dtype=np.uint16))
+        for name, settings in rungs.items():
+            run, model, tokens = climb(settings, options, shard)
+            pair = {"before": before[0], "now": run} if before else {"now": run}
+            seconds = alternate(pair, device, options.rounds, warmup=2)
+            speed = tokens / seconds["now"]
+            gain = speed / (before[1] / seconds["before"]) if before else 1.0
+            mfu = model.estimate_mfu(tokens // model.config.block_size, seconds["now"])
+            rows.append({
+                "rung": name, "tokens/s": round(speed), "ms": 1000 * seconds["now"],
+                "MFU %": "" if mfu is None else 100 * mfu,
+                "peak MiB": memory_bytes(run, device)[0] / 2**20, "x rung before": gain,
+                "x first": gain * (rows[-1]["x first"] if rows else 1.0),
+            })  # fmt: skip
+            print(f"{name}: {round(speed):,} tokens/s, {gain:.2f} x the rung before", flush=True)
+            before = run, tokens
+    torch.set_float32_matmul_precision(precision)
+    print()
+    return rows

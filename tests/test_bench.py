@@ -1,0 +1,242 @@
+"""bench.py's commands at tiny sizes: they run, alternate, compare like with like, and write their tables.
+
+Run: python -m pytest tests/test_bench.py
+"""
+
+import csv
+import gc
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+import bench
+import ladder
+import measure
+from attention import BACKENDS, choose_backend, prefer_backend, time_backend
+from fineweb import write_shard
+from model import GPTConfig, GPTLMHeadModel
+
+CPU = torch.device("cpu")
+
+# A stand-in for a checkout: nanoGPT's interface, as far as the benchmark uses it.
+NANOGPT = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int = 8
+    vocab_size: int = 16
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 8
+    dropout: float = 0.0
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.n_embd)
+        print("number of parameters: few")
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+
+    def forward(self, idx, targets):
+        logits = self.table(idx) @ self.table.weight.t()
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = bench.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def table(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_contenders_take_turns():
+    calls = []
+    times = measure.alternate(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 3, warmup=2
+    )
+    assert calls == ["a", "b"] * 5 and set(times) == {"a", "b"} and all(t > 0 for t in times.values())
+
+
+def test_peak_memory_is_that_of_the_tensors_made():
+    def work():
+        a = torch.ones(256, 1024)  # 1 MiB
+        b = a + 1
+        del a
+        return b + 1
+
+    peak, kept = measure.memory_bytes(work, CPU)
+    assert peak == pytest.approx(2 * 2**20, rel=0.01) and kept == pytest.approx(2**20, rel=0.01)
+
+
+def test_whole_models_beside_nanogpts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    tiny_moe = dict(n_layer=1, n_head=2, n_embd=16, num_experts=4, expert_hidden_size=16)
+    monkeypatch.setitem(bench.MODEL_SIZES, "d12-moe8x2", tiny_moe)
+    (tmp_path / "model.py").write_text(NANOGPT)
+    flags = ["train", "--size", "d4,d12-moe8x2", "--B", 2, "--T", 8, "--vocab_size", 32, "--rounds", 1]
+    paths = ["--csv", tmp_path / "t.csv", "--png", tmp_path / "t.png"]
+    code, out, _ = run(capsys, *flags, "--nanogpt", tmp_path, *paths)
+    assert code == 0 and "number of parameters" not in out
+    rows = table(tmp_path / "t.csv")
+    assert [(row["model"], row["whose"]) for row in rows] == [
+        ("d4", "ours"), ("d4", "nanoGPT"), ("d12-moe8x2", "ours")
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row["tokens/s"]) > 0 and float(row["peak MiB"]) > 0 and row["B x T"] == "2 x 8"
+    assert float(rows[1]["time x nanoGPT"]) == 1 and float(rows[0]["memory x nanoGPT"]) > 0
+    assert rows[2]["time x nanoGPT"] == ""  # nanoGPT has no such model
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
+    for flags, message in (
+        (["train", "--size", "d4", "--nanogpt", tmp_path], "git clone https://github.com/karpathy/nanoGPT"),
+        (["train", "--size", "d5"], "size='d5': choose of d4, d6"),
+        (["hellaswag", "--size", "d4", "--data", tmp_path / "none"], "cannot read the questions"),
+    ):
+        code, _, err = run(capsys, *flags)
+        assert code == 2 and message in err and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run(capsys, "step", "--png", tmp_path / "x.bmp")
+    assert "must end in .png, .svg, .pdf" in capsys.readouterr().err
+
+
+def test_loss_head(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "HEAD_SIZES", ((600, 16, 500),))
+    assert run(capsys, "head", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
+    rows = {row["head"]: row for row in table(tmp_path / "t.csv")}
+    assert float(rows["all logits"]["x all"]) == 1
+    assert float(rows["ours, 128 rows"]["memory x all"]) < 0.5
+    assert all(float(row["loss off by"]) < 1e-5 for row in rows.values())
+
+
+def test_hellaswag_of_both_methods(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tiktoken")
+    example = {"ctx": "a b c", "activity_label": "x", "endings": ["d", "e f", "g", "h i"], "label": 1}
+    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(example)] * 9))
+    load = bench.hs.load_questions
+    monkeypatch.setattr(
+        bench.hs, "load_questions", lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)
+    )
+    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
+    assert run(capsys, "hellaswag", *flags, "--csv", tmp_path / "t.csv")[0] == 0
+    plain, ours = table(tmp_path / "t.csv")
+    assert (plain["questions"], plain["same choices"], ours["same choices"]) == ("3", "3", "3")
+    assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# The ladder
+
+
+def test_rungs_add_up_one_change_at_a_time():
+    for device in ("cpu", "cuda"):
+        rungs = list(ladder.rungs_for(torch.device(device), compiled=True).values())
+        assert rungs[0] == ladder.START
+        for below, above in pairwise(rungs):
+            assert sum(below[name] != above[name] for name in below) == 1
+    names = set(ladder.rungs_for(CPU, compiled=False))
+    assert not names & {*ladder.CUDA_ONLY, "torch.compile"}
+    assert {"flash attention", "chunked loss head", "8 experts top-2, same active FLOPs"} <= names
+
+
+def test_every_rung_is_climbed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 32, 2, 16))
+    settings = []
+    climb = ladder.climb
+    monkeypatch.setattr(ladder, "climb", lambda s, *rest: settings.append(s) or climb(s, *rest))
+    before = torch.get_float32_matmul_precision()
+    assert run(capsys, "ladder", "--device", "cpu", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
+    assert torch.get_float32_matmul_precision() == before
+    rows = table(tmp_path / "t.csv")
+    assert [row["rung"] for row in rows] == list(ladder.rungs_for(CPU, compiled=False))
+    product = 1.0
+    for row in rows:
+        product *= float(row["x rung before"])
+        assert float(row["x first"]) == pytest.approx(product)
+    assert settings[-1]["moe"] and settings[-1]["fused"] and not settings[0]["fused"]
+
+
+def test_what_a_rung_says_it_does(tmp_path):
+    options, shard = SimpleNamespace(device="cpu", B=1, T=8), tmp_path / "train_0.bin"
+    write_shard(shard, np.arange(1000, dtype=np.uint16))
+    _, plain, tokens = ladder.climb(ladder.START, options, str(shard))
+    assert tokens == 8 and plain.config._attn_implementation == "eager" and plain.loss_chunk == 0
+    changes = dict(loss_chunk=-1, moe=True, times_B=2, attention="flash")
+    _, other, tokens = ladder.climb(ladder.START | changes, options, str(shard))
+    assert tokens == 16 and other.config._attn_implementation == "sdpa" and other.loss_chunk == -1
+    assert other.moe_layers() and other.config.vocab_size == plain.config.vocab_size == 50257
+    assert other.get_num_active_params() == pytest.approx(plain.get_num_active_params(), rel=0.01)
+
+
+# -----------------------------------------------------------------------------
+# Attention's backends
+
+
+def test_on_a_cpu_there_is_no_backend_to_choose():
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, use_moe=False, vocab_size=11, block_size=8)
+    for name in ("auto", *BACKENDS):
+        assert choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
+    with pytest.raises(ValueError, match="attention_backend='flush': choose one of auto, cudnn, flash"):
+        choose_backend("flush", config, 2, 8, CPU, torch.float32)
+    model, ids = GPTLMHeadModel(config).eval(), torch.arange(8)[None]
+    expected = model(ids).logits
+    for name in ("", "auto", *BACKENDS):
+        with prefer_backend(name, CPU):
+            assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_backend_that_cannot_do_a_shape_takes_forever():
+    config = GPTConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, use_moe=False)
+    assert time_backend(BACKENDS["math"], config, 2, 8, CPU, torch.float32) < 60
+    assert time_backend(BACKENDS["cudnn"], config, 2, 8, CPU, torch.float32) == float("inf")
+
+
+def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        attention, "sdpa_kernel", lambda *arguments, **named: asked.append((arguments, named))
+    )
+    for name in ("flash", "math"):
+        prefer_backend(name, torch.device("cuda"))
+    names = ["flash", "cudnn", "efficient", "math"]
+    assert asked[0] == (([BACKENDS[name] for name in names],), {"set_priority": True})
+    assert asked[1][0][0][0] == BACKENDS["math"] and set(asked[1][0][0]) == set(BACKENDS.values())
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+
+def test_the_parts_of_a_step_add_up(tmp_path, capsys):
+    assert (
+        run(
+            capsys, "loop", "--device", "cpu", "--rounds", 1, "--B", 1, "--T", 16, "--csv", tmp_path / "t.csv"
+        )[0]
+        == 0
+    )
+    rows = {row["part"]: row for row in table(tmp_path / "t.csv")}
+    names = ("next batch", "forward", "backward", "norm, clip, AdamW", "log", "the rest")
+    for column in ("ms", "ms, Python's collector"):
+        values = {part: float(row[column]) for part, row in rows.items()}
+        assert sum(values[name] for name in names) == pytest.approx(values["a step"])
+        assert all(values[name] > 0 for name in names)
+        assert values["forward"] + values["backward"] > 0.5 * values["a step"]
+        assert values["the slowest step"] >= values["a step"]
+    assert float(rows["in the garbage collector"]["ms"]) == 0
+    assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
+    assert run(capsys, "loop", "--device", "meta")[0] == 2
