@@ -2,6 +2,7 @@
 
     export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
     export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from dense GPT-2-style models
+    export_folder(model, "my_llama", format="llama")  # and stock Llama, Qwen3, Mixtral: convert_llama.py
 
 A folder of format gpt_moe holds weights (safetensors), configuration, tokenizer and copies of the code files,
 so that it loads with trust_remote_code=True where this project is not installed. export.json in it lists the
@@ -23,10 +24,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+try:  # as in model.py: in an exported folder these files are a package
+    from .convert_llama import FAMILY, from_llama_weights, llama_config_fields, refuse, to_llama
+except ImportError:
+    from convert_llama import FAMILY, from_llama_weights, llama_config_fields, refuse, to_llama
+
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 MANIFEST = "export.json"
+FOREIGN = ("gpt2", *FAMILY)  # the model_type of folders that are not ours but can be read and written
 
 # -----------------------------------------------------------------------------
 # Text
@@ -136,11 +143,7 @@ def gpt2_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
         "reorder_and_upcast_attn": (False,),
         "add_cross_attention": (False,),
     }
-    for name, allowed in only.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"this GPT-2 has {name}={getattr(config, name)!r}; only {allowed[0]!r} can be loaded"
-            )
+    refuse("this GPT-2 has", config, only, "; only {!r} can be loaded")
     if not config.resid_pdrop == config.embd_pdrop == config.attn_pdrop:
         raise ValueError(
             f"this GPT-2 has resid_pdrop={config.resid_pdrop}, embd_pdrop={config.embd_pdrop} and "
@@ -152,23 +155,8 @@ def gpt2_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
         dropout=config.resid_pdrop,
         norm_eps=config.layer_norm_epsilon, tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-        attn_implementation=config._attn_implementation,
+        attn_implementation=config._attn_implementation, encoding=getattr(config, "encoding", "gpt2"),
     )  # fmt: skip
-
-
-def load_gpt2(name: str | Path, *args, **kwargs) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any, dict]:
-    """Our fields, our weights, generation config and loading information of a GPT-2: folder or hub name.
-
-    Further arguments are those of transformers' from_pretrained. ValueError for missing weights and, naming
-    the field, for a configuration that we cannot express.
-    """
-    from transformers import GPT2LMHeadModel
-
-    source, info = GPT2LMHeadModel.from_pretrained(name, *args, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
-    fields, weights = gpt2_config_fields(source.config), transpose_gpt2_weights(source.state_dict())
-    return fields, weights, source.generation_config, info
 
 
 def transpose_gpt2_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -177,11 +165,11 @@ def transpose_gpt2_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, tor
     return {k: v.t().contiguous() if k.endswith(turned) else v for k, v in state_dict.items()}
 
 
-def to_gpt2(model: PreTrainedModel) -> PreTrainedModel:
+def to_gpt2(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """A dense GPT-2-style model as transformers' GPT2LMHeadModel, on the CPU, with equal logits.
 
-    Rows of the embeddings that only pad the vocabulary (from config.encoding_size up) are cut off, absent
-    biases become zeros. ValueError, naming the field, for what GPT-2 cannot express.
+    vocab_size: rows of the embeddings to keep. Absent biases become zeros. ValueError, naming the field, for
+    what GPT-2 cannot express.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -191,18 +179,7 @@ def to_gpt2(model: PreTrainedModel) -> PreTrainedModel:
         "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
         "logit_softcap": (0,),
     }  # fmt: skip
-    for name, allowed in only.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"GPT-2 cannot express {name}={getattr(config, name)!r}, only {allowed[0]!r}; "
-                "export with format='gpt_moe'"
-            )
-    vocab_size = config.encoding_size or config.vocab_size
-    if vocab_size < config.vocab_size:
-        logger.warning(
-            f"the {config.vocab_size} rows of the embeddings are cut to the {vocab_size} tokens of the "
-            f"encoding {config.encoding!r}: the others only padded them"
-        )
+    refuse("GPT-2 cannot express", config, only, ", only {!r}; export with format='gpt_moe'")
     theirs = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
@@ -210,7 +187,7 @@ def to_gpt2(model: PreTrainedModel) -> PreTrainedModel:
             resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
             layer_norm_epsilon=config.norm_eps, tie_word_embeddings=config.tie_word_embeddings,
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            pad_token_id=config.pad_token_id, encoding=config.encoding,
         )
     ).to(model.dtype)  # fmt: skip
     weights = {name: torch.zeros_like(p) for name, p in theirs.state_dict().items() if name.endswith("bias")}
@@ -225,6 +202,45 @@ def to_gpt2(model: PreTrainedModel) -> PreTrainedModel:
 # Folders
 
 
+def load_foreign(
+    kind: str, name: str | Path, *args, **kwargs
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any, dict]:
+    """Our fields, our weights, generation config and loading information of a model of another architecture.
+
+    kind: one of FOREIGN; name: folder or hub name; further arguments are those of transformers'
+    from_pretrained. ValueError for missing weights and, naming the field, for a configuration that we cannot
+    express.
+    """
+    import transformers
+
+    stock = "GPT2LMHeadModel" if kind == "gpt2" else f"{FAMILY[kind]}ForCausalLM"
+    source, info = getattr(transformers, stock).from_pretrained(
+        name, *args, output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+    if kind == "gpt2":
+        fields, weights = gpt2_config_fields(source.config), transpose_gpt2_weights(source.state_dict())
+    else:
+        fields = llama_config_fields(source.config)
+        weights = from_llama_weights(source.state_dict(), fields["n_layer"])
+    return fields, weights, source.generation_config, info
+
+
+def to_foreign(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The model as the architecture of FOREIGN that `kind` names, without rows that only pad the vocabulary
+    (from config.encoding_size up). ValueError, naming the field, for what it cannot express."""
+    config = model.config
+    vocab_size = config.encoding_size or config.vocab_size
+    theirs = to_gpt2(model, vocab_size) if kind == "gpt2" else to_llama(model, kind, vocab_size)
+    if vocab_size < config.vocab_size:
+        logger.warning(
+            f"the {config.vocab_size} rows of the embeddings are cut to the {vocab_size} tokens of the "
+            f"encoding {config.encoding!r}: the others only padded them"
+        )
+    return theirs
+
+
 def export_folder(
     model: PreTrainedModel,
     folder: str | Path,
@@ -234,13 +250,14 @@ def export_folder(
 ) -> None:
     """Write a folder that transformers loads; it appears complete or not at all.
 
-    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or "gpt2" for a stock GPT-2. tokenizer: add the files
-    of the model's encoding, and make its <|endoftext|> the token that ends a text unless the configuration
-    names one. ValueError for what the format cannot express, FileExistsError for a folder with other things.
+    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or for a model of transformers' own "gpt2", "llama",
+    "qwen3", "mixtral" or "qwen3_moe". tokenizer: add the files of the model's encoding, and make its
+    <|endoftext|> the token that ends a text unless the configuration names one. ValueError for what the
+    format cannot express, FileExistsError for a folder with other things.
     """
     folder = Path(folder).resolve()
-    if format not in ("gpt_moe", "gpt2"):
-        raise ValueError(f"format={format!r}: choose one of gpt_moe, gpt2")
+    if format not in ("gpt_moe", *FOREIGN):
+        raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
     refuse_foreign(folder)
     model = copy.copy(model)  # the same weights; the configuration becomes the folder's own
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
@@ -255,7 +272,7 @@ def export_folder(
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = forget_usage(model) if format == "gpt_moe" else None
-    model = to_gpt2(model) if format == "gpt2" else model
+    model = to_foreign(model, format) if format in FOREIGN else model
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -274,12 +291,18 @@ def export_folder(
 
 def forget_usage(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The state dict, the routers' statistics of training (not their biases) as in a new model."""
-    weights = model.state_dict()
-    for name, module in model.named_modules():
-        if hasattr(module, "initial_statistics"):
-            fresh = {f"{name}.{key}": value for key, value in module.initial_statistics().items()}
-            weights |= {key: value for key, value in fresh.items() if not key.endswith("router_bias")}
-    return weights
+    fresh = fresh_statistics(model)
+    return model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
+
+
+def fresh_statistics(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The buffers of all routers as in a new model."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if hasattr(module, "initial_statistics")
+        for key, value in module.initial_statistics().items()
+    }
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -1,0 +1,263 @@
+"""Models of the Llama family, in and out: RoPE, RMSNorm and SwiGLU, dense or with experts.
+
+    export_folder(model, "my_llama", format="llama")          # dense
+    export_folder(model, "my_qwen3", format="qwen3")          # dense with qk_norm
+    export_folder(model, "my_mixtral", format="mixtral")      # experts whose weights sum to 1
+    export_folder(model, "my_qwen3", format="qwen3_moe")      # experts and qk_norm
+    GPTLMHeadModel.from_pretrained("my_llama")                # any of them comes back
+
+Such a folder needs no code of ours, anywhere. Logits are equal, generation included; what only acts in
+training (dropout, the routers' losses) is not carried over. convert.py writes and reads the folders.
+
+What is where: their query, key and value projections are the rows of our c_attn in this order, their gate and
+up projections those of c_fc; their stacked experts are ours. Rotary halves and the norm of queries and keys
+(one weight per channel of a head, before the rotation) are the same.
+
+Sources: names, shapes and routing of transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py
+and modeling_qwen3_moe.py. Mixtral always divides by the sum of a token's K weights; Qwen3 does so if
+norm_topk_prob. With K = 1 we never do: the weight would be 1, and the router without a gradient.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Our formats, which are their model_type, and how their classes' names begin.
+FAMILY = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
+
+# Our weights, and theirs that they stack by rows. Those of a block stand behind transformer.h.{i} and
+# model.layers.{i}; every one without "experts" in it ends in .weight or .bias.
+OUTSIDE = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.ln_f.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+INSIDE = {
+    "ln_1": ("input_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "ln_2": ("post_attention_layernorm",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.c_proj": ("mlp.down_proj",),
+    "mlp.gate": ("mlp.gate",),
+    "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",),
+    "mlp.experts.c_proj": ("mlp.experts.down_proj",),
+}
+
+
+def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """Every weight of ours that a model of so many layers can have -> the names of theirs that it stacks."""
+    names = {ours: (theirs,) for ours, theirs in OUTSIDE.items()}
+    for layer in range(layers):
+        for ours, theirs in INSIDE.items():
+            for end in ("",) if "experts" in ours else (".weight", ".bias"):
+                parts = tuple(f"model.layers.{layer}.{part}{end}" for part in theirs)
+                names[f"transformer.h.{layer}.{ours}{end}"] = parts
+    return names
+
+
+def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], so: str) -> None:
+    """ValueError, naming field and value, if a field that is there has none of its allowed values."""
+    for name, allowed in only.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{what} {name}={value!r}{so.format(allowed[0])}")
+
+
+# -----------------------------------------------------------------------------
+# In
+
+
+def llama_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Our fields for a configuration of FAMILY; ValueError, naming the field, for what we cannot express."""
+    kind, layers, this = config.model_type, config.num_hidden_layers, f"this {config.model_type} has"
+    head_size = config.hidden_size // config.num_attention_heads
+    only = {
+        "hidden_act": ("silu", "swish"), "head_dim": (head_size, None), "attention_dropout": (0, None),
+        "pretraining_tp": (1, None), "router_jitter_noise": (0,), "quantization_config": (None,),
+    }  # fmt: skip
+    if kind != "llama":
+        only["attention_bias"] = (False,)
+    refuse(this, config, only, "; only {!r} can be loaded")
+    rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
+    theta = rope.pop("rope_theta")
+    if rope != {"partial_rotary_factor": 1.0, "rope_type": "default"}:
+        raise ValueError(
+            f"{this} rope_parameters={config.rope_parameters}; only rope_type='default' can be loaded"
+        )
+    fields = dict(
+        use_moe=False, position="rope", rope_theta=theta, norm="rmsnorm", norm_eps=config.rms_norm_eps,
+        activation="swiglu", bias=False, qk_norm=kind in ("qwen3", "qwen3_moe"),
+        block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=layers,
+        n_head=config.num_attention_heads, n_kv_head=config.num_key_value_heads, n_embd=config.hidden_size,
+        mlp_hidden_size=config.intermediate_size, tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+        attn_implementation=config._attn_implementation, encoding=named_encoding(config),
+    )  # fmt: skip
+    if kind == "llama":
+        if config.attention_bias != config.mlp_bias:
+            raise ValueError(
+                f"{this} attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}; they must be "
+                "equal to become our one bias"
+            )
+        fields["bias"] = config.mlp_bias
+    return fields | window_fields(config) | expert_fields(config)
+
+
+def named_encoding(config: PreTrainedConfig) -> str:
+    """How text becomes tokens: what our exports note in config.json, or GPT-2's way if the vocabulary is."""
+    encoding = getattr(config, "encoding", "gpt2" if 50257 <= config.vocab_size <= 50304 else None)
+    if encoding is None:
+        logger.warning(
+            f'this {config.model_type} does not say how text becomes tokens. For text, write "encoding": '
+            '"bytes", or a name that tiktoken knows, into its config.json'
+        )
+    return encoding or "unknown"
+
+
+def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Our sliding_window and global_every; ValueError for windows in other layers than ours could be in."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    if window is None or config.model_type == "llama":
+        return {}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    for every in (None, *range(1, layers + 1)):
+        if kinds == [
+            "full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(layers)
+        ]:
+            return dict(sliding_window=window, global_every=every)
+    raise ValueError(
+        f"this {config.model_type} has layer_types={kinds}; only full attention in every k-th layer, counted "
+        "from the first, can be loaded"
+    )
+
+
+def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Our fields of the experts; ValueError, naming the field, for a routing that is not ours."""
+    kind, layers = config.model_type, config.num_hidden_layers
+    if kind not in ("mixtral", "qwen3_moe"):
+        return {}
+    normed = kind == "mixtral" or config.norm_topk_prob
+    if normed and config.num_experts_per_tok == 1:
+        raise ValueError(
+            f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; only "
+            "norm_topk_prob=False can be loaded then"
+        )
+    fields = dict(
+        use_moe=True, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
+        norm_topk_prob=normed, router_score="softmax",
+    )  # fmt: skip
+    if kind == "mixtral":
+        return fields | dict(expert_hidden_size=config.intermediate_size)
+    step, dense = config.decoder_sparse_step, config.mlp_only_layers
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
+    for every in range(1, layers + 1):
+        if sparse == [(layers - 1 - i) % every == 0 for i in range(layers)]:
+            return fields | dict(expert_hidden_size=config.moe_intermediate_size, moe_every=every)
+    raise ValueError(
+        f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; only experts in every k-th "
+        "layer, counted from the last, can be loaded"
+    )
+
+
+def from_llama_weights(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """Their weights as ours. Takes them out of `weights`, so that not all are in memory twice."""
+    ours = {}
+    for name, parts in stacked_names(layers).items():
+        if parts[0] in weights:
+            tensors = [weights.pop(part) for part in parts]
+            ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+            if name.endswith("mlp.gate.weight"):
+                ours[name] = ours[name].float()  # routers compute, and are kept, in fp32
+    return ours
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+
+def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedModel:
+    """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
+
+    vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express.
+    """
+    import transformers
+
+    refuse_inexpressible(model, kind)
+    name = FAMILY[kind]
+    config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).to(model.dtype)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    names, weights = stacked_names(model.config.n_layer), {}
+    for name, tensor in model.state_dict().items():
+        if name in names:  # and no statistics of the routers
+            tensor = tensor[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+            weights |= zip(names[name], tensor.split([shapes[part][0] for part in names[name]]), strict=True)
+    theirs.load_state_dict(weights)
+    return theirs.eval()
+
+
+def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
+    """ValueError, naming the field, for a model that is not of this kind."""
+    config, experts = model.config, kind in ("mixtral", "qwen3_moe")
+    only = {
+        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "logit_softcap": (0,),
+        "use_moe": (experts,), "qk_norm": (kind in ("qwen3", "qwen3_moe"),),
+    }  # fmt: skip
+    if kind != "llama":
+        only["bias"] = (False,)
+    if kind == "llama":
+        only["sliding_window"] = (None,)
+    if experts:
+        only |= {"global_every": (None,), "router_score": ("softmax",), "num_shared_experts": (0,)}
+    if kind == "mixtral":
+        only |= {"moe_every": (1,), "norm_topk_prob": (True,)}
+        only["num_experts_per_tok"] = tuple(range(2, config.num_experts + 1)) or (2,)
+    refuse(f"{FAMILY[kind]} cannot express", config, only, ", only {!r}; export with format='gpt_moe'")
+    for layer in model.moe_layers():
+        if layer.router_bias.any():
+            raise ValueError(
+                f"{FAMILY[kind]} cannot express the biases of the routers that router_bias_update_rate="
+                f"{config.router_bias_update_rate!r} has made; export with format='gpt_moe'"
+            )
+    if config.dropout > 0:
+        logger.warning(f"dropout={config.dropout}, which acts in training only, is left out")
+
+
+def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
+    """What their configuration is made of; `encoding` is a note for the way back."""
+    dense, expert = (
+        size or 4 * config.n_embd for size in (config.mlp_hidden_size, config.expert_hidden_size)
+    )
+    arguments = dict(
+        vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=dense,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head or config.n_head, head_dim=config.n_embd // config.n_head,
+        max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_theta)},
+        tie_word_embeddings=config.tie_word_embeddings, bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, encoding=config.encoding,
+    )  # fmt: skip
+    if kind == "llama":
+        return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
+    arguments |= dict(sliding_window=config.sliding_window)
+    if kind == "qwen3":
+        windowed = config.sliding_window is not None
+        return arguments | dict(use_sliding_window=windowed, layer_types=config.layer_types)
+    arguments |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
+    if kind == "mixtral":
+        return arguments | dict(intermediate_size=expert)
+    regular = config.n_layer % config.moe_every == 0  # then counting from the first layer comes to the same
+    dense_layers = [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
+    return arguments | dict(
+        use_sliding_window=config.sliding_window is not None, moe_intermediate_size=expert,
+        norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
+        decoder_sparse_step=config.moe_every if regular else 1,
+        mlp_only_layers=[] if regular else dense_layers,
+    )  # fmt: skip

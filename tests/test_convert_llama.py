@@ -1,0 +1,288 @@
+"""Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
+
+Run: python -m pytest tests/test_convert_llama.py
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_huggingface import strong, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import convert_llama
+from convert import encode_text, export_folder
+from model import GPT, GPTConfig, GPTLMHeadModel
+
+LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False)
+SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=97, block_size=24, mlp_hidden_size=40)
+EXPERTS = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden_size=24)
+
+# What is exported exactly: format -> variants of our fields.
+EXACT = {
+    "llama": [
+        dict(), dict(bias=True), dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None),
+        dict(norm_eps=1e-2, rope_theta=50.0), dict(n_kv_head=1),
+    ],
+    "qwen3": [
+        dict(), dict(tie_word_embeddings=False), dict(sliding_window=5),
+        dict(sliding_window=5, global_every=2, n_kv_head=None), dict(sliding_window=5, global_every=1),
+    ],
+    "mixtral": [
+        EXPERTS, EXPERTS | dict(num_experts_per_tok=4), EXPERTS | dict(expert_hidden_size=None),
+        EXPERTS | dict(sliding_window=5, tie_word_embeddings=False),
+    ],
+    "qwen3_moe": [
+        EXPERTS, EXPERTS | dict(norm_topk_prob=False), EXPERTS | dict(num_experts_per_tok=1),
+        EXPERTS | dict(moe_every=2), EXPERTS | dict(moe_every=3), EXPERTS | dict(moe_every=2, n_layer=4),
+        EXPERTS | dict(sliding_window=5, tie_word_embeddings=False, router_z_loss_coef=0.1),
+    ],
+}  # fmt: skip
+CASES = [(kind, fields) for kind, variants in EXACT.items() for fields in variants]
+
+
+def small(kind: str, **fields) -> GPTConfig:
+    qk_norm = dict(qk_norm=kind in ("qwen3", "qwen3_moe"))
+    return GPTConfig(**LLAMA | SIZES | qk_norm | dict(use_moe=False) | fields)
+
+
+def stock(kind: str, seed: int = 0, **fields):
+    """A model of transformers with random weights, norms around one."""
+    name = convert_llama.FAMILY[kind]
+    sizes = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, head_dim=8,
+    )  # fmt: skip
+    if kind in ("mixtral", "qwen3_moe"):
+        sizes |= dict(num_experts=4, num_experts_per_tok=2)
+    if kind == "qwen3_moe":
+        sizes |= dict(moe_intermediate_size=24)
+    config = getattr(transformers, f"{name}Config")(**sizes | fields)
+    return noisy(getattr(transformers, f"{name}ForCausalLM")(config), seed)
+
+
+def noisy(model, seed=0, std=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1 if "norm" in name or "ln_" in name else noise)
+    return model.eval()
+
+
+def assert_equal_models(ours, theirs):
+    """Logits, padded batches, and what cached generation writes."""
+    ids = tokens(T=24)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.std() > 0.5  # not all alike, whatever the weights
+        assert (ours(ids).logits - expected).abs().max() < 1e-4
+        difference = ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits
+        assert difference[0, 7:].abs().max() < 1e-4
+    how = dict(max_new_tokens=12, do_sample=False)
+    assert torch.equal(ours.generate(tokens(), **how), theirs.generate(tokens(), **how))
+
+
+# -----------------------------------------------------------------------------
+# In
+
+
+@pytest.mark.parametrize(
+    "kind, fields, expected",
+    [
+        ("llama", dict(), dict(use_moe=False, qk_norm=False, bias=False, n_kv_head=2, norm_eps=1e-6)),
+        ("llama", dict(attention_bias=True, mlp_bias=True), dict(bias=True)),
+        ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), dict(rope_theta=5e5)),
+        ("llama", dict(tie_word_embeddings=True), dict(tie_word_embeddings=True)),
+        ("llama", dict(rms_norm_eps=1e-2, num_key_value_heads=4), dict(norm_eps=1e-2, n_kv_head=4)),
+        ("qwen3", dict(), dict(use_moe=False, qk_norm=True, sliding_window=None)),
+        (
+            "qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0),
+            dict(sliding_window=5, global_every=None),
+        ),
+        ("mixtral", dict(), dict(num_experts=4, norm_topk_prob=True, rope_theta=1e6, expert_hidden_size=40)),
+        ("mixtral", dict(sliding_window=5), dict(sliding_window=5)),
+        ("qwen3_moe", dict(), dict(norm_topk_prob=False, qk_norm=True, expert_hidden_size=24, moe_every=1)),
+        ("qwen3_moe", dict(norm_topk_prob=True), dict(norm_topk_prob=True)),
+        ("qwen3_moe", dict(num_experts_per_tok=1), dict(num_experts_per_tok=1)),
+        ("qwen3_moe", dict(decoder_sparse_step=3), dict(moe_every=3)),
+        ("qwen3_moe", dict(mlp_only_layers=[1]), dict(moe_every=2)),
+        ("qwen3_moe", dict(use_sliding_window=True, sliding_window=5), dict(sliding_window=5)),
+    ],
+)  # fmt: skip
+def test_their_folders_load(kind, fields, expected, tmp_path):
+    theirs = stock(kind, **fields)
+    theirs.save_pretrained(tmp_path)
+    ours = GPTLMHeadModel.from_pretrained(tmp_path)
+    assert not ours.training and ours.config.model_type == "gpt_moe" and ours.config.eos_token_id == 1
+    assert {name: getattr(ours.config, name) for name in expected} == expected
+    assert_equal_models(ours, theirs)
+    assert (ours.lm_head.weight is ours.transformer.wte.weight) == theirs.config.tie_word_embeddings
+    base = GPT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        hidden = theirs.model(tokens()).last_hidden_state
+        assert (base(tokens()).last_hidden_state - hidden).abs().max() < 1e-4
+    # it trains: routers count from nothing, every parameter gets a gradient
+    ours.train()
+    ours.update_routers()
+    ours(tokens(T=24), targets=tokens(T=24, seed=1))[1].backward()
+    assert all(parameter.grad is not None for parameter in ours.parameters())
+    for moe in ours.moe_layers():
+        assert moe.get_usage_counts().sum() == 72 * ours.config.num_experts_per_tok
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("llama", dict(attention_bias=True), "attention_bias=True and mlp_bias=False; they must be equal"),
+        ("llama", dict(hidden_act="gelu"), "this llama has hidden_act='gelu'; only 'silu' can be loaded"),
+        ("llama", dict(head_dim=16), "this llama has head_dim=16; only 8 can be loaded"),
+        ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1; only 0 can be loaded"),
+        (
+            "llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+            "rope_parameters=.*linear.*; only rope_type='default'",
+        ),
+        ("qwen3", dict(attention_bias=True), "this qwen3 has attention_bias=True; only False"),
+        (
+            "qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+            "layer_types=.*; only full attention in every k-th layer",
+        ),
+        ("mixtral", dict(num_experts_per_tok=1), "num_experts_per_tok=1 and divides its weight by itself"),
+        ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1; only 0 can be loaded"),
+        ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=True), "num_experts_per_tok=1 and divides"),
+        ("qwen3_moe", dict(mlp_only_layers=[2]), r"decoder_sparse_step=1 and mlp_only_layers=\[2\]; only"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, message, tmp_path):
+    stock(kind, **fields).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        GPTLMHeadModel.from_pretrained(tmp_path)
+
+
+def test_missing_weights_are_refused_and_precision_is_kept(tmp_path):
+    theirs = stock("mixtral")
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path)
+    ours, info = GPTLMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert ours.dtype == torch.bfloat16 and ours.config._attn_implementation == "eager"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(moe.gate.weight.dtype == moe.router_bias.dtype == torch.float32 for moe in ours.moe_layers())
+    assert ours(tokens()).logits.isfinite().all()
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack the weights model\.layers\.1\.self_attn\.k_proj\.weight"):
+        GPTLMHeadModel.from_pretrained(tmp_path)
+
+
+def test_a_llama_begins_a_run(tmp_path, caplog):
+    """Through load_model, as --init_from does; the text's encoding must be known."""
+    stock("llama").save_pretrained(tmp_path)
+    fields = small("llama").to_dict() | dict(encoding="bytes")
+    with pytest.raises(ValueError, match="encoding='unknown' in init_from"):
+        checkpoint.begin_from(str(tmp_path), fields, set(), T=24)
+    assert 'write "encoding": "bytes"' in caplog.text
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"encoding": "bytes"}))
+    model = checkpoint.begin_from(str(tmp_path), fields, {"use_moe"}, T=24)
+    assert model.training and torch.equal(
+        model(tokens()).logits, checkpoint.load_model(tmp_path)(tokens()).logits
+    )
+    experts = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden_size=40)
+    upcycled = checkpoint.begin_from(str(tmp_path), fields | experts, set(experts), T=24).eval()
+    assert (upcycled(tokens()).logits - model(tokens()).logits).abs().max() < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+
+@pytest.mark.parametrize("kind, fields", CASES)
+def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path):
+    model = noisy(GPTLMHeadModel(small(kind, **fields)))
+    export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
+    assert not list((tmp_path / "out").glob("*.py"))
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(theirs).__name__ == f"{convert_llama.FAMILY[kind]}ForCausalLM" and not any(info.values())
+    assert_equal_models(model, theirs)
+    back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
+    assert_equal_models(back, theirs)
+    for name in (
+        "moe_every",
+        "norm_topk_prob",
+        "sliding_window",
+        "global_every",
+        "bias",
+        "qk_norm",
+        "encoding",
+    ):
+        if model.config.use_moe or name not in ("moe_every", "norm_topk_prob"):
+            if not (name == "norm_topk_prob" and model.config.num_experts_per_tok == 1):
+                assert getattr(back.config, name) == getattr(model.config, name), name
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("llama", dict(position="learned")), ("llama", dict(norm="layernorm")),
+        ("llama", dict(activation="relu2")), ("llama", dict(logit_softcap=30.0)),
+        ("llama", dict(use_moe=True)), ("llama", dict(qk_norm=True)), ("llama", dict(sliding_window=8)),
+        ("qwen3", dict(qk_norm=False)), ("qwen3", dict(bias=True)),
+        ("mixtral", dict(use_moe=False)), ("mixtral", dict(bias=True)), ("mixtral", dict(qk_norm=True)),
+        ("mixtral", dict(norm_topk_prob=False)), ("mixtral", dict(num_experts_per_tok=1)),
+        ("mixtral", dict(moe_every=2)), ("mixtral", dict(global_every=2, sliding_window=8)),
+        ("qwen3_moe", dict(router_score="sigmoid")), ("qwen3_moe", dict(num_shared_experts=1)),
+        ("qwen3_moe", dict(qk_norm=False)), ("qwen3_moe", dict(bias=True)),
+    ],
+)  # fmt: skip
+def test_what_they_cannot_express_is_refused_by_name(kind, fields, tmp_path):
+    experts = EXPERTS if kind in ("mixtral", "qwen3_moe") else {}
+    model = GPTLMHeadModel(small(kind, **experts | fields))
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=f"cannot express {name}={value!r}, only .*format='gpt_moe'"):
+        export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_router_biases_are_refused_and_dropout_is_left_out(tmp_path, caplog):
+    model = noisy(GPTLMHeadModel(small("mixtral", **EXPERTS, dropout=0.1, router_bias_update_rate=0.001)))
+    export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
+    assert "dropout=0.1, which acts in training only, is left out" in caplog.text
+    model.moe_layers()[1].router_bias[2] = 0.25
+    with pytest.raises(
+        ValueError, match=r"biases of the routers that router_bias_update_rate=0\.001 has made"
+    ):
+        export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
+
+
+def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, capsys):
+    text_fields = dict(encoding="bytes", encoding_size=257, vocab_size=384)
+    config = small("qwen3_moe", **EXPERTS, **text_fields).to_dict()
+    model = strong(GPTLMHeadModel(config), std=0.15)
+    checkpoint.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
+    assert (
+        checkpoint.main(
+            ["export", str(tmp_path / "model_00007.pt"), str(tmp_path / "out"), "--format", "qwen3_moe"]
+        )
+        == 0
+    )
+    theirs, tokenizer = (x.from_pretrained(tmp_path / "out") for x in (AutoModelForCausalLM, AutoTokenizer))
+    assert theirs.config.vocab_size == 257 and theirs.generation_config.eos_token_id == 256
+    assert tokenizer("Oh, naïve")["input_ids"] == encode_text("Oh, naïve", "bytes")
+    text = theirs.generate(**tokenizer("Oh", return_tensors="pt"), max_new_tokens=9, do_sample=False)[0]
+    assert tokenizer.decode(text) == model.generate("Oh", max_new_tokens=9, do_sample=False)
+    back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
+    assert back.config.encoding == "bytes" and back.generate("Oh", max_new_tokens=9) == tokenizer.decode(text)
+    assert (
+        checkpoint.main(
+            ["export", str(tmp_path / "model_00007.pt"), str(tmp_path / "no"), "--format", "llama"]
+        )
+        == 2
+    )
+    assert "Llama cannot express use_moe=True" in capsys.readouterr().err
