@@ -397,8 +397,11 @@ def scored_logits(model: torch.nn.Module, batch: Batch, shared: bool) -> torch.T
 def score_batched(
     model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
     rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    interrupted: Callable[[], bool] = lambda: False,
+) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one, (n, 4) fp32 on the CPU; how, is said at the top of this file.
+
+    None as soon as interrupted(), which is asked before every forward and must answer all ranks alike.
 
     Contexts are shared in our own models; another Hugging Face model gets one plain row per ending.
     All ranks run equally many forwards of equal T, for in a sharded model they need each other.
@@ -411,6 +414,8 @@ def score_batched(
     losses = torch.zeros(4 * len(questions), device=device)
     with evaluating(model):
         while units:
+            if interrupted():
+                return None
             T = bucket(units[0].size())
             if not shared:
                 T = min(T, longest_input(model.config))
@@ -487,14 +492,15 @@ def evaluate(
     model: torch.nn.Module, data: str | Path | None = None, limit: int | None = None,
     style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
     rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None,
-) -> HellaSwagResult:  # fmt: skip
+    autocast: torch.dtype | None = None, interrupted: Callable[[], bool] = lambda: False,
+) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
 
     model: ours, in DDP, FSDP2 or torch.compile or not, or another causal language model of Hugging Face.
     encoding: its tokens; None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a
     forward. rank, world_size: if above 1, all ranks call this alike and get the whole result. device: of
-    the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16.
+    the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16. interrupted:
+    asked now and then, with the same answer on all ranks; once it says True the result is None.
     Raises HellaSwagUnavailable if there are no questions to be had, ValueError for bad ones (naming file
     and line) and for arguments that make no sense.
     """
@@ -518,8 +524,8 @@ def evaluate(
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
         warnings.warn("questions without ctx_a and ctx_b: their ctx is taken as it is", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
-        losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device)
-    return tally(questions, losses)
+        losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
+    return None if losses is None else tally(questions, losses)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,4 @@
-"""What a run will need, told before its first step: parameters, tokens, epochs, memory. And its time, once
-known.
+"""What a run will need, told before its first step: parameters, tokens, epochs, memory.
 
 Used by train_gpt_moe.py. The memory of the activations is an estimate, good to about a quarter for the models
 of model.py: what autograd keeps of each token in every block, and the logits, which are the peak of small
@@ -10,6 +9,7 @@ import os
 
 import torch
 
+from linear_cross_entropy import rows_per_chunk
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = (
@@ -37,34 +37,45 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-def memory_estimate(model: GPTLMHeadModel, B: int, T: int, dtype: str) -> dict[str, int]:
-    """Bytes on the device, by use, of training with AdamW and micro-steps of (B, T).
+def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
+    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). config: TrainConfig.
 
-    Parameters, gradients and the two moments are fp32. A block keeps, per token, its norms' inputs (fp32)
-    and, in the dtype of the matrix products, the norms' outputs, q, k, v, attention's output and the hidden
-    values of the feed-forward (for each of the K experts). The head has the logits and, in fp32, their
-    log-softmax and two gradients at once.
+    Parameters, gradients and the two moments are fp32; fsdp shares them all between the ranks, zero_stage=1
+    the moments, ep_size the experts. A block keeps, per token, its norms' inputs (fp32) and, in the dtype of
+    the matrix products, the norms' outputs, q, k, v, attention's output and the hidden values of the
+    feed-forward (for each of the K experts); with activation_checkpointing its input, and one block all. The
+    head has the logits and, in fp32, their log-softmax and two gradients at once; with loss_chunk only of so
+    many rows, and gradients of its input and weight besides.
     """
-    config, count = model.config, model.get_num_params(False)
-    size, N, C = 2 if dtype == "bfloat16" else 4, B * T, config.n_embd
-    kv = 2 * C * (config.n_kv_head or config.n_head) // config.n_head
-    wide = 2 if config.activation == "swiglu" else 1
-    per_token = 0
-    for layer in range(config.n_layer):
-        per_token += 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
-        if config.is_moe_layer(layer):
-            H = config.expert_hidden_size or 4 * C
-            rows = config.num_experts_per_tok
-            per_token += size * rows * H * wide + 4 * 4 * config.num_experts
-            per_token += size * 2 * (wide + 1) * H * config.num_shared_experts
+    shape, fsdp = model.config, config.parallel == "fsdp"
+    size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
+    experts = sum(p.numel() for moe in model.moe_layers() for p in moe.experts.parameters())
+    held = model.get_num_params(False) - experts + experts // config.ep_size  # parameters, on each rank
+    if fsdp:
+        held = (held - experts // config.ep_size) // world_size + experts // world_size
+    kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
+    wide, blocks = 2 if shape.activation == "swiglu" else 1, []  # bytes per token of every block
+    for layer in range(shape.n_layer):
+        kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
+        if shape.is_moe_layer(layer):
+            H = shape.expert_hidden_size or 4 * C
+            kept += size * shape.num_experts_per_tok * H * wide + 4 * 4 * shape.num_experts
+            kept += size * 2 * (wide + 1) * H * shape.num_shared_experts
         else:
-            per_token += size * (wide + 1) * (config.mlp_hidden_size or 4 * C)
-    logits = (size + 3 * 4) * config.vocab_size
+            kept += size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
+        blocks.append(kept)
+    per_token = sum(blocks)
+    if config.activation_checkpointing == "block":
+        per_token = 4 * C * shape.n_layer + max(blocks)
+    head = N * (size + 3 * 4) * shape.vocab_size
+    if config.loss_chunk:
+        rows = rows_per_chunk(N, shape.vocab_size, config.loss_chunk, model.device.type)
+        head = 4 * (rows * shape.vocab_size + N * C + shape.vocab_size * C)
     return {
-        "parameters": 4 * count,
-        "gradients": 4 * count,
-        "optimizer": 8 * count,
-        "activations": N * (per_token + logits + 4 * C),
+        "parameters": 4 * held,
+        "gradients": 4 * held,
+        "optimizer": 8 * held // (world_size if config.zero_stage else 1),
+        "activations": N * (per_token + 4 * C) + head,
     }
 
 
@@ -84,7 +95,7 @@ def preflight(
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of data."""
     epochs = config.max_steps * config.total_batch_size / num_tokens
     parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
-    memory = memory_estimate(model, config.B, config.T, dtype)
+    memory = memory_estimate(model, config, dtype, world.size)
     need, have = sum(memory.values()), device_memory(model.device)
     uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
     share = f" of {have / 2**30:.1f}" if have else ""

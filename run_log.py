@@ -1,18 +1,21 @@
-"""What a run writes about itself: log.txt, metrics.jsonl, TensorBoard events, and the record it begins with.
+"""What a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard events, its first record.
 
 Formats: log.txt has lines `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`; metrics.jsonl one JSON object
 per line, {"run": {...}} at the start and at each resume, and one per step with all that was measured (null
-where it was not finite). plot_log.py draws them.
+where it was not finite); main.log llm.c's lines `s:STEP trl:LOSS`, `s:STEP tel:LOSS`, `s:STEP eval:ACC`.
+plot_log.py draws them.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,39 +30,47 @@ from checkpoint import list_checkpoints, sync_folder, write_atomically
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+    import resource
+except ImportError:  # Windows has no such locks, nor such counters
+    fcntl = resource = None
 
 
 # TensorBoard's curves, by what is measured. Training and validation loss share a page.
 CURVES = {
     "loss": "loss/train", "val": "loss/val", "balance_loss": "loss/balance", "z_loss": "loss/z", "lr": "lr",
     "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load", "hella": "hellaswag",
+    "memory": "memory_gib",
 }  # fmt: skip
+LLMC_NAMES = {"train": "trl", "val": "tel", "hella": "eval"}  # of main.log
 
 
 class RunLog:
-    """The files of a run, written by the master only: log.txt, metrics.jsonl, tb/.
+    """The files of a run, written by the master only: log.txt, metrics.jsonl, main.log, tb/.
 
     Every line reaches the system at once. On a resume, lines of steps that are about to be done again are
     dropped, and with them a line that a kill has cut, so that no step is missing or doubled. Lines that a
     full disk refuses are kept and written as soon as there is room; the training does not stop for them.
     While it is open the folder is locked; what does not belong to this run is moved aside (set_aside).
 
-    resumed: the checkpoint that the run goes on from, first_step its step; None and 0 for a new run.
-    ValueError if another run has the folder, OSError if it cannot be written.
+    resumed: the checkpoint that the run goes on from, first_step its step; None and 0 for a new run. wandb:
+    send TensorBoard's curves, under the same names, to Weights & Biases as well.
+    ValueError if another run has the folder or wandb is not installed, OSError if it cannot be written.
     """
 
     def __init__(
-        self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, say: Callable = print
-    ):
-        self.say, self.failing = say, False
+        self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, wandb: bool = False,
+        say: Callable = print,
+    ):  # fmt: skip
+        self.folder, self.say, self.failing = folder, say, False
+        self.drawing: subprocess.Popen | None = None
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb=True, but it is not installed; pip install wandb")
         self.lock, self.writing = claim_folder(folder), threading.Lock()
         aside = set_aside(folder, resumed)
         if aside:
             say(f"moved what an earlier run left in {folder} to {aside}")
         self.files: dict[str, BinaryIO] = {}
-        self.unwritten = {"log.txt": bytearray(), "metrics.jsonl": bytearray()}
+        self.unwritten = {name: bytearray() for name in ("log.txt", "metrics.jsonl", "main.log")}
         for name in self.unwritten:
             path = folder / name
             lines = path.read_bytes().splitlines(True) if path.exists() else []
@@ -67,6 +78,7 @@ class RunLog:
             if kept != lines:
                 write_atomically(path, lambda file, kept=kept: file.writelines(kept))
             self.files[name] = open(path, "ab", buffering=0)
+        self.wandb = start_wandb(folder, resumed is not None) if wandb else None
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,21 +90,49 @@ class RunLog:
         self._append("metrics.jsonl", json.dumps(finite(values), allow_nan=False))
 
     def step(self, record: dict) -> None:
-        """What was measured in a training step, in all three files."""
+        """What was measured in a training step, in all files."""
         self.record(record)
-        self._append("log.txt", f"{record['step']} train {record['loss']:.6f}")
+        self._line(record["step"], "train", record["loss"])
         self._scalars(record["step"], record)
 
     def measurement(self, step: int, kind: str, value: float) -> None:
         """A line of log.txt, STEP KIND VALUE, and a point of TensorBoard's curve of that name."""
-        self._append("log.txt", f"{step} {kind} {value:.6f}")
+        self._line(step, kind, value)
         self._scalars(step, {kind: value})
 
-    def _scalars(self, step: int, values: dict) -> None:
+    def sample(self, step: int, text: str) -> None:
+        """Sampled text, for TensorBoard."""
         with self._tensorboard_may_fail() as board:
-            for name, curve in CURVES.items() if board is not None else ():
-                if values.get(name) is not None:
-                    board.add_scalar(curve, values[name], step)
+            if board is not None:
+                board.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # Markdown: as it is
+        if self.wandb is not None:
+            self.wandb.log({"sample": text}, step=step)
+
+    def experts(self, step: int, load: list[list[float]]) -> None:
+        """Every expert's share of the routed rows, by MoE layer, as TensorBoard's histograms (fair = 1)."""
+        with self._tensorboard_may_fail() as board:
+            for layer, share in enumerate(load):
+                fair = len(share) * np.array(share)
+                if board is not None and np.isfinite(fair).all():
+                    board.add_histogram(f"expert_load/layer_{layer}", fair, step)
+
+    def draw(self) -> None:
+        """Draw training.png in a process of its own, unless the last one is still at it."""
+        if self.drawing is None or self.drawing.poll() is not None:
+            command = [sys.executable, str(Path(__file__).with_name("plot_log.py")), str(self.folder)]
+            self.drawing = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _line(self, step: int, kind: str, value: float) -> None:
+        self._append("log.txt", f"{step} {kind} {value:.6f}")
+        self._append("main.log", f"s:{step} {LLMC_NAMES[kind]}:{value:.6f}")
+
+    def _scalars(self, step: int, values: dict) -> None:
+        known = {curve: values[name] for name, curve in CURVES.items() if values.get(name) is not None}
+        with self._tensorboard_may_fail() as board:
+            for curve, value in known.items() if board is not None else ():
+                board.add_scalar(curve, value, step)
+        if self.wandb is not None:
+            self.wandb.log(known, step=step)
 
     @contextlib.contextmanager
     def _tensorboard_may_fail(self):
@@ -135,6 +175,10 @@ class RunLog:
 
     def close(self) -> bool:
         """Close all files and let go of the folder. Whether everything could be written."""
+        if self.drawing is not None:
+            self.drawing.wait()
+        if self.wandb is not None:
+            self.wandb.finish()
         try:
             self.sync()
             with self._tensorboard_may_fail() as board:
@@ -149,6 +193,18 @@ class RunLog:
                 file.close()
 
 
+def start_wandb(folder: Path, resumed: bool):
+    """The run of Weights & Biases that belongs to the folder: a new one, or where `resumed` the old one."""
+    import wandb
+
+    file, known = folder / "wandb_id", None
+    if resumed and file.is_file():
+        known = file.read_text().strip()
+    run = wandb.init(project="gpt-moe", name=folder.resolve().name, dir=str(folder), id=known, resume="allow")
+    write_atomically(file, lambda out: out.write(run.id.encode()))
+    return run
+
+
 def finite(value: Any) -> Any:
     """`value` with None for numbers that JSON does not know: NaN and infinities."""
     if isinstance(value, dict):
@@ -159,10 +215,14 @@ def finite(value: Any) -> Any:
 
 
 def is_before(line: bytes, step: int) -> bool:
-    """Whether a line of log.txt or metrics.jsonl is whole and of an earlier step (or of no step)."""
+    """Whether a line of a log file is whole and of an earlier step (or of no step)."""
     if not line.endswith(b"\n"):
         return False
     try:
+        if line.startswith(b"s:"):
+            number, value = line[2:].split()
+            float(value.split(b":")[1])
+            return int(number) < step
         if not line.startswith(b"{"):
             number, _, value = line.split()
             float(value)
@@ -205,26 +265,14 @@ def expert_load(model) -> dict:
     return {"expert_load": share.tolist(), "max_load": share.max().item() * share.size(1)}
 
 
-def usage_table(model) -> str:
-    """Percentages of the last step's routed rows, a line per MoE layer and a column per expert."""
-    lines = []
-    for layer, moe in enumerate(model.moe_layers()):
-        counts = moe.last_step_counts().cpu()
-        share = counts / counts.sum().clamp(min=1)
-        lines.append(
-            f"  MoE layer {layer:2d}: " + " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
-            + f"   max/mean {share.max() * len(share):.2f}"
-        )  # fmt: skip
-    return "\n".join(lines)
-
-
-def step_line(record: dict, max_steps: int) -> str:
-    """What the console shows of a step."""
-    utilisation = "" if record["mfu"] is None else f" | mfu {100 * record['mfu']:.1f}%"
-    return (
-        f"step {record['step']:5d}/{max_steps} | loss {record['loss']:.4f} | lr {record['lr']:.3e} | "
-        f"norm {record['norm']:.3f} | {record['ms']:.1f} ms | {record['tok_per_s']:,.0f} tok/s{utilisation}"
-    )
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the CUDA allocator, elsewhere of this process; 0 where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
 def claim_folder(folder: Path) -> BinaryIO:
@@ -267,7 +315,16 @@ def set_aside(folder: Path, resumed: Path | None) -> Path | None:
         if found:
             write_atomically(folder / "latest", lambda file: file.write(resumed.name.encode()))
     else:
-        names = ("latest", "model_*.pt", "log.txt", "metrics.jsonl", "tb", "training.*")
+        names = (
+            "latest",
+            "model_*",
+            "log.txt",
+            "metrics.jsonl",
+            "main.log",
+            "tb",
+            "training.*",
+            "wandb_id",
+        )
         found = [path for name in names for path in folder.glob(name)]
     if not found:
         return None

@@ -11,7 +11,9 @@
 
 Change the constants below or give any of them as a flag (--help lists them). A run writes, under log_dir:
 log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (one object per step, the first one
-the settings of the run), tb/ (TensorBoard), model_XXXXX.pt (checkpoint.py says what is in them).
+the settings of the run), main.log (llm.c's), tb/ (TensorBoard), training.png, model_XXXXX.pt (checkpoint.py
+says what is in them). The flags of llm.c's train_gpt2.py are accepted, in [] with its defaults;
+--preset llmc sets all of those.
 Exit codes: 0 done, 2 bad settings or data, 1 anything else; 130 and 143 stopped by a signal, after saving
 (faults.py says what becomes of signals and errors). A resumed run keeps its settings; flags change those that
 can change.
@@ -21,31 +23,33 @@ its numbers: https://github.com/karpathy/build-nanogpt
 """
 
 import dataclasses
-import difflib
+import gc
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+import transformers
+from transformers.hf_argparser import HfArg
 
 import checkpoint as ckpt
 import faults
+import llmc
 import parallel
+from attention import BACKENDS, choose_backend, prefer_backend
+from evaluation import evaluate
 from fineweb import DistributedDataLoader, prepare_demo, read_meta
-from hellaswag import HellaSwagUnavailable
-from hellaswag import evaluate as score_hellaswag
+from flags import parse_flags
 from mixture_of_experts import idle_experts_spared
 from model import GPTLMHeadModel
 from plot_log import plot_runs
 from preflight import preflight
-from prepare import build_loaders, build_model, build_optimizer, check_config, learning_rate
-from run_log import RunLog, expert_load, run_record, step_line, usage_table
+from prepare import build_loaders, build_model, build_optimizer, check_config, learning_rate, place_model
+from progress import Progress
+from run_log import RunLog, expert_load, peak_memory, run_record
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -54,7 +58,8 @@ from run_log import RunLog, expert_load, run_record, step_line, usage_table
 class TrainConfig:
     """Every setting of a run; a flag of the same name sets it."""
 
-    preset: str = HfArg(default="", help="a named set of settings: demo, gpt2 or modern")
+    preset: str = HfArg(default="", help="a named set of settings: demo, gpt2, modern or llmc")
+    model: str = HfArg(default="", help="sizes: d12, d24, d36, d48; or weights: gpt2 ... gpt2-xl [gpt2]")
     # --- files
     data_dir: str = HfArg(default="edu_fineweb10B", help="folder with the shards that fineweb.py wrote")
     input_bin: str = HfArg(default="", help="pattern of training shards instead of data_dir/train_*.bin")
@@ -63,29 +68,33 @@ class TrainConfig:
     resume: str = HfArg(default="", help="a checkpoint to go on from; auto = the newest good one in log_dir")
     init_from: str = HfArg(default="", help="weights to begin with: a checkpoint, a folder, gpt2 ... gpt2-xl")
     # --- batch: total_batch_size tokens a step, in micro-steps of B sequences of T tokens on each rank
-    total_batch_size: int = HfArg(default=524288, help="tokens per optimizer step; 2**19, GPT-3's 0.5M")
-    B: int = HfArg(default=16, help="sequences per micro-step and rank", aliases=["--batch_size"])
-    T: int = HfArg(default=1024, help="tokens per sequence", aliases=["--sequence_length"])
+    total_batch_size: int = HfArg(default=524288, help="tokens per optimizer step; 2**19, GPT-3's 0.5M [256]")
+    B: int = HfArg(default=16, help="sequences per micro-step and rank [4]", aliases=["--batch_size"])
+    T: int = HfArg(default=1024, help="tokens per sequence [64]", aliases=["--sequence_length"])
+    shuffle: bool = HfArg(default=True, help="samples in random order; False = in the files' order [False]")
+    overfit_single_batch: bool = HfArg(default=False, help="the first step's samples at every step [1]")
     # --- length and schedule
-    max_steps: int = HfArg(default=19073, help="optimizer steps: 10B tokens", aliases=["--num_iterations"])
-    max_lr: float = HfArg(default=6e-4, help="learning rate after warmup", aliases=["--learning_rate"])
+    max_steps: int = HfArg(default=19073, help="steps: 10B tokens [10]", aliases=["--num_iterations"])
+    max_lr: float = HfArg(default=6e-4, help="learning rate after warmup [1e-4]", aliases=["--learning_rate"])
     min_lr: float = HfArg(default=6e-5, help="learning rate at the end of the cosine")
-    learning_rate_decay_frac: float | None = HfArg(default=None, help="min_lr as a fraction of max_lr")
-    warmup_steps: int = HfArg(default=715, help="of linear warmup: 375M tokens", aliases=["--warmup_iters"])
+    learning_rate_decay_frac: float | None = HfArg(default=None, help="min_lr as a fraction of max_lr [1.0]")
+    warmup_steps: int = HfArg(default=715, help="linear warmup: 375M tokens [0]", aliases=["--warmup_iters"])
     schedule: str = HfArg(default="cosine", help="cosine, or wsd: constant, then a linear decay")
     wsd_decay_frac: float = HfArg(default=0.4, help="wsd: share of max_steps that the decay takes")
     # --- optimizer
     optimizer: str = HfArg(default="adamw", help="adamw, or muon (matrices by Muon, the rest by AdamW)")
-    weight_decay: float = HfArg(default=0.1, help="of matrices and embeddings; biases and norms never decay")
+    weight_decay: float = HfArg(default=0.1, help="of matrices and embeddings; biases, norms never [0.0]")
     beta1: float = HfArg(default=0.9, help="AdamW's first beta")
     beta2: float = HfArg(default=0.95, help="AdamW's second beta")
-    grad_clip: float = HfArg(default=1.0, help="largest norm of the gradient; 0 = no clipping")
+    grad_clip: float = HfArg(default=1.0, help="largest norm of the gradient; 0 = no clipping [1.0]")
     router_lr_mult: float = HfArg(default=1.0, help="learning rate of the routers, relative to the others'")
     expert_lr_mult: float = HfArg(default=1.0, help="learning rate of the experts, relative to the others'")
     # --- evaluation, samples, checkpoints, log
-    infer_step: int = HfArg(default=250, help="steps between evaluations", aliases=["--val_loss_every"])
-    val_steps: int = HfArg(default=20, help="validation micro-batches per rank", aliases=["--val_max_steps"])
-    sample_every: int = HfArg(default=-1, help="sample every so many steps; -1 = every infer_step, 0 = never")
+    infer_step: int = HfArg(
+        default=250, help="steps between evaluations; 0 = only at the end [0]", aliases=["--val_loss_every"]
+    )
+    val_steps: int = HfArg(default=20, help="evaluation batches per rank [20]", aliases=["--val_max_steps"])
+    sample_every: int = HfArg(default=-1, help="steps between samples; -1 = infer_step, 0 = never [0]")
     hellaswag: bool = HfArg(default=True, help="HellaSwag at every evaluation, with GPT-2's tokens")
     hellaswag_data: str = HfArg(default="", help="its questions; empty = downloaded once")
     hellaswag_limit: int = HfArg(default=0, help="only the first so many questions; 0 = all 10,042")
@@ -97,13 +106,30 @@ class TrainConfig:
     max_bad_steps: int = HfArg(default=10, help="stop after so many steps in a row without a finite gradient")
     log_every: int = HfArg(default=1, help="print every so many steps (the log files have them all)")
     plot: bool = HfArg(default=True, help="draw log_dir/training.png at the end")
+    plot_every: int = HfArg(default=0, help="draw it every so many steps, too; 0 = never")
     tensorboard: bool = HfArg(default=True, help="write log_dir/tb")
+    wandb: bool = HfArg(default=False, help="send the same curves to Weights & Biases, if it is installed")
+    inference_only: bool = HfArg(default=False, help="no backward, no update, no checkpoint: to time it [0]")
+    write_tensors: bool = HfArg(default=False, help="write llm.c's files at the start, into log_dir [1]")
+    c_names: bool = HfArg(default=False, help="write them also under the names its C programs open")
     # --- machine
     device: str = HfArg(default="", help="cuda, cuda:1, mps, cpu; empty = the best there is")
-    dtype: str = HfArg(default="auto", help="of matrix products: float32, bfloat16; auto = bfloat16 on CUDA")
-    tensorcores: bool = HfArg(default=True, help="allow TF32 in fp32 matrix products on CUDA")
-    use_compile: bool = HfArg(default=True, help="torch.compile every block", aliases=["--compile"])
-    parallel: str = HfArg(default="ddp", help="over processes: ddp, or none for a single one")
+    dtype: str = HfArg(
+        default="auto",
+        help="of matrix products: float32, bfloat16, float16; auto = bfloat16 on CUDA [float32]",
+    )
+    tensorcores: bool = HfArg(default=True, help="allow TF32 in fp32 matrix products on CUDA [0]")
+    flash: bool = HfArg(default=True, help="attention by fused kernels; False = written out [0]")
+    use_compile: bool = HfArg(default=True, help="torch.compile every block [0]", aliases=["--compile"])
+    loss_chunk: int = HfArg(default=-1, help="rows of logits at a time in the loss; -1 = auto, 0 = all")
+    attention_backend: str = HfArg(
+        default="auto",
+        help="fused attention on CUDA: cudnn, flash, efficient, math; auto = the fastest, timed at the start",
+    )
+    parallel: str = HfArg(default="ddp", help="over processes: ddp, fsdp, or none for a single one")
+    zero_stage: int = HfArg(default=0, help="1 = with ddp, each rank keeps a share of AdamW's moments (ZeRO)")
+    ep_size: int = HfArg(default=1, help="ranks that share the experts of a layer (expert parallelism)")
+    activation_checkpointing: str = HfArg(default="none", help="none, or block: recompute each in backward")
     seed: int = HfArg(default=1337, help="of weights, sample order and dropout")
     # --- model (model.py and mixture_of_experts.py say more)
     block_size: int = HfArg(default=0, help="longest sequence the model can take; 0 = T")
@@ -150,6 +176,12 @@ MODERN = dict(  # what paid in the ablation of BENCHMARKS.md
 )  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # the faithful 124M
+    "llmc": dict(  # the defaults of llm.c's train_gpt2.py
+        use_moe=False, model="gpt2", B=4, T=64, block_size=1024, total_batch_size=256, shuffle=False,
+        overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0, warmup_steps=0,
+        weight_decay=0.0, infer_step=0, sample_every=0, hellaswag=False, dtype="float32", tensorcores=False,
+        flash=False, use_compile=False, write_tensors=True,
+    ),
     "modern": MODERN | dict(max_lr=2e-3, min_lr=2e-4),
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, num_experts=8,
@@ -160,81 +192,28 @@ PRESETS = {
 }  # fmt: skip
 
 
-class FlagParser(HfArgumentParser):
-    """Flags from the fields of TrainConfig; ValueError where argparse would print its usage and exit."""
+# --model NAME, as llm.c's: pretrained weights, or new ones of these sizes; dense unless a flag says more.
+MODELS = {name: dict(init_from=name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+MODELS |= {
+    f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
+    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
+}
 
-    def error(self, message: str):
-        """Called by argparse for a value of a wrong type and the like."""
-        raise ValueError(f"{message}; --help says what each flag takes")
+
+def overrides(config: TrainConfig) -> dict:
+    """What preset and model, given by flags, put in place of the defaults. ValueError for unknown names."""
+    if config.preset and config.preset not in PRESETS:
+        raise ValueError(f"preset={config.preset!r}: choose one of {', '.join(PRESETS)}")
+    preset = PRESETS.get(config.preset, {})
+    model = config.model or preset.get("model", "")
+    if model and model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
+    return preset | (dict(use_moe=False) | MODELS[model] if model else {})
 
 
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     """The settings, and the names of those that a preset or a flag gave. ValueError for a bad flag."""
-    parser = FlagParser(TrainConfig, allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    chosen, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
-    if chosen.preset and chosen.preset not in PRESETS:
-        raise ValueError(f"preset={chosen.preset!r}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS.get(chosen.preset, {})
-    parser.set_defaults(**preset)
-    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    # A setting was given as a flag if another default would not have changed it.
-    marker = object()
-    parser.set_defaults(**{field.name: marker for field in dataclasses.fields(TrainConfig)})
-    flags = {name for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
-    return config, flags | set(preset)
-
-
-# ---------------------------------------------------------------------------- EVALUATION
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, loader: DistributedDataLoader, steps: int, world: parallel.World, autocast, interrupted
-) -> float | None:
-    """Mean cross-entropy, nats per token, of the first `steps` batches of every rank, always the same.
-
-    None if interrupted() on any rank: whoever is told to stop shall save, not evaluate.
-    """
-    model.eval()
-    loader.reset()
-    total = torch.zeros(2, device=world.device)  # sum of the batches' losses, number of batches
-    for _ in range(steps):
-        if interrupted():
-            break
-        x, y = faults.next_batch(loader)  # (B, T), (B, T)
-        with autocast():
-            total[0] += model(x, targets=y, return_dict=True).loss
-        total[1] += 1
-    loss, batches = world.sum(total).tolist()
-    return loss / batches if batches == steps * world.size else None
-
-
-def sample(model: GPTLMHeadModel, config: TrainConfig, step: int, autocast) -> str:
-    """Text after the prompt; the same on all ranks, and at every run of the same step."""
-    torch.manual_seed(config.seed + step)
-    with autocast():
-        return model.generate(config.prompt, max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
-
-
-def hellaswag(run: "Run", say) -> dict[str, float]:
-    """Accuracies over all ranks; none, and no second try, where the questions cannot be had."""
-    config, world = run.config, run.world
-    try:
-        result = score_hellaswag(
-            run.model, config.hellaswag_data or None, limit=config.hellaswag_limit or None, rank=world.rank,
-            world_size=world.size, autocast=torch.bfloat16 if run.dtype == "bfloat16" else None,
-        )  # fmt: skip
-    except (HellaSwagUnavailable, ValueError) as error:
-        run.hellaswag = False
-        say(f"no HellaSwag in this run: {error}")
-        return {}
-    say(f"HellaSwag {result.acc_norm:.4f} per token, {result.acc:.4f} plain, of {result.n:,} questions")
-    return {"hella_acc": result.acc, "hella_acc_norm": result.acc_norm}
+    return parse_flags(TrainConfig, overrides, arguments, __doc__.split("\n\n")[0])
 
 
 # ---------------------------------------------------------------------------- SET-UP
@@ -245,10 +224,10 @@ class Run:
     """What set_up makes and train uses."""
 
     config: TrainConfig
-    world: parallel.World
+    layout: parallel.Layout
     accumulation: int  # micro-steps per optimizer step
     train_loader: DistributedDataLoader
-    val_loader: DistributedDataLoader
+    val_loader: DistributedDataLoader | None  # None with --input_bin alone, as in llm.c
     model: GPTLMHeadModel
     dtype: str  # of matrix products, resolved
     optimizer: torch.optim.Optimizer
@@ -261,9 +240,12 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
     """Everything up to the first step. ValueError, OSError: settings, data or files that cannot work."""
     world = parallel.start(config.device, config.parallel)
     print0 = print if world.is_master else lambda *args, **kwargs: None
+    if not world.is_master:  # the master says it already
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
     if config.resume not in ("", "auto") and "log_dir" not in given:
         config.log_dir = os.path.dirname(config.resume) or "."
-    preset = PRESETS.get(config.preset, {})
+    preset = overrides(config)
     asked = {name for name in given if name not in preset or getattr(config, name) != preset[name]}
     path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
     if state:
@@ -276,14 +258,15 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
         world.barrier()
     meta = read_meta(config.data_dir if not config.input_bin else os.path.dirname(config.input_bin) or ".")
     train_loader, val_loader = build_loaders(config, world, meta)
-    model = build_model(config, asked, meta, state).to(world.device)
     dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
     if dtype == "auto":
         dtype = "bfloat16" if world.device.type == "cuda" else "float32"
+    layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
+    model = place_model(config, build_model(config, asked, meta, state), layout, dtype, state)
     if config.tensorcores and dtype == "float32":  # with bfloat16 it would only coarsen the routers
         torch.set_float32_matmul_precision("high")
-    optimizer = build_optimizer(config, model)
-    run = Run(config, world, accumulation, train_loader, val_loader, model, dtype, optimizer, state)
+    optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
+    run = Run(config, layout, accumulation, train_loader, val_loader, model, dtype, optimizer, state)
     run.hellaswag = config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data))
     if state:
         ckpt.restore(state, model, optimizer, train_loader)
@@ -291,12 +274,28 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
         if before != world.size:
             print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
         print0(f"resumed {path} at step {state['step']}")
+    model.loss_chunk = config.loss_chunk
+    if not config.flash:
+        model.set_attn_implementation("eager")
+    backend = choose_backend(
+        config.attention_backend, model.config, config.B, config.T, world.device, getattr(torch, dtype)
+    )
+    if backend:  # the master's on all ranks, and in checkpoints, so that a resumed run rounds alike
+        index = torch.tensor(list(BACKENDS).index(backend) * world.is_master, device=world.device)
+        config.attention_backend = list(BACKENDS)[world.sum(index).item()]
+        print0(f"attention   {config.attention_backend}")
     if world.is_master:
         first_step = state["step"] if state else 0
-        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard)
+        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb)
         run.log.record({"run": run_record(config, model, world, first_step)})
-        table, warnings = preflight(config, model, accumulation, world, train_loader.num_tokens, dtype)
-        print("\n".join([table, *(f"WARNING     {warning}" for warning in warnings)]), flush=True)
+        table, cautions = preflight(config, model, accumulation, world, train_loader.num_tokens, dtype)
+        print("\n".join([table, *(f"WARNING     {text}" for text in cautions)]), flush=True)
+        if config.write_tensors and not state and not config.inference_only:
+            x, y = DistributedDataLoader(train_loader.files, config.B, config.T, shuffle=False).next_batch()
+            known = config.model and config.init_from in ("", config.model)
+            names = config.model if known else f"d{model.config.n_layer}"
+            for written in llmc.write_all(model, x, y, config.log_dir, names, config.c_names):
+                print(f"wrote {written}")
     return run
 
 
@@ -305,42 +304,50 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
 
 def train(run: Run) -> int:
     """Train, evaluate, save; returns the exit code."""
-    config, world, model, optimizer, log = run.config, run.world, run.model, run.optimizer, run.log
+    config, layout, model, optimizer, log = run.config, run.layout, run.model, run.optimizer, run.log
+    world = layout.world
     train_loader, accumulation, resumed = run.train_loader, run.accumulation, run.resumed or {}
 
     def autocast():
-        """bf16 matrix products where dtype says so; parameters, norms, routers and losses stay in fp32."""
-        return torch.autocast(world.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16")
+        """Matrix products in dtype; parameters, norms, routers and losses stay in fp32."""
+        return torch.autocast(world.device.type, getattr(torch, run.dtype), enabled=run.dtype != "float32")
 
     def snapshot() -> dict:
         """What checkpoint.py documents, as it was when `step` began."""
         return {
             **beginning, "model": model.state_dict(), "config": model.config.to_dict(),
-            "optimizer": optimizer.state_dict(), "train_config": dataclasses.asdict(config),
+            "optimizer": parallel.optimizer_state(optimizer, layout), "scaler": scaler.state_dict(),
+            "train_config": dataclasses.asdict(config),
             "elapsed_s": time.perf_counter() - begin, "world_size": world.size,
         }  # fmt: skip
 
     def told_to_stop() -> bool:
         """Whether an evaluation is to be left out, because saving is more urgent."""
-        return signals.stop_requested and step < config.max_steps
+        return layout.any(signals.stop_requested) and step < config.max_steps
 
     if config.use_compile:
-        for block in model.transformer.h:  # one graph for all; of the whole it would take four times as long
-            block.compile(fullgraph=True)
-    parallel_model = parallel.wrap(model, world)
+        parallel.compile_blocks(model, layout)
+    parallel_model = parallel.wrap(model, layout)
     model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
     first_step = saved_step = resumed.get("step", 0)
     val_loss, begin = resumed.get("val_loss"), time.perf_counter() - resumed.get("elapsed_s", 0.0)
     health = faults.Health(resumed.get("health"))
-    watched = world.is_master and sys.stderr.isatty()
-    bar = tqdm(total=config.max_steps, initial=first_step, unit="step", disable=not watched, smoothing=0.05)
-    say = bar.write if watched else partial(print, flush=True) if world.is_master else lambda text: None
+    progress = Progress(config, first_step, world.is_master)
+    say = progress.say
     signals = faults.Signals(talkative=world.is_master)
-    writer = ckpt.CheckpointWriter(config.log_dir, config.keep_last, config.keep_every, say)
+    keep = (config.keep_last, config.keep_every)
+    writer = ckpt.CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers)
     if world.is_master:
         log.say = say
     sequences = config.total_batch_size / model.config.block_size / world.size  # a step's, on each rank
+    # Gradients too small for float16 are scaled up, and the scale adapts (arXiv 1710.03740, section 3.2).
+    scaler = torch.amp.GradScaler(world.device.type, enabled=run.dtype == "float16")
+    if resumed.get("scaler"):
+        scaler.load_state_dict(resumed["scaler"])
     step, intact, diagnosis = first_step, False, ""
+    gc.collect()
+    gc.freeze()  # what exists by now stays: never look through it again
+    gc.disable()  # a collection in mid-step would make all ranks wait for one; evaluations make time for it
     signals.catch()
     try:
         while True:
@@ -350,39 +357,37 @@ def train(run: Run) -> int:
             }  # fmt: skip
             intact = True  # from here to the update, weights and moments belong to this beginning
             last_step = step == config.max_steps
-            evaluates = config.infer_step > 0 and step % config.infer_step == 0
+            evaluates = last_step or (config.infer_step > 0 and step % config.infer_step == 0)
             every = config.infer_step if config.sample_every < 0 else config.sample_every
             samples = every > 0 and (step % every == 0 or last_step)
             saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
             saves = saves or last_step or signals.save_now or signals.exit_code is not None
+            saves = saves and not config.inference_only
 
             # ---- CHECKPOINT: before the evaluation, so that nothing that fails there can lose the run
             if saves and step > saved_step:
-                if world.is_master:
-                    writer.save(snapshot(), log.sync)
+                if world.is_master or layout.saves_together:
+                    writer.save(snapshot(), log.sync if log else lambda: None)
                 saved_step = step
             if signals.exit_code is not None:
                 break
 
-            # ---- EVALUATION: eagerly, through the raw model, so that nothing of the training graph is
-            # compiled anew
-            measured = {}
-            with torch.compiler.set_stance("force_eager"):
-                if evaluates or last_step:
-                    loss = validate(model, run.val_loader, config.val_steps, world, autocast, told_to_stop)
-                    if loss is None:  # evaluated it will be when the run goes on
-                        signals.agree(world.sum(signals.take(world.device)).tolist())
-                        continue
-                    val_loss = measured["val_loss"] = loss
-                    say(f"step {step}: validation loss {val_loss:.4f}")
-                if samples:
-                    say(f"step {step}: sample: {sample(model, config, step, autocast)!r}")
-                if (evaluates or last_step) and run.hellaswag:
-                    measured |= hellaswag(run, say)
+            # ---- EVALUATION
+            if evaluates or step % 100 == 0:
+                gc.collect()
+            measured = evaluate(run, step, evaluates, samples, autocast, told_to_stop, progress)
+            if measured is None:  # interrupted; evaluated it will be when the run goes on
+                signals.agree(world.sum(signals.take(world.device)).tolist())
+                continue
+            val_loss, text = measured.get("val_loss", val_loss), measured.pop("sample", "")
+            if world.is_master and text:
+                log.sample(step, text)
             if world.is_master and measured:
                 for kind, name in (("val", "val_loss"), ("hella", "hella_acc_norm")):
                     if name in measured:
                         log.measurement(step, kind, measured[name])
+                if model.moe_layers() and step > 0:
+                    log.experts(step, expert_load(model)["expert_load"])
                 if last_step:
                     log.record({"step": step, "elapsed_s": time.perf_counter() - begin, **measured})
             if last_step:
@@ -391,6 +396,8 @@ def train(run: Run) -> int:
             # ---- TRAINING
             start = time.perf_counter()
             model.train()
+            if config.overfit_single_batch:
+                train_loader.reset()
             # Dropout is a function of seed, step and rank, and so the same after a resume.
             torch.manual_seed((config.seed * 1_000_003 + step) * 65_536 + world.rank)
             losses = torch.zeros(3, device=world.device)  # cross-entropy, balance loss, z-loss
@@ -398,35 +405,48 @@ def train(run: Run) -> int:
             for micro_step in range(accumulation):
                 x, y = faults.next_batch(train_loader)  # (B, T), (B, T)
                 parallel.sync_gradients(parallel_model, micro_step == accumulation - 1)
-                with autocast():
+                with autocast(), torch.set_grad_enabled(not config.inference_only):
                     output = parallel_model(x, targets=y, return_dict=True)
-                (output.loss / accumulation).backward()
+                if not config.inference_only:
+                    scaler.scale(output.loss / accumulation).backward()
                 parts = (output.cross_entropy, output.balance_loss, output.z_loss)
                 losses += torch.stack([losses.new_zeros(()) if p is None else p.detach() for p in parts])
                 batch_losses.append(output.loss.detach())
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            if config.inference_only:
+                norm = losses.new_zeros(())
+            else:
+                parallel.finish_gradients(model, layout)
+                scaler.unscale_(optimizer)
+                norm = parallel.gradient_norm(model, layout)
             # One collective tells all ranks the losses, and what signals ask of any of them.
             sums = world.sum(torch.cat([losses, signals.take(world.device)]))  # (3 + 3,)
             losses = sums[:3] / (world.size * accumulation)
-            loss, balance_loss, z_loss, norm_value = [*losses.tolist(), norm.item()]  # waits for the device
-            signals.agree(sums[3:].tolist())
+            read = torch.cat([losses, norm.to(losses.dtype)[None], sums[3:]]).tolist()  # waits for the device
+            (loss, balance_loss, z_loss, norm_value), flags = read[:4], read[4:]
+            signals.agree(flags)
 
             # ---- UPDATE: all ranks, or none
-            lr = learning_rate(step, config)
+            lr, routing = learning_rate(step, config), None
             sick = health.is_sick(loss, norm_value)
-            if sick:
+            if config.inference_only:
+                faults.forget_routing(model)
+            elif sick:
                 faults.forget_routing(model)
                 if health.in_a_row >= config.max_bad_steps:
                     diagnosis = faults.diagnose(model, batch_losses, train_loader, beginning["loader"])
             else:
                 intact = False
                 if config.grad_clip > 0:
-                    nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+                    parallel.clip_gradients(model, config.grad_clip, norm)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_mult"]
                 model.update_routers()
+                if world.is_master and model.moe_layers():
+                    routing = expert_load(model)  # now, before the device gets busy again
                 with idle_experts_spared(model.moe_layers(), optimizer):
                     optimizer.step()
+            if not config.inference_only:
+                scaler.update()
             optimizer.zero_grad(set_to_none=True)
             spike = not sick and health.is_spike(loss)
 
@@ -437,7 +457,8 @@ def train(run: Run) -> int:
                     "step": step, "loss": loss, "lr": lr, "norm": norm_value, "ms": 1000 * seconds,
                     "tok_per_s": config.total_batch_size / seconds,
                     "mfu": model.estimate_mfu(sequences, seconds),
-                    "elapsed_s": time.perf_counter() - begin, "bad_steps": health.bad_steps, **measured,
+                    "elapsed_s": time.perf_counter() - begin, "bad_steps": health.bad_steps,
+                    "memory": peak_memory(world.device) / 2**30, **measured,
                 }  # fmt: skip
                 if sick:
                     record["skipped"] = True
@@ -446,29 +467,31 @@ def train(run: Run) -> int:
                         f"({health.in_a_row} in a row, {health.bad_steps} in all)"
                     )
                 elif model.moe_layers():
-                    record |= {"balance_loss": balance_loss, "z_loss": z_loss, **expert_load(model)}
+                    record |= {"balance_loss": balance_loss, "z_loss": z_loss}
+                    record |= routing or expert_load(model)
                 if spike:
                     record["spike"] = True
                     say(f"step {step}: the loss jumped to {loss:.4f} from a mean of {health.mean:.4f}")
                 log.step(record)
-                bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {record['tok_per_s']:,.0f} tok/s", refresh=False)
-                if not watched and (step % config.log_every == 0 or step == config.max_steps - 1):
-                    print(step_line(record, config.max_steps), flush=True)
+                progress.step(record)
+                if config.plot_every > 0 and step % config.plot_every == config.plot_every - 1:
+                    log.draw()
             if diagnosis:
                 break
             step += 1
     except Exception:
-        if world.is_master and intact and step > saved_step:
+        if world.is_master and intact and step > saved_step and not layout.saves_together:
             faults.forget_routing(model)
             say(f"step {step}: an error; saving what has been trained before it")
             writer.save(snapshot(), log.sync)
         raise
     finally:  # whatever happened, a checkpoint that is being written gets finished
         failed = writer.wait() is not None
-        bar.close()
+        progress.close()
         failed = (log is not None and not log.close()) or failed
         signals.release()
+        gc.enable()
+        gc.unfreeze()
 
     # ---- THE END: together, because launchers stop all processes as soon as one has ended
     world.barrier()
@@ -489,15 +512,9 @@ def train(run: Run) -> int:
         say(f"stopped before step {step}; --resume auto goes on from {newest}")
         return signals.exit_code
     if world.is_master:
-        if model.moe_layers():
-            print(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
-            print(usage_table(model))
+        progress.summary(model, peak_memory(world.device), val_loss, newest)
         if config.plot:
-            picture = plot_runs([config.log_dir], str(Path(config.log_dir) / "training.png"))
-            print(f"picture         {picture}")
-        print(f"validation loss {val_loss:.4f} nats per token after {config.max_steps} steps")
-        print(f"checkpoint      {newest}")
-        print(f"next            python sample.py --checkpoint {newest} --prompt {config.prompt!r}")
+            print(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
     return faults.OK
 
 
@@ -509,10 +526,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return faults.report(error)
     try:
-        code = train(run)
+        with prefer_backend(config.attention_backend, run.layout.world.device):
+            code = train(run)
     except (faults.DataError, torch.OutOfMemoryError) as error:
         return faults.report(error, config)
-    parallel.stop()
+    except RuntimeError:  # gloo's and NCCL's errors are of this type
+        lost = run.layout.world.lost_rank()
+        if not lost:
+            raise
+        print(f"train_gpt_moe.py: {lost}", file=sys.stderr, flush=True)
+        return faults.FAILED
+    parallel.stop(run.layout.world)
     return code
 
 

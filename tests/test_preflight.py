@@ -11,6 +11,7 @@ import torch
 from bench import memory_bytes
 from model import GPTConfig, GPTLMHeadModel
 from preflight import memory_estimate, parameters_by_part, preflight
+from train_gpt_moe import TrainConfig
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=512, block_size=64)
 
@@ -24,32 +25,57 @@ def test_parts_add_up(fields):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "settings"),
     [
-        dict(use_moe=False),
-        dict(use_moe=False, activation="swiglu", norm="rmsnorm", n_kv_head=2, position="rope"),
-        dict(num_experts=8, num_experts_per_tok=2),
-        dict(use_moe=False, n_layer=1, vocab_size=8192),
+        (dict(use_moe=False), {}),
+        (dict(use_moe=False, activation="swiglu", norm="rmsnorm", n_kv_head=2, position="rope"), {}),
+        (dict(num_experts=8, num_experts_per_tok=2), {}),
+        (dict(use_moe=False, n_layer=1, vocab_size=8192), {}),
+        (dict(use_moe=False, n_layer=1, vocab_size=8192), dict(loss_chunk=64)),
+        (dict(use_moe=False, n_layer=8), dict(activation_checkpointing="block", loss_chunk=64)),
     ],
 )
-def test_activations_are_estimated_to_a_third(fields):
+def test_activations_are_estimated_to_a_third(fields, settings):
     model = GPTLMHeadModel(GPTConfig(**(SMALL | fields))).train()
-    B, T = 8, 64
-    x = torch.randint(0, 512, (B, T))
+    config = TrainConfig(B=8, T=64, loss_chunk=0)
+    vars(config).update(settings)
+    model.loss_chunk = config.loss_chunk
+    if config.activation_checkpointing == "block":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    x = torch.randint(0, 512, (8, 64))
 
     def run():
-        _, loss = model(x, targets=x)
-        loss.backward()
+        model(x, targets=x, return_dict=True).loss.backward()
 
     run()  # gradients exist from here on: what the next run makes is activations and gradients in passing
     peak, _ = memory_bytes(run, torch.device("cpu"))
-    estimate = memory_estimate(model, B, T, "float32")["activations"]
+    estimate = memory_estimate(model, config, "float32")["activations"]
     assert 0.67 < estimate / peak < 1.5, (estimate, peak)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rest", "experts", "moments"),
+    [
+        (dict(), 1, 1, 2),
+        (dict(zero_stage=1), 1, 1, 2 / 8),
+        (dict(parallel="fsdp"), 1 / 8, 1 / 8, 2),
+        (dict(ep_size=4), 1, 1 / 4, 2),
+        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 8, 2),
+    ],
+)
+def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
+    """Shares of a parameter outside and inside the experts, and fp32 moments per parameter that is held."""
+    model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4))
+    in_experts = sum(p.numel() for moe in model.moe_layers() for p in moe.experts.parameters())
+    expected = 4 * (rest * (model.get_num_params(False) - in_experts) + experts * in_experts)
+    memory = memory_estimate(model, TrainConfig(**settings), "float32", world_size=8)
+    assert memory["parameters"] == memory["gradients"] == pytest.approx(expected, rel=1e-4)
+    assert memory["optimizer"] == pytest.approx(moments * expected, rel=1e-4)
 
 
 def test_warnings_name_the_cure():
     model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4))
-    config = SimpleNamespace(B=2, T=64, max_steps=10, total_batch_size=256, use_compile=False, num_experts=4)
+    config = TrainConfig(B=2, T=64, max_steps=10, total_batch_size=256, use_compile=False, num_experts=4)
     world = SimpleNamespace(size=1)
     table, warnings = preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")
     assert (

@@ -1,0 +1,198 @@
+"""llm.c's train_gpt2.py, flag by flag: losses of an independent loop, its files, its log, what it prints.
+
+Run: python -m pytest tests/test_llmc_flags.py
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import checkpoint
+import llmc
+import train_gpt_moe
+from shards import write_shard
+from train_gpt_moe import MODELS, PRESETS, parse_config
+
+SIZES = dict(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=50257)
+B, T, STEPS, RATE = 2, 16, 6, 1e-3
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> str:
+    """A small GPT-2 in a folder, as `gpt2` would be from the hub; weights that are not all alike."""
+    torch.manual_seed(0)
+    config = GPT2Config(**SIZES, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(config)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter) * (0.2 if "wte" in name else 1)
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "tiny_val.bin"
+    write_shard(path, np.random.default_rng(0).integers(0, 50257, 4000, dtype=np.uint16))
+    return str(path)
+
+
+def run(*flags: str) -> int:
+    return train_gpt_moe.main([str(flag) for flag in flags])
+
+
+def common(gpt2: str, shard: str, folder) -> list:
+    flags = [
+        "--preset",
+        "llmc",
+        "--init_from",
+        gpt2,
+        "--block_size",
+        64,
+        "--input_bin",
+        shard,
+        "--device",
+        "cpu",
+    ]
+    flags += [
+        "--output_dir",
+        folder,
+        "--batch_size",
+        B,
+        "--sequence_length",
+        T,
+        "--total_batch_size",
+        2 * B * T,
+    ]
+    flags += ["--num_iterations", STEPS, "--learning_rate", RATE, "--tensorboard", 0, "--plot", 0]
+    return flags
+
+
+def reference(gpt2: str, shard: str, single_batch: bool) -> list[float]:
+    """Losses of llm.c's loop, written with transformers' GPT-2 and torch's AdamW; two micro-steps a step."""
+    model = GPT2LMHeadModel.from_pretrained(gpt2).train()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
+        lr=RATE,
+        betas=(0.9, 0.95),
+    )
+    tokens = torch.from_numpy(np.fromfile(shard, dtype=np.uint16)[512:].astype(np.int64))
+    position, found = 0, []
+    for step in range(STEPS):
+        position = 0 if single_batch else position
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(2):
+            window = tokens[position : position + B * T + 1]
+            position += B * T
+            logits = model(window[:-1].view(B, T)).logits
+            loss = torch.nn.functional.cross_entropy(logits.view(B * T, -1), window[1:])
+            (loss / 2).backward()
+            total += loss.item() / 2
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:  # a cosine from RATE to half of it
+            group["lr"] = RATE / 2 + 0.5 * (1 + np.cos(np.pi * step / STEPS)) * RATE / 2
+        optimizer.step()
+        found.append(total)
+    return found
+
+
+def logged(folder, kind: str) -> list[float]:
+    return [
+        float(x)
+        for x in re.findall(rf"^s:\d+ {kind}:(\S+)$", (folder / "main.log").read_text(), re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("single_batch", [1, 0])
+@pytest.mark.parametrize("flash", [1, 0])
+def test_losses_are_those_of_its_loop(gpt2, shard, tmp_path, single_batch, flash):
+    flags = ["--overfit_single_batch", single_batch, "--flash", flash, "--write_tensors", 0]
+    flags += ["--weight_decay", 0.1, "--learning_rate_decay_frac", 0.5]
+    assert run(*common(gpt2, shard, tmp_path), *flags) == 0
+    expected = reference(gpt2, shard, bool(single_batch))
+    assert logged(tmp_path, "trl") == pytest.approx(expected, rel=1e-4)
+    if single_batch:
+        assert expected[-1] < expected[0] - 0.2
+
+
+def test_files_and_what_is_printed(gpt2, shard, tmp_path, gpt2_encoding, capsys):
+    flags = ["--write_tensors", 1, "--c_names", 1, "--input_val_bin", shard, "--val_loss_every", 3]
+    assert run(*common(gpt2, shard, tmp_path), *flags, "--val_max_steps", 2, "--sample_every", 0) == 0
+    names = {path.name for path in tmp_path.glob("*.bin")}
+    assert names == {
+        f"gpt2_{size}{kind}.bin" for size in ("d2", "124M") for kind in ("", "_bf16", "_debug_state")
+    } | {"gpt2_tokenizer.bin"}
+    # The state: the first batch of the file, and the loss of it that transformers' GPT-2 has.
+    state = llmc.read_state(tmp_path / "gpt2_d2_debug_state.bin", tmp_path / "gpt2_d2.bin")
+    tokens = np.fromfile(shard, dtype=np.uint16)[512:].astype(np.int64)
+    assert (state["x"].reshape(-1) == tokens[: B * T]).all()
+    assert (state["y"].reshape(-1) == tokens[1 : B * T + 1]).all()
+    theirs = GPT2LMHeadModel.from_pretrained(gpt2)
+    logits = theirs(torch.from_numpy(tokens[: B * T]).view(B, T)).logits.view(B * T, -1)
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1 : B * T + 1]))
+    assert float(state["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+    # and the weights are those the run began with
+    written = llmc.read_model(tmp_path / "gpt2_d2.bin").state_dict()
+    assert torch.equal(
+        written["transformer.h.1.attn.c_proj.weight"], theirs.transformer.h[1].attn.c_proj.weight.t()
+    )
+    text = capsys.readouterr().out
+    assert re.search(r"^final 6 iters avg: \d+\.\d{3}ms$", text, re.MULTILINE)
+    assert re.search(r"^peak memory consumption: [1-9]\d* MiB$", text, re.MULTILINE)
+    assert len(logged(tmp_path, "tel")) == 3 and len(logged(tmp_path, "trl")) == STEPS
+    assert checkpoint.load_checkpoint(tmp_path / "latest")["step"] == STEPS
+
+
+def test_inference_only_changes_and_saves_nothing(gpt2, shard, tmp_path):
+    flags = ["--inference_only", 1, "--overfit_single_batch", 1]
+    assert run(*common(gpt2, shard, tmp_path), *flags) == 0
+    found = logged(tmp_path, "trl")
+    assert len(found) == STEPS and len(set(found)) == 1
+    assert found[0] == pytest.approx(reference(gpt2, shard, True)[0], rel=1e-5)
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*.bin"))
+
+
+def test_float16_trains_as_float32_does(gpt2, shard, tmp_path):
+    flags = ["--write_tensors", 0, "--weight_decay", 0.1, "--learning_rate_decay_frac", 0.5]
+    assert run(*common(gpt2, shard, tmp_path), *flags, "--dtype", "float16") == 0
+    assert logged(tmp_path, "trl") == pytest.approx(reference(gpt2, shard, True), rel=5e-3)
+    scale = checkpoint.load_checkpoint(tmp_path / "latest")["scaler"]["scale"]
+    assert scale == 2.0**16  # not one step was skipped
+
+
+def test_models_by_name():
+    config, given = parse_config("--model d24 --T 256".split())
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (24, 16, 1024, 1024)
+    assert not config.use_moe and {"n_layer", "use_moe"} <= given
+    config, _ = parse_config("--model d12 --use_moe 1 --num_experts 8".split())
+    assert config.use_moe and config.num_experts == 8
+    config, _ = parse_config(["--model", "gpt2-xl"])
+    assert config.init_from == "gpt2-xl" and not config.use_moe
+    with pytest.raises(ValueError, match=r"model='d13': choose one of gpt2, .*d48"):
+        parse_config(["--model", "d13"])
+
+
+def test_its_flags_and_defaults_are_all_known(capsys):
+    defaults = dict(
+        input_bin="x.bin", input_val_bin="", output_dir="log", model="gpt2", batch_size=4, sequence_length=64,
+        total_batch_size=256, num_iterations=10, inference_only=0, learning_rate=1e-4, warmup_iters=0,
+        learning_rate_decay_frac=1.0, weight_decay=0.0, grad_clip=1.0, val_loss_every=0, val_max_steps=20,
+        sample_every=0, overfit_single_batch=1, tensorcores=0, device="", compile=0, flash=0, dtype="float32",
+        zero_stage=0, write_tensors=1,
+    )  # fmt: skip
+    typed, _ = parse_config([f"--{name}={value}" for name, value in defaults.items()])
+    preset, _ = parse_config(["--preset", "llmc", "--input_bin", "x.bin"])
+    different = {name for name, value in vars(typed).items() if value != getattr(preset, name)}
+    assert different <= {"preset", "model", "block_size", "shuffle", "hellaswag", "init_from"}, different
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in defaults:
+        assert f"--{name}" in text
+    assert "llmc" in PRESETS and set(MODELS) >= {"gpt2", "d12", "d48"} and "[256]" in text

@@ -1,0 +1,142 @@
+"""What a run shows: live line, plain lines, expert heat map, time to go; silence of all other ranks.
+
+Run: python -m pytest tests/test_progress.py
+"""
+
+import io
+import re
+import sys
+
+import pytest
+import torch
+from processes import TINY, finish, start_ranks
+
+import progress as progress_module
+from model import GPTConfig, GPTLMHeadModel
+from preflight import preflight
+from progress import LEVELS, Progress, duration, heat_map, live_line, step_line
+from train_gpt_moe import TrainConfig
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def record(step: int, **more) -> dict:
+    fields = dict(loss=3.25, lr=1e-3, norm=1.5, ms=250.0, tok_per_s=4096.0, mfu=0.456, bad_steps=0)
+    return {"step": step, **fields, **more}
+
+
+def test_live_line_has_everything_that_is_known():
+    full = record(11, max_load=1.234, bad_steps=2)
+    text = "12/500 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46% | max load 1.23 | bad steps 2"
+    assert live_line(full, 500, 3.1) == text
+    assert live_line(record(0, mfu=None), 500, None) == "1/500 | loss 3.250 | 4,096 tok/s"
+
+
+def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown = Progress(TrainConfig(max_steps=40, log_every=1), 0, is_master=True)
+    assert shown.watched
+    for step in range(20):
+        shown.step(record(step, val_loss=3.1) if step == 5 else record(step))
+    shown.bar.refresh()
+    shown.say("step 20: validation loss 3.0")
+    shown.close()
+    drawn = sys.stderr.getvalue()
+    assert "20/40 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46%" in drawn and "ETA 00:0" in drawn
+    text = capsys.readouterr().out
+    assert "step 20: validation loss 3.0\n" in text and "| lr " not in text  # no line per step
+
+
+def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
+    shown = Progress(TrainConfig(max_steps=40, log_every=10), 0, is_master=True)
+    assert not shown.watched
+    for step in range(40):
+        shown.step(record(step, ms=9000.0 if step < 3 else 250.0))  # the first ones compile
+    lines = capsys.readouterr().out.splitlines()
+    steps = [
+        line for line in lines if re.match(r"step +\d+/40 \| loss 3\.2500 \| lr 1\.000e-03 \| norm", line)
+    ]
+    assert [line.split()[1] for line in steps] == ["0/40", "10/40", "20/40", "30/40", "39/40"]
+    (told,) = [line for line in lines if "to go" in line]
+    assert told == "step 12: about 7 s to go at 250.0 ms a step, evaluations not counted"
+    assert shown.average_ms() == (20, 250.0)
+    assert step_line(record(10), 40) == steps[1]
+
+
+def test_other_ranks_are_silent(capsys):
+    shown = Progress(TrainConfig(max_steps=2), 0, is_master=False)
+    shown.say("text")
+    shown.step(record(0))
+    shown.experts(1, GPTLMHeadModel(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)))
+    shown.close()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_two_ranks_say_everything_once(tmp_path):
+    from fineweb import prepare_demo
+
+    prepare_demo(str(tmp_path / "data"))
+    flags = [*TINY, "--data_dir", tmp_path / "data", "--log_dir", tmp_path / "run", "--max_steps", 4]
+    ranks = start_ranks(2, [*flags, "--warmup_steps", 1], tmp_path / "out.txt")
+    assert [finish(rank) for rank in ranks] == [0, 0]
+    lines = (tmp_path / "out.txt").read_text().splitlines()
+    for text in (
+        "parameters  ",
+        "step 0: validation loss",
+        "step     0/4",
+        "step 4: saved",
+        "final 4 iters avg",
+    ):
+        assert sum(line.startswith(text) for line in lines) == 1, text
+    assert not [line for line in lines if "warn" in line.lower()]
+
+
+@pytest.mark.parametrize(("encoding", "cells"), [("utf-8", "▄█ "), ("ascii", "=@ ")])
+def test_heat_map_shows_loads_in_fair_shares(monkeypatch, encoding, cells):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    even, uneven = heat_map(torch.tensor([[5, 5, 5], [100, 200, 0]]))
+    assert even == f"MoE layer  0 |{cells[0] * 3}| max/mean 1.00"
+    assert uneven == f"MoE layer  1 |{cells}| max/mean 2.00, 1 starved"
+
+
+def test_levels_rise_with_the_load():
+    load = torch.arange(9)[None].double()
+    heights = [LEVELS.index(c) for c in heat_map(load)[0].split("|")[1]]
+    assert heights == sorted(heights) and heights[0] == 0 and heights[-1] == len(LEVELS) - 1
+
+
+def test_expert_rows_come_with_the_step(capsys):
+    model = GPTLMHeadModel(
+        GPTConfig(n_layer=2, n_head=1, n_embd=8, vocab_size=16, block_size=8, num_experts=4)
+    )
+    idx = torch.randint(0, 16, (2, 8))
+    model.train()(idx, targets=idx)
+    model.update_routers()
+    shown = Progress(TrainConfig(max_steps=2), 0, is_master=True)
+    shown.experts(0, model)
+    shown.experts(250, model)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[0] for line in lines] == ["step 250: MoE layer  0 ", "step 250: MoE layer  1 "]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (42, "42 s"), (303, "5 min 03 s"), (7800, "2 h 10 min"), (273600, "3 d 04 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_preflight_and_progress_are_used_by_the_script():
+    import train_gpt_moe
+
+    assert train_gpt_moe.Progress is progress_module.Progress and train_gpt_moe.preflight is preflight
