@@ -5,6 +5,7 @@ of model.py: what autograd keeps of each token in every block, and the logits, w
 models.
 """
 
+import math
 import os
 
 import torch
@@ -52,7 +53,8 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     experts = sum(p.numel() for moe in model.moe_layers() for p in moe.experts.parameters())
     held = model.get_num_params(False) - experts + experts // config.ep_size  # parameters, on each rank
     if fsdp:
-        held = (held - experts // config.ep_size) // world_size + experts // world_size
+        whole = math.ceil(shape.num_experts / world_size)  # experts are cut between, not through
+        held = (held - experts // config.ep_size) // world_size + experts * whole // shape.num_experts
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
     wide, blocks = 2 if shape.activation == "swiglu" else 1, []  # bytes per token of every block
     for layer in range(shape.n_layer):
@@ -114,6 +116,11 @@ def preflight(
         warnings.append(
             f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, "
             "then T, then the model (n_layer, n_embd, num_experts)"
+        )
+    if config.parallel == "fsdp" and model.moe_layers() and world.size > model.config.num_experts:
+        warnings.append(
+            f"fsdp shares out whole experts: of {world.size} processes only {model.config.num_experts} get "
+            "one, and each gathers as if all had; take more experts, or --parallel ddp with --ep_size"
         )
     if epochs > REPEATS_THAT_HURT:
         warnings.append(

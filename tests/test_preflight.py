@@ -58,9 +58,9 @@ def test_activations_are_estimated_to_a_third(fields, settings):
     [
         (dict(), 1, 1, 2),
         (dict(zero_stage=1), 1, 1, 2 / 8),
-        (dict(parallel="fsdp"), 1 / 8, 1 / 8, 2),
+        (dict(parallel="fsdp"), 1 / 8, 1 / 4, 2),  # four whole experts on eight ranks
         (dict(ep_size=4), 1, 1 / 4, 2),
-        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 8, 2),
+        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 4, 2),
     ],
 )
 def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
@@ -83,5 +83,8 @@ def test_warnings_name_the_cure():
     )
     _, warnings = preflight(config, model, 2, world, num_tokens=500, dtype="float32")
     assert "seen 5.1 times" in warnings[0] and "max_steps" in warnings[0]
-    config.B = 10**7
+    config.parallel, world.size = "fsdp", 16
+    (warning,) = preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1]
+    assert "of 16 processes only 4 get one" in warning
+    config.parallel, world.size, config.B = "ddp", 1, 10**7
     assert "lower B" in preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1][0]
