@@ -22,7 +22,6 @@ BENCHMARKS.md holds results with command, machine and versions.
 import argparse
 import contextlib
 import gc
-import importlib.util
 import io
 import sys
 import tempfile
@@ -42,7 +41,7 @@ import hellaswag as hs
 from fineweb import prepare_demo
 from ladder import bench_ladder
 from linear_cross_entropy import linear_cross_entropy
-from measure import PICTURES, alternate, in_words, memory_bytes, report, training_step
+from measure import PICTURES, alternate, in_words, load_nanogpt, memory_bytes, report, training_step
 from mixture_of_experts import MLP, MoE
 from model import GPTConfig, GPTLMHeadModel
 from recipes import moe_pays, time_to_loss
@@ -154,20 +153,6 @@ def bench_moe(options) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------- WHOLE MODELS
-
-
-def load_nanogpt(folder: str):
-    """The module model.py of a checkout of nanoGPT, under another name than ours. FileNotFoundError."""
-    path = Path(folder) / "model.py"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"nanogpt={folder!r} has no model.py; git clone https://github.com/karpathy/nanoGPT {folder}"
-        )
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def nanogpt_step(folder: str, fields: dict, B: int, T: int, V: int, options, compiled: bool) -> Callable:

@@ -409,7 +409,11 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     if theirs.encoding != fields["encoding"]:
         raise ValueError(
             f"encoding={theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data; "
-            f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
+            + (
+                'write the right one into its config.json, as "encoding"'
+                if theirs.encoding == "unknown"
+                else f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
+            )
         )
     upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe
     may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"}
@@ -503,7 +507,8 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
                 if experts.shape[1:] != tensor.shape:
                     raise ValueError(
                         f"expert_hidden_size={config.expert_hidden_size}: experts {tuple(experts.shape[1:])} "
-                        f"cannot copy an MLP {tuple(tensor.shape)}; leave it unset"
+                        f"cannot copy an MLP {tuple(tensor.shape)}; give its hidden size, "
+                        f"--expert_hidden_size {dense.config.mlp_hidden_size or 4 * dense.config.n_embd}"
                     )
                 experts.copy_(tensor * (scale if name == "c_proj" else 1.0))  # (E, ...) from (...)
         target[f"{prefix}gate.weight"].mul_(1e-7 / 0.02)

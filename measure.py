@@ -1,10 +1,13 @@
 """How bench.py and its like measure: alternating times, peak memory, tables as Markdown, CSV and picture."""
 
 import csv
+import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -128,3 +131,17 @@ def draw(rows: list[dict], path: str) -> None:
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def load_nanogpt(folder: str):
+    """The module model.py of a checkout of nanoGPT, under another name than ours. FileNotFoundError."""
+    path = Path(folder) / "model.py"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"nanogpt={folder!r} has no model.py; git clone https://github.com/karpathy/nanoGPT {folder}"
+        )
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module

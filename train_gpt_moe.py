@@ -58,7 +58,7 @@ from run_log import RunLog, expert_load, peak_memory, run_record
 class TrainConfig:
     """Every setting of a run; a flag of the same name sets it."""
 
-    preset: str = HfArg(default="", help="a named set of settings: demo, gpt2, modern or llmc")
+    preset: str = HfArg(default="", help="named settings: demo, gpt2, modern, qwen3 or llmc")
     model: str = HfArg(default="", help="sizes: d12, d24, d36, d48; or weights: gpt2 ... gpt2-xl [gpt2]")
     # --- files
     data_dir: str = HfArg(default="edu_fineweb10B", help="folder with the shards that fineweb.py wrote")
@@ -183,6 +183,10 @@ PRESETS = {
         flash=False, use_compile=False, write_tensors=True,
     ),
     "modern": MODERN | dict(max_lr=2e-3, min_lr=2e-4),
+    "qwen3": MODERN | dict(  # as good, and a stock Qwen3 (-MoE): checkpoint.py export --format qwen3_moe
+        max_lr=2e-3, min_lr=2e-4, norm="rmsnorm", activation="swiglu", bias=False, mlp_hidden_size=2048,
+        expert_hidden_size=2048,
+    ),
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, num_experts=8,
         num_experts_per_tok=2, expert_hidden_size=256, B=16, T=128, total_batch_size=2048, max_steps=500,
@@ -512,9 +516,9 @@ def train(run: Run) -> int:
         say(f"stopped before step {step}; --resume auto goes on from {newest}")
         return signals.exit_code
     if world.is_master:
-        progress.summary(model, peak_memory(world.device), val_loss, newest)
         if config.plot:
-            print(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
+            say(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
+        progress.summary(model, peak_memory(world.device), val_loss, newest)
     return faults.OK
 
 

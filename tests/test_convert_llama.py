@@ -16,6 +16,7 @@ import checkpoint
 import convert_llama
 from convert import encode_text, export_folder
 from model import GPT, GPTConfig, GPTLMHeadModel
+from train_gpt_moe import PRESETS
 
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False)
 SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=97, block_size=24, mlp_hidden_size=40)
@@ -286,3 +287,12 @@ def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, caps
         == 2
     )
     assert "Llama cannot express use_moe=True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_preset_of_that_name_is_a_stock_model(use_moe, tmp_path):
+    """--preset qwen3, in smaller sizes."""
+    settings = {name: value for name, value in PRESETS["qwen3"].items() if name in GPTConfig.__annotations__}
+    model = noisy(GPTLMHeadModel(GPTConfig(**settings | SIZES | EXPERTS | dict(use_moe=use_moe))))
+    export_folder(model, tmp_path / "out", format="qwen3_moe" if use_moe else "qwen3", tokenizer=False)
+    assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))

@@ -1,0 +1,317 @@
+"""What a recipe is worth: loss against seconds, beside nanoGPT; experts against a dense model.
+
+    python bench.py time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
+    python bench.py moe_pays --text input.txt
+
+Both train byte-level models on the CPU in fp32, without compilation. What is compared takes turns in one run,
+so that noise meets all alike. Clocks stand still during set-up and evaluation. The first 90% of a text train,
+the rest validates: random windows, drawn once, the same for all.
+
+time_to_loss: the sizes of nanoGPT's CPU recipe (4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000
+steps). The baseline is nanoGPT's own model and optimizer (bias=False, as its train.py has it), or else our
+preset gpt2. The other presets get a third of its seconds, and as many: at every turn they train until their
+clocks show that share of the baseline's, and their schedules follow the turns. They choose batch and learning
+rate, for which presets are too general; the context stays 64.
+moe_pays: 8 experts top-2 against a dense model of as many active parameters on the same batches.
+
+Sources: README and config/train_shakespeare_char.py of https://github.com/karpathy/nanoGPT.
+"""
+
+import contextlib
+import csv
+import io
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from fineweb import find_shards, prepare_demo, read_shard
+from measure import alternate, load_nanogpt
+from mixture_of_experts import idle_experts_spared
+from prepare import build_model, build_optimizer, learning_rate
+from train_gpt_moe import PRESETS, TrainConfig
+
+Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
+
+SIZE = dict(n_layer=4, n_head=4, n_embd=128, T=64)
+NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
+MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
+EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
+RECIPES = {
+    "gpt2": PRESETS["gpt2"] | NANOGPT,
+    "modern": MODERN | dict(use_moe=False),
+    "modern-moe": MODERN | EXPERTS,
+}
+SHARES = {"a third of the time": 1 / 3, "the same time": 1.0}  # of the baseline's seconds
+SEED = 1337
+WINDOWS, ROUNDS = 512, 12  # that validate, drawn by a seed of their own; evaluations of each contender
+
+# ---------------------------------------------------------------------------- DATA
+
+
+def split_text(path: str) -> Data:
+    """Bytes of a text as ids: the first 90%, and the rest. ValueError if it is too short, OSError."""
+    text = torch.frombuffer(bytearray(Path(path).read_bytes() or b" "), dtype=torch.uint8)
+    if len(text) < 10_000:
+        raise ValueError(f"text={path}: {len(text)} bytes are too few to train on; name a longer text")
+    return text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+
+
+def split_demo() -> Data:
+    """Token ids of the embedded corpus: training and validation documents, each begun by id 256."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare_demo(folder)
+        parts = [[read_shard(path) for path in find_shards(folder, split)] for split in ("train", "val")]
+        train, val = (torch.cat([torch.tensor(part.astype("int16")) for part in split]) for split in parts)
+    return train, val
+
+
+def draw_windows(data: torch.Tensor, number: int, T: int, generator: torch.Generator) -> Data:
+    """Random windows of T ids, and those one further on: (number, T) each."""
+    begin = torch.randint(len(data) - T, (number, 1), generator=generator)
+    ids = data[begin + torch.arange(T + 1)].long()  # (number, T + 1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Data, batch: int = 128) -> float:
+    """Mean cross-entropy of all windows, nats per byte; the model is left in training mode."""
+    model.eval()
+    parts = zip(*(ids.split(batch) for ids in windows), strict=True)
+    loss = sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
+    model.train()
+    return loss
+
+
+# ---------------------------------------------------------------------------- CONTENDERS
+
+
+@dataclass
+class Contender:
+    """A model in training, its clock, and what was measured: points of (steps, seconds, losses)."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig  # batch, clipping, schedule
+    train: torch.Tensor
+    share: float | None = None  # of the first contender's seconds; None: config.max_steps, however long
+    seconds: float = 0.0
+    last: float = 0.0  # seconds of the last step
+    done: int = 0
+    points: list[tuple[int, float, list[float]]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.ours = hasattr(self.model, "update_routers")
+        self.model.train()
+        if self.ours:
+            self.model.update_routers()
+
+    def step(self, progress: float = 0.0) -> None:
+        """One optimizer step, as train_gpt_moe.py and nanoGPT do one; progress: 0..1 of the schedule."""
+        config, begin = self.config, time.perf_counter()
+        x, y = draw_windows(self.train, config.B, config.T, self.generator)
+        self.model(x, targets=y)[1].backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        lr = learning_rate(int(progress * config.max_steps), config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        if self.ours:
+            self.model.update_routers()
+            with idle_experts_spared(self.model.moe_layers(), self.optimizer):
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.last = time.perf_counter() - begin
+        self.seconds, self.done = self.seconds + self.last, self.done + 1
+
+    def run(self, until: int) -> None:
+        """Train up to a step."""
+        while self.done < until:
+            self.step((self.done + 0.5) / self.config.max_steps)
+
+    def run_for(self, until: float, first: float, last: float) -> None:
+        """Train as long as another step will not move the clock past `until`, from `first` to `last` of the
+        schedule."""
+        start = self.seconds
+        while self.seconds + self.last < until:
+            self.step(first + (last - first) * (self.seconds - start) / (until - start))
+
+
+def build_ours(
+    name: str, fields: dict, train: torch.Tensor, vocab_size: int, steps: int, seed: int = SEED
+) -> Contender:
+    """A contender with our model and optimizer from settings of TrainConfig."""
+    config = TrainConfig(**fields | dict(vocab_size=vocab_size, max_steps=steps, seed=seed))
+    meta = {"encoding": "bytes", "vocab_size": vocab_size, "eot_token": None}
+    model = build_model(config, set(), meta, None)
+    return Contender(name, model, build_optimizer(config, model), config, train)
+
+
+def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
+    """A contender with nanoGPT's model and optimizer. FileNotFoundError without its model.py."""
+    nanogpt = load_nanogpt(folder)
+    config = TrainConfig(**NANOGPT | dict(max_steps=steps))
+    sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
+    torch.manual_seed(config.seed)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        model = nanogpt.GPT(nanogpt.GPTConfig(block_size=config.T, vocab_size=256, bias=False, **sizes))
+        betas = (config.beta1, config.beta2)
+        optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, betas, "cpu")
+    return Contender("nanoGPT", model, optimizer, config, train)
+
+
+def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
+    """Train all to their ends, each a `rounds`-th part of its steps or seconds at a turn, then evaluated."""
+    for turn in range(1, rounds + 1):
+        for contender in contenders:
+            if contender.share is None:
+                contender.run(contender.config.max_steps * turn // rounds)
+            else:
+                until = contender.share * contenders[0].seconds
+                contender.run_for(until, (turn - 1) / rounds, turn / rounds)
+            losses = [evaluate(contender.model, windows) for windows in validation]
+            contender.points.append((contender.done, contender.seconds, losses))
+
+
+# ---------------------------------------------------------------------------- TIME TO LOSS
+
+
+def time_to_loss(options) -> list[dict]:
+    """Table of what each recipe reaches in which time. Options: text, nanogpt, png, steps."""
+    if not options.text:
+        raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
+    train, val = split_text(options.text)
+    windows = draw_windows(val, WINDOWS, SIZE["T"], torch.Generator().manual_seed(0))
+    build = {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
+    if options.nanogpt:
+        build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} | build
+    first, steps = next(iter(build)), options.steps or 2000
+    cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
+    contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
+    for name in ("modern", "modern-moe"):
+        for part, share in SHARES.items():
+            # The forecast of its steps: the schedule's unit, in which the warmup is counted.
+            contenders.append(build[name](steps=max(1, int(share * steps * cost[first] / cost[name]))))
+            contenders[-1].name, contenders[-1].share = f"{name}, {part}", share
+    race(contenders, [windows], ROUNDS)
+    if options.png:
+        draw(contenders, options.png)
+    _, first_seconds, (goal,) = contenders[0].points[-1]
+    rows = []
+    for contender in contenders:
+        steps, seconds, (loss,) = contender.points[-1]
+        parameters = sum(parameter.numel() for parameter in contender.model.parameters())
+        rows.append({
+            "recipe": contender.name, "parameters": f"{parameters:,}", "batch": contender.config.B,
+            "steps": steps, "ms/step": 1000 * seconds / max(steps, 1), "s": seconds,
+            f"s / {first}": seconds / first_seconds, "loss": f"{loss:.3f}",
+            f"below {first}": f"{goal - loss:.3f}", f"s to {goal:.3f}": seconds_to(contender, goal),
+        })  # fmt: skip
+    return rows
+
+
+def seconds_to(contender: Contender, goal: float) -> str:
+    """Seconds at which the loss was first down to the goal, interpolated; - if it never was."""
+    before = None
+    for _, seconds, (loss,) in contender.points:
+        if loss <= goal:
+            if before is None:
+                return f"< {seconds:.1f}"
+            return f"{before[0] + (seconds - before[0]) * (before[1] - goal) / (before[1] - loss):.1f}"
+        before = seconds, loss
+    return "-"
+
+
+def draw(contenders: list[Contender], path: str) -> None:
+    """Loss against seconds as a picture, and its points beside it in a .points.csv."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for contender in contenders:
+        seconds, losses = zip(*((s, loss) for _, s, (loss,) in contender.points), strict=True)
+        axes.plot(seconds, losses, marker=".", label=contender.name)
+    last = contenders[0].points[-1][2][0]
+    axes.axhline(last, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", ylim=(None, last + 1.2))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    with open(Path(path).with_suffix(".points.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("recipe", "step", "seconds", "loss"))
+        for contender in contenders:
+            writer.writerows((contender.name, step, s, loss) for step, s, (loss,) in contender.points)
+
+
+# ---------------------------------------------------------------------------- MOE PAYS
+
+# 64 wide, so that size is what both lack. 261 makes the dense feed-forward layers as large as two experts,
+# their second bias and the router.
+PAYS = MODERN | dict(n_embd=64, T=128, B=12)
+RIVALS = {
+    "dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
+    "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128),
+}
+
+
+def moe_pays(options) -> list[dict]:
+    """Table of validation losses, mean and standard deviation over seeds. Options: text, steps, seeds.
+
+    Trained on the embedded corpus and the text together, validated on each. A seed is that of the weights and
+    of the batches, the same for both models.
+    """
+    corpora = {"embedded corpus": split_demo()}
+    if options.text:
+        corpora[Path(options.text).name] = split_text(options.text)
+    train = torch.cat([part.short() for part, _ in corpora.values()])
+    windows = [
+        draw_windows(val, WINDOWS // 2, PAYS["T"], torch.Generator().manual_seed(0))
+        for _, val in corpora.values()
+    ]
+    runs: dict[str, list[Contender]] = {name: [] for name in RIVALS}
+    for seed in range(SEED, SEED + (options.seeds or 3)):
+        pair = [
+            build_ours(name, fields, train, 257, options.steps or 500, seed)
+            for name, fields in RIVALS.items()
+        ]
+        race(pair, windows, ROUNDS // 2)
+        for contender in pair:
+            runs[contender.name].append(contender)
+    losses = {  # (corpora, seeds); the last row is the mean over corpora
+        name: [[*of_seed, statistics.fmean(of_seed)] for of_seed in (run.points[-1][2] for run in group)]
+        for name, group in runs.items()
+    }
+    rows = []
+    for name, group in runs.items():
+        model, config = group[0].model, group[0].config
+        row = {
+            "model": name, "parameters": f"{model.get_num_params():,}",
+            "active": f"{model.get_num_active_params():,}", "steps": config.max_steps,
+            "tokens": f"{config.max_steps * config.B * config.T:,}",
+            "s": statistics.fmean(run.seconds for run in group),
+        }  # fmt: skip
+        for column, corpus in enumerate([*corpora, "mean"]):
+            values = [of_seed[column] for of_seed in losses[name]]
+            lead = [a[column] - b[column] for a, b in zip(losses["dense"], losses[name], strict=True)]
+            row[corpus] = mean_and_spread(values)
+            row[f"{corpus}: below dense"] = mean_and_spread(lead)
+        rows.append(row)
+    return rows
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"

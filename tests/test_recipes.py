@@ -1,0 +1,187 @@
+"""recipes.py: the data, one step of training, the race, the tables of time_to_loss and moe_pays.
+
+Run: python -m pytest tests/test_recipes.py
+"""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import recipes
+from model import GPTConfig, GPTLMHeadModel
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, B=4)
+
+# What a checkout of nanoGPT offers, as far as recipes.py uses it; a bigram model.
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.bias is False
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        print("number of parameters")
+
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog, again and again.\n" * 400)
+    return str(path)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The real recipes at a size that takes no time."""
+    monkeypatch.setattr(recipes, "WINDOWS", 32)
+    monkeypatch.setattr(recipes, "ROUNDS", 4)
+    for name in ("SIZE", "NANOGPT", "PAYS"):
+        monkeypatch.setattr(recipes, name, getattr(recipes, name) | TINY)
+    for name in ("RECIPES", "RIVALS"):
+        monkeypatch.setattr(recipes, name, {k: v | TINY for k, v in getattr(recipes, name).items()})
+
+
+def test_texts_are_split_and_windows_drawn(text, tmp_path):
+    train, val = recipes.split_text(text)
+    whole = open(text, "rb").read()
+    assert bytes(torch.cat([train, val]).tolist()) == whole and len(val) == len(whole) - len(whole) * 9 // 10
+    x, y = recipes.draw_windows(train, 300, 16, torch.Generator().manual_seed(3))
+    assert x.shape == y.shape == (300, 16) and x.is_contiguous() and torch.equal(x[:, 1:], y[:, :-1])
+    assert all(bytes([*a, b[-1]]) in whole for a, b in zip(x.tolist(), y.tolist(), strict=True))
+    assert len({tuple(row) for row in x.tolist()}) > 50
+    assert torch.equal(x, recipes.draw_windows(train, 300, 16, torch.Generator().manual_seed(3))[0])
+    last = recipes.draw_windows(torch.arange(18), 200, 16, torch.Generator())[1]
+    assert set(last[:, -1].tolist()) == {16, 17}  # the first window and the last, and none beyond
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match=r"short\.txt: 5 bytes are too few"):
+        recipes.split_text(str(tmp_path / "short.txt"))
+    with pytest.raises(FileNotFoundError):
+        recipes.split_text(str(tmp_path / "none.txt"))
+
+
+def test_evaluation_is_the_mean_over_all_windows():
+    model = GPTLMHeadModel(
+        GPTConfig(use_moe=False, vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    )
+    x, y = torch.randint(0, 50, (2, 13, 8))
+    with torch.no_grad():
+        logits = model.eval().double()(x).logits
+    expected = F.cross_entropy(logits.view(-1, 50), y.view(-1)).item()
+    assert recipes.evaluate(model.float().train(), (x, y), batch=5) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+def test_a_step_is_adamw_on_the_drawn_batch(text):
+    """The recipe gpt2 against three steps written out."""
+    train, _ = recipes.split_text(text)
+    contender = recipes.build_ours("gpt2", recipes.RECIPES["gpt2"] | TINY, train, 256, steps=300)
+    torch.manual_seed(recipes.SEED)
+    model = GPTLMHeadModel(
+        GPTConfig(use_moe=False, vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    )
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    generator = torch.Generator().manual_seed(recipes.SEED)
+    for step in range(3):
+        x, y = recipes.draw_windows(train, 4, 16, generator)
+        logits = model(x).logits
+        F.cross_entropy(logits.view(-1, 256), y.view(-1)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1) / 100  # still in the warmup
+        optimizer.step()
+        optimizer.zero_grad()
+    contender.run(3)
+    assert contender.done == 3 and contender.seconds > 0
+    ours = contender.model.state_dict()
+    assert all(torch.allclose(value, ours[name], atol=1e-6) for name, value in model.state_dict().items())
+
+
+def test_seconds_to_a_loss_are_interpolated():
+    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
+    contender = SimpleNamespace(points=points)
+    assert recipes.seconds_to(contender, 2.125) == "3.5"
+    assert recipes.seconds_to(contender, 3.0) == "< 1.0"
+    assert recipes.seconds_to(contender, 1.9) == "-"
+
+
+def test_time_to_loss(text, small, tmp_path, capsys):
+    (tmp_path / "nanoGPT").mkdir()
+    (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT)
+    png, table = tmp_path / "loss.png", tmp_path / "table.csv"
+    command = ["time_to_loss", "--text", text, "--steps", "60", "--png", str(png), "--csv", str(table)]
+    assert bench.main([*command, "--nanogpt", str(tmp_path / "nanoGPT")]) == 0
+    rows = list(csv.DictReader(table.open()))
+    names = ["modern, a third of the time", "modern, the same time"]
+    names += [name.replace("modern", "modern-moe") for name in names]
+    assert [row["recipe"] for row in rows] == ["nanoGPT", "gpt2", *names]
+    assert rows[0]["s / nanoGPT"] == "1.0" and rows[0]["below nanoGPT"] == "0.000"
+    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "60"
+    shares = [float(row["s / nanoGPT"]) for row in rows[2:]]  # never more than they are given
+    assert all(share <= given + 1e-9 for share, given in zip(shares, [1 / 3, 1.0] * 2, strict=True))
+    assert all(int(row["steps"]) > 0 for row in rows)
+    assert png.stat().st_size > 10_000
+    points = list(csv.DictReader((tmp_path / "loss.points.csv").open()))
+    of_gpt2 = [point for point in points if point["recipe"] == "gpt2"]
+    assert [int(point["step"]) for point in of_gpt2] == [15, 30, 45, 60]
+    assert float(of_gpt2[-1]["loss"]) == pytest.approx(float(rows[1]["loss"]), abs=1e-3)
+    assert "number of parameters" not in capsys.readouterr().out
+    # without nanoGPT our own is the baseline
+    assert bench.main([*command[:3], "--steps", "12"]) == 0
+    assert "| gpt2 | " in capsys.readouterr().out.splitlines()[4]
+    assert bench.main(["time_to_loss"]) == 2 and "give --text FILE" in capsys.readouterr().err
+    assert bench.main([*command[:3], "--nanogpt", str(tmp_path)]) == 2
+    assert "has no model.py; git clone" in capsys.readouterr().err
+
+
+def test_the_rivals_have_equal_active_parameters(text):
+    train, _ = recipes.split_text(text)
+    dense, experts = (
+        recipes.build_ours(name, fields, train, 257, 1).model for name, fields in recipes.RIVALS.items()
+    )
+    assert dense.get_num_active_params() == pytest.approx(experts.get_num_active_params(), rel=0.002)
+    assert dense.get_num_active_params() >= experts.get_num_active_params()
+    assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
+
+
+def test_moe_pays(text, small, tmp_path):
+    table = tmp_path / "table.csv"
+    command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
+    assert bench.main(command) == 0
+    dense, experts = csv.DictReader(table.open())
+    assert (dense["model"], experts["model"]) == ("dense", "8 experts top-2")
+    assert dense["tokens"] == experts["tokens"] == "512" and dense["mean: below dense"] == "0.000 ± 0.000"
+    for row in (dense, experts):
+        parts = [float(row[name].split(" ± ")[0]) for name in ("embedded corpus", "input.txt", "mean")]
+        assert parts[2] == pytest.approx((parts[0] + parts[1]) / 2, abs=2e-3) and parts[2] < 6
+    difference = float(dense["mean"].split()[0]) - float(experts["mean"].split()[0])
+    assert float(experts["mean: below dense"].split()[0]) == pytest.approx(difference, abs=2e-3)
+
+
+def test_mean_and_spread():
+    assert recipes.mean_and_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert recipes.mean_and_spread([1.25]) == "1.250 ± 0.000"
