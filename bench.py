@@ -85,7 +85,10 @@ class MaskLoop(nn.Module):
 
 
 def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
-    """transformers' Qwen3 MoE block (SwiGLU: its hidden size is 2/3 H, for the same FLOPs)."""
+    """transformers' Qwen3 MoE block (SwiGLU: its hidden size is 2/3 H, for the same FLOPs).
+
+    Built by itself it loops over the experts; within a model transformers may choose grouped_mm.
+    """
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -132,7 +135,7 @@ def bench_moe(options) -> list[dict]:
         if not (options.compile and options.dtype == "float32"):  # grouped_mm compiles in bf16 only
             layers["ours, grouped_mm"] = MoE(config)
             layers["ours, grouped_mm"].experts.engine = "grouped_mm"
-        layers |= {"mask loop": MaskLoop(C, E, K, H), "transformers": huggingface_layer(C, E, K, H)}
+        layers |= {"mask loop": MaskLoop(C, E, K, H), "transformers, its loop": huggingface_layer(C, E, K, H)}
         torch.manual_seed(0)
         x, direction = torch.randn(2, 1, N, C, device=device)  # (1, N, C) each
         for layer in layers.values():
@@ -457,9 +460,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.png and Path(options.png).suffix not in PICTURES:
         parser.error(f"png={options.png!r}: the name must end in {', '.join(PICTURES)}")
     device = in_words(torch.device(options.device))
-    print(
-        f"torch {torch.__version__}, {device}, {options.dtype}, medians of {options.rounds} calls in turns\n"
-    )
+    setting = f"torch {torch.__version__}, {device}"
+    if options.command not in (
+        "time_to_loss",
+        "moe_pays",
+        "scale",
+        "loop",
+    ):  # they say it themselves
+        setting += f", {options.dtype}, medians of {options.rounds} calls in turns"
+    print(f"{setting}\n")
     try:
         rows = COMMANDS[options.command](options)
         report(rows, options.csv, options.png if options.command != "time_to_loss" else "")  # has its own

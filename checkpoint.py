@@ -543,7 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a Hugging Face folder")
     export.add_argument("checkpoint", help="log/model_XXXXX.pt, or a folder of ours")
-    export.add_argument("folder", help="where to; it must not exist yet")
+    export.add_argument("folder", help="where to; empty, new, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
     verify = commands.add_parser("verify", help="compare every byte with its checksum")

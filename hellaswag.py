@@ -288,7 +288,7 @@ def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> t
     with evaluating(model):
         for question in questions:
             tokens, mask = (x.to(model.device) for x in pad_rows(question.rows))  # (4, T)
-            logits = model(tokens[:, :-1]).logits  # (4, T-1, V)
+            logits = model(tokens[:, :-1], use_cache=False).logits  # (4, T-1, V)
             loss = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
             losses.append((loss * mask[:, 1:]).sum(dim=1).cpu())
     return torch.stack(losses)

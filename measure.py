@@ -12,15 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from attention import synchronize
+
 PICTURES = (".png", ".svg", ".pdf")
 # Columns that a picture shows, as far as a table has them.
 DRAWN = ("tokens/s", "questions/s", "ms", "MFU %", "peak MiB")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def alternate(

@@ -208,8 +208,8 @@ def expert_mlp(
 
     x (M, C), weights (M, K), order and ends from `dispatch`, parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]. A single operator, so that a compiler sees no shape that depends
-    on data. Rows are gathered into buffers that stay in the cache, and nothing of size (R, C) is stored: this
-    takes less memory than the dense layer, and fresh pages cost a CPU more than the gathering does.
+    on data. Rows are gathered into buffers that stay in the cache, and nothing of size (R, C) is stored:
+    fresh pages cost a CPU more than the gathering does.
     """
     token, w, spans, most = _groups(order, ends, weights)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])

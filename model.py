@@ -21,6 +21,7 @@ References:
 import difflib
 import inspect
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +72,8 @@ __all__ = [
     "MoEUsageLoggingCallback", "MoEUsageTensorBoardCallback", "RMSNorm",
 ]  # fmt: skip
 
-# Peak dense bf16 FLOP/s by (part of) the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
-# without sparsity. The first match counts, so the longer name stands first.
+# Peak dense bf16 FLOP/s by words of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
+# without sparsity. The longer name stands first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
@@ -391,28 +392,34 @@ class GPT(PreTrainedModel, GenerationMixin):
             count -= experts - experts // moe.experts.c_fc.size(0) * self.config.num_experts_per_tok
         return count
 
-    def flops_per_token(self) -> float:
-        """FLOPs of forward and backward per token at full length: 6 N + 12 L C T (PaLM appendix B, eq. 2).
+    def flops_per_token(self, length: int | None = None) -> float:
+        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2). T is `length`, or
+        block_size.
 
         N counts active parameters; a layer with a window counts the window in place of T. Causality is not
         discounted, as in nanoGPT and llm.c, so figures compare with theirs.
         """
-        config = self.config
-        window = min(config.sliding_window or config.block_size, config.block_size)
-        spans = [window if kind == "sliding_attention" else config.block_size for kind in config.layer_types]
+        config, length = self.config, length or self.config.block_size
+        window = min(config.sliding_window or length, length)
+        spans = [window if kind == "sliding_attention" else length for kind in config.layer_types]
         return 6 * self.get_num_active_params() + 12 * config.n_embd * sum(spans)
 
-    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None) -> float | None:
-        """Model FLOPs utilisation, 0..1: sequences of block_size tokens per iteration, dt seconds for each.
+    def estimate_mfu(
+        self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None = None, length: int | None = None
+    ) -> float | None:
+        """Model FLOPs utilisation, 0..1: sequences of length (block_size) tokens an iteration, of dt seconds.
 
         Relative to the device's peak in bf16 (PEAK_FLOPS); None where that is not known (CPU, unlisted GPUs).
         """
         if peak_flops is None and self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            peak_flops = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+            whole = re.compile("|".join(rf"(?<!\w){re.escape(part)}(?!\w)" for part in PEAK_FLOPS))
+            found = whole.search(name)  # "L40" is no L4
+            peak_flops = PEAK_FLOPS[found[0]] if found else None
         if peak_flops is None:
             return None
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+        length = length or self.config.block_size
+        return self.flops_per_token(length) * length * fwdbwd_per_iter / dt / peak_flops
 
     # --- experts ----------------------------------------------------------------------------------------
 

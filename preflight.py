@@ -11,6 +11,7 @@ import os
 import torch
 
 from linear_cross_entropy import rows_per_chunk
+from mixture_of_experts import KEEP_ACTIVATION_BELOW
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = (
@@ -61,7 +62,11 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
         kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
         if shape.is_moe_layer(layer):
             H = shape.expert_hidden_size or 4 * C
-            kept += size * shape.num_experts_per_tok * H * wide + 4 * 4 * shape.num_experts
+            kept += shape.num_experts_per_tok * size * H * wide + 4 * 4 * shape.num_experts
+            if model.device.type == "cuda":  # grouped_mm keeps the activation, weighted too, and rows of C
+                kept += shape.num_experts_per_tok * size * (2 * H + 2 * C)
+            elif C < KEEP_ACTIVATION_BELOW:
+                kept += shape.num_experts_per_tok * size * H
             kept += size * 2 * (wide + 1) * H * shape.num_shared_experts
         else:
             kept += size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)

@@ -80,8 +80,6 @@ def check_layout(config, world: parallel.World) -> None:
             f"zero_stage=1 wants the same parameters on all ranks, but ep_size={ep_size} gives them other "
             "experts; to divide the rest of the optimizer up too, use --parallel fsdp with --ep_size"
         )
-    if config.dtype == "float16" and fsdp:
-        raise ValueError("dtype=float16 does not work with parallel=fsdp; use --dtype bfloat16")
     if config.optimizer == "muon":
         check_muon(config.parallel, config.zero_stage)
     if config.dtype == "float16" and (fsdp or ep_size > 1):
@@ -122,8 +120,8 @@ def build_loaders(config, world: parallel.World, meta: dict):
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
-    # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard,
-    # and are the same for every run, B and number of ranks.
+    # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard, in
+    # an order that is the same for every run. (How far they go is val_steps * B * ranks.)
     return (
         DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
         DistributedDataLoader(val_files, seed=0, **arguments) if val_files else None,

@@ -120,7 +120,7 @@ def heat_map(counts: torch.Tensor) -> list[str]:
         levels = LEVELS
     except UnicodeEncodeError:
         levels = PLAIN_LEVELS
-    counts = counts.double().cpu()
+    counts = counts.cpu().double()  # in this order: MPS has no float64
     load = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)  # in fair shares
     lines = []
     for layer, row in enumerate(load.tolist()):

@@ -7,7 +7,6 @@ python sample.py --checkpoint log/latest --temperature 0          # the newest c
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -35,10 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.prompt:
         parser.error("--prompt: give at least one character")
     try:
-        path = options.checkpoint or options.model
-        if Path(path).name == "latest" and Path(path).is_file():
-            path = Path(path).with_name(Path(path).read_text().strip())
-        model = load_model(path).to(choose_device(options.device, 0))
+        model = load_model(options.checkpoint or options.model).to(choose_device(options.device, 0))
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

@@ -39,6 +39,7 @@ class Trainer:
     def __init__(self, model: GPTLMHeadModel, plan: Plan, device: str, layout: parallel.Layout | None = None):
         layout = layout or parallel.Layout(parallel.World(0, 0, 1, torch.device(device)))
         self.model, self.plan, self.layout = model.train(), plan, layout
+        model.loss_chunk = plan.loss_chunk
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), torch.device(device).type)
         self.optimizer = parallel.share_optimizer(optimizer, layout)
         self.wrapped = parallel.wrap(model, layout)

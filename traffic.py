@@ -84,7 +84,7 @@ class Plan:
     dtype: str = "bfloat16"
     micro_steps: int = 1
     activation_checkpointing: str = "none"
-    loss_chunk: int = 0
+    loss_chunk: int = -1
 
     @property
     def element(self) -> int:

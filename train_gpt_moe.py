@@ -93,14 +93,14 @@ class TrainConfig:
     infer_step: int = HfArg(
         default=250, help="steps between evaluations; 0 = only at the end [0]", aliases=["--val_loss_every"]
     )
-    val_steps: int = HfArg(default=20, help="evaluation batches per rank [20]", aliases=["--val_max_steps"])
+    val_steps: int = HfArg(default=20, help="validation batches per rank [20]", aliases=["--val_max_steps"])
     sample_every: int = HfArg(default=-1, help="steps between samples; -1 = infer_step, 0 = never [0]")
     hellaswag: bool = HfArg(default=True, help="HellaSwag at every evaluation, with GPT-2's tokens")
     hellaswag_data: str = HfArg(default="", help="its questions; empty = downloaded once")
     hellaswag_limit: int = HfArg(default=0, help="only the first so many questions; 0 = all 10,042")
     prompt: str = HfArg(default="Hello, I'm a language model,", help="what samples begin with")
     sample_tokens: int = HfArg(default=32, help="new tokens per sample")
-    checkpoint_every: int = HfArg(default=5000, help="steps between checkpoints; the last step saves too")
+    checkpoint_every: int = HfArg(default=5000, help="steps between checkpoints; 0 = only the last")
     keep_last: int = HfArg(default=0, help="checkpoints to keep, the oldest are deleted; 0 = all")
     keep_every: int = HfArg(default=0, help="with keep_last: keep multiples of so many steps, too; 0 = none")
     max_bad_steps: int = HfArg(default=10, help="stop after so many steps in a row without a finite gradient")
@@ -118,7 +118,7 @@ class TrainConfig:
         default="auto",
         help="of matrix products: float32, bfloat16, float16; auto = bfloat16 on CUDA [float32]",
     )
-    tensorcores: bool = HfArg(default=True, help="allow TF32 in fp32 matrix products on CUDA [0]")
+    tensorcores: bool = HfArg(default=True, help="with float32 on CUDA: allow TF32 [0]")
     flash: bool = HfArg(default=True, help="attention by fused kernels; False = written out [0]")
     use_compile: bool = HfArg(default=True, help="torch.compile every block [0]", aliases=["--compile"])
     loss_chunk: int = HfArg(default=-1, help="rows of logits at a time in the loss; -1 = auto, 0 = all")
@@ -343,7 +343,7 @@ def train(run: Run) -> int:
     writer = ckpt.CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers)
     if world.is_master:
         log.say = say
-    sequences = config.total_batch_size / model.config.block_size / world.size  # a step's, on each rank
+    sequences = config.total_batch_size / config.T / world.size  # a step's, on each rank
     # Gradients too small for float16 are scaled up, and the scale adapts (arXiv 1710.03740, section 3.2).
     scaler = torch.amp.GradScaler(world.device.type, enabled=run.dtype == "float16")
     if resumed.get("scaler"):
@@ -460,7 +460,7 @@ def train(run: Run) -> int:
                 record = {
                     "step": step, "loss": loss, "lr": lr, "norm": norm_value, "ms": 1000 * seconds,
                     "tok_per_s": config.total_batch_size / seconds,
-                    "mfu": model.estimate_mfu(sequences, seconds),
+                    "mfu": model.estimate_mfu(sequences, seconds, length=config.T),
                     "elapsed_s": time.perf_counter() - begin, "bad_steps": health.bad_steps,
                     "memory": peak_memory(world.device) / 2**30, **measured,
                 }  # fmt: skip

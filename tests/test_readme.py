@@ -134,15 +134,15 @@ def test_commands_run(command, workshop, tmp_path, monkeypatch, capsys):
     words = shlex.split(command.split("&&")[-1])
     script, flags = words[1], words[2:]
     before, after = SMALL if script == "train_gpt_moe.py" else [], MORE.get(script, [])
-    if "my_data" in flags and script == "train_gpt_moe.py":  # made by the command that README has before it
-        making = ["--source", "my_text.txt", "--out", "my_data", "--val_tokens", "20000"]
-        assert fineweb.main([*making, *MORE["fineweb.py"]]) == 0
+    for made in {"my_data", "my_bytes"} & set(flags):  # by the command that README has before it
+        making = ["--source", "my_text.txt", "--out", made, "--val_tokens", "20000"]
+        assert script == "fineweb.py" or fineweb.main([*making, *MORE["fineweb.py"]]) == 0
     if "--format" in flags:
         make_run(tmp_path, SHAPES[flags[flags.index("--format") + 1]])
     if "convert" in flags:
         (tmp_path / words[-1]).unlink()
     if "--preset" in flags:
-        before, after = [], SMALL + SHORT
+        before, after = [], [word for word in SMALL if word not in ("--data_dir", "data")] + SHORT
     if "--resume" in flags:  # sizes are those of the checkpoint
         before, after = ["--plot", "0"], ["--max_steps", "4"]
         for path in (tmp_path / "log").glob("model_*.pt"):  # a run that went on for as long as the name says
