@@ -11,9 +11,10 @@ A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its 
     model         state dict of GPT / GPTLMHeadModel (they are the same), tensors on the CPU
     config        GPTConfig.to_dict(): GPT(checkpoint["config"]) accepts it
     step          number of optimizer steps done
-    val_loss      last validation loss, nats per token, or None
+    val_loss      last validation loss before this step, nats per token, or None
     optimizer     its state dict; loader: position in the data; rng: torch's state; train_config: all settings
-    elapsed_s     seconds trained so far; health: bad steps and the loss's mean; world_size;  format: 1
+    elapsed_s     seconds trained so far; health: bad steps, the loss's mean; scaler: float16's; world_size;
+                  format: 1
 
 A file appears under its name only when it is whole: it is written beside it, fsynced, renamed, and the folder
 is fsynced. A kill, a crash or a full disk at any byte leaves the checkpoints there were. The file is a zip
@@ -357,6 +358,9 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             "not a run to go on with (--resume)"
         )
     saved = state["train_config"] | {name: state["config"][name] for name in FIXED & state["config"].keys()}
+    for name in ("parallel", "zero_stage", "ep_size", "activation_checkpointing"):
+        if saved.get(name, getattr(config, name)) != getattr(config, name):
+            say(f"resume: {name} was {saved[name]!r} and is {getattr(config, name)!r}; layouts are not kept")
     for field in dataclasses.fields(config):
         name, now = field.name, getattr(config, field.name)
         if name in NOT_KEPT or name not in saved:
@@ -388,6 +392,11 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
         optimizer.load_state_dict(sharded.cut_moments(state["optimizer"], optimizer))
     except (RuntimeError, KeyError, IndexError) as error:
         raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
+    if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the one inside has this rank's share
+        optimizer.state.clear()  # a second copy of the moments
+        for parameter, moments in optimizer.optim.state.items():
+            if "step" in moments:  # loading leaves it on the CPU, where the fused AdamW of CUDA refuses it
+                moments["step"] = moments["step"].to(parameter.device)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     torch.set_rng_state(state["rng"])
@@ -556,7 +565,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "verify":
             checkpoint = load_checkpoint(options.checkpoint)
             step, val_loss = checkpoint["step"], checkpoint.get("val_loss")
-            print(f"{options.checkpoint}: undamaged, step {step}, validation loss {val_loss}")
+            print(f"{options.checkpoint}: undamaged, step {step}, last validation loss {val_loss}")
         elif options.command == "convert":
             convert_checkpoint(options.checkpoint, options.to)
             print(f"wrote {options.to}")

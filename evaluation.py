@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 import faults
+from convert import encode_prompt
 from fineweb import DistributedDataLoader
 from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
@@ -87,6 +88,15 @@ def sample(model: GPTLMHeadModel, config: Any, step: int, autocast: Callable) ->
         how["synced_gpus"] = True  # no rank ends while another needs its part of the model
     with autocast():
         return model.generate(config.prompt, **how)
+
+
+def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
+    """Why no text can be sampled, where the tokens of the prompt cannot be had; "" if all is well."""
+    try:
+        encode_prompt(config.prompt, model.config)
+    except (ValueError, OSError) as error:  # no network, and no tokens from an earlier time
+        return " ".join(str(error).split())
+    return ""
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:

@@ -3,8 +3,8 @@
     SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT stops at once
     SIGUSR1                     save now and go on
     loss or gradient not finite the step's update is left out on all ranks; too many in a row end the run
-    lost rank, bad data, no memory    what has been trained is saved, where rank 0 has all of it (one process,
-                                DDP), then exit; --resume auto goes on
+    lost rank, bad data, no memory    what has been trained is saved, where rank 0 has all of it and learns of
+                                it (one process; DDP on gloo), then exit; --resume auto goes on
 
 Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM.
 """
@@ -223,7 +223,7 @@ def report(error: Exception, config=None) -> int:
         )
     elif isinstance(error, OSError):
         code = BAD_SETTINGS if isinstance(error, MENDABLE) or error.errno == errno.EROFS else FAILED
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
     return code

@@ -421,7 +421,7 @@ class Experts(nn.Module):
 
 class Router(nn.Linear):
     """One logit per expert, (N, C) -> (N, E), in fp32 (or a wider input's dtype) whatever autocast says: bf16
-    logits change the chosen experts of 2-3% of the tokens."""
+    logits change the chosen experts of 2-3% of the tokens. (TF32 where other fp32 products are, too.)"""
 
     def __init__(self, n_embd: int, num_experts: int):
         super().__init__(n_embd, num_experts, bias=False)

@@ -101,7 +101,10 @@ def start(device: str = "", parallel: str = "ddp") -> World:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if not ("RANK" in given or "WORLD_SIZE" in given):
-        return World(0, 0, 1, choose_device(device, 0))
+        chosen = choose_device(device, 0)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # what asks for no device in particular gets this one
+        return World(0, 0, 1, chosen)
     if len(given) < len(names):
         missing = ", ".join(name for name in names if name not in given)
         raise ValueError(
@@ -324,8 +327,10 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
     """torch.compile every block: one graph for all. Of the whole model it would take four times as long.
 
     FSDP gathers parameters in hooks, which stay outside; what it gathers within a block (the router), and
-    the exchange of rows between experts, divide its graph.
+    the exchange of rows between experts, divide its graph. DDP reduces gradients while the backward goes on
+    from block to block; what dynamo would do for that, cut graphs at DDP's buckets, is for graphs of models.
     """
+    torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         whole = not (layout.shares_parameters and isinstance(block.mlp, MoE))
         if layout.parallel == "fsdp":
@@ -437,4 +442,6 @@ def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)
+    if layout.world.device.type == "cuda":
+        torch.cuda.synchronize(layout.world.device)  # it copies to the host without waiting
     return optimizer.state_dict() if layout.world.is_master else {}

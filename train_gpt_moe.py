@@ -7,7 +7,7 @@
     torchrun --nnodes=2 --node_rank=0 --master_addr=IP --master_port=29500 --nproc_per_node=8 train_gpt_moe.py
     python train_gpt_moe.py --resume auto                     # go on where a run stopped
     torchrun --nproc_per_node=8 --max-restarts=3 train_gpt_moe.py --resume auto      # survives a lost process
-    python train_gpt_moe.py --use_moe False --B 8 --max_steps 100 --use_compile False
+    python train_gpt_moe.py --use_moe False --B 8 --max_steps 100 --warmup_steps 10
 
 Change the constants below or give any of them as a flag (--help lists them). A run writes, under log_dir:
 log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (one object per step, the first one
@@ -40,7 +40,7 @@ import faults
 import llmc
 import parallel
 from attention import BACKENDS, choose_backend, prefer_backend
-from evaluation import evaluate
+from evaluation import cannot_sample, evaluate
 from fineweb import DistributedDataLoader, prepare_demo, read_meta
 from flags import parse_flags
 from mixture_of_experts import idle_experts_spared
@@ -238,11 +238,11 @@ class Run:
     resumed: dict | None  # the checkpoint that it goes on from
     log: RunLog | None = None  # of the master
     hellaswag: bool = False  # whether its questions are asked
+    samples: bool = False  # whether text is sampled
 
 
-def set_up(config: TrainConfig, given: set[str]) -> Run:
+def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     """Everything up to the first step. ValueError, OSError: settings, data or files that cannot work."""
-    world = parallel.start(config.device, config.parallel)
     print0 = print if world.is_master else lambda *args, **kwargs: None
     if not world.is_master:  # the master says it already
         warnings.simplefilter("ignore")
@@ -278,6 +278,11 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
         if before != world.size:
             print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
         print0(f"resumed {path} at step {state['step']}")
+    if config.sample_every != 0:
+        problem = cannot_sample(model, config)
+        run.samples = not layout.any(bool(problem))
+        if not run.samples:
+            print0(f"no samples in this run: {problem or 'another process cannot encode the prompt'}")
     model.loss_chunk = config.loss_chunk
     if not config.flash:
         model.set_attn_implementation("eager")
@@ -288,6 +293,9 @@ def set_up(config: TrainConfig, given: set[str]) -> Run:
         index = torch.tensor(list(BACKENDS).index(backend) * world.is_master, device=world.device)
         config.attention_backend = list(BACKENDS)[world.sum(index).item()]
         print0(f"attention   {config.attention_backend}")
+        torch.cuda.empty_cache()  # of what was tried: it is no part of the run's peak
+        torch.cuda.reset_peak_memory_stats(world.device)
+    world.barrier()  # the master may now move an old run's files: all have read what they need
     if world.is_master:
         first_step = state["step"] if state else 0
         run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb)
@@ -363,7 +371,7 @@ def train(run: Run) -> int:
             last_step = step == config.max_steps
             evaluates = last_step or (config.infer_step > 0 and step % config.infer_step == 0)
             every = config.infer_step if config.sample_every < 0 else config.sample_every
-            samples = every > 0 and (step % every == 0 or last_step)
+            samples = run.samples and every > 0 and (step % every == 0 or last_step)
             saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
             saves = saves or last_step or signals.save_now or signals.exit_code is not None
             saves = saves and not config.inference_only
@@ -484,7 +492,8 @@ def train(run: Run) -> int:
                 break
             step += 1
     except Exception:
-        if world.is_master and intact and step > saved_step and not layout.saves_together:
+        savable = intact and step > saved_step and not layout.saves_together and not config.inference_only
+        if world.is_master and savable:
             faults.forget_routing(model)
             say(f"step {step}: an error; saving what has been trained before it")
             writer.save(snapshot(), log.sync)
@@ -517,30 +526,36 @@ def train(run: Run) -> int:
         return signals.exit_code
     if world.is_master:
         if config.plot:
-            say(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
+            try:
+                say(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
+            except OSError as error:
+                say(f"WARNING: no picture: {error}; python plot_log.py {config.log_dir} draws it")
         progress.summary(model, peak_memory(world.device), val_loss, newest)
     return faults.OK
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Set up and train; returns the exit code. What a person can mend is told in one line, no traceback."""
+    config = world = run = None
     try:
         config, given = parse_config(arguments)
-        run = set_up(config, given)
-    except (ValueError, OSError) as error:
-        return faults.report(error)
-    try:
-        with prefer_backend(config.attention_backend, run.layout.world.device):
+        world = parallel.start(config.device, config.parallel)
+        run = set_up(config, given, world)
+        with prefer_backend(config.attention_backend, world.device):
             code = train(run)
-    except (faults.DataError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
         return faults.report(error, config)
+    except (ValueError, OSError) as error:
+        if run is not None and not isinstance(error, faults.DataError):
+            raise  # in training these are nobody's settings
+        return faults.report(error)
     except RuntimeError:  # gloo's and NCCL's errors are of this type
-        lost = run.layout.world.lost_rank()
+        lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise
         print(f"train_gpt_moe.py: {lost}", file=sys.stderr, flush=True)
         return faults.FAILED
-    parallel.stop(run.layout.world)
+    parallel.stop(world)
     return code
 
 

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_compile.py
 
 import pytest
 import torch
+from processes import finish, flags, start_ranks, write_data
 from test_train import TINY, losses
 
 import train_gpt_moe
@@ -29,3 +30,14 @@ def test_a_compiled_run_makes_few_graphs_and_equals_the_eager_one(tmp_path):
     assert compiled == pytest.approx(eager, rel=1e-4)
     state = torch.load(tmp_path / "compiled" / "model_00007.pt")["model"]
     assert not any("_orig_mod" in name for name in state)
+
+
+def test_two_compiled_ranks_equal_one_eager(tmp_path):
+    """Blocks are compiled whole under DDP, too (the script raises where one is not)."""
+    data = write_data(tmp_path / "bytes")
+    more = ["--n_layer", 1, "--max_steps", 3, "--hellaswag", 0, "--dropout", 0]
+    assert train_gpt_moe.main(flags(data, tmp_path / "one", *more)) == 0
+    more += ["--use_compile", "True", "--B", 2]
+    ranks = start_ranks(2, flags(data, tmp_path / "two", *more), tmp_path / "out.txt")
+    assert [finish(rank, 240) for rank in ranks] == [0, 0], (tmp_path / "out.txt").read_text()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

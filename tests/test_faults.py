@@ -232,6 +232,19 @@ def test_hellaswag_gives_way_to_a_signal_and_is_done_after_the_resume(data, tmp_
     same_run(whole, tmp_path / "run")
 
 
+def test_a_prompt_without_tokens_costs_the_samples_and_nothing_else(data, tmp_path, monkeypatch, capsys):
+    """As on a machine without network where tiktoken has never been."""
+
+    def no_network(text, config):
+        raise ConnectionError("tiktoken cannot fetch the files of gpt2")
+
+    monkeypatch.setattr(evaluation, "encode_prompt", no_network)
+    assert train_gpt_moe.main(flags(data, tmp_path, "--sample_every", 4)) == 0
+    said = capsys.readouterr().out
+    assert "no samples in this run: tiktoken cannot fetch the files of gpt2" in said
+    assert ": sample: " not in said
+
+
 # ---------------------------------------------------------------------------- sick steps
 
 

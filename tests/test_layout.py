@@ -48,7 +48,7 @@ MAY_IMPORT = {
         "mixture_of_experts", "model", "muon", "parallel", "recipes", "run_log", "scaling",
         "train_gpt_moe",
     },
-    "evaluation": {"faults", "fineweb", "hellaswag", "model"},
+    "evaluation": {"convert", "faults", "fineweb", "hellaswag", "model"},
     "train_gpt_moe": {
         "attention", "checkpoint", "evaluation", "faults", "fineweb", "flags", "hellaswag", "llmc",
         "mixture_of_experts", "model", "muon", "parallel", "plot_log", "preflight", "prepare", "progress",
