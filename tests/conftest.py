@@ -4,6 +4,7 @@ Run everything: python -m pytest
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+
+# A shell that starts this in the background has Ctrl-C ignored, and the tests' processes would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiled CPU code on several threads of a busy machine can be a hundred times slower than on one.
 torch.set_num_threads(1)

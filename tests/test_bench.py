@@ -105,10 +105,17 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
     for flags, message in (
         (["train", "--size", "d4", "--nanogpt", tmp_path], "git clone https://github.com/karpathy/nanoGPT"),
         (["train", "--size", "d5"], "size='d5': choose of d4, d6"),
-        (["hellaswag", "--size", "d4", "--data", tmp_path / "none"], "cannot read the questions"),
     ):
         code, _, err = run(capsys, *flags)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_questions_that_are_not_there(tmp_path, capsys, gpt2_encoding):
+    code, _, err = run(capsys, "hellaswag", "--size", "d4", "--data", tmp_path / "none")
+    assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
+
+
+def test_pictures_have_a_format(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(capsys, "step", "--png", tmp_path / "x.bmp")
     assert "must end in .png, .svg, .pdf" in capsys.readouterr().err
