@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -145,6 +146,15 @@ def join(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
     return checkpoint
 
 
+class PartWriter(dcp.FileSystemWriter):
+    """torch's writer of files, which keeps in mind on rank 0 where each part of each tensor has gone."""
+
+    def finish(self, metadata: Metadata, results: list[list]) -> None:
+        """Called on rank 0 when all ranks have written."""
+        self.places = {part.index: part.storage_data for rank in results for part in rank}
+        super().finish(metadata, results)
+
+
 class Saver:
     """Saves checkpoints together with the other ranks of a process group, for CheckpointWriter.
 
@@ -181,22 +191,24 @@ class Saver:
             raise CheckpointError(f"step {rest['step']} is not saved: not all of its values are finite")
         if problems[1] > 0:
             raise reason if self.rank == 0 else OSError("rank 0 cannot make the folder")
+        writer = PartWriter(temporary)
         if self.group is None:
-            return partial(save_alone, tensors, temporary), rest, temporary, path
-        writing = dcp.async_save(tensors, checkpoint_id=temporary, process_group=self.group)
-        return getattr(writing, "upload_completion", writing).result, rest, temporary, path
+            return partial(save_alone, tensors, writer), rest, writer, path
+        writing = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        return getattr(writing, "upload_completion", writing).result, rest, writer, path
 
     def commit(self, staged: tuple) -> Path:
         """Wait until all ranks have written their parts, and give the folder its name, which is returned.
 
         OSError if one could not; what has been written is then removed, which may be what a full disk needs.
         """
-        written, rest, temporary, path = staged
+        written, rest, writer, path = staged
+        temporary = Path(writer.path)
         try:
             metadata = written()
             files = self._checksums(temporary)
             if self.rank == 0:
-                finish(temporary, path, files, metadata, rest)
+                finish(temporary, path, files, metadata, writer.places, rest)
         except BaseException as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -223,14 +235,17 @@ class Saver:
         return {name: row for name, row in found.items() if row[0] >= 0}
 
 
-def save_alone(tensors: dict[str, torch.Tensor], folder: Path) -> Metadata:
+def save_alone(tensors: dict[str, torch.Tensor], writer: PartWriter) -> Metadata:
     """Write the tensors without other processes."""
     with warnings.catch_warnings():  # it says that this process is alone
         warnings.filterwarnings("ignore", message=".*single process")
-        return dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+        return dcp.save(tensors, storage_writer=writer, no_dist=True)
 
 
-def finish(temporary: Path, path: Path, files: dict[str, list[int]], metadata: Metadata, rest: dict) -> None:
+def finish(
+    temporary: Path, path: Path, files: dict[str, list[int]], metadata: Metadata,
+    places: dict[MetadataIndex, Any], rest: dict,
+) -> None:  # fmt: skip
     """Write rest.pt and index.json beside the tensors, and rename the folder."""
     write_atomically(temporary / REST, lambda file: torch.save({**rest, "format": FORMAT}, file))
     files = files | {REST: list(size_and_checksum(temporary / REST))}
@@ -242,7 +257,7 @@ def finish(temporary: Path, path: Path, files: dict[str, list[int]], metadata: M
         dtype = str(stored.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": []}
         for chunk in stored.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            place = places[MetadataIndex(name, chunk.offsets)]
             where = [place.relative_path, place.offset, place.length]
             tensors[name]["parts"].append([list(chunk.offsets), list(chunk.sizes), *where])
     index = json.dumps({"format": FORMAT, "files": files, "tensors": tensors})
