@@ -359,8 +359,9 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         )
     saved = state["train_config"] | {name: state["config"][name] for name in FIXED & state["config"].keys()}
     for name in ("parallel", "zero_stage", "ep_size", "activation_checkpointing"):
-        if saved.get(name, getattr(config, name)) != getattr(config, name):
-            say(f"resume: {name} was {saved[name]!r} and is {getattr(config, name)!r}; layouts are not kept")
+        now = getattr(config, name)
+        if name not in given and saved.get(name, now) != now:
+            say(f"resume: {name} was {saved[name]!r} and is {now!r}; --{name} {saved[name]} would keep it")
     for field in dataclasses.fields(config):
         name, now = field.name, getattr(config, field.name)
         if name in NOT_KEPT or name not in saved:

@@ -68,16 +68,14 @@ def validate(
     """
     model.eval()
     loader.reset()
-    total = torch.zeros(2, device=world.device)  # sum of the batches' losses, number of batches
+    total = torch.zeros((), device=world.device)  # sum of the batches' losses
     for _ in range(steps):
         if interrupted():
             return None
         x, y = faults.next_batch(loader)  # (B, T), (B, T)
         with autocast():
-            total[0] += model(x, targets=y, return_dict=True).loss
-        total[1] += 1
-    loss, batches = world.sum(total).tolist()
-    return loss / batches
+            total += model(x, targets=y, return_dict=True).loss
+    return world.sum(total).item() / (steps * world.size)
 
 
 def sample(model: GPTLMHeadModel, config: Any, step: int, autocast: Callable) -> str:

@@ -335,7 +335,7 @@ def train(run: Run) -> int:
 
     def told_to_stop() -> bool:
         """Whether an evaluation is to be left out, because saving is more urgent."""
-        return layout.any(signals.stop_requested) and step < config.max_steps
+        return step < config.max_steps and layout.any(signals.stop_requested)
 
     if config.use_compile:
         parallel.compile_blocks(model, layout)
