@@ -27,7 +27,7 @@ MegaBlocks (2211.15841), loss-free balancing (2408.15664), DeepSeek-V3 (2412.194
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,21 +46,30 @@ KEEP_ACTIVATION_BELOW = 512
 grouped_mm = getattr(F, "grouped_mm", None)
 
 # -----------------------------------------------------------------------------
-# Parameters that are shared out over ranks (DTensors, always cut along dimension 0)
+# Parameters that are shared out over ranks (DTensors)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor that is shared out over ranks, differentiable; any other as it is."""
+    """This rank's part of a tensor that is shared out over ranks, differentiable; any other as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def rows_held(tensor: Tensor) -> range:
-    """Which rows (dimension 0) of the whole tensor `local` gives: all, unless it is shared out."""
-    rows, mesh = range(tensor.shape[0]), getattr(tensor, "device_mesh", None)
-    for dim in reversed(range(mesh.ndim)) if mesh is not None else ():  # the last dimension cut first
-        size = math.ceil(len(rows) / mesh.size(dim))  # as torch.chunk: the last ranks may hold fewer, or none
-        rows = rows[mesh.get_local_rank(dim) * size :][:size]
-    return rows
+def held(tensor: Tensor) -> tuple[range, ...]:
+    """Which indices of the whole tensor, in each dimension, `local` gives: all, unless it is shared out."""
+    ranges, mesh = [range(size) for size in tensor.shape], getattr(tensor, "device_mesh", None)
+    for mesh_dim in reversed(range(mesh.ndim)) if mesh is not None else ():  # the last one has cut first
+        dim = tensor.placements[mesh_dim].dim
+        size = math.ceil(len(ranges[dim]) / mesh.size(mesh_dim))  # as torch.chunk: the last may be less, or 0
+        ranges[dim] = ranges[dim][mesh.get_local_rank(mesh_dim) * size :][:size]
+    return tuple(ranges)
+
+
+def dimension_to_cut(shape: Sequence[int], ranks: int) -> int:
+    """Along which dimension FSDP cuts stacked experts, (E, ...): the first that gives all ranks as much.
+
+    Dimension 0 if there is none: FSDP pads only there.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
 # -----------------------------------------------------------------------------
@@ -721,7 +730,7 @@ def idle_experts_spared(layers: Iterable[MoE], optimizer: torch.optim.Optimizer)
     AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
     move them. Their weights and moments are copied and put back, which costs nothing while every expert is
     busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
-    out, each rank looks after its rows.
+    out, each rank looks after its part.
     """
     layers, kept, idle = list(layers), [], 0
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
@@ -730,7 +739,7 @@ def idle_experts_spared(layers: Iterable[MoE], optimizer: torch.optim.Optimizer)
         experts = [e for e, count in enumerate(layer_counts) if count == 0]
         idle += len(experts)
         for parameter in layer.experts.parameters() if experts else ():
-            rows = rows_held(parameter)
+            rows = held(parameter)[0]
             moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
             for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
                 mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from expert_parallel import Exchange
-from mixture_of_experts import MoE, local, rows_held
+from mixture_of_experts import MoE, dimension_to_cut, held, local
 from watch import Watch
 
 TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for the last rank to come
@@ -214,7 +214,7 @@ class Layout:
         fsdp, ep_size n             as fsdp, but experts are gathered from the W/n ranks that hold the same
 
     The numbers that a step computes are the same in all of them, but for rounding. What is shared out is a
-    DTensor, cut along dimension 0: `local` gives a rank its rows, `rows_held` says which these are.
+    DTensor: `local` gives a rank its part, `held` says which that is.
     """
 
     world: World
@@ -278,21 +278,20 @@ def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[
     with torch.no_grad():
         for name, whole in weights:
             if name in targets:  # not the head's second name where it is tied
-                copy_rows(targets[name], whole)
+                copy_part(targets[name], whole)
 
 
-def copy_rows(target: torch.Tensor, whole: torch.Tensor) -> None:
+def copy_part(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy into a tensor, or what this rank holds of it, from a tensor that holds everything."""
-    rows = rows_held(target) if target.dim() else range(0)
-    local(target).copy_(whole[rows.start : rows.stop] if target.dim() else whole)
+    local(target).copy_(whole[tuple(slice(part.start, part.stop) for part in held(target))])
 
 
 def like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`whole`, or where `target` is shared out over ranks, what corresponds to it: these rows of `whole`."""
+    """`whole`, or where `target` is shared out over ranks, what corresponds to it: this part of `whole`."""
     if isinstance(whole, DTensor) or not isinstance(target, DTensor) or whole.shape != target.shape:
         return whole
     mine = torch.empty_like(target, dtype=whole.dtype, requires_grad=False)
-    copy_rows(mine, whole)
+    copy_part(mine, whole)
     return mine
 
 
@@ -313,15 +312,24 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     With bfloat16 the blocks are gathered in bf16 and gradients reduced in fp32; embeddings, head and the
     last norm are gathered in fp32, as what passes between the blocks is, and so are the routers, whose
     choices bf16 would change. These are groups by themselves for that reason.
+
+    Along dimension 0, but experts as dimension_to_cut() says: on 16 ranks, 8 experts would leave 8 with none.
     """
+    experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
+    ranks = layout.world.size // layout.ep_size
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(dimension_to_cut(local(parameter).shape, ranks) if id(parameter) in experts else 0)
+
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.gate, mesh=layout.all_ranks)
             if layout.ep_size > 1:  # cut by rank of the expert group already; each part once more by replica
-                fully_shard(block.mlp.experts, mesh=layout.mesh["replica"], mp_policy=policy)
-        fully_shard(block, mesh=layout.all_ranks, mp_policy=policy)
+                replica = layout.mesh["replica"]
+                fully_shard(block.mlp.experts, mesh=replica, mp_policy=policy, shard_placement_fn=placement)
+        fully_shard(block, mesh=layout.all_ranks, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=layout.all_ranks)
 
 

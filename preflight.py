@@ -9,9 +9,10 @@ import math
 import os
 
 import torch
+import torch.nn as nn
 
 from linear_cross_entropy import rows_per_chunk
-from mixture_of_experts import KEEP_ACTIVATION_BELOW
+from mixture_of_experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = (
@@ -39,6 +40,41 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
+def shapes_by_part(model: nn.Module) -> dict[str, list[torch.Size]]:
+    """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them."""
+    shapes = {"experts": [], "gates": [], "blocks": [], "outside": []}
+    for name, parameter in model.named_parameters():
+        block = (".gate." in name and "gates") or (".experts." in name and "experts") or "blocks"
+        shapes[block if ".h." in name else "outside"].append(parameter.shape)
+    return shapes
+
+
+def split(shapes: list[torch.Size], ranks: int) -> list[torch.Size]:
+    """Shapes of each rank's part, where `ranks` divides all dimensions 0."""
+    return [torch.Size((shape[0] // ranks, *shape[1:])) for shape in shapes]
+
+
+def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
+    """Elements of tensors whose dimension 0 is cut into equal parts, one per rank, the last ones padded."""
+    return sum(math.ceil(shape[0] / ranks) * ranks * math.prod(shape[1:]) for shape in shapes)
+
+
+def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
+    """Elements of stacked experts that fsdp cuts into parts, padding where it has to (parallel.shard)."""
+    return sum(
+        math.prod(shape) if dimension_to_cut(shape, ranks) else elements([shape], ranks) for shape in shapes
+    )
+
+
+def parameters_held(model: nn.Module, config, world_size: int) -> int:
+    """Elements of parameters that each rank holds. config: TrainConfig, or what has its parallel, ep_size."""
+    part, ranks = shapes_by_part(model), world_size // config.ep_size
+    rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], config.ep_size)
+    if config.parallel == "fsdp":
+        return elements(rest, world_size) // world_size + expert_elements(mine, ranks) // ranks
+    return elements(rest) + elements(mine)
+
+
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
     """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). config: TrainConfig.
 
@@ -49,13 +85,9 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     head has the logits and, in fp32, their log-softmax and two gradients at once; with loss_chunk only of so
     many rows, and gradients of its input and weight besides.
     """
-    shape, fsdp = model.config, config.parallel == "fsdp"
+    shape = model.config
     size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
-    experts = sum(p.numel() for moe in model.moe_layers() for p in moe.experts.parameters())
-    held = model.get_num_params(False) - experts + experts // config.ep_size  # parameters, on each rank
-    if fsdp:
-        whole = math.ceil(shape.num_experts / world_size)  # experts are cut between, not through
-        held = (held - experts // config.ep_size) // world_size + experts * whole // shape.num_experts
+    held = parameters_held(model, config, world_size)
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
     wide, blocks = 2 if shape.activation == "swiglu" else 1, []  # bytes per token of every block
     for layer in range(shape.n_layer):
@@ -122,11 +154,15 @@ def preflight(
             f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, "
             "then T, then the model (n_layer, n_embd, num_experts)"
         )
-    if config.parallel == "fsdp" and model.moe_layers() and world.size > model.config.num_experts:
-        warnings.append(
-            f"fsdp shares out whole experts: of {world.size} processes only {model.config.num_experts} get "
-            "one, and each gathers as if all had; take more experts, or --parallel ddp with --ep_size"
-        )
+    if config.parallel == "fsdp":
+        ranks = world.size // config.ep_size
+        shapes = split(shapes_by_part(model)["experts"], config.ep_size)
+        uncut = [shape[0] for shape in shapes if dimension_to_cut(shape, ranks) == 0 and shape[0] < ranks]
+        if uncut:
+            warnings.append(
+                f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "
+                "they had: take a number of processes that divides num_experts, n_embd or expert_hidden_size"
+            )
     if epochs > REPEATS_THAT_HURT:
         warnings.append(
             f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little: "

@@ -19,6 +19,7 @@ References: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 
 import io
 import json
+import math
 import os
 import shutil
 import warnings
@@ -34,7 +35,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from mixture_of_experts import local, rows_held
+from mixture_of_experts import held, local
 from parallel import like
 
 FORMAT = 1
@@ -356,15 +357,25 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
         if name not in stored or stored[name]["shape"] != list(target.shape):
             there = stored[name]["shape"] if name in stored else "nothing"
             raise CheckpointError(f"{path}: {name} should be {list(target.shape)}, but there is {there}")
-        held, into, filled = rows_held(target), local(target), 0
-        for (first, *_), (count, *_), file, start, length in stored[name]["parts"]:
-            rows = range(max(first, held.start), min(first + count, held.stop))
-            if rows:
+        wanted, filled = held(target), 0
+        for first, sizes, file, start, length in stored[name]["parts"]:
+            shared = [
+                range(max(begin, mine.start), min(begin + size, mine.stop))
+                for begin, size, mine in zip(first, sizes, wanted, strict=True)
+            ]
+            if all(shared):
                 part = read_part(path / Path(file).name, start, length)  # the name leads nowhere else
-                into[rows.start - held.start :][: len(rows)] = part[rows.start - first :][: len(rows)]
-                filled += len(rows)
-        if filled != len(held):
-            raise CheckpointError(f"{path}: of {name} there are {filled} rows of {len(held)}")
+                into = local(target)[part_of(shared, [mine.start for mine in wanted])]
+                into.copy_(part[part_of(shared, first)])
+                filled += into.numel()
+        count = math.prod(map(len, wanted))
+        if filled != count:
+            raise CheckpointError(f"{path}: of {name} there are {filled} elements of {count}")
+
+
+def part_of(ranges: list[range], origin: list[int]) -> tuple[slice, ...]:
+    """The part of a tensor that has these indices of a whole, if its first element is that at `origin`."""
+    return tuple(slice(r.start - begin, r.stop - begin) for r, begin in zip(ranges, origin, strict=True))
 
 
 def read_part(file: Path, start: int, length: int) -> torch.Tensor:

@@ -19,8 +19,8 @@ What is sent in a step of `a` micro-steps (P parameters; other letters as in mix
     fsdp    per micro-step, all-gather of all parameters before the forward, and of those in blocks once more
             before the backward; in the last micro-step reduce-scatter of 4 P bytes of gradients. Where a = 1
             these are the 3 P elements of [3, section 7.2]. Blocks are gathered in the dtype of the matrix
-            products, the rest in fp32. Dimension 0 is padded to a multiple of W: E experts on W > E ranks are
-            sent, and held, like W experts
+            products, the rest in fp32. Dimension 0 is padded to a multiple of W (experts are cut along
+            another dimension where W does not divide their number, but that)
     ep      ranks are (W / ep) replicas x ep. Experts are split by ep, the rest is as in ddp (or fsdp). Per
             micro-step and layer R C elements go there, R C results back, and as many gradients: 4 all-to-alls
             among ep ranks. Experts' gradients: all-reduce of 4 P_experts / ep bytes among W / ep replicas (or
@@ -54,10 +54,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn as nn
 
 from model import GPTConfig, GPTLMHeadModel
-from preflight import memory_estimate
+from preflight import elements, expert_elements, memory_estimate, parameters_held, shapes_by_part, split
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 SENT = {  # bytes sent by each of W ranks, as a multiple of (W-1)/W and the size
@@ -143,28 +142,9 @@ def meta_model(config: GPTConfig) -> GPTLMHeadModel:
         return GPTLMHeadModel(config)
 
 
-def parts(model: nn.Module) -> dict[str, list[torch.Size]]:
-    """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them."""
-    shapes = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        block = (".gate." in name and "gates") or (".experts." in name and "experts") or "blocks"
-        shapes[block if ".h." in name else "outside"].append(parameter.shape)
-    return shapes
-
-
-def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
-    """Elements of tensors whose dimension 0 is cut into equal parts, one per rank, the last ones padded."""
-    return sum(math.ceil(shape[0] / ranks) * ranks * math.prod(shape[1:]) for shape in shapes)
-
-
-def split(shapes: list[torch.Size], ranks: int) -> list[torch.Size]:
-    """Shapes of each rank's part, where `ranks` divides all dimensions 0."""
-    return [torch.Size((shape[0] // ranks, *shape[1:])) for shape in shapes]
-
-
 def traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
     """What is sent in one optimizer step; the docstring at the top says why."""
-    part, W, ep, a = parts(model), plan.ranks, plan.ep_size, plan.micro_steps
+    part, W, ep, a = shapes_by_part(model), plan.ranks, plan.ep_size, plan.micro_steps
     layers, config, found = model.moe_layers(), model.config, []
     mine, replicas = split(part["experts"], ep), W // ep
     if plan.parallel == "fsdp":
@@ -199,7 +179,7 @@ def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks:
         (elements(part["outside"], W), 4, W, 1, 1, False),
         (elements(part["gates"], W), 4, W, 1, moe_blocks, True),
         (elements(part["blocks"], W), plan.element, W, 1, blocks, True),
-        (elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
+        (expert_elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
     for count, element, ranks, stride, calls, again in groups:
         late = 1 / (blocks + 1)
@@ -232,30 +212,21 @@ def step_seconds(
     waits = took[""] + a * exposed(micro / 3, "forward")
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
     communication = sum(links.seconds(collective) for collective in collectives)
-    whole = elements([shape for shapes in parts(model).values() for shape in shapes])
-    updated = held(model, plan) / whole / (plan.ranks if plan.zero_stage else 1)
+    whole = elements([shape for shapes in shapes_by_part(model).values() for shape in shapes])
+    updated = parameters_held(model, plan, plan.ranks) / whole / (plan.ranks if plan.zero_stage else 1)
     return a * micro + update * updated + waits, communication, waits
-
-
-def held(model: GPTLMHeadModel, plan: Plan) -> int:
-    """Elements of the parameters that a rank holds."""
-    part, W, ep = parts(model), plan.ranks, plan.ep_size
-    rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], ep)
-    if plan.parallel == "fsdp":
-        return elements(rest, W) // W + elements(mine, W // ep) // (W // ep)
-    return elements(rest) + elements(mine)
 
 
 def memory(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank by use."""
-    config, count, part = model.config, held(model, plan), parts(model)
+    config, count, part = model.config, parameters_held(model, plan, plan.ranks), shapes_by_part(model)
     uses = {
         "parameters": 4 * count, "gradients": 4 * count,
         "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
         "activations": memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"],
     }  # fmt: skip
     if plan.parallel == "fsdp" and plan.ranks > 1:
-        mine = elements(split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
+        mine = expert_elements(split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
         outside = elements(part["outside"], plan.ranks)
         uses["gathered"] = 2 * block * plan.element + 4 * outside + 4 * max(block, outside)

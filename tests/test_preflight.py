@@ -58,19 +58,22 @@ def test_activations_are_estimated_to_a_third(fields, settings):
     [
         (dict(), 1, 1, 2),
         (dict(zero_stage=1), 1, 1, 2 / 8),
-        (dict(parallel="fsdp"), 1 / 8, 1 / 4, 2),  # four whole experts on eight ranks
+        (dict(parallel="fsdp"), 1 / 8, 1 / 8, 2),  # four experts on eight ranks are cut through
         (dict(ep_size=4), 1, 1 / 4, 2),
-        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 4, 2),
+        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 8, 2),
     ],
 )
 def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
-    """Shares of a parameter outside and inside the experts, and fp32 moments per parameter that is held."""
+    """Shares of a parameter outside and inside the experts, and fp32 moments per parameter that is held.
+
+    (Within the rows that pad the routers of four experts on eight ranks.)
+    """
     model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4))
     in_experts = sum(p.numel() for moe in model.moe_layers() for p in moe.experts.parameters())
     expected = 4 * (rest * (model.get_num_params(False) - in_experts) + experts * in_experts)
     memory = memory_estimate(model, TrainConfig(**settings), "float32", world_size=8)
-    assert memory["parameters"] == memory["gradients"] == pytest.approx(expected, rel=1e-4)
-    assert memory["optimizer"] == pytest.approx(moments * expected, rel=1e-4)
+    assert memory["parameters"] == memory["gradients"] == pytest.approx(expected, rel=2e-3)
+    assert memory["optimizer"] == pytest.approx(moments * expected, rel=2e-3)
 
 
 def test_warnings_name_the_cure():
@@ -84,7 +87,9 @@ def test_warnings_name_the_cure():
     _, warnings = preflight(config, model, 2, world, num_tokens=500, dtype="float32")
     assert "seen 5.1 times" in warnings[0] and "max_steps" in warnings[0]
     config.parallel, world.size = "fsdp", 16
+    assert not preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1]
+    world.size = 11
     (warning,) = preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1]
-    assert "of 16 processes only 4 get one" in warning
+    assert "of 11 processes that share out 4 experts the rest get none" in warning
     config.parallel, world.size, config.B = "ddp", 1, 10**7
     assert "lower B" in preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1][0]

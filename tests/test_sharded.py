@@ -134,7 +134,7 @@ def test_a_forged_folder_runs_no_code_and_leads_nowhere(saved, tmp_path):
         ckpt.load_checkpoint(path)
     forge(path, lambda index: index["tensors"]["model.transformer.wte.weight"].update(dtype="float32"))
     forge(path, lambda index: index["tensors"]["model.transformer.wpe.weight"].update(parts=[]))
-    with pytest.raises(CheckpointError, match=r"of model.transformer.wpe.weight there are 0 rows of 8"):
+    with pytest.raises(CheckpointError, match=r"of model.transformer.wpe.weight there are 0 elements of"):
         ckpt.load_checkpoint(path)
     forge(path, lambda index: index.pop("tensors"))
     with pytest.raises(CheckpointError, match="it lacks files, tensors or format"):
