@@ -7,6 +7,7 @@
     python bench.py ladder                # the optimisation ladder, rung by rung (ladder.py)
     python bench.py head                  # the loss head: all logits at once, and in chunks
     python bench.py hellaswag --data FILE # HellaSwag: the plain method against ours
+    python bench.py checkpoint            # the pause of a save, its writing, verifying, loading
     python bench.py loop                  # where a step of the training loop spends its time
     python bench.py time_to_loss --text FILE --nanogpt DIR --png FILE     # loss against seconds (recipes.py)
     python bench.py moe_pays --text FILE  # 8 experts top-2 against dense, equally active (recipes.py)
@@ -31,6 +32,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
@@ -38,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hellaswag as hs
+from checkpoint import CheckpointWriter, load_checkpoint, verify_checkpoint
 from fineweb import prepare_demo
 from ladder import bench_ladder
 from linear_cross_entropy import linear_cross_entropy
@@ -322,6 +325,47 @@ def bench_hellaswag(options) -> list[dict]:
     ]  # fmt: skip
 
 
+# ---------------------------------------------------------------------------- CHECKPOINTS
+
+
+def bench_checkpoint(options) -> list[dict]:
+    """What a checkpoint costs: model and AdamW's moments of a --size, d12 unless said otherwise."""
+    size = options.size or "d12"
+    if size not in MODEL_SIZES:
+        raise ValueError(f"size={size!r}: choose of {', '.join(MODEL_SIZES)}")
+    model = GPTLMHeadModel(GPTConfig(**MODEL_SIZES[size])).to(options.device)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # now it has its moments
+    state = {
+        "model": model.state_dict(), "config": model.config.to_dict(), "optimizer": optimizer.state_dict()
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be in memory
+        writer = CheckpointWriter(folder, keep_last=1, say=lambda line: None)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for step in range(options.rounds + 1):
+            pause = writer.save(state | {"step": step})
+            if error := writer.wait():
+                raise error
+            seconds["pause of training" if step else "first pause"].append(pause)
+            seconds["writing and reading back, in the background"].append(writer.seconds)
+            for part, read in (("verifying", verify_checkpoint), ("verifying and loading", load_checkpoint)):
+                begin = time.perf_counter()
+                read(writer.path)
+                seconds[part].append(time.perf_counter() - begin)
+        gigabytes = writer.path.stat().st_size / 1e9
+    return [
+        {
+            "part": part,
+            "GB": gigabytes,
+            "ms": 1e3 * median(taken),
+            "ms per GB": 1e3 * median(taken) / gigabytes,
+        }
+        for part, taken in seconds.items()
+    ]
+
+
 # ---------------------------------------------------------------------------- THE LOOP
 
 
@@ -420,7 +464,8 @@ def bench_loop(options) -> list[dict]:
 
 COMMANDS = {
     "moe": bench_moe, "step": bench_step, "train": bench_train, "ladder": bench_ladder, "head": bench_head,
-    "hellaswag": bench_hellaswag, "loop": bench_loop, "time_to_loss": time_to_loss, "moe_pays": moe_pays,
+    "hellaswag": bench_hellaswag, "checkpoint": bench_checkpoint, "loop": bench_loop,
+    "time_to_loss": time_to_loss, "moe_pays": moe_pays,
     "scale": lambda options: bench_scale(options, MODEL_SIZES),
 }  # fmt: skip
 
@@ -437,7 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each contender")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--tokens", type=int, default=0, help="moe: tokens, instead of each size's own")
-    parser.add_argument("--size", default="", help=f"train: of {', '.join(MODEL_SIZES)}, separated by commas")
+    parser.add_argument("--size", default="", help=f"train, checkpoint: of {', '.join(MODEL_SIZES)}")
     parser.add_argument("--B", type=int, default=0, help="sequences; 0 = the command's own number")
     parser.add_argument("--T", type=int, default=0, help="tokens per sequence; 0 = the command's own")
     parser.add_argument("--vocab_size", type=int, default=50304, help="train: ids")
@@ -461,12 +506,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"png={options.png!r}: the name must end in {', '.join(PICTURES)}")
     device = in_words(torch.device(options.device))
     setting = f"torch {torch.__version__}, {device}"
-    if options.command not in (
-        "time_to_loss",
-        "moe_pays",
-        "scale",
-        "loop",
-    ):  # they say it themselves
+    if options.command not in ("time_to_loss", "moe_pays", "scale", "loop"):  # they say it themselves
         setting += f", {options.dtype}, medians of {options.rounds} calls in turns"
     print(f"{setting}\n")
     try:

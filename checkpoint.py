@@ -221,9 +221,7 @@ def verify_checkpoint(path: str | Path) -> None:
             damaged = folders[0] if folders else archive.testzip()
     except PermissionError:
         raise
-    except (
-        Exception
-    ) as error:  # BadZipFile, zlib.error, struct.error ...: whatever a damaged archive provokes
+    except Exception as error:  # whatever a damaged archive provokes: BadZipFile, zlib.error, struct.error
         raise CheckpointError(
             f"{path}: not a checkpoint, or damaged, or cut off: {error}. Use an earlier one"
         ) from error

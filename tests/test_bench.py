@@ -146,6 +146,23 @@ def test_hellaswag_of_both_methods(tmp_path, capsys, monkeypatch):
     assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
 
 
+def test_checkpoints(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    flags = ["checkpoint", "--size", "d4", "--rounds", 2, "--csv", tmp_path / "t.csv"]
+    assert run(capsys, *flags)[0] == 0
+    rows = table(tmp_path / "t.csv")
+    assert {row["part"] for row in rows} == {
+        "first pause", "pause of training", "writing and reading back, in the background", "verifying",
+        "verifying and loading",
+    }  # fmt: skip
+    parameters = GPTLMHeadModel(GPTConfig(**bench.MODEL_SIZES["d4"])).get_num_params(non_embedding=False)
+    assert [float(row["GB"]) for row in rows] == pytest.approx([12e-9 * parameters] * 5, rel=0.02)
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert run(capsys, "checkpoint", "--size", "d5")[0] == 2
+
+
 # -----------------------------------------------------------------------------
 # The ladder
 
@@ -242,7 +259,6 @@ def test_the_parts_of_a_step_add_up(tmp_path, capsys):
         values = {part: float(row[column]) for part, row in rows.items()}
         assert sum(values[name] for name in names) == pytest.approx(values["a step"])
         assert all(values[name] > 0 for name in names)
-        assert values["forward"] + values["backward"] > 0.5 * values["a step"]
         assert values["the slowest step"] >= values["a step"]
     assert float(rows["in the garbage collector"]["ms"]) == 0
     assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
