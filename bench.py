@@ -41,11 +41,12 @@ import torch.nn.functional as F
 
 import hellaswag as hs
 from checkpoint import CheckpointWriter, load_checkpoint, verify_checkpoint
+from experts import MLP
 from fineweb import prepare_demo
 from ladder import bench_ladder
 from linear_cross_entropy import linear_cross_entropy
 from measure import PICTURES, alternate, in_words, load_nanogpt, memory_bytes, report, training_step
-from mixture_of_experts import MLP, MoE
+from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
 from recipes import moe_pays, time_to_loss
 from scaling import add_flags, bench_scale

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixture_of_experts import Experts, Gather, dispatch
+from experts import Experts, Gather, dispatch
 
 
 class Trip:

@@ -7,7 +7,7 @@
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
 Killed at any moment and started again with the same command, it goes on after the last complete shard and
-ends with the same bytes. What reads shards is shards.py's; below: demo corpus, sources, tokenising.
+ends with the same bytes. sources.py reads texts, shards.py shards; below: flags, demo corpus, tokenising.
 
 A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32
 (magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another,
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import codecs
 import contextlib
 import functools
 import glob
 import hashlib
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -43,6 +41,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import sources
 from shards import (  # noqa: F401 (handed on)
     EOT,
     HEADER_INTS,
@@ -63,7 +62,31 @@ from shards import (  # noqa: F401 (handed on)
 )
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-TASK_CHARS = 1 << 19  # text handed to a worker at a time: some 30 ms of work
+
+
+def _flag(default: object, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Job:
+    """What a run of the script does: its flags. All but the last three decide which bytes come out."""
+
+    source: str = _flag(FINEWEB, "file or folder of .txt, .jsonl[.gz|.zst], .parquet; or a Hub dataset")
+    subset: str | None = _flag(None, "of a Hub dataset; FineWeb-Edu's is sample-10BT")
+    split: str = _flag("train", "of a Hub dataset")
+    revision: str | None = _flag(None, "of a Hub dataset: branch, tag or commit")
+    text_field: str = _flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
+    encoding: str | None = _flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
+    shard_size: int = _flag(100_000_000, "tokens in a shard")
+    val_tokens: int | None = _flag(None, "tokens at the start kept for validation; one shard if not given")
+    limit_docs: int | None = _flag(None, "stop after so many documents (of this part)")
+    num_parts: int = _flag(1, "machines that share the work")
+    part: int = _flag(0, "which of them this is, from 0; part 0 writes the validation shard")
+    out: str | None = _flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
+    workers: int | None = _flag(None, "tokenising processes; one a core if not given")
+    demo: bool = _flag(False, "prose that every Python carries, in place of a source")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # DEMO CORPUS
@@ -144,220 +167,6 @@ def all_there(out: str, meta: dict) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# SOURCES
-
-
-def _flag(default: object, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Job:
-    """What a run of the script does: its flags. All but the last three decide which bytes come out."""
-
-    source: str = _flag(FINEWEB, "file or folder of .txt, .jsonl[.gz|.zst], .parquet; or a Hub dataset")
-    subset: str | None = _flag(None, "of a Hub dataset; FineWeb-Edu's is sample-10BT")
-    split: str = _flag("train", "of a Hub dataset")
-    revision: str | None = _flag(None, "of a Hub dataset: branch, tag or commit")
-    text_field: str = _flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
-    encoding: str | None = _flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
-    shard_size: int = _flag(100_000_000, "tokens in a shard")
-    val_tokens: int | None = _flag(None, "tokens at the start kept for validation; one shard if not given")
-    limit_docs: int | None = _flag(None, "stop after so many documents (of this part)")
-    num_parts: int = _flag(1, "machines that share the work")
-    part: int = _flag(0, "which of them this is, from 0; part 0 writes the validation shard")
-    out: str | None = _flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
-    workers: int | None = _flag(None, "tokenising processes; one a core if not given")
-    demo: bool = _flag(False, "prose that every Python carries, in place of a source")
-
-
-# How far reading has come. A reader that starts from a copy repeats nothing and leaves nothing out.
-START = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
-
-
-def decode(raw: bytes | bytearray) -> str:
-    """UTF-8, without its byte order mark; invalid bytes become surrogate escapes, for clean() to count."""
-    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-
-
-def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
-    """(begins the document, bytes read, text, bytes read) of pieces of a .txt file, which is one document.
-
-    It is cut so that it need not fit into memory and yet has the tokens of the whole: between an ASCII letter
-    and a space or line feed, across which none of tiktoken's encodings has a token or looks back. Where there
-    is no such place it is not cut.
-    """
-    with open(path, "rb") as file:
-        file.seek(at)
-        begins, held = at == 0, bytearray()
-        while chunk := file.read(TASK_CHARS):
-            fresh = max(1, len(held))
-            held += chunk
-            for end in range(len(held) - 1, fresh - 1, -1):
-                if held[end] in b" \n" and held[end - 1 : end].isalpha():
-                    at += end
-                    yield begins, at, decode(held[:end]), at
-                    begins = False
-                    del held[:end]
-                    break
-        if held or begins:
-            at += len(held)
-            yield begins, at, decode(held), at
-
-
-def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
-    """(True, lines read, text, bytes read) of the lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
-    with open(path, "rb") as file:
-        lines = file
-        if not path.endswith(".jsonl"):
-            import pyarrow  # unlike the zstandard module, it notices that a file is truncated
-
-            kind = "gzip" if path.endswith(".gz") else "zstd"
-            lines = io.BufferedReader(pyarrow.CompressedInputStream(file, kind), 1 << 20)
-        for number, line in enumerate(lines, 1):
-            if number > at and line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(decode(line))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not a JSON object ({error})") from error
-                yield True, number, text_of(record, name, where), file.tell()
-
-
-def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
-    """(True, rows read, text, bytes read) of the rows of a .parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as table:
-        text_of(dict.fromkeys(table.schema_arrow.names), name, path)
-        if table.schema_arrow.field(name).type not in (pyarrow.string(), pyarrow.large_string()):
-            raise ValueError(f"{path}: the field {name!r} is not text")
-        row, size = 0, os.path.getsize(path)
-        for group in range(table.num_row_groups):
-            count = table.metadata.row_group(group).num_rows
-            if row + count <= at:
-                row += count
-                continue
-            for batch in table.iter_batches(1000, [group], [name]):
-                for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    row += 1
-                    if row > at:
-                        yield True, row, decode(raw or b""), size * row // table.metadata.num_rows
-
-
-def text_of(record: object, name: str, where: str) -> str:
-    """The text in a record. Raises ValueError that names the fields there are."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: {type(record).__name__} instead of an object with the field {name!r}")
-    if name not in record:
-        raise ValueError(f"{where}: no field {name!r}, only {', '.join(map(repr, record))}; see --text_field")
-    if not isinstance(record[name], str | None):
-        raise ValueError(f"{where}: the field {name!r} holds {type(record[name]).__name__}, not text")
-    return record[name] or ""
-
-
-def take(job: Job, place: dict) -> bool:
-    """Count a document; whether it is this part's."""
-    mine = place["seen"] % job.num_parts == job.part
-    place["seen"] += 1
-    place["documents"] += mine
-    return mine
-
-
-def clean(text: str, place: dict) -> str:
-    """`text` with U+FFFD, counted, for invalid UTF-8 (read as surrogate escapes) and lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        known = text.count("\ufffd")
-        text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        place["replaced"] += text.count("\ufffd") - known
-    return text
-
-
-def find_files(path: str) -> list[str]:
-    """The file itself, or the files of text in a folder and below it. Raises ValueError if there are none."""
-    suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-    found = [path]
-    if os.path.isdir(path):
-        found = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
-    files = sorted(file for file in found if file.endswith(suffixes) and os.path.isfile(file))
-    if not files:
-        raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")
-    return files
-
-
-def read_local(job: Job, files: list[str], place: dict) -> Iterator[tuple[bool, str]]:
-    """(begins a document, text) from `place` on, which is kept at what has been yielded.
-
-    Raises ValueError naming file and line for what cannot be read.
-    """
-    mine, before = True, sum(map(os.path.getsize, files[: place["file"]]))
-    for path in files[place["file"] :]:
-        if path.endswith(".txt"):
-            pieces = read_txt(path, place["at"])
-        else:
-            read = read_parquet if path.endswith(".parquet") else read_jsonl
-            pieces = read(path, place["at"], job.text_field)
-        try:
-            for begins, at, text, read_bytes in pieces:
-                if begins:
-                    if place["documents"] == job.limit_docs:
-                        return
-                    mine = take(job, place)
-                place["at"], place["read"] = at, before + read_bytes
-                if not mine:
-                    continue
-                text = clean(text, place)
-                if begins and not text.strip():
-                    place["empty"] += 1
-                else:
-                    yield begins, text
-        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's do not name the file
-            if path in str(error):
-                raise
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        before += os.path.getsize(path)
-        place["file"], place["at"] = place["file"] + 1, 0
-
-
-def read_hub(job: Job, place: dict) -> tuple[Iterator[tuple[bool, str]], int | None]:
-    """As read_local, streaming a dataset of the Hub; and how many documents it has, where that is known.
-
-    With several parts each takes its own of the dataset's files if there are enough, so that nothing is
-    downloaded twice, and else every num_parts-th document. Raises OSError (no such dataset, no network) or
-    ValueError (no such subset, split or field).
-    """
-    import datasets
-
-    where = {"split": job.split, "revision": job.revision}
-    data = datasets.load_dataset(job.source, job.subset, **where, streaming=True)
-    splits = data.info.splits or {}
-    total = splits[job.split].num_examples // job.num_parts if job.split in splits else None
-    if job.num_parts > 1 and data.num_shards >= job.num_parts:
-        data = data.shard(job.num_parts, job.part)
-        job = replace(job, num_parts=1, part=0)
-    if "hub" in place:
-        data.load_state_dict(place["hub"])
-
-    def stream() -> Iterator[tuple[bool, str]]:
-        for record in data:
-            if place["documents"] == job.limit_docs:
-                return
-            mine = take(job, place)
-            place["hub"], place["read"] = data.state_dict(), place["documents"]
-            text = clean(text_of(record, job.text_field, job.source), place) if mine else ""
-            if text.strip():
-                yield True, text
-            else:
-                place["empty"] += mine
-
-    return stream(), total
-
-
-# ----------------------------------------------------------------------------------------------------------
 # TOKENISING
 
 
@@ -375,12 +184,12 @@ Task = tuple[dict, list[tuple[bool, str]]]  # the place before them, pieces
 
 
 def cut_tasks(stream: Iterator[tuple[bool, str]], place: dict) -> Iterator[Task]:
-    """The stream in tasks of TASK_CHARS characters and what it takes to end with a piece."""
+    """The stream in tasks of sources.TASK_CHARS characters and what it takes to end with a piece."""
     start, pieces, size = dict(place), [], 0
     for piece in stream:
         pieces.append(piece)
         size += len(piece[1])
-        if size >= TASK_CHARS:
+        if size >= sources.TASK_CHARS:
             yield start, pieces
             start, pieces, size = dict(place), [], 0
     if pieces:
@@ -501,7 +310,7 @@ class ShardWriter:
             self.n += 1
         if str(self.n) not in places:
             self.n = 0
-        self.start = places.get(str(self.n), [dict(START), 0])
+        self.start = places.get(str(self.n), [dict(sources.START), 0])
         return dict(self.start[0]), self.start[1]
 
     def add(self, tokens: np.ndarray, place: dict, used: int) -> None:
@@ -561,7 +370,7 @@ def build(job: Job) -> dict:
     settings = {f.name: getattr(job, f.name) for f in fields(Job) if f.name not in ("out", "workers", "demo")}
     local = os.path.exists(job.source)
     if local:
-        files = find_files(job.source)
+        files = sources.find_files(job.source)
         total = sum(map(os.path.getsize, files))
         settings["source"] = os.path.basename(os.path.abspath(job.source))
         settings |= {"source_files": len(files), "source_bytes": total}
@@ -571,9 +380,9 @@ def build(job: Job) -> dict:
         return writer.old
     place, skip = writer.resume()
     if local:
-        stream = read_local(job, files, place)
+        stream = sources.read_local(job, files, place)
     else:
-        stream, total = read_hub(job, place)
+        stream, total = sources.read_hub(job, place)
     bar = functools.partial(tqdm, unit_scale=True, disable=None)
     with (
         bar(total=total, initial=place["read"], desc="source", unit="B" if local else "doc") as source_bar,

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from expert_parallel import Exchange
-from mixture_of_experts import MoE, dimension_to_cut, held, local
+from experts import dimension_to_cut, held, local
+from mixture_of_experts import MoE
 from watch import Watch
 
 TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for the last rank to come

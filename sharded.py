@@ -35,7 +35,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from mixture_of_experts import held, local
+from experts import held, local
 from parallel import like
 
 FORMAT = 1

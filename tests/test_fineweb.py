@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 import fineweb
 import shards
+import sources
 from fineweb import DistributedDataLoader, Job, build, read_shard, write_shard
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -573,6 +574,7 @@ def test_prefetching_ends_with_the_loader_and_with_the_process(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import fineweb
+import sources
 loader = fineweb.DistributedDataLoader({str(tmp_path)!r}, B=2, T=8)
 loader.next_batch()
 raise SystemExit(5)
@@ -717,13 +719,13 @@ def test_cutting_a_text_does_not_change_its_tokens(tmp_path, monkeypatch, name):
     pieces = ["word", " ", "\n", "  \n", "don't", "1234", "!?", "é", "。", "\u3000", "\u00a0", "a b", "\r\n"]
     text = "".join(random.Random(0).choices(pieces, k=6000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(fineweb, "TASK_CHARS", 37)
+    monkeypatch.setattr(sources, "TASK_CHARS", 37)
     run(tmp_path / "a.txt", tmp_path / "out", encoding=name)
     encoding = fineweb.get_encoding(name)
     assert stream_of(tmp_path / "out") == [encoding.eot_token, *encoding.encode_ordinary(text)]
-    cuts = list(fineweb.read_txt(str(tmp_path / "a.txt"), 0))
+    cuts = list(sources.read_txt(str(tmp_path / "a.txt"), 0))
     assert len(cuts) > 300 and cuts[-1][1] == len(text.encode())
-    rest = fineweb.read_txt(str(tmp_path / "a.txt"), cuts[99][1])
+    rest = sources.read_txt(str(tmp_path / "a.txt"), cuts[99][1])
     assert "".join(piece[2] for piece in cuts[100:]) == "".join(piece[2] for piece in rest)
 
 
@@ -835,7 +837,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_hub_dataset(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(fineweb, "TASK_CHARS", 200)
+    monkeypatch.setattr(sources, "TASK_CHARS", 200)
     meta = run(hub, tmp_path / "whole", val_tokens=100, shard_size=400)
     assert (meta["documents"], meta["empty"]) == (150, 15)
     for part in range(2):  # by files
@@ -894,7 +896,7 @@ def test_crash_at_every_step_loses_nothing(tmp_path, monkeypatch):
     write_source(tmp_path / "in" / "a.jsonl.gz", DOCUMENTS)
     (tmp_path / "in" / "b.txt").write_bytes(b"some text \xff goes on " * 20)
     write_source(tmp_path / "in" / "c.parquet", DOCUMENTS * 2)
-    monkeypatch.setattr(fineweb, "TASK_CHARS", 20)
+    monkeypatch.setattr(sources, "TASK_CHARS", 20)
     tasks = []
     encode = fineweb.encode_pieces
     monkeypatch.setattr(fineweb, "encode_pieces", lambda *task: tasks.append(task) or encode(*task))

@@ -17,16 +17,13 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import mixture_of_experts
+from experts import MLP, dispatch, expert_mlp, grouped_mm
 from mixture_of_experts import (
     LOSSES,
-    MLP,
     MoE,
     RouterAuxiliary,
-    dispatch,
     diversity_regularization,
     entropy_regularization,
-    expert_mlp,
     expert_usage,
     idle_experts_spared,
     load_balancing,
@@ -129,7 +126,7 @@ def test_forward_and_every_gradient_equal_a_float64_loop(activation, K, norm, bi
 
 
 @pytest.mark.parametrize("activation,bias", [("gelu", True), ("swiglu", False)])
-@pytest.mark.skipif(mixture_of_experts.grouped_mm is None, reason="this torch has no grouped_mm")
+@pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
 def test_grouped_engine_equals_the_loop(activation, bias):
     layer = make_layer(activation=activation, bias=bias, num_experts=5, n_embd=16, expert_hidden_size=8)
     x = torch.randn(2, 7, 16)
@@ -151,7 +148,7 @@ def test_gathering_engine_equals_the_loop(activation, bias, tokens):
 
 @pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
 def test_no_rows_at_all(engine):
-    if engine == "grouped_mm" and mixture_of_experts.grouped_mm is None:
+    if engine == "grouped_mm" and grouped_mm is None:
         pytest.skip("this torch has no grouped_mm")
     layer = make_layer()
     layer.experts.engine = engine
@@ -804,7 +801,7 @@ def test_compiles_without_break_or_recompilation(backend, overrides):
 
 @pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
 def test_compiles_under_bf16_autocast(engine):
-    if engine == "grouped_mm" and mixture_of_experts.grouped_mm is None:
+    if engine == "grouped_mm" and grouped_mm is None:
         pytest.skip("this torch has no grouped_mm")
     layer = make_layer(n_embd=16, expert_hidden_size=16)
     layer.experts.engine = engine

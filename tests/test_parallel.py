@@ -17,7 +17,8 @@ import expert_parallel
 import muon
 import parallel
 import train_gpt_moe
-from mixture_of_experts import idle_experts_spared, local
+from experts import local
+from mixture_of_experts import idle_experts_spared
 from prepare import build_model, build_optimizer, check_config, place_model
 
 META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
