@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import time
+import warnings
 
 import torch
 import torch.nn as nn
@@ -189,7 +190,8 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
     q, k, v = (part.unflatten(2, (-1, hs)).transpose(1, 2) for part in parts)  # (B, nh or nkv, T, hs)
     direction, times = torch.randn(q.shape, device=device, dtype=dtype), []
     try:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every backend that cannot, the reasons
             for _ in range(5):
                 synchronize(device)
                 start = time.perf_counter()
@@ -218,6 +220,14 @@ def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtyp
     return min(times, key=times.get)
 
 
+def choose_for_the_first_time(device: torch.device) -> None:
+    """Let torch set its own order of backends now: it does at a process's first attention on CUDA, whatever
+    order is set by then, and on Hopper and Blackwell puts cuDNN first (priority_order in
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+    q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
+    F.scaled_dot_product_attention(q, q, q)
+
+
 def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which attention on CUDA uses the backend `name` wherever it can; elsewhere, or for "auto",
     nothing changes.
@@ -226,6 +236,7 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
     """
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
+    choose_for_the_first_time(device)
     order = [name, *(other for other in BACKENDS if other not in (name, "math")), "math"]
     return sdpa_kernel([BACKENDS[backend] for backend in dict.fromkeys(order)], set_priority=True)
 

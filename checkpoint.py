@@ -244,6 +244,8 @@ def step_of(path: Path) -> int:
 def follow_latest(path: str | Path) -> Path:
     """The path itself, or for log/latest the checkpoint it names. CheckpointError if it names none."""
     path = Path(path)
+    if (path / "latest").is_file():
+        raise CheckpointError(f"{path} is the folder of a run; its newest checkpoint is {path / 'latest'}")
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_bytes().decode(errors="replace").strip()
@@ -360,6 +362,7 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
             say(f"resume: {name} was {saved[name]!r} and is {now!r}; --{name} {saved[name]} would keep it")
+    unlike = []
     for field in dataclasses.fields(config):
         name, now = field.name, getattr(config, field.name)
         if name in NOT_KEPT or name not in saved:
@@ -367,6 +370,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         derived = name in ("block_size", "vocab_size") and now == 0
         if name not in given or derived:
             setattr(config, name, saved[name])
+            if now != saved[name] and name not in FIXED:
+                unlike.append(f"{name}={saved[name]!r}")
         elif now != saved[name] and name in FIXED:
             raise ValueError(
                 f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away, "
@@ -374,6 +379,13 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             )
         elif now != saved[name]:
             say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
+    if unlike:
+        say(f"resume: as in the checkpoint, not as here: {', '.join(unlike)}; flags change them")
+    if config.max_steps < state["step"]:
+        raise ValueError(
+            f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}; give "
+            "more, or --resume an earlier checkpoint"
+        )
 
 
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
@@ -391,13 +403,16 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
         optimizer.load_state_dict(sharded.cut_moments(state["optimizer"], optimizer))
     except (RuntimeError, KeyError, IndexError) as error:
         raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
-    if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the one inside has this rank's share
-        optimizer.state.clear()  # a second copy of the moments
-        for parameter, moments in optimizer.optim.state.items():
-            if "step" in moments:  # loading leaves it on the CPU, where the fused AdamW of CUDA refuses it
-                moments["step"] = moments["step"].to(parameter.device)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
+    if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the one inside has this rank's share
+        optimizer.state.clear()  # a second copy of the moments
+        optimizer = optimizer.optim
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            moments = optimizer.state.get(parameter, {})
+            if "step" in moments:  # may be on the CPU (ZeRO, or not fused when it was saved): refused on CUDA
+                moments["step"] = moments["step"].to(parameter.device)
     torch.set_rng_state(state["rng"])
 
 
@@ -469,8 +484,8 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     Evaluation mode, CPU. CheckpointError, FileNotFoundError; what transformers raises for a bad folder or
     name.
     """
-    is_sharded = os.path.isfile(os.path.join(source, sharded.INDEX))
-    if is_sharded or str(source).endswith((".pt", ".pth", ".bin")) or os.path.isfile(source):
+    ours = any(os.path.isfile(os.path.join(source, name)) for name in (sharded.INDEX, "latest"))
+    if ours or str(source).endswith((".pt", ".pth", ".bin")) or os.path.isfile(source):
         return model_from_checkpoint(load_checkpoint(source))
     return GPTLMHeadModel.from_pretrained(str(source)).eval()
 
@@ -564,7 +579,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "verify":
             checkpoint = load_checkpoint(options.checkpoint)
             step, val_loss = checkpoint["step"], checkpoint.get("val_loss")
-            print(f"{options.checkpoint}: undamaged, step {step}, last validation loss {val_loss}")
+            print(f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}")
         elif options.command == "convert":
             convert_checkpoint(options.checkpoint, options.to)
             print(f"wrote {options.to}")

@@ -53,6 +53,11 @@ def evaluate(
     return measured
 
 
+def evaluates_at(step: int, config: Any) -> bool:
+    """Whether a run measures before this step (after the last one it always does)."""
+    return config.infer_step > 0 and step % config.infer_step == 0
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module,

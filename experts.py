@@ -63,7 +63,8 @@ def activate(h: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(h, approximate="tanh")
     if activation == "relu2":
-        return F.relu(h).square()
+        h = F.relu(h)
+        return h * h  # square() is a power, for which autocast on CUDA wants fp32
     if activation == "swiglu":
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -273,6 +274,28 @@ def _has_grouped_kernel() -> bool:
     return grouped_mm is not None and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
+@torch.compiler.assume_constant_result
+def _idle_gradients_are_garbage() -> bool:
+    """Whether grouped_mm's backward leaves the gradient of an expert without rows uninitialised, as it does
+    on Blackwell (https://github.com/pytorch/pytorch/issues/172439)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
+
+
+class BusyOnly(torch.autograd.Function):
+    """Stacked weights (E, ...) as they are; where an expert has no row, their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, weights, ends):
+        ctx.save_for_backward(ends)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ends,) = ctx.saved_tensors
+        idle = ends.diff(prepend=ends.new_zeros(1)) == 0  # (E,)
+        return grad.masked_fill(idle.view(-1, *[1] * (grad.dim() - 1)), 0), None
+
+
 class Experts(nn.Module):
     """E feed-forward networks in stacked parameters: c_fc (E, H, C), c_proj (E, C, H), with bias also
     c_fc_bias (E, H), c_proj_bias (E, C); with swiglu c_fc (E, 2H, C), c_fc_bias (E, 2H), packed as in `MLP`.
@@ -329,7 +352,10 @@ class Experts(nn.Module):
         position = torch.empty_like(order).scatter_(0, order, rows)  # (R,) from slot to sorted row
         w = Gather.apply(weights.view(-1, 1), order, position)  # (R, 1)
         h = Gather.apply(x, order // K, position)  # (R, C)
-        h = grouped_mm(h, local(self.c_fc).to(x.dtype).mT, offs=ends)  # (R, H)
+        c_fc, c_proj = (local(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
+        if _idle_gradients_are_garbage():
+            c_fc, c_proj = (BusyOnly.apply(p, ends) for p in (c_fc, c_proj))
+        h = grouped_mm(h, c_fc.mT, offs=ends)  # (R, H)
         if self.c_fc_bias is not None:
             # Biases by a product with a one-hot matrix, whose gradient is a product too.
             expert = torch.searchsorted(ends, rows, right=True)  # (R,)
@@ -337,11 +363,14 @@ class Experts(nn.Module):
             h = torch.addmm(h, one_hot, local(self.c_fc_bias).to(x.dtype))
         # Weighting before the projection keeps (R, H) for the backward pass; after it, it would be (R, C).
         h = (activate(h, self.activation) * w).to(x.dtype)
-        y = grouped_mm(h, local(self.c_proj).to(x.dtype).mT, offs=ends)  # (R, C)
-        y = Gather.apply(y, position, order).view(M, K, y.shape[1]).sum(1)  # (M, C)
+        y = grouped_mm(h, c_proj.mT, offs=ends)  # (R, C)
+        y = Gather.apply(y, position, order).view(M, K, y.shape[1])
+        y = y.sum(1, dtype=x.dtype)  # (M, C); without dtype autocast on CUDA makes it fp32
         if self.c_proj_bias is not None:
             mix = Gather.apply((one_hot * w).to(x.dtype), position, order)  # (R, E)
-            y = torch.addmm(y, mix.view(M, K, mix.shape[1]).sum(1), local(self.c_proj_bias).to(x.dtype))
+            y = torch.addmm(
+                y, mix.view(M, K, mix.shape[1]).sum(1), local(self.c_proj_bias).to(x.dtype)
+            )
         return y
 
     def _gathered(self, x, weights, order, ends):

@@ -9,6 +9,7 @@
 Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM.
 """
 
+import contextlib
 import errno
 import math
 import os
@@ -95,7 +96,8 @@ class Signals:
         if self.talkative:
             end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
             text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
-            os.write(sys.__stderr__.fileno(), text.encode())
+            with contextlib.suppress(OSError):  # nobody reads it any more, as after `2>&1 | tee out`
+                os.write(sys.__stderr__.fileno(), text.encode())
 
     @property
     def stop_requested(self) -> bool:

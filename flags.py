@@ -30,7 +30,7 @@ class FlagParser(HfArgumentParser):
 def parse_flags(
     kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, description: str
 ) -> tuple[Any, set[str]]:
-    """(an object of the dataclass `kind`, the names of those of its fields that a flag or a preset gave).
+    """(an object of the dataclass `kind`, the names of those of its fields that a flag gave).
 
     overrides: what the presets that the flags name put in place of the defaults, given the parsed flags; a
     flag wins over it. arguments: None means the command line's. ValueError for a bad flag.
@@ -49,4 +49,4 @@ def parse_flags(
     marker = object()
     parser.set_defaults(**{field.name: marker for field in dataclasses.fields(kind)})
     flags = {name for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
-    return config, flags | set(preset)
+    return config, flags

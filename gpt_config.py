@@ -121,6 +121,8 @@ class GPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
             )
+        if self.num_experts > 32_767:
+            raise ValueError(f"num_experts={self.num_experts}: at most 32767, experts are sorted as int16")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:

@@ -23,10 +23,17 @@ BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 def rows_per_chunk(N: int, V: int, chunk: int, device_type: str) -> int:
-    """Rows of logits at a time: chunk, or for -1 what BUFFER_BYTES holds, evened out over the chunks."""
+    """Rows of logits at a time: chunk, or for -1 what BUFFER_BYTES holds, evened out over the chunks.
+
+    On CUDA a multiple of 128, the size that tensor cores' tiles have.
+    """
+    step = 1
     if chunk < 1:
         chunk = max(1, BUFFER_BYTES.get(device_type, BUFFER_BYTES["cpu"]) // (4 * V))
-    return -(-N // max(1, -(-N // chunk)))
+        if device_type == "cuda" and chunk >= 128:
+            step, chunk = 128, chunk - chunk % 128
+    rows = -(-N // max(1, -(-N // chunk)))
+    return min(N, -(-rows // step) * step)
 
 
 def log_softmax_(z: Tensor) -> Tensor:

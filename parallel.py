@@ -13,6 +13,7 @@ import inspect
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +75,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("nothing can be trained there")
     except RuntimeError as error:
         raise ValueError(f"device={name!r} is no device: use cuda, cuda:N, mps or cpu") from error
     if device.type == "cuda":
@@ -342,6 +345,8 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
     from block to block; what dynamo would do for that, cut graphs at DDP's buckets, is for graphs of models.
     """
     torch._dynamo.config.optimize_ddp = False
+    # Inductor's advice for fp32 products. With bfloat16 the routers' are the only ones, and shall be exact.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     for block in model.transformer.h:
         whole = not (layout.shares_parameters and isinstance(block.mlp, MoE))
         if layout.parallel == "fsdp":

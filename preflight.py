@@ -109,7 +109,10 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     head = N * (size + 3 * 4) * shape.vocab_size
     if config.loss_chunk:
         rows = rows_per_chunk(N, shape.vocab_size, config.loss_chunk, model.device.type)
-        head = 4 * (rows * shape.vocab_size + N * C + shape.vocab_size * C)
+        logits = 4 + (size if size < 4 else 0)  # in fp32, and as the product gave them
+        if model.device.type == "cuda":
+            logits += 4  # within logsumexp
+        head = logits * rows * shape.vocab_size + 4 * (N * C + shape.vocab_size * C)
     return {
         "parameters": 4 * held,
         "gradients": 4 * held,
@@ -129,9 +132,10 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def preflight(
-    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str
-) -> tuple[str, list[str]]:
-    """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of data."""
+    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str,
+    val_tokens: int | None = None,
+) -> tuple[str, list[str]]:  # fmt: skip
+    """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data."""
     epochs = config.max_steps * config.total_batch_size / num_tokens
     parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
     memory = memory_estimate(model, config, dtype, world.size)
@@ -163,6 +167,11 @@ def preflight(
                 f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "
                 "they had: take a number of processes that divides num_experts, n_embd or expert_hidden_size"
             )
+    if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
+        warnings.append(
+            f"val_steps={config.val_steps} take the {val_tokens:,} tokens of validation more than once: "
+            "fewer say as much"
+        )
     if epochs > REPEATS_THAT_HURT:
         warnings.append(
             f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little: "

@@ -231,11 +231,13 @@ def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
 
 def learning_rate(step: int, config) -> float:
     """Linear warmup to max_lr, then down to min_lr at max_steps: half a cosine (GPT-3, appendix B), or with
-    schedule="wsd" constant until the last wsd_decay_frac of all steps, then linear (arXiv 2404.06395)."""
+    schedule="wsd" constant until the last wsd_decay_frac of all steps (all after the warmup at most), then
+    linear (arXiv 2404.06395)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "wsd":
-        share = (config.max_steps - step) / max(1.0, config.wsd_decay_frac * config.max_steps)
+        decay = min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
+        share = (config.max_steps - step) / max(1.0, decay)
     else:
         progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
         share = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -9,6 +9,8 @@
 Ranks other than the master show nothing. Used by train_gpt_moe.py.
 """
 
+import os
+import shlex
 import statistics
 import sys
 from typing import Any
@@ -35,11 +37,16 @@ class Progress:
         self.val_loss: float | None = None
 
     def say(self, text: str) -> None:
-        """A line of its own, on the master's stdout."""
-        if self.watched:
-            self.bar.write(text)
-        elif self.is_master:
-            print(text, flush=True)
+        """A line of its own, on the master's stdout. Never an error: the log files have all that matters."""
+        try:
+            if self.watched:
+                self.bar.write(text)
+            elif self.is_master:
+                print(text, flush=True)
+        except BrokenPipeError:  # nobody reads any more: Ctrl-C ends the tee of `... | tee out`, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        except OSError:  # a full disk behind it
+            pass
 
     def step(self, record: dict) -> None:
         """Show an optimizer step: in the live line, or every log_every steps in a line of its own."""
@@ -60,7 +67,7 @@ class Progress:
 
     def experts(self, step: int, model: Any) -> None:
         """How the last optimizer step used the experts, a character for each; nothing before the first."""
-        if self.is_master and step > 0 and model.moe_layers():
+        if self.is_master and step > 0 and model.moe_layers() and not self.config.inference_only:
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
@@ -71,7 +78,7 @@ class Progress:
     def summary(self, model: Any, memory: int, val_loss: float | None, checkpoint: Any) -> None:
         """What a finished run has come to; memory: bytes at most; checkpoint: the newest one, or "none"."""
         lines = []
-        if model.moe_layers():
+        if model.moe_layers() and self.config.max_steps > 0 and not self.config.inference_only:
             lines.append(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
             lines.append(usage_table(model))
         count, average = self.average_ms()
@@ -82,9 +89,8 @@ class Progress:
             lines.append(f"validation loss {val_loss:.4f} nats per token after {steps} steps")
         if str(checkpoint) != "none":
             lines.append(f"checkpoint      {checkpoint}")
-            lines.append(
-                f"next            python sample.py --checkpoint {checkpoint} --prompt {self.config.prompt!r}"
-            )
+            command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", self.config.prompt]
+            lines.append(f"next            {shlex.join(command)}")
         self.say("\n".join(lines))
 
     def average_ms(self) -> tuple[int, float]:
@@ -116,7 +122,7 @@ def step_line(record: dict, max_steps: int) -> str:
 def heat_map(counts: torch.Tensor) -> list[str]:
     """Routed rows (MoE layers, E) as a line per layer: a character per expert, the higher the busier."""
     try:
-        LEVELS.encode(sys.stdout.encoding or "ascii")
+        LEVELS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
         levels = LEVELS
     except UnicodeEncodeError:
         levels = PLAIN_LEVELS

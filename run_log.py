@@ -53,13 +53,14 @@ class RunLog:
     While it is open the folder is locked; what does not belong to this run is moved aside (set_aside).
 
     resumed: the checkpoint that the run goes on from, first_step its step; None and 0 for a new run. wandb:
-    send TensorBoard's curves, under the same names, to Weights & Biases as well.
+    send TensorBoard's curves, under the same names, to Weights & Biases as well. again: whether what is
+    measured at first_step is going to be; where it is not, what a finished run has measured there stays.
     ValueError if another run has the folder or wandb is not installed, OSError if it cannot be written.
     """
 
     def __init__(
         self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, wandb: bool = False,
-        say: Callable = print,
+        again: bool = True, say: Callable = print,
     ):  # fmt: skip
         self.folder, self.say, self.failing = folder, say, False
         self.drawing: subprocess.Popen | None = None
@@ -74,7 +75,7 @@ class RunLog:
         for name in self.unwritten:
             path = folder / name
             lines = path.read_bytes().splitlines(True) if path.exists() else []
-            kept = [line for line in lines if is_before(line, first_step)]
+            kept = [line for line in lines if is_kept(line, first_step, again)]
             if kept != lines:
                 write_atomically(path, lambda file, kept=kept: file.writelines(kept))
             self.files[name] = open(path, "ab", buffering=0)
@@ -84,6 +85,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            for line in (folder / "log.txt").read_text().splitlines() if not again else ():
+                step, kind, value = line.split()
+                if int(step) == first_step:  # the final measurement of a run that is now made longer
+                    self._scalars(first_step, {kind: float(value)})
 
     def record(self, values: dict) -> None:
         """One object of metrics.jsonl."""
@@ -214,21 +219,26 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def is_before(line: bytes, step: int) -> bool:
-    """Whether a line of a log file is whole and of an earlier step (or of no step)."""
+def is_kept(line: bytes, step: int, again: bool = True) -> bool:
+    """Whether a line of a log file is whole and of an earlier step (or of no step), or unless it will be
+    measured `again`, of an evaluation before this step."""
     if not line.endswith(b"\n"):
         return False
     try:
         if line.startswith(b"s:"):
-            number, value = line[2:].split()
-            float(value.split(b":")[1])
-            return int(number) < step
-        if not line.startswith(b"{"):
-            number, _, value = line.split()
+            number, rest = line[2:].split()
+            kind, value = rest.split(b":")
+            number, trained = int(number), kind == b"trl"
             float(value)
-            return int(number) < step
-        record = json.loads(line)
-        return record.get("step", record.get("run", {}).get("first_step", -1)) < step
+        elif line.startswith(b"{"):
+            record = json.loads(line)
+            number = record.get("step", record.get("run", {}).get("first_step", -1))
+            trained = "step" not in record or "loss" in record
+        else:
+            number, kind, value = line.split()
+            number, trained = int(number), kind == b"train"
+            float(value)
+        return number < step + (not again and not trained)
     except (ValueError, TypeError, AttributeError):
         return False
 

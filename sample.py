@@ -6,6 +6,7 @@ python sample.py --checkpoint log/latest --temperature 0          # the newest c
 """
 
 import argparse
+import contextlib
 import sys
 
 import torch
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    with contextlib.suppress(AttributeError, OSError):  # not every stdout can be told
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that it does not have
     torch.manual_seed(options.seed)
     how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
     if options.temperature == 0:

@@ -22,6 +22,7 @@ References: GPT-3, arXiv 2005.14165 (batch size, learning rates, schedule); the 
 its numbers: https://github.com/karpathy/build-nanogpt
 """
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -40,7 +41,7 @@ import faults
 import llmc
 import parallel
 from attention import BACKENDS, choose_backend, prefer_backend
-from evaluation import cannot_sample, evaluate
+from evaluation import cannot_sample, evaluate, evaluates_at
 from fineweb import DistributedDataLoader, prepare_demo, read_meta
 from flags import parse_flags
 from mixture_of_experts import idle_experts_spared
@@ -216,7 +217,7 @@ def overrides(config: TrainConfig) -> dict:
 
 
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
-    """The settings, and the names of those that a preset or a flag gave. ValueError for a bad flag."""
+    """The settings, and the names of those that flags gave, not presets. ValueError for a bad flag."""
     return parse_flags(TrainConfig, overrides, arguments, __doc__.split("\n\n")[0])
 
 
@@ -235,7 +236,7 @@ class Run:
     model: GPTLMHeadModel
     dtype: str  # of matrix products, resolved
     optimizer: torch.optim.Optimizer
-    resumed: dict | None  # the checkpoint that it goes on from
+    resumed: dict | None  # the checkpoint that it goes on from; once read, without weights and moments
     log: RunLog | None = None  # of the master
     hellaswag: bool = False  # whether its questions are asked
     samples: bool = False  # whether text is sampled
@@ -249,11 +250,9 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         transformers.logging.set_verbosity_error()
     if config.resume not in ("", "auto") and "log_dir" not in given:
         config.log_dir = os.path.dirname(config.resume) or "."
-    preset = overrides(config)
-    asked = {name for name in given if name not in preset or getattr(config, name) != preset[name]}
     path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
     if state:
-        ckpt.keep_settings(config, asked, state, path, print0)
+        ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world)
     if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
         print0("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
@@ -266,7 +265,7 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     if dtype == "auto":
         dtype = "bfloat16" if world.device.type == "cuda" else "float32"
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
-    model = place_model(config, build_model(config, asked, meta, state), layout, dtype, state)
+    model = place_model(config, build_model(config, given, meta, state), layout, dtype, state)
     if config.tensorcores and dtype == "float32":  # with bfloat16 it would only coarsen the routers
         torch.set_float32_matmul_precision("high")
     optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
@@ -278,6 +277,7 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         if before != world.size:
             print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
         print0(f"resumed {path} at step {state['step']}")
+        run.resumed = {name: value for name, value in state.items() if name not in ("model", "optimizer")}
     if config.sample_every != 0:
         problem = cannot_sample(model, config)
         run.samples = not layout.any(bool(problem))
@@ -298,9 +298,11 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     world.barrier()  # the master may now move an old run's files: all have read what they need
     if world.is_master:
         first_step = state["step"] if state else 0
-        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb)
+        again = first_step == config.max_steps or evaluates_at(first_step, config)
+        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again)
         run.log.record({"run": run_record(config, model, world, first_step)})
-        table, cautions = preflight(config, model, accumulation, world, train_loader.num_tokens, dtype)
+        tokens = [loader.num_tokens if loader else None for loader in (train_loader, val_loader)]
+        table, cautions = preflight(config, model, accumulation, world, tokens[0], dtype, tokens[1])
         print("\n".join([table, *(f"WARNING     {text}" for text in cautions)]), flush=True)
         if config.write_tensors and not state and not config.inference_only:
             x, y = DistributedDataLoader(train_loader.files, config.B, config.T, shuffle=False).next_batch()
@@ -369,7 +371,7 @@ def train(run: Run) -> int:
             }  # fmt: skip
             intact = True  # from here to the update, weights and moments belong to this beginning
             last_step = step == config.max_steps
-            evaluates = last_step or (config.infer_step > 0 and step % config.infer_step == 0)
+            evaluates = last_step or evaluates_at(step, config)
             every = config.infer_step if config.sample_every < 0 else config.sample_every
             samples = run.samples and every > 0 and (step % every == 0 or last_step)
             saves = config.checkpoint_every > 0 and step % config.checkpoint_every == 0
@@ -398,7 +400,7 @@ def train(run: Run) -> int:
                 for kind, name in (("val", "val_loss"), ("hella", "hella_acc_norm")):
                     if name in measured:
                         log.measurement(step, kind, measured[name])
-                if model.moe_layers() and step > 0:
+                if model.moe_layers() and step > 0 and not config.inference_only:
                     log.experts(step, expert_load(model)["expert_load"])
                 if last_step:
                     log.record({"step": step, "elapsed_s": time.perf_counter() - begin, **measured})
@@ -411,7 +413,7 @@ def train(run: Run) -> int:
             if config.overfit_single_batch:
                 train_loader.reset()
             # Dropout is a function of seed, step and rank, and so the same after a resume.
-            torch.manual_seed((config.seed * 1_000_003 + step) * 65_536 + world.rank)
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 65_536 + world.rank) % 2**63)
             losses = torch.zeros(3, device=world.device)  # cross-entropy, balance loss, z-loss
             batch_losses = []  # of every micro-step
             for micro_step in range(accumulation):
@@ -479,8 +481,7 @@ def train(run: Run) -> int:
                         f"({health.in_a_row} in a row, {health.bad_steps} in all)"
                     )
                 elif model.moe_layers():
-                    record |= {"balance_loss": balance_loss, "z_loss": z_loss}
-                    record |= routing or expert_load(model)
+                    record |= {"balance_loss": balance_loss, "z_loss": z_loss} | (routing or {})
                 if spike:
                     record["spike"] = True
                     say(f"step {step}: the loss jumped to {loss:.4f} from a mean of {health.mean:.4f}")
@@ -537,6 +538,8 @@ def train(run: Run) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Set up and train; returns the exit code. What a person can mend is told in one line, no traceback."""
     config = world = run = None
+    with contextlib.suppress(AttributeError, OSError):  # not every stdout can be told
+        sys.stdout.reconfigure(errors="backslashreplace")  # of samples' characters that it does not have
     try:
         config, given = parse_config(arguments)
         world = parallel.start(config.device, config.parallel)

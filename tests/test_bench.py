@@ -231,13 +231,16 @@ def test_a_backend_that_cannot_do_a_shape_takes_forever():
 
 
 def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
-    asked = []
+    asked, before = [], []
     monkeypatch.setattr(
         attention, "sdpa_kernel", lambda *arguments, **named: asked.append((arguments, named))
     )
+    # Without a GPU: that it comes before the order is set, which torch would overwrite.
+    monkeypatch.setattr(attention, "choose_for_the_first_time", lambda device: before.append(len(asked)))
     for name in ("flash", "math"):
         prefer_backend(name, torch.device("cuda"))
     names = ["flash", "cudnn", "efficient", "math"]
+    assert before == [0, 1]
     assert asked[0] == (([BACKENDS[name] for name in names],), {"set_priority": True})
     assert asked[1][0][0][0] == BACKENDS["math"] and set(asked[1][0][0]) == set(BACKENDS.values())
 

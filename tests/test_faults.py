@@ -100,6 +100,19 @@ def test_sigusr1_saves_and_goes_on_and_a_second_sigint_stops_at_once(data, tmp_p
     assert finish(process) in (-signal.SIGINT, 130)
 
 
+def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):
+    """Ctrl-C at `python train_gpt_moe.py 2>&1 | tee out` ends the tee as well."""
+    os.mkfifo(tmp_path / "pipe")
+    process = start(flags(data, tmp_path, "--max_steps", 5000, "--checkpoint_every", 0), tmp_path / "pipe")
+    with open(tmp_path / "pipe") as reader:
+        assert any("| loss" in line for line in reader)
+    wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process) == 130
+    (path,) = ckpt.list_checkpoints(tmp_path)
+    assert ckpt.load_checkpoint(path)["step"] == newest(tmp_path) + 1
+
+
 def test_signals_are_heard_inside_a_collective(data, tmp_path):
     """Rank 1 is stopped, so rank 0 waits for it, and Python with it: no handler of Python can run."""
     output = tmp_path / "out.txt"

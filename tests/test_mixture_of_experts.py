@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import experts
 from experts import MLP, dispatch, expert_mlp, grouped_mm
 from mixture_of_experts import (
     LOSSES,
@@ -125,10 +126,21 @@ def test_forward_and_every_gradient_equal_a_float64_loop(activation, K, norm, bi
     assert (layer.experts.c_fc.grad[3] == 0).all() and (layer.experts.c_proj.grad[3] == 0).all()
 
 
+def blackwells(x, weights, offs):
+    """grouped_mm, whose backward leaves garbage in the gradient of expert 1, which has no rows."""
+    weights = weights.clone()
+    weights.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.nan))
+    return grouped_mm(x, weights, offs=offs)
+
+
 @pytest.mark.parametrize("activation,bias", [("gelu", True), ("swiglu", False)])
+@pytest.mark.parametrize("garbage", [False, True])
 @pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
-def test_grouped_engine_equals_the_loop(activation, bias):
+def test_grouped_engine_equals_the_loop(activation, bias, garbage, monkeypatch):
     layer = make_layer(activation=activation, bias=bias, num_experts=5, n_embd=16, expert_hidden_size=8)
+    if garbage:
+        monkeypatch.setattr(experts, "grouped_mm", blackwells)
+        monkeypatch.setattr(experts, "_idle_gradients_are_garbage", lambda: True)
     x = torch.randn(2, 7, 16)
     x[..., 0] = 1
     with torch.no_grad():

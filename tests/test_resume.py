@@ -169,7 +169,8 @@ def test_settings_are_kept_without_flags(straight, stopped, capsys):
     """Nothing but the checkpoint is named: its folder is log_dir, its settings are those of the run."""
     assert train_gpt_moe.main(["--resume", str(stopped / "model_00006.pt"), "--device", "cpu"]) == 0
     same_run(straight, stopped)
-    assert "resume:" not in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if "resume:" in line]
+    assert len(said) == 1 and "as in the checkpoint, not as here" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,37 @@ def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopp
     assert max(group["weight_decay"] for group in state["optimizer"]["param_groups"]) == 0.2
     assert state["loader"]["position"] == (6 * 256 + 4 * 128) // 32
     assert [record["step"] for record in metrics(stopped)] == list(range(11))
+
+
+def test_a_finished_run_is_made_longer(stopped, data, tmp_path, capsys):
+    """Its last validation loss stays, of a step at which the longer run measures nothing."""
+    on = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", data, "--device", "cpu"]
+    assert train_gpt_moe.main([*on, "--max_steps", "7", "--tensorboard", "True", "--seed", "1337"]) == 0
+    capsys.readouterr()
+    final = [line for line in (stopped / "log.txt").read_text().splitlines() if line.startswith("7 ")]
+    assert len(final) == 1 and final[0].startswith("7 val ")
+    assert train_gpt_moe.main([*on, "--max_steps", "8"]) == 0
+    assert "resume: max_steps was 7 and is 8 from step 7 on" in capsys.readouterr().out
+    lines = (stopped / "log.txt").read_text().splitlines()
+    assert final[0] in lines and sum(line.startswith("7 train ") for line in lines) == 1
+    assert [r["step"] for r in metrics(stopped) if "loss" in r] == list(range(8))
+    assert {r["step"] for r in metrics(stopped) if "loss" not in r} == {7, 8}
+    for fewer in ("--max_steps", "5"), ("--preset", "llmc", "--max_steps", "5"):
+        assert train_gpt_moe.main([*on, *fewer]) == 2
+        assert "has done 8 steps already, but max_steps=5" in capsys.readouterr().err
+
+
+def test_constants_that_are_not_the_checkpoints_are_named(stopped, data, capsys):
+    on = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", data, "--device", "cpu"]
+    assert train_gpt_moe.main([*on, "--preset", "demo", "--max_steps", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "resume: max_steps was 12 and is 6 from step 6 on" in said
+    (line,) = [line for line in said.splitlines() if "as in the checkpoint, not as here" in line]
+    assert "B=4" in line and "max_lr=0.003" in line and "n_layer" not in line and "max_steps" not in line
+
+
+def test_any_seed_will_do(data, tmp_path):
+    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 3, "--seed", 1_732_243_200)) == 0
 
 
 def test_a_preset_changes_nothing_in_a_resumed_run(data, tmp_path):
@@ -364,7 +396,20 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     ],
 )  # fmt: skip
 def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
-    assert run_log.is_before(line, 3) == kept
+    assert run_log.is_kept(line, 3) == kept
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        (b"3 val 1.500000\n", True), (b"3 hella 0.25\n", True), (b"3 train 1.500000\n", False),
+        (b"s:3 tel:1.5\n", True), (b"s:3 trl:1.5\n", False), (b"4 val 1.5\n", False), (b"3 val\n", False),
+        (b'{"step": 3, "val_loss": 1.5}\n', True), (b'{"step": 3, "loss": 1.5}\n', False),
+        (b'{"run": {"first_step": 3}}\n', False),
+    ],
+)  # fmt: skip
+def test_which_lines_stay_where_step_3_is_not_evaluated_again(line, kept):
+    assert run_log.is_kept(line, 3, again=False) == kept
 
 
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
