@@ -7,6 +7,9 @@ Either of them also tells the routers where an optimizer step ends, which the ba
 balancing need (mixture_of_experts.py says why). Without one the balance losses are the textbook's, of each
 micro-batch alone, and loss-free balancing does nothing. What is reported are the rows routed to each expert
 in training, over all ranks, since the callback's last report; both callbacks may be used together.
+
+TrainingArguments(label_smoothing_factor=...) leaves the loss to the Trainer, and with it goes without the
+balance losses: the callbacks refuse it for a model with experts.
 """
 
 import logging
@@ -48,6 +51,12 @@ class MoEUsageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Called before the first step: from here on the routers' statistics are those of whole steps."""
         layers = self._get_moe_layers(model)
+        smoothing = getattr(args, "label_smoothing_factor", 0)
+        if layers and smoothing > 0:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing}: the Trainer then makes the loss "
+                "itself, without the experts' balance losses; leave it at 0"
+            )
         update_routers(layers)
         resumed = state.global_step > 0  # then the layers hold what was not reported before the interruption
         self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []

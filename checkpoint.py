@@ -569,6 +569,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", help="where to; empty, new, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
+    export.add_argument(
+        "--tokenizer", action=argparse.BooleanOptionalAction, default=True, help="add a tokenizer's files"
+    )
     verify = commands.add_parser("verify", help="compare every byte with its checksum")
     verify.add_argument("checkpoint")
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")
@@ -586,7 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from convert import export_folder
 
-            export_folder(load_model(options.checkpoint), options.folder, format=options.format)
+            export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
             print(f"wrote {options.folder}")
     except (ValueError, OSError) as error:
         print(f"checkpoint.py: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ Sources: GPT-2's names and shapes, transformers, models/gpt2/modeling_gpt2.py; b
 """
 
 import copy
+import importlib
 import itertools
 import json
 import logging
@@ -43,18 +44,29 @@ def encode_text(text: str, encoding: str) -> list[int]:
     """Token ids of plain text; special tokens in it are treated as text. fineweb.py has the encodings."""
     if encoding == "bytes":
         return list(text.encode("utf-8"))
-    import tiktoken
+    return tiktoken_encoding(encoding).encode_ordinary(text)
 
-    return tiktoken.get_encoding(encoding).encode_ordinary(text)
+
+def tiktoken_encoding(name: str):
+    """tiktoken's encoding of that name. ValueError for a name it does not have; OSError without its files.
+
+    Loaded by name, because transformers wants all that the files of an exported folder import, though bytes
+    and the folder's own tokenizer do without.
+    """
+    tiktoken = importlib.import_module("tiktoken")
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(
+            f"encoding={name!r}: how this model's text becomes tokens is not known; set encoding in its "
+            f"config.json: bytes, {', '.join(tiktoken.list_encoding_names())}"
+        )
+    return tiktoken.get_encoding(name)
 
 
 def decode_tokens(ids: list[int], encoding: str) -> str:
     """Text of token ids; bytes that are no UTF-8 become U+FFFD, special and unknown tokens are left out."""
     if encoding == "bytes":
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-    import tiktoken
-
-    encoder = tiktoken.get_encoding(encoding)
+    encoder = tiktoken_encoding(encoding)
     special = {encoder.encode_single_token(token) for token in encoder.special_tokens_set}
     return encoder.decode([i for i in ids if i < encoder.n_vocab and i not in special])
 
@@ -87,15 +99,13 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
-        import tiktoken
-
-        encoder = tiktoken.get_encoding(encoding)
+        encoder = tiktoken_encoding(encoding)
         end = encoder.eot_token
         ranks = {encoder.decode_single_token_bytes(i): i for i in range(encoder.n_vocab) if i != end}
     else:
         raise ValueError(
             f"encoding={encoding!r}: tokenizer files can be written for bytes, gpt2 and r50k_base only; "
-            "export without (tokenizer=False)"
+            "export with --no-tokenizer (tokenizer=False)"
         )
     shown = byte_characters()
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -266,7 +276,8 @@ def export_folder(
         if len(words) > model.config.vocab_size:
             raise ValueError(
                 f"encoding={model.config.encoding!r} has {len(words)} tokens, but vocab_size="
-                f"{model.config.vocab_size}; name the right encoding, or export without (tokenizer=False)"
+                f"{model.config.vocab_size}; name the right encoding, or export with --no-tokenizer "
+                "(tokenizer=False)"
             )
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:

@@ -368,9 +368,7 @@ class Experts(nn.Module):
         y = y.sum(1, dtype=x.dtype)  # (M, C); without dtype autocast on CUDA makes it fp32
         if self.c_proj_bias is not None:
             mix = Gather.apply((one_hot * w).to(x.dtype), position, order)  # (R, E)
-            y = torch.addmm(
-                y, mix.view(M, K, mix.shape[1]).sum(1), local(self.c_proj_bias).to(x.dtype)
-            )
+            y = torch.addmm(y, mix.view(M, K, mix.shape[1]).sum(1), local(self.c_proj_bias).to(x.dtype))
         return y
 
     def _gathered(self, x, weights, order, ends):

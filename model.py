@@ -33,6 +33,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
+from transformers.models.auto import modeling_auto
 
 # In an exported folder these files are a package and must find their own copies; here they lie side by side.
 try:
@@ -166,9 +167,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer["ln_f"] = build_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.encoding_size is not None and config.encoding_size < config.vocab_size:
-            # Ids that only pad the vocabulary have no text: whoever decoded one would get an error.
-            self.generation_config.suppress_tokens = list(range(config.encoding_size, config.vocab_size))
+        self._suppress_padding()
         for name, module in self.named_modules():
             if name.endswith("c_proj"):
                 module.into_residual = True  # for _init_weights, which is not told the name
@@ -177,6 +176,12 @@ class GPT(PreTrainedModel, GenerationMixin):
             name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
         ]
         self.post_init()
+
+    def _suppress_padding(self) -> None:
+        """Never generate ids that only pad the vocabulary: whoever decoded one would get an error."""
+        size, generation = self.config.encoding_size, self.generation_config
+        if size is not None and size < self.config.vocab_size and generation.suppress_tokens is None:
+            generation.suppress_tokens = list(range(size, self.config.vocab_size))
 
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation, all of it: N(0, 0.02), projections into the residual stream 0.02/sqrt(2 L).
@@ -486,7 +491,15 @@ class GPT(PreTrainedModel, GenerationMixin):
 
         The cache is dropped then, because every position moves (nanoGPT's way, exact but slower per token).
         """
+        for name in ("tokenizer", "assistant_tokenizer"):  # generate()'s, for stop_strings
+            kwargs.pop(name, None)
         block_size = self.config.block_size
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
+            raise ValueError(
+                f"what inputs_embeds begin has reached block_size={block_size} positions, and without token "
+                "ids it cannot be cropped; generate fewer tokens"
+            )
         if input_ids.size(1) > block_size:
             input_ids, past_key_values = input_ids[:, -block_size:], None
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
@@ -495,6 +508,16 @@ class GPT(PreTrainedModel, GenerationMixin):
             input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
             inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """transformers' for assistant_model and prompt_lookup_num_tokens, which have to keep the cache."""
+        length, block_size = kwargs["generation_config"].max_length, self.config.block_size
+        if length > block_size:
+            raise ValueError(
+                f"assisted generation of up to {length} tokens would outgrow block_size={block_size}; lower "
+                "max_new_tokens or max_length, or generate without assistance"
+            )
+        return super()._assisted_decoding(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
@@ -509,6 +532,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         # The same parameters as the class whose forward gives logits, without a compiled forward: the
         # growing sequences of generation would make it compile again and again. (As copy.copy, which fails
         # for the class that FSDP gives the model.)
+        # If accelerate has bound this model's own forward, that goes along: it shall give logits meanwhile.
+        self._gives_logits, gave = True, self._gives_logits
         model = GPTLMHeadModel.__new__(GPTLMHeadModel)
         model.__setstate__(self.__getstate__())
         try:
@@ -524,6 +549,7 @@ class GPT(PreTrainedModel, GenerationMixin):
             texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
             return texts[0] if len(texts) == 1 else texts
         finally:
+            self._gives_logits = gave
             self.train(was_training)
 
     # --- training and files -----------------------------------------------------------------------------
@@ -576,7 +602,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
         Llama, Qwen3, Qwen3-MoE or Mixtral.
 
-        ValueError for one that lacks weights or, naming the field, that this model cannot express.
+        Settings of GPTConfig may be given too (dropout=0.1). ValueError for one of another architecture, one
+        that lacks weights or, naming the field, that this model cannot express.
         """
         found = {}
         if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
@@ -584,14 +611,22 @@ class GPT(PreTrainedModel, GenerationMixin):
             given = {name: kwargs[name] for name in hub if name in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **given)
         kind = found.get("model_type")
+        if kind not in (None, GPTConfig.model_type, *FOREIGN):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: models of type {kind!r} cannot be read, only "
+                f"{GPTConfig.model_type}, {', '.join(FOREIGN)}"
+            )
         if kind not in FOREIGN:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._suppress_padding()
+            return loaded
         wants_info = kwargs.pop("output_loading_info", False)
+        ours = {name: kwargs.pop(name) for name in inspect.get_annotations(GPTConfig) if name in kwargs}
         fields, weights, generation_config, info = load_foreign(
             kind, pretrained_model_name_or_path, *args, **kwargs
         )
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = cls(GPTConfig(**fields))
+            model = cls(GPTConfig(**fields | ours))
         model.load_state_dict(weights | fresh_statistics(model), assign=True)
         model.tie_weights()
         model.generation_config = generation_config
@@ -615,6 +650,9 @@ class GPTLMHeadModel(GPT):
             self.transformer.wte.weight = new_embeddings.weight
             self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
 
+
+# By this list Trainer knows that labels want a shift when it smooths them.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTConfig.model_type] = GPTLMHeadModel.__name__
 
 # What save_pretrained() writes beside a folder's config.json: the files of these classes.
 GPT.register_for_auto_class("AutoModel")

@@ -164,6 +164,20 @@ def test_evaluation_has_no_auxiliary_terms_and_leaves_no_trace(cls, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_smoothed_labels_are_shifted(tmp_path):
+    """Trainer has the loss then, and shifts labels for models it knows to be causal language models."""
+    model = build(use_moe=False).eval()
+    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1))
+    batch = {name: torch.stack([row[name] for row in ragged_rows()]) for name in ragged_rows()[0]}
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: .* without the experts' balance"):
+        train(build(), tmp_path, label_smoothing_factor=0.1)
+
+
 def test_resuming_is_bit_identical(tmp_path):
     settings = dict(
         batch=2, accumulation=2, max_steps=6, save_strategy="steps", save_steps=3, optim="adamw_torch",

@@ -437,7 +437,7 @@ def test_commands(tmp_path, capsys):
     state = {"model": model.state_dict(), "config": model.config.to_dict(), "step": 1, "val_loss": 2.5}
     path = str(save_checkpoint(state, tmp_path))
     assert ckpt.main(["verify", path]) == 0
-    assert "undamaged, step 1, last validation loss 2.5" in capsys.readouterr().out
+    assert "undamaged, step 1, last validation loss before it 2.5" in capsys.readouterr().out
     assert ckpt.main(["export", path, str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists() and not list((tmp_path / "out").glob("*.bin"))
     exported = GPT.from_pretrained(tmp_path / "out")

@@ -132,6 +132,43 @@ def test_generation_from_embeddings():
     assert torch.equal(found, greedy_by_hand(model, ids, 8)[:, 5:])
 
 
+def test_what_cannot_be_cropped_must_not_outgrow_block_size(model):
+    """Embeddings have no ids to begin anew with, and assisted generation has to keep its cache."""
+    ids = tokens(B=1, T=4).repeat(1, 2)
+    embeddings = model.get_input_embeddings()(ids)
+    whole = model.generate(ids, max_new_tokens=16, do_sample=False)
+    found = model.generate(inputs_embeds=embeddings, max_new_tokens=16, do_sample=False)
+    assert torch.equal(found, whole[:, 8:])
+    with pytest.raises(ValueError, match="reached block_size=24 positions"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=20, do_sample=False)
+    lookup = dict(do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(model.generate(ids, max_new_tokens=16, **lookup), whole)
+    with pytest.raises(ValueError, match="up to 28 tokens would outgrow block_size=24"):
+        model.generate(ids, max_new_tokens=20, **lookup)
+
+
+def test_stop_strings():
+    model = strong(GPTLMHeadModel(tiny(encoding="bytes", vocab_size=257, block_size=64)))
+    how = dict(do_sample=False, pad_token_id=0)
+    whole = model.generate("ab", max_new_tokens=30, **how)
+    stop = next(character for character in whole[6:] if character.isascii() and character.isprintable())
+    found = model.generate(
+        "ab", max_new_tokens=30, stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64), **how
+    )
+    assert found == whole[: whole.index(stop, 2) + 1]
+
+
+def test_a_forward_bound_from_outside_is_no_obstacle():
+    """accelerate binds a model's forward anew, for bf16 or offloaded weights."""
+    ids, base = tokens(), strong(GPT(tiny()))
+    expected = base.generate(ids, max_new_tokens=6, do_sample=False)
+    bound = base.forward
+    base.forward = lambda *args, **kwargs: bound(*args, **kwargs)
+    for _ in range(2):
+        assert torch.equal(base.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    assert base(ids).last_hidden_state.shape == (3, 5, 64)
+
+
 def test_generation_leaves_no_trace_in_training():
     losses = []
     for generates in (True, False):
@@ -246,6 +283,12 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
     files = [path.read_text(encoding="utf-8") for path in shared_file("tiktoken_cache").iterdir()]
     original = next(text for text in files if text.startswith("#version"))
     assert found == original.strip().split("\n")[1:]
+
+
+def test_an_encoding_that_nobody_knows_is_named():
+    pytest.importorskip("tiktoken")
+    with pytest.raises(ValueError, match=r"encoding='unknown': how .* set encoding in its"):
+        GPTLMHeadModel(tiny(encoding="unknown")).generate("Hi")
 
 
 def test_other_encodings_have_no_tokenizer_files():
@@ -382,6 +425,31 @@ def test_our_folders_load_what_was_saved(name, tmp_path):
     half.save_pretrained(tmp_path / "half")
     again = GPTLMHeadModel.from_pretrained(tmp_path / "half")
     assert again.dtype == torch.bfloat16 and torch.equal(again(ids).logits, half(ids).logits)
+
+
+def test_a_folder_of_another_architecture_is_refused(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="models of type 'qwen2' cannot be read, only gpt_moe, gpt2, llama"):
+        GPTLMHeadModel.from_pretrained(tmp_path)
+
+
+def test_settings_beside_the_name_of_a_stock_folder(tmp_path):
+    stock_gpt2().save_pretrained(tmp_path)
+    loaded = GPTLMHeadModel.from_pretrained(tmp_path, dropout=0.25, use_cache=False, encoding="bytes")
+    config = loaded.config
+    assert (config.dropout, config.use_cache, config.encoding) == (0.25, False, "bytes")
+
+
+def test_padding_is_not_generated_without_a_generation_config_either(tmp_path):
+    GPTLMHeadModel(tiny(encoding_size=90)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded, info = GPTLMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.generation_config.suppress_tokens == list(range(90, 97)) and not info["missing_keys"]
 
 
 def test_a_folder_without_some_buffers_and_weights_gets_fresh_ones(tmp_path):
