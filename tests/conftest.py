@@ -1,21 +1,26 @@
-"""Shared by all tests: one thread, no network, and where the development data lies (if it does).
+"""Shared by all tests: one thread, no network, fixed random numbers, and where the development data lies (if
+it does).
 
 Run everything: python -m pytest
 """
 
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 # Before torch and transformers are imported anywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # rounding depends on it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -24,8 +29,20 @@ sys.path.insert(0, str(ROOT))
 # A shell that starts this in the background has Ctrl-C ignored, and the tests' processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# multiprocessing's servers have a socket there, whose path may have 107 characters.
+if len(tempfile.gettempdir()) > 50 and multiprocessing.parent_process() is None:
+    short_folder = tempfile.TemporaryDirectory(dir="/tmp")
+    multiprocessing.current_process()._config["tempdir"] = short_folder.name
+
 # Compiled CPU code on several threads of a busy machine can be a hundred times slower than on one.
 torch.set_num_threads(1)
+
+# The same examples every time, however slow the machine is.
+settings.register_profile(
+    "same", derandomize=True, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("same")
 
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED_DATA / "tiktoken_cache").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED_DATA / "tiktoken_cache")
@@ -37,6 +54,17 @@ def shared_file(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name} of the development data, which is not part of the repository")
     return path
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

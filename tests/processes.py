@@ -29,6 +29,7 @@ from checkpoint import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
+PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
 STEPS = 12
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --B 4
@@ -58,21 +59,33 @@ def start(
     return process
 
 
+def free_port() -> int:
+    """A port at which nobody listens, of 20000 to 29999: the system gives out none of these by itself, so it
+    stays free until it is used."""
+    while True:
+        port = 20_000 + next(PORTS) % 10_000
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+
+
 def start_ranks(
-    size: int, arguments: list, output: str | Path, sick: Mapping = {}, script: str = "train_gpt_moe"
+    size: int,
+    arguments: list,
+    output: str | Path,
+    sick: Mapping = {},
+    script: str = "train_gpt_moe",
+    environment: Mapping = {},
 ) -> list:
     """Start `size` processes that train together, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=port)
+    names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), **environment)
     return [
         start(arguments, output, {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}, sick, script)
         for rank in range(size)
     ]
 
 
-def finish(process, timeout: float = 120) -> int:
+def finish(process, timeout: float = 600) -> int:
     """Wait for the process's end; its exit code, or minus the signal that ended it."""
     process.join(timeout)
     if process.exitcode is None:
@@ -139,11 +152,19 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def wait_for(path: Path, lines: int, timeout: float = 60) -> None:
+def wait_for(path: Path, lines: int, timeout: float = 300) -> None:
     """Until the file has so many lines."""
     end = time.monotonic() + timeout
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
         assert time.monotonic() < end, f"{path} did not get {lines} lines"
+        time.sleep(0.003)
+
+
+def wait_for_text(path: Path, text: str, timeout: float = 300) -> None:
+    """Until the file holds the text."""
+    end = time.monotonic() + timeout
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < end, f"{path} did not get {text!r}: {path.read_text()}"
         time.sleep(0.003)
 
 

@@ -252,7 +252,7 @@ def test_two_processes_equal_one(whole_batch, tmp_path):
     tests = str(ROOT / "tests")
     script.write_text(TWO_RANKS.format(root=str(ROOT), tests=tests, folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["losses"] == pytest.approx(expected_losses, rel=2e-5)

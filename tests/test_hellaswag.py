@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from conftest import shared_file
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hellaswag
@@ -197,7 +197,6 @@ def test_encoding_and_arguments_are_checked(write):
         evaluate(make_model(vocab_size=200), path)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000))
 def test_few_lengths_of_rows(size):
     rounded = hellaswag.bucket(size)
@@ -441,7 +440,7 @@ LINES = st.binary(max_size=60) | st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     lines=st.lists(LINES, max_size=3),
     style=st.sampled_from(["completion", "harness"]),

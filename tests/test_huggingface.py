@@ -270,7 +270,7 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
     build_tokenizer("gpt2", 1024).save_pretrained(tmp_path)
     tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path)
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == 50256
-    for text in [*STRANGE, shared_file("tinyshakespeare.txt").read_text()[:50_000]]:
+    for text in [*STRANGE, shared_file("tinyshakespeare.txt").read_text(encoding="utf-8")[:50_000]]:
         ids = tokenizer(text)["input_ids"]
         assert ids == gpt2_encoding.encode_ordinary(text)
         assert tokenizer.decode(ids) == text
@@ -512,7 +512,7 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def run_elsewhere(code, arguments, cwd, program=sys.executable, timeout=300) -> str:
+def run_elsewhere(code, arguments, cwd, program=sys.executable, timeout=900) -> str:
     """Output of Python code in a process that has this project neither on its path nor as its folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -712,7 +712,7 @@ def test_lm_eval_agrees_with_hellaswag_py(tmp_path):
     if python == sys.executable and importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed (pip install lm_eval, or set LM_EVAL_PYTHON)")
     hellaswag = pytest.importorskip("hellaswag")
-    questions = shared_file("hellaswag_val.jsonl").read_text().splitlines()[:20]
+    questions = shared_file("hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()[:20]
     (tmp_path / "questions.jsonl").write_text("\n".join(questions) + "\n")
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "hellaswag_local.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
@@ -728,7 +728,7 @@ def test_lm_eval_agrees_with_hellaswag_py(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())

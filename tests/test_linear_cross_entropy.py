@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import needs_compiler
 from test_model import strong, tiny, tokens
 
 from bench import memory_bytes
@@ -132,6 +133,7 @@ def test_float16_gradients_outlive_a_small_scale():
         assert (a - true).norm() <= 0.005 * true.norm()
 
 
+@needs_compiler
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_without_a_graph_break(bf16):
     torch._dynamo.reset()
@@ -168,7 +170,7 @@ def test_softmax_in_place_on_rows_of_every_length():
     for length in (1, 2, 15, 16, 17, 63, 257, 1023, 5000, 50304):
         z = 5 * torch.randn(3, length, generator=torch.Generator().manual_seed(length))
         expected = z.double().log_softmax(1)
-        assert (log_softmax_(z) - expected).abs().max() < 1e-5
+        assert (log_softmax_(z) - expected).abs().max() < 3e-5  # of values down to -30
         assert z.exp().sum(1) == pytest.approx(torch.ones(3), abs=1e-4)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import needs_compiler
 from torch.utils.checkpoint import checkpoint
 
 import experts
@@ -779,7 +780,9 @@ def test_bad_arguments():
 @pytest.mark.parametrize(
     "backend,overrides",
     [
-        ("inductor", {"router_bias_update_rate": 0.1, "num_shared_experts": 1}),
+        pytest.param(
+            "inductor", {"router_bias_update_rate": 0.1, "num_shared_experts": 1}, marks=needs_compiler
+        ),
         ("aot_eager", {"moe_loss_type": "variance_penalty", "router_score": "sigmoid"}),
         ("aot_eager", {"moe_loss_type": "entropy_regularization", "activation": "swiglu", "bias": False}),
         ("aot_eager", {"moe_loss_type": "diversity_regularization", "num_experts_per_tok": 1}),

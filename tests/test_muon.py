@@ -6,13 +6,13 @@ Run: python -m pytest tests/test_muon.py
 import io
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 
 from model import GPTConfig, GPTLMHeadModel
 from muon import MuonAdamW, check_muon, configure_muon, newton_schulz, row_blocks
@@ -271,11 +271,8 @@ if size > 1:
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
     ranks = [{}, *({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2))]
     running = [
@@ -285,7 +282,7 @@ def test_two_processes_equal_one(tmp_path):
         for more in ranks
     ]
     for process in running:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     for one, a, b in zip(alone, first, second, strict=True):

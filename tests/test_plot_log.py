@@ -125,6 +125,8 @@ def test_a_failing_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypa
 
 
 def test_command_line(tmp_path):
+    import matplotlib.font_manager  # noqa: F401 - a slow machine's first process tells that it makes a cache
+
     fake_log(tmp_path / "log", steps=20)
 
     def call(*arguments):

@@ -23,7 +23,7 @@ import fineweb
 import train_gpt_moe
 from fineweb import prepare_demo, write_shard
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(
     r"^    ((?:python|torchrun|pip install .* && python) .*?)(?:  +#.*)?$", README, re.MULTILINE
@@ -62,7 +62,7 @@ def test_commands_name_files_and_flags_that_exist(command):
         return
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists(), script
-    text = (ROOT / script).read_text()
+    text = (ROOT / script).read_text(encoding="utf-8")
     for word in words[words.index(script) + 1 :]:
         if word.startswith("--"):
             name = word[2:].split("=")[0]
@@ -161,7 +161,7 @@ def test_what_is_listed_is_there():
 
 def test_file_map_has_every_file_and_its_length():
     found = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    lengths = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
     assert found.keys() == lengths.keys()
     wrong = {name: n for name, n in lengths.items() if abs(int(found[name]) - n) > 0.1 * n + 5}
     assert not wrong, f"README's file map: these have so many lines now: {wrong}"

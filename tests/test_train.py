@@ -7,13 +7,13 @@ Run: python -m pytest tests/test_train.py
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from processes import free_port
 
 import sample
 import train_gpt_moe
@@ -151,17 +151,14 @@ def test_two_processes_give_the_losses_of_one(finished, demo_data, tmp_path, lau
         ]
         runs = [subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)]
     else:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        runs = []
+        port, runs = str(free_port()), []
         for rank in "01":
             hand_set = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
             hand_set["MASTER_PORT"] = port
             command, environment = [sys.executable, script, *flags], {**os.environ, **hand_set}
             runs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for run in runs:
-        error = run.communicate(timeout=120)[1]
+        error = run.communicate(timeout=600)[1]
         assert run.returncode == 0, error
     assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-4)
     assert losses(tmp_path, "val") == pytest.approx(losses(finished[0], "val"), rel=0.02)  # half the batches
