@@ -11,6 +11,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedData
 import atexit
 import inspect
 import os
+import shutil
 import time
 import uuid
 import warnings
@@ -335,6 +336,16 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
                 fully_shard(block.mlp.experts, mesh=replica, mp_policy=policy, shard_placement_fn=placement)
         fully_shard(block, mesh=layout.all_ranks, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=layout.all_ranks)
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError if torch.compile would not find the compiler that it needs for this device."""
+    variable, *names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++", "cl")
+    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names)):
+        raise ValueError(
+            f"use_compile=True, but of the compilers that torch.compile needs there is none here "
+            f"({', '.join(names)}); install one, or --use_compile False"
+        )
 
 
 def compile_blocks(model: nn.Module, layout: Layout) -> None:

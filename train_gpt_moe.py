@@ -254,6 +254,8 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     if state:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world)
+    if config.use_compile:
+        parallel.check_compiler(world.device)
     if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
         print0("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
         if world.is_master:
