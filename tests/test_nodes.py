@@ -191,6 +191,7 @@ def watches(monkeypatch):
     monkeypatch.setattr(watch, "BEAT", 0.05)
     monkeypatch.setattr(watch, "PATIENCE", 2.0)
     monkeypatch.setattr(watch, "SUSPICION", 2.0)
+    monkeypatch.setattr(watch, "GRACE", 600.0)  # or they would end this process, which is the tests'
     host = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     connect = lambda: dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)  # noqa: E731
     watches = [watch.Watch(rank, 4, connect()) for rank in range(4)]
