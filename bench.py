@@ -48,6 +48,7 @@ from linear_cross_entropy import linear_cross_entropy
 from measure import PICTURES, alternate, in_words, load_nanogpt, memory_bytes, report, training_step
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
+from parallel import choose_device
 from recipes import moe_pays, time_to_loss
 from scaling import add_flags, bench_scale
 
@@ -300,6 +301,8 @@ def bench_head(options) -> list[dict]:
 def bench_hellaswag(options) -> list[dict]:
     """Questions per second: four padded rows and all logits for each, against hellaswag.py's way."""
     device, name = torch.device(options.device), options.size or "d12"
+    if name not in MODEL_SIZES:
+        raise ValueError(f"size={name!r}: choose of {', '.join(MODEL_SIZES)}")
     torch.manual_seed(0)
     model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **MODEL_SIZES[name])).to(device).eval()
     path = Path(options.data) if options.data else hs.download("val")
@@ -483,7 +486,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each contender")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--tokens", type=int, default=0, help="moe: tokens, instead of each size's own")
-    parser.add_argument("--size", default="", help=f"train, checkpoint: of {', '.join(MODEL_SIZES)}")
+    parser.add_argument(
+        "--size", default="", help=f"train, checkpoint, hellaswag: of {', '.join(MODEL_SIZES)}"
+    )
     parser.add_argument("--B", type=int, default=0, help="sequences; 0 = the command's own number")
     parser.add_argument("--T", type=int, default=0, help="tokens per sequence; 0 = the command's own")
     parser.add_argument("--vocab_size", type=int, default=50304, help="train: ids")
@@ -501,16 +506,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", default="", help="write the table here as well")
     parser.add_argument("--png", default="", help="and draw it here (or .svg, .pdf)")
     options = parser.parse_args(arguments)
+    for name in ("threads", "tokens", "B", "T", "steps"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name} {getattr(options, name)}: must not be negative")
+    for name in ("rounds", "limit", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    for name in ("csv", "png"):
+        if not Path(getattr(options, name)).parent.is_dir():
+            parser.error(f"--{name} {getattr(options, name)}: there is no such folder")
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.png and Path(options.png).suffix not in PICTURES:
         parser.error(f"png={options.png!r}: the name must end in {', '.join(PICTURES)}")
-    device = in_words(torch.device(options.device))
-    setting = f"torch {torch.__version__}, {device}"
-    if options.command not in ("time_to_loss", "moe_pays", "scale", "loop"):  # they say it themselves
-        setting += f", {options.dtype}, medians of {options.rounds} calls in turns"
-    print(f"{setting}\n")
     try:
+        setting = f"torch {torch.__version__}, {in_words(choose_device(options.device, 0))}"
+        if options.command not in ("time_to_loss", "moe_pays", "scale", "loop"):  # they say it themselves
+            setting += f", {options.dtype}, medians of {options.rounds} calls in turns"
+        print(f"{setting}\n")
         rows = COMMANDS[options.command](options)
         report(rows, options.csv, options.png if options.command != "time_to_loss" else "")  # has its own
     except (ValueError, OSError) as error:

@@ -85,7 +85,7 @@ def validate(
 
 def sample(model: GPTLMHeadModel, config: Any, step: int, autocast: Callable) -> str:
     """Text after the prompt; the same on all ranks, and at every run of the same step."""
-    torch.manual_seed(config.seed + step)
+    torch.manual_seed((config.seed + step) % 2**63)
     how = dict(max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
     if config.parallel == "fsdp" or config.ep_size > 1:
         how["synced_gpus"] = True  # no rank ends while another needs its part of the model

@@ -139,12 +139,15 @@ def prepare_demo(out: str | os.PathLike = "demo_data", encoding: str = "bytes") 
     """Write the demo corpus as a train and a validation shard unless they are there; returns their meta.json.
 
     Validation gets whole documents, in the order of their hashes until they are a twentieth of the text.
-    Raises ValueError if `out` holds other data.
+    What another version of Python has made is taken as it is. Raises ValueError if `out` holds other data.
     """
-    job = Job(source=f"demo corpus of Python {sys.version.split()[0]}", encoding=encoding, out=os.fspath(out))
+    out, corpus = os.fspath(out), "demo corpus of Python"
+    for meta in load_metas(out).values():
+        made = meta.get("source", "").startswith(corpus) and meta.get("encoding") == encoding
+        if made and all_there(out, meta):
+            return meta
+    job = Job(source=f"{corpus} {sys.version.split()[0]}", encoding=encoding, out=out)
     writer = ShardWriter(job, {"source": job.source, "encoding": encoding})
-    if all_there(job.out, writer.old):
-        return writer.old
     documents = list(demo_documents())
     held_out, room = set(), sum(map(len, documents)) // 20
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
@@ -286,6 +289,10 @@ class ShardWriter:
                         f"{job.out} was made with {name}={other!r} ({path}), but now {name}={value!r}: give "
                         "the settings it was made with, or another --out, or delete the folder"
                     )
+        ours = re.compile(r"(train|val)_(p\d{4}_)?\d{6}\.bin")
+        shards = [name for name in os.listdir(job.out) if name.endswith((".bin", ".npy"))]
+        if foreign := [name for name in shards if not ours.fullmatch(name)]:
+            raise ValueError(f"{job.out} holds {foreign[0]}, which is not of this data: give another --out")
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):  # left by a kill
             for temporary in glob.glob(os.path.join(glob.escape(job.out), f"{name}.*.tmp")):

@@ -16,7 +16,7 @@ from attention import synchronize
 
 PICTURES = (".png", ".svg", ".pdf")
 # Columns that a picture shows, as far as a table has them.
-DRAWN = ("tokens/s", "questions/s", "ms", "MFU %", "peak MiB")
+DRAWN = ("tokens/s", "questions/s", "ms", "s", "MFU %", "peak MiB")
 
 
 def alternate(

@@ -12,6 +12,7 @@ import atexit
 import inspect
 import os
 import shutil
+import sys
 import time
 import uuid
 import warnings
@@ -340,11 +341,14 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """ValueError if torch.compile would not find the compiler that it needs for this device."""
-    variable, *names = ("CC", "gcc", "clang") if device.type == "cuda" else ("CXX", "g++", "clang++", "cl")
-    if not any(shutil.which(name) for name in (os.environ.get(variable, ""), *names)):
+    if device.type == "cuda":  # Triton's
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+    if not any(map(shutil.which, names)):
         raise ValueError(
-            f"use_compile=True, but of the compilers that torch.compile needs there is none here "
-            f"({', '.join(names)}); install one, or --use_compile False"
+            f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here; install "
+            "it, or --use_compile False"
         )
 
 

@@ -297,7 +297,7 @@ def draw_load(fig, cell, run: Run, title: str) -> list:
         for (row, column), value in np.ndenumerate(load):
             words = {"ha": "center", "va": "center", "size": 8, "color": "white" if value < 0.3 else "black"}
             ax.text(column + 0.5, row + 0.5, f"{value:.2f}" if value >= DEAD else "", **words)
-    rows, columns = (np.arange(0, size, 1 + size // 16) for size in load.shape)
+    rows, columns = (np.arange(0, size, 1 + size // 13) for size in load.shape)  # labels that fit
     ax.set_yticks(rows + 0.5, rows)
     ax.set_xticks(columns + 0.5, columns)
     step = max(row["step"] for row in run.rows if "load" in row)
@@ -384,7 +384,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
 
     `x` is step, tokens or time. The file appears whole or not at all. Logs that are damaged, or cannot be
     drawn over `x`, are named in one warning on stderr. Raises FileNotFoundError for a folder without a log,
-    ValueError for an unknown `x` or format.
+    ValueError for an unknown `x` or format, or an `x` that no log has.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot: no window, no figure kept alive, Agg for png
@@ -403,6 +403,8 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
         run.line = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4], "linewidth": 1.6}
         run.mark = {"marker": MARKERS[i % 5], "markersize": 4.5, "markerfacecolor": "white"}
         problems += [f"{folder}: {problem}" for problem in run.problems]
+    if any(len(run.x) for run in runs) and not any(np.isfinite(run.x).any() for run in runs):
+        raise ValueError("; ".join(problems))
     if problems:
         print(f"plot_log: warning: {'; '.join(problems)}", file=sys.stderr)
     # Only losses over GPT-2's vocabulary (50257, perhaps padded) compare with GPT-2's.

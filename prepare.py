@@ -40,6 +40,8 @@ def check_config(config, world: parallel.World) -> int:
                 f"{name}={getattr(config, name)!r}: choose one of {', '.join(map(str, allowed))}"
             )
     check_layout(config, world)
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed={config.seed}: must be at least 0 and below 2**63")
     if not 0 < config.wsd_decay_frac <= 1:
         raise ValueError(f"wsd_decay_frac={config.wsd_decay_frac}: must be above 0 and at most 1")
     if config.learning_rate_decay_frac is not None:

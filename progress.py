@@ -13,6 +13,7 @@ import os
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ from tqdm import tqdm
 LEVELS = " ▁▂▃▄▅▆▇█"  # of an expert's load, from none to twice its fair share or more
 PLAIN_LEVELS = " .:-=+*#@"  # for terminals that know no others
 WARMUP, MEASURED = 3, 10  # steps before the time to go is told: the first ones compile, and fill caches
+
+
+def tell(text: str, write: Callable = print) -> None:
+    """Print a line. Never an error: nobody need read it, and the log files have all that matters."""
+    try:
+        write(text)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more: Ctrl-C ends the tee of `... | tee out`, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    except OSError:  # a full disk behind it
+        pass
 
 
 class Progress:
@@ -37,16 +50,9 @@ class Progress:
         self.val_loss: float | None = None
 
     def say(self, text: str) -> None:
-        """A line of its own, on the master's stdout. Never an error: the log files have all that matters."""
-        try:
-            if self.watched:
-                self.bar.write(text)
-            elif self.is_master:
-                print(text, flush=True)
-        except BrokenPipeError:  # nobody reads any more: Ctrl-C ends the tee of `... | tee out`, too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-        except OSError:  # a full disk behind it
-            pass
+        """A line of its own, on the master's stdout."""
+        if self.is_master:
+            tell(text, self.bar.write if self.watched else print)
 
     def step(self, record: dict) -> None:
         """Show an optimizer step: in the live line, or every log_every steps in a line of its own."""

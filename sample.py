@@ -7,6 +7,7 @@ python sample.py --checkpoint log/latest --temperature 0          # the newest c
 
 import argparse
 import contextlib
+import os
 import sys
 
 import torch
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
     options = parser.parse_args(arguments)
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
     if not options.prompt:
         parser.error("--prompt: give at least one character")
@@ -45,9 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
     if options.temperature == 0:
         how = dict(do_sample=False)
-    for number in range(1, options.num_samples + 1):
-        print(f"--- sample {number}")
-        print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how))
+    try:
+        for number in range(1, options.num_samples + 1):
+            print(f"--- sample {number}")
+            print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how), flush=True)
+    except BrokenPipeError:  # of `sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:  # a prompt that the model has no tokens for
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -11,7 +11,6 @@ yielded: a reader that starts from a copy of it repeats nothing and leaves nothi
 from __future__ import annotations
 
 import codecs
-import glob
 import io
 import json
 import os
@@ -60,6 +59,8 @@ def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, 
     """(True, lines read, text, bytes read) of the lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
     with open(path, "rb") as file:
         lines = file
+        if not path.endswith(".jsonl") and os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty, which no compressed file is")
         if not path.endswith(".jsonl"):
             import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
@@ -82,7 +83,9 @@ def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str
 
     with parquet.ParquetFile(path) as table:
         text_of(dict.fromkeys(table.schema_arrow.names), name, path)
-        if table.schema_arrow.field(name).type not in (pyarrow.string(), pyarrow.large_string()):
+        kind = table.schema_arrow.field(name).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise ValueError(f"{path}: the field {name!r} is not text")
         row, size = 0, os.path.getsize(path)
         for group in range(table.num_row_groups):
@@ -91,7 +94,8 @@ def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str
                 row += count
                 continue
             for batch in table.iter_batches(1000, [group], [name]):
-                for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                # By way of text: a dictionary becomes nothing else. To bytes, for text that is no UTF-8.
+                for raw in batch.column(0).cast(kind).cast(pyarrow.large_binary()).to_pylist():
                     row += 1
                     if row > at:
                         yield True, row, decode(raw or b""), size * row // table.metadata.num_rows
@@ -129,11 +133,18 @@ def clean(text: str, place: dict) -> str:
 
 
 def find_files(path: str) -> list[str]:
-    """The file itself, or the files of text in a folder and below it. Raises ValueError if there are none."""
+    """The file itself, or the files of text in a folder and below it, each folder once, hidden ones left out.
+
+    Raises ValueError if there are none.
+    """
     suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-    found = [path]
-    if os.path.isdir(path):
-        found = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
+    found, seen = [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = os.path.realpath(folder)
+        # A link may lead to a folder above it, and round and round; the order decides which name is taken.
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
+        found += [os.path.join(folder, name) for name in names if here not in seen and name[0] != "."]
+        seen.add(here)
     files = sorted(file for file in found if file.endswith(suffixes) and os.path.isfile(file))
     if not files:
         raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")

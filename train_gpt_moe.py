@@ -49,7 +49,7 @@ from model import GPTLMHeadModel
 from plot_log import plot_runs
 from preflight import preflight
 from prepare import build_loaders, build_model, build_optimizer, check_config, learning_rate, place_model
-from progress import Progress
+from progress import Progress, tell
 from run_log import RunLog, expert_load, peak_memory, run_record
 
 # ---------------------------------------------------------------------------- CONSTANTS
@@ -244,7 +244,7 @@ class Run:
 
 def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     """Everything up to the first step. ValueError, OSError: settings, data or files that cannot work."""
-    print0 = print if world.is_master else lambda *args, **kwargs: None
+    print0 = tell if world.is_master else lambda text: None
     if not world.is_master:  # the master says it already
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
@@ -301,17 +301,21 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
     if world.is_master:
         first_step = state["step"] if state else 0
         again = first_step == config.max_steps or evaluates_at(first_step, config)
-        run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again)
+        run.log = RunLog(
+            Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again, tell
+        )
         run.log.record({"run": run_record(config, model, world, first_step)})
         tokens = [loader.num_tokens if loader else None for loader in (train_loader, val_loader)]
         table, cautions = preflight(config, model, accumulation, world, tokens[0], dtype, tokens[1])
-        print("\n".join([table, *(f"WARNING     {text}" for text in cautions)]), flush=True)
+        tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
         if config.write_tensors and not state and not config.inference_only:
             x, y = DistributedDataLoader(train_loader.files, config.B, config.T, shuffle=False).next_batch()
             known = config.model and config.init_from in ("", config.model)
+            sizes = MODELS.get(config.model, {}).items() - {("init_from", config.model)}
+            known = known and all(getattr(model.config, name) == size for name, size in sizes)
             names = config.model if known else f"d{model.config.n_layer}"
             for written in llmc.write_all(model, x, y, config.log_dir, names, config.c_names):
-                print(f"wrote {written}")
+                tell(f"wrote {written}")
     return run
 
 

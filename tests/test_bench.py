@@ -105,6 +105,8 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
     for flags, message in (
         (["train", "--size", "d4", "--nanogpt", tmp_path], "git clone https://github.com/karpathy/nanoGPT"),
         (["train", "--size", "d5"], "size='d5': choose of d4, d6"),
+        (["hellaswag", "--size", "d5"], "size='d5': choose of d4, d6"),
+        (["step", "--device", "xyz"], "device='xyz' is no device"),
     ):
         code, _, err = run(capsys, *flags)
         assert code == 2 and message in err and err.count("\n") == 1
@@ -113,6 +115,15 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
 def test_questions_that_are_not_there(tmp_path, capsys, gpt2_encoding):
     code, _, err = run(capsys, "hellaswag", "--size", "d4", "--data", tmp_path / "none")
     assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", ["--rounds 0", "--limit 0", "--steps -3", "--threads -1", "--csv nowhere/x.csv"]
+)
+def test_settings_that_no_benchmark_can_have_are_refused_before_it_runs(flags, capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "step", *flags.split())
+    assert flags in capsys.readouterr().err
 
 
 def test_pictures_have_a_format(tmp_path, capsys):

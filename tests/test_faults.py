@@ -103,10 +103,15 @@ def test_sigusr1_saves_and_goes_on_and_a_second_sigint_stops_at_once(data, tmp_p
 
 def test_a_machine_without_a_compiler(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     assert train_gpt_moe.main([*flags(data, tmp_path / "log"), "--use_compile", "True"]) == 2
     error = capsys.readouterr().err
-    assert "there is none here (g++, clang++, cl); install one, or --use_compile False" in error
+    assert "torch.compile needs g++, and that is not here; install it, or --use_compile False" in error
     assert error.count("\n") == 1 and not (tmp_path / "log").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "g+++")
+    assert train_gpt_moe.main([*flags(data, tmp_path / "log"), "--use_compile", "True"]) == 2
+    assert "torch.compile needs g+++" in capsys.readouterr().err
 
 
 def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):

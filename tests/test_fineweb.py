@@ -639,6 +639,14 @@ def test_demo_corpus(tmp_path, capsys, monkeypatch):
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert fineweb.prepare_demo(tmp_path) == meta == fineweb.read_meta(tmp_path)
     assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    meta_path = tmp_path / "meta.json"
+    content = meta_path.read_text()
+    meta_path.write_text(content.replace(f"Python {sys.version.split()[0]}", "Python 3.10.1"))
+    assert fineweb.prepare_demo(tmp_path)["source"] == "demo corpus of Python 3.10.1"  # copied from elsewhere
+    assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {
+        "meta.json": times["meta.json"]
+    }
+    meta_path.write_text(content)
     os.truncate(tmp_path / "train_000000.bin", 5000)  # is made again
     before = read_shard(tmp_path / "val_000000.bin").tobytes()
     assert (
@@ -832,6 +840,43 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return "owner/name"
+
+
+def test_a_folder_with_shards_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "in.txt").write_text("some text " * 100)
+    (tmp_path / "out").mkdir()
+    write_shard(tmp_path / "out" / "train.bin", make_tokens(50))  # by nanoGPT's name
+    with pytest.raises(ValueError, match=r"out holds train\.bin, which is not of this data: give another"):
+        run(tmp_path / "in.txt", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["train.bin"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "a.txt").write_text("a")
+    (tmp_path / "in" / ".hidden").mkdir()
+    (tmp_path / "in" / ".hidden" / "b.txt").write_text("b")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.txt").write_text("c")
+    for name, target in (("up", "."), ("twice", "sub"), ("far", "../elsewhere")):
+        (tmp_path / "in" / name).symlink_to(target)
+    found = [os.path.relpath(path, tmp_path / "in") for path in sources.find_files(str(tmp_path / "in"))]
+    assert found == ["far/c.txt", "sub/a.txt"]
+
+
+def test_text_columns_that_are_dictionaries_and_archives_without_a_byte(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = ["first", None, "sécond", "first"]
+    parquet.write_table(
+        pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet", row_group_size=3
+    )
+    found = [text for _, _, text, _ in sources.read_parquet(str(tmp_path / "a.parquet"), 0, "text")]
+    assert found == ["first", "", "sécond", "first"]
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz is empty, which no compressed file is"):
+        list(sources.read_jsonl(str(tmp_path / "b.jsonl.gz"), 0, "text"))
 
 
 def test_hub_dataset(tmp_path, hub, monkeypatch):

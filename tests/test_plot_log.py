@@ -422,8 +422,11 @@ def test_a_run_that_cannot_be_placed_is_named(tmp_path, drawn, capsys):
         capsys
     )
     assert len(axes["Loss"].lines[0].get_xdata()) == 0 and len(axes["Loss"].lines[2].get_xdata()) == 20
-    drawn(tmp_path, x="time")
-    assert "has no elapsed_s" in one_warning(capsys)
+    before = (tmp_path / "training.png").read_bytes() if (tmp_path / "training.png").exists() else b"old"
+    (tmp_path / "training.png").write_bytes(before)
+    with pytest.raises(ValueError, match="has no elapsed_s; try --x step"):  # not an empty picture
+        plot_log.plot_runs([str(tmp_path)], str(tmp_path / "training.png"), "time")
+    assert (tmp_path / "training.png").read_bytes() == before
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
