@@ -15,6 +15,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.ht
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,10 @@ from torch import Tensor, nn
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
+
+# Of the operators. The copy of this file in an exported folder, loaded beside it, has another: an operator of
+# the same name would replace this file's, and whoever called that would meet freed memory.
+NAMESPACE = f"gpt_moe_{zlib.crc32(__name__.encode()):x}" if "." in __name__ else "gpt_moe"
 
 # -----------------------------------------------------------------------------
 # Parameters that are shared out over ranks (DTensors)
@@ -140,7 +145,7 @@ def _kept_rows(x: Tensor, order: Tensor) -> int:
     return order.shape[0] if x.device.type == "cpu" and x.shape[1] < KEEP_ACTIVATION_BELOW else 0
 
 
-@torch.library.custom_op("gpt_moe::expert_mlp", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::expert_mlp", mutates_args=())
 def expert_mlp(
     x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, parameters: list[Tensor], activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +188,7 @@ def _(x, weights, order, ends, parameters, activation):
     return x.new_empty(x.shape), hidden, x.new_empty(_kept_rows(x, order), parameters[1].shape[2])
 
 
-@torch.library.custom_op("gpt_moe::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::expert_mlp_backward", mutates_args=())
 def expert_mlp_backward(
     grad: Tensor, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, hidden: Tensor,
     acts: Tensor, parameters: list[Tensor], activation: str,

@@ -14,8 +14,13 @@ the same, a little slower on a CPU (bench.py head); in bf16 its loss is rounded 
 leaves it out of the graph.
 """
 
+import zlib
+
 import torch
 from torch import Tensor
+
+# As in experts.py.
+NAMESPACE = f"gpt_moe_{zlib.crc32(__name__.encode()):x}" if "." in __name__ else "gpt_moe"
 
 # Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench.py head); on GPUs an estimate:
 # some 2,700 rows of GPT-2's vocabulary keep the matrix products as fast as they get.
@@ -43,7 +48,7 @@ def log_softmax_(z: Tensor) -> Tensor:
     return z.sub_(z.logsumexp(dim=1, keepdim=True))
 
 
-@torch.library.custom_op("gpt_moe::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
 def chunked(
     x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float, chunk: int,
     dtype: torch.dtype, with_grad: bool,

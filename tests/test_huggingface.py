@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import shared_file
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
 import convert
 from convert import build_tokenizer, decode_tokens, encode_text, export_folder
@@ -554,6 +554,25 @@ def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding
         assert there["batch"] == expected
     again = GPTLMHeadModel.from_pretrained(tmp_path / "saved again")
     assert torch.equal(again(tokens(V=257)).logits, saved(tokens(V=257)).logits)
+
+
+def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypatch):
+    """torch would replace operators of the same name, and ours would call freed memory."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ours = byte_model().train()
+    export_folder(ours, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
+    package = type(theirs).__module__.removesuffix(".model")
+    for name, operator in (("experts", "expert_mlp"), ("linear_cross_entropy", "chunked")):
+        mine, other = (getattr(sys.modules[place], operator) for place in (name, f"{package}.{name}"))
+        assert mine._opoverload.name() != other._opoverload.name()
+    ids, losses = tokens(V=256), []
+    for model in (ours, theirs, ours):
+        model.loss_chunk = 2
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1]) and losses[0] == losses[2]
 
 
 def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
