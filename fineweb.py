@@ -453,7 +453,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"stopped by {error!r}; {go_on}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # An interrupt while tqdm takes its lock becomes a RuntimeError about the lock.
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__context__
+        if isinstance(cause, SystemExit):  # SIGTERM's, above
+            return cause.code
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
         print(f"stopped; {go_on}", file=sys.stderr)
         return 128 + signal.SIGINT
 

@@ -1141,6 +1141,25 @@ def test_signals_stop_with_their_codes(tmp_path, number, code, workers, request)
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("interrupt", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (OSError(), None)]
+)
+def test_signals_that_come_while_tqdm_takes_its_lock(tmp_path, monkeypatch, interrupt, code):
+    def build(job):
+        try:
+            raise interrupt
+        finally:
+            raise RuntimeError("cannot release un-acquired lock")
+
+    monkeypatch.setattr(fineweb, "build", build)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    if code is None:
+        with pytest.raises(RuntimeError):
+            fineweb.main(["--source", str(tmp_path)])
+    else:
+        assert fineweb.main(["--source", str(tmp_path)]) == code
+
+
 def test_full_disk_is_reported_and_gone_on_from(tmp_path):
     """A limit on the size of files stands for the disk."""
     resource = pytest.importorskip("resource")
