@@ -226,6 +226,14 @@ def bench_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogp
     return rows
 
 
+def sizes_of(options, default: str) -> dict[str, dict]:
+    """The fields of GPTConfig of those of MODEL_SIZES that --size names. ValueError for others."""
+    names = (options.size or default).split(",")
+    if not MODEL_SIZES.keys() >= set(names) or (len(names) > 1 and "," not in default):
+        raise ValueError(f"size={options.size!r}: choose of {', '.join(MODEL_SIZES)}")
+    return {name: MODEL_SIZES[name] for name in names}
+
+
 def bench_step(options) -> list[dict]:
     """4 layers, 384 wide, dense and 8 experts top-2, at B = 8, T = 256, V = 8192."""
     small = dict(n_layer=4, n_head=6, n_embd=384)
@@ -239,11 +247,7 @@ def bench_step(options) -> list[dict]:
 
 def bench_train(options) -> list[dict]:
     """The named sizes of MODEL_SIZES, at the GPT-2 vocabulary unless said otherwise."""
-    names = options.size.split(",") if options.size else ["d12", "d12-moe8x2", "d24"]
-    unknown = set(names) - set(MODEL_SIZES)
-    if unknown:
-        raise ValueError(f"size={options.size!r}: choose of {', '.join(MODEL_SIZES)}")
-    sizes = {name: MODEL_SIZES[name] for name in names}
+    sizes = sizes_of(options, "d12,d12-moe8x2,d24")
     B, T = options.B or 4, options.T or 1024
     return bench_models(options, sizes, B, T, options.vocab_size, options.nanogpt)
 
@@ -300,11 +304,9 @@ def bench_head(options) -> list[dict]:
 
 def bench_hellaswag(options) -> list[dict]:
     """Questions per second: four padded rows and all logits for each, against hellaswag.py's way."""
-    device, name = torch.device(options.device), options.size or "d12"
-    if name not in MODEL_SIZES:
-        raise ValueError(f"size={name!r}: choose of {', '.join(MODEL_SIZES)}")
+    device, ((name, fields),) = torch.device(options.device), sizes_of(options, "d12").items()
     torch.manual_seed(0)
-    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **MODEL_SIZES[name])).to(device).eval()
+    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **fields)).to(device).eval()
     path = Path(options.data) if options.data else hs.download("val")
     every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
     questions = every[:: max(1, len(every) // options.limit)][: options.limit]  # from the whole file
@@ -334,10 +336,8 @@ def bench_hellaswag(options) -> list[dict]:
 
 def bench_checkpoint(options) -> list[dict]:
     """What a checkpoint costs: model and AdamW's moments of a --size, d12 unless said otherwise."""
-    size = options.size or "d12"
-    if size not in MODEL_SIZES:
-        raise ValueError(f"size={size!r}: choose of {', '.join(MODEL_SIZES)}")
-    model = GPTLMHeadModel(GPTConfig(**MODEL_SIZES[size])).to(options.device)
+    (fields,) = sizes_of(options, "d12").values()
+    model = GPTLMHeadModel(GPTConfig(**fields)).to(options.device)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

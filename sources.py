@@ -141,10 +141,12 @@ def find_files(path: str) -> list[str]:
     found, seen = [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         here = os.path.realpath(folder)
-        # A link may lead to a folder above it, and round and round; the order decides which name is taken.
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in seen else []
-        found += [os.path.join(folder, name) for name in names if here not in seen and name[0] != "."]
+        if here in seen:  # a link may lead to a folder above it, and round and round
+            folders.clear()
+            continue
         seen.add(here)
+        folders[:] = sorted(name for name in folders if name[0] != ".")  # which of two names is taken
+        found += [os.path.join(folder, name) for name in names if name[0] != "."]
     files = sorted(file for file in found if file.endswith(suffixes) and os.path.isfile(file))
     if not files:
         raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")

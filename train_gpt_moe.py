@@ -299,24 +299,30 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         torch.cuda.reset_peak_memory_stats(world.device)
     world.barrier()  # the master may now move an old run's files: all have read what they need
     if world.is_master:
-        first_step = state["step"] if state else 0
-        again = first_step == config.max_steps or evaluates_at(first_step, config)
-        run.log = RunLog(
-            Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again, tell
-        )
-        run.log.record({"run": run_record(config, model, world, first_step)})
-        tokens = [loader.num_tokens if loader else None for loader in (train_loader, val_loader)]
-        table, cautions = preflight(config, model, accumulation, world, tokens[0], dtype, tokens[1])
-        tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
-        if config.write_tensors and not state and not config.inference_only:
-            x, y = DistributedDataLoader(train_loader.files, config.B, config.T, shuffle=False).next_batch()
-            known = config.model and config.init_from in ("", config.model)
-            sizes = MODELS.get(config.model, {}).items() - {("init_from", config.model)}
-            known = known and all(getattr(model.config, name) == size for name, size in sizes)
-            names = config.model if known else f"d{model.config.n_layer}"
-            for written in llmc.write_all(model, x, y, config.log_dir, names, config.c_names):
-                tell(f"wrote {written}")
+        open_log(run, path)
     return run
+
+
+def open_log(run: Run, path: Path | None) -> None:
+    """On the master, before the first step: log files, what the run will need, and llm.c's files if wanted.
+
+    path: of the checkpoint that the run goes on from.
+    """
+    config, model, world = run.config, run.model, run.layout.world
+    first_step = run.resumed["step"] if run.resumed else 0
+    again = first_step == config.max_steps or evaluates_at(first_step, config)
+    run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again, tell)
+    run.log.record({"run": run_record(config, model, world, first_step)})
+    train_tokens, val_tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
+    table, cautions = preflight(config, model, run.accumulation, world, train_tokens, run.dtype, val_tokens)
+    tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
+    if config.write_tensors and not run.resumed and not config.inference_only:
+        files = run.train_loader.files
+        x, y = DistributedDataLoader(files, config.B, config.T, shuffle=False).next_batch()
+        changed = {name for name, v in MODELS.get(config.model, {}).items() if getattr(config, name) != v}
+        names = config.model if config.model and not changed else f"d{model.config.n_layer}"
+        for written in llmc.write_all(model, x, y, config.log_dir, names, config.c_names):
+            tell(f"wrote {written}")
 
 
 # ---------------------------------------------------------------------------- TRAINING
