@@ -473,18 +473,20 @@ def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResul
 
 def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, device: torch.device) -> tuple:
     """What load() returns. Rank 0 is first, so that only one downloads; if one fails, all raise."""
-    questions, error = (), None
+    questions, errors = (), []
     for my_turn in (rank == 0, rank != 0):
         if my_turn:
             try:
                 questions = load()
-            except (OSError, ValueError) as problem:
-                error = problem
-        failed = torch.tensor(float(error is not None), device=device)
+            except (OSError, ValueError) as error:
+                errors.append(error)
+        failed = torch.tensor(float(len(errors)), device=device)
         if world_size > 1:
             dist.all_reduce(failed)
     if failed > 0:
-        raise error or HellaSwagUnavailable("another rank could not load the questions; it says why")
+        if not errors:
+            raise HellaSwagUnavailable("another rank could not load the questions; it says why")
+        raise errors.pop()  # left here, it and this frame would keep each other alive, and the caller's model
     return questions
 
 

@@ -9,6 +9,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedData
 """
 
 import atexit
+import gc
 import inspect
 import os
 import shutil
@@ -196,10 +197,17 @@ def meet(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Wat
 
 
 def stop(world: World | None = None) -> None:
-    """Leave the process group, if there is one, as a rank that has done its work."""
+    """Leave the process group, if there is one, as a rank that has done its work.
+
+    gloo's threads give back the tensors of a collective a little after it has returned, for which they need
+    the interpreter: one that is about to end ends the process by SIGABRT instead. They end with their group,
+    which lives as long as something refers to it: DDP (let go of it before), or a mesh in DTensor's caches.
+    """
     if world is not None and world.watch is not None:
         world.watch.stop(leaves=True)
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 

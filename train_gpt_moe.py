@@ -570,6 +570,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"train_gpt_moe.py: {lost}", file=sys.stderr, flush=True)
         return faults.FAILED
+    run = None  # DDP before its process group
     parallel.stop(world)
     return code
 

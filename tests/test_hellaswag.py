@@ -4,12 +4,14 @@ Run: python -m pytest tests/test_hellaswag.py
 """
 
 import copy
+import gc
 import hashlib
 import io
 import json
 import random
 import statistics
 import urllib.error
+import weakref
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hellaswag
+import parallel
 from hellaswag import HellaSwagUnavailable, build_question, evaluate, iterate_examples, render_example
 from model import GPT, GPTConfig, GPTLMHeadModel
 
@@ -290,8 +293,8 @@ def evaluate_on_rank(rank: int, folder, path) -> None:
         evaluate(model, path if rank == 0 else "missing", rank=rank, world_size=2)
     except HellaSwagUnavailable as error:
         (folder / f"error{rank}").write_text(str(error))
-    del model  # in torch 2.13 a DDP that is freed after its process group can hang
-    dist.destroy_process_group()
+    del model  # DDP before its process group
+    parallel.stop()
 
 
 def test_two_processes_give_the_result_of_one_or_fail_together(tmp_path, write):
@@ -302,6 +305,21 @@ def test_two_processes_give_the_result_of_one_or_fail_together(tmp_path, write):
         torch.testing.assert_close(torch.load(tmp_path / f"losses{rank}.pt"), whole, atol=1e-4, rtol=1e-5)
     assert (tmp_path / "error0").read_text().startswith("another rank could not load the questions")
     assert "cannot read the questions in missing" in (tmp_path / "error1").read_text()
+
+
+def test_an_error_lets_go_of_the_model():
+    """Else a DDP, and by it the process group's threads, live until the interpreter ends, and disturb it."""
+    model = make_model()
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(HellaSwagUnavailable):
+            evaluate(model, "missing")
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 # --- rendering ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from conftest import needs_compiler
 from torch.utils.checkpoint import checkpoint
 
 import experts
+import parallel
 from experts import MLP, dispatch, expert_mlp, grouped_mm
 from mixture_of_experts import (
     LOSSES,
@@ -868,7 +869,7 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {loss_type: train_a_part(rank, 2, loss_type) for loss_type in LOSSES}
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    parallel.stop()
 
 
 def test_two_ranks_equal_one(tmp_path):

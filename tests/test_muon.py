@@ -224,6 +224,7 @@ def test_refusals():
 WORKER = """
 import os, sys
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import parallel
 from muon import MuonAdamW
 
 class Net(nn.Module):
@@ -265,8 +266,8 @@ for step in range(4):
     optimizer.step()
     optimizer.zero_grad()
 torch.save([p.detach() for p in net.parameters()], f"{sys.argv[1]}/{size}_{rank}.pt")
-if size > 1:
-    dist.destroy_process_group()
+del model  # DDP before its process group
+parallel.stop()
 """
 
 

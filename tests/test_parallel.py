@@ -160,8 +160,18 @@ def restore(world: parallel.World, path: Path, **more) -> dict:
     return state
 
 
+def gloo_threads() -> int:
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def main(arguments: list[str]) -> int:
-    """What each process does: the layouts for that many processes, one after the other."""
+    """What each process does: the layouts for that many processes, one after the other; or, given more than a
+    folder, a training run: then the exit code is the number of gloo's threads once it has left its group."""
+    if len(arguments) > 1:
+        left, stop = [], parallel.stop
+        parallel.stop = lambda world: (stop(world), left.append(gloo_threads()))
+        assert train_gpt_moe.main(arguments) == 0
+        return left[0]
     world, folder = parallel.start("cpu"), Path(arguments[0])
     muon.has_fast_bf16 = lambda device_type: False  # its rounding would hide what is wrong
     mine = [name for name, (size, *_) in LAYOUTS.items() if size == world.size and name != "one process"]
@@ -324,6 +334,14 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
     )
     assert list(first) == list(range(12)) and list(second) == list(range(6, 12))
     assert list(second.values()) == pytest.approx(list(first.values())[6:], rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One that is about to give a tensor back when the interpreter ends would end the process by SIGABRT."""
+    run = flags(write_data(tmp_path / "data"), tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
+    ranks = start_ranks(2, run, tmp_path / "output", script="test_parallel")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
 
 
 def test_a_kill_leaves_whole_folders_and_the_run_goes_on(tmp_path):
