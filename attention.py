@@ -156,19 +156,16 @@ def build_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    arguments = dict(
-        config=config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values,
-        position_ids=position_ids,
-    )  # fmt: skip
+    arguments = config, x, attention_mask, past_key_values, position_ids  # their names differ by version
     nothing_special = attention_mask is None and past_key_values is None and position_ids is None
     plain = nothing_special and config._attn_implementation != "eager"
     masks = {}
     for kind in sorted(set(config.layer_types)):
         if kind == "sliding_attention" and not (plain and x.size(1) <= config.sliding_window):
             mask = flex_window(config, x.size(1), x.device) if plain and flexible else None
-            masks[kind] = create_sliding_window_causal_mask(**arguments) if mask is None else mask
+            masks[kind] = create_sliding_window_causal_mask(*arguments) if mask is None else mask
         else:
-            masks[kind] = None if plain else create_causal_mask(**arguments)
+            masks[kind] = None if plain else create_causal_mask(*arguments)
     return masks
 
 

@@ -22,7 +22,7 @@ class GPTConfig(PreTrainedConfig):
     """
 
     model_type = "gpt_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
     attribute_map = {  # noqa: RUF012 (names that transformers, lm_eval and PEFT look for)
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",

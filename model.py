@@ -74,6 +74,10 @@ __all__ = [
     "MoEUsageLoggingCallback", "MoEUsageTensorBoardCallback", "RMSNorm",
 ]  # fmt: skip
 
+# What transformers calls a cache of keys and values where it hands one over: from 5.24 on "cache", till then
+# past_key_values, as the callers of years do.
+CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
+
 # Peak dense bf16 FLOP/s by words of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
 # without sparsity. The longer name stands first.
 PEAK_FLOPS = {
@@ -145,6 +149,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (accelerate leaves caches where they are)
     _keep_in_fp32_modules_strict = ["mlp.gate", "router_bias"]  # noqa: RUF012 (when loaded with another dtype)
     _supports_sdpa = True
     supports_gradient_checkpointing = True
@@ -340,6 +345,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
+        if past_key_values is not None and self.training and self.is_gradient_checkpointing:
+            past_key_values = None  # the second forward of a block would add its keys again
         flexible = self.training and not output_attentions
         masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
@@ -371,9 +378,9 @@ class GPT(PreTrainedModel, GenerationMixin):
         hidden_states[-1] = x  # as GPT-2 does, the last one is normalised
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
         return output, reports
 
@@ -392,6 +399,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache=None,  # another name of past_key_values
     ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
@@ -402,10 +410,14 @@ class GPT(PreTrainedModel, GenerationMixin):
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part; the
         loss is then this part's share. Tokens then weigh in the routers' losses as in the cross-entropy
         (those with a target, over the step's number of targets), so that no sum depends on the cut.
-        ValueError for a sequence longer than block_size, for labels together with targets, and unless
-        exactly one of input_ids and inputs_embeds is given.
+        ValueError for a sequence longer than block_size, for labels together with targets, for a cache by
+        both its names, and unless exactly one of input_ids and inputs_embeds is given.
         """
         config = self.config
+        if cache is not None:
+            if past_key_values is not None:
+                raise ValueError("give past_key_values or cache, two names of the same, not both")
+            past_key_values = cache
         if labels is not None and targets is not None:
             raise ValueError("give labels (unshifted) or targets (shifted), not both")
         as_pair, ignore_index = targets is not None and not return_dict, -1
@@ -441,9 +453,9 @@ class GPT(PreTrainedModel, GenerationMixin):
                 return logits, losses["loss"]
             output = GPTLMOutput(
                 logits=logits,
-                past_key_values=output.past_key_values,
                 hidden_states=output.hidden_states,
                 attentions=output.attentions,
+                **{CACHE: getattr(output, CACHE)},
                 **losses,
             )
         as_dict = config.return_dict if return_dict is None else return_dict
@@ -485,7 +497,7 @@ class GPT(PreTrainedModel, GenerationMixin):
     # --- text -------------------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
     ) -> dict:
         """As transformers', and a text that outgrows block_size is cropped to its last block_size tokens.
 
@@ -493,21 +505,20 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         for name in ("tokenizer", "assistant_tokenizer"):  # generate()'s, for stop_strings
             kwargs.pop(name, None)
-        block_size = self.config.block_size
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        block_size, cache = self.config.block_size, kwargs.get(CACHE)
+        cached = cache.get_seq_length() if cache is not None else 0
         if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
             raise ValueError(
                 f"what inputs_embeds begin has reached block_size={block_size} positions, and without token "
                 "ids it cannot be cropped; generate fewer tokens"
             )
         if input_ids.size(1) > block_size:
-            input_ids, past_key_values = input_ids[:, -block_size:], None
+            input_ids = input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
-            kwargs |= dict(use_cache=False, position_ids=None, next_sequence_length=None)
+            kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds, **kwargs,
-        )  # fmt: skip
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _assisted_decoding(self, *args, **kwargs):
         """transformers' for assistant_model and prompt_lookup_num_tokens, which have to keep the cache."""

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from attention import CausalSelfAttention, flex_window, rotary_angles, rotate, window_block_mask
-from model import GPTConfig, GPTLMHeadModel
+from model import CACHE, GPTConfig, GPTLMHeadModel
 
 OPTIONS = {
     "rope": dict(position="rope"),
@@ -221,7 +221,7 @@ def test_grouped_queries():
             weights[name] = torch.cat([q, k, v])
     plain.load_state_dict(weights)
     torch.testing.assert_close(grouped(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
-    cache = grouped(ids, use_cache=True).past_key_values
+    cache = grouped(ids, use_cache=True)[CACHE]
     assert cache.layers[0].keys.shape == (2, 2, 16, 8)  # (B, nkv, T, hs): half of plain attention's
 
 
@@ -234,7 +234,7 @@ def test_windows():
     assert (build("rope", sliding_window=15)(ids).logits - full).abs().max() > 1e-4
     model = build("rope", "window", n_layer=6, global_every=3)
     assert model.config.layer_types == (["sliding_attention"] * 2 + ["full_attention"]) * 2
-    lengths = [layer.keys.size(2) for layer in model(ids, use_cache=True).past_key_values.layers]
+    lengths = [layer.keys.size(2) for layer in model(ids, use_cache=True)[CACHE].layers]
     assert lengths == [3, 3, 16, 3, 3, 16]  # with the next token they are the window
 
 
@@ -282,7 +282,7 @@ def test_pair(pair):
         output = model(ids[:, :6], use_cache=True)
         parts = [output.logits]
         for t in range(6, 16):  # past the window, one token at a time
-            output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
+            output = model(ids[:, t : t + 1], past_key_values=output[CACHE], use_cache=True)
             parts.append(output.logits)
         torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=2e-5)
         padding = torch.ones(2, 16, dtype=torch.long)

@@ -20,7 +20,7 @@ from attention import (
     rotary_angles,
     rotate,
 )
-from model import GPTConfig, GPTLMHeadModel
+from model import CACHE, GPTConfig, GPTLMHeadModel
 
 OPTIONS = [
     dict(),
@@ -203,7 +203,7 @@ def test_grouped_queries_are_attention_with_repeated_heads():
     default.load_state_dict(weights)
     assert torch.equal(default(x), plain(x))
     model = GPTLMHeadModel(tiny(n_kv_head=1)).eval()
-    cache = model(torch.zeros(1, 5, dtype=torch.long)).past_key_values
+    cache = model(torch.zeros(1, 5, dtype=torch.long))[CACHE]
     assert cache.layers[0].keys.shape == (1, 1, 5, 8)
 
 

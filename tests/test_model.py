@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
-from model import GPT, GPTConfig, GPTLMHeadModel
+from model import CACHE, GPT, GPTConfig, GPTLMHeadModel
 
 MODERN = dict(
     position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,
@@ -381,13 +381,13 @@ def test_outputs_in_every_form():
     assert torch.allclose(full.attentions[0].sum(-1), torch.ones(3, 4, 24), atol=1e-5)
     assert full.attentions[0].triu(1).count_nonzero() == 0
     assert torch.equal(model.lm_head(full.hidden_states[-1]), full.logits)
-    assert full.past_key_values.get_seq_length() == 24
+    assert full[CACHE].get_seq_length() == 24
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
     assert torch.equal(embedded.logits, model(ids).logits)
     loss, logits = model(ids, labels=ids, return_dict=False)
     assert loss.dim() == 0 and torch.equal(logits, model(ids).logits)
     assert torch.equal(GPT.forward(model, ids, return_dict=False)[0], model(ids).logits)
-    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids, use_cache=False).get(CACHE) is None
     chosen = torch.tensor([0, 7, 23])
     for keep, expected in ((3, [21, 22, 23]), (1, [23]), (0, list(range(24))), (chosen, [0, 7, 23])):
         kept = model(ids, logits_to_keep=keep).logits
@@ -488,6 +488,20 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     for a, b in zip(results[0][2:], results[1][2:], strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+    output = model(ids, use_cache=True)  # computing a block again would add its keys again
+    assert output.get(CACHE) is None
+    output.logits.mean().backward()
+
+
+def test_a_cache_goes_by_two_names():
+    """transformers renamed past_key_values in 5.24; either is taken, whichever version is installed."""
+    model, ids = strong(GPTLMHeadModel(tiny())).eval(), tokens()
+    expected = model(ids).logits[:, -1:]
+    for name in ("past_key_values", "cache"):
+        begun = model(ids[:, :-1])[CACHE]
+        assert torch.allclose(model(ids[:, -1:], **{name: begun}).logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="past_key_values or cache"):
+        model(ids[:, -1:], past_key_values=begun, cache=begun)
 
 
 def test_lower_precision_stays_close():
