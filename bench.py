@@ -98,12 +98,9 @@ def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     config = Qwen3MoeConfig(
-        hidden_size=C,
-        num_experts=E,
-        num_experts_per_tok=K,
-        moe_intermediate_size=2 * H // 3,
+        hidden_size=C, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=2 * H // 3,
         norm_topk_prob=True,
-    )
+    )  # fmt: skip
     layer = Qwen3MoeSparseMoeBlock(config)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -359,18 +356,28 @@ def bench_checkpoint(options) -> list[dict]:
                 read(writer.path)
                 seconds[part].append(time.perf_counter() - begin)
         gigabytes = writer.path.stat().st_size / 1e9
-    return [
-        {
-            "part": part,
-            "GB": gigabytes,
-            "ms": 1e3 * median(taken),
-            "ms per GB": 1e3 * median(taken) / gigabytes,
-        }
-        for part, taken in seconds.items()
-    ]
+    times = {part: 1e3 * median(taken) for part, taken in seconds.items()}
+    return [{"part": p, "GB": gigabytes, "ms": ms, "ms per GB": ms / gigabytes} for p, ms in times.items()]
 
 
 # ---------------------------------------------------------------------------- THE LOOP
+
+SKIPPED = 5  # steps at the beginning that are not measured: they make kernels and caches ready
+
+
+def run_loop(folder: str, log: str, steps: int, B: int, T: int, more: list[str]) -> None:
+    """A silent run of train_gpt_moe.py with the demo's model and the data in folder/data, logged to
+    folder/log; more: flags. ValueError if it fails."""
+    import train_gpt_moe
+
+    flags = f"""--preset demo --B {B} --T {T} --total_batch_size {B * T} --max_steps {steps} --warmup_steps 1
+        --optimizer adamw --max_lr 1e-3 --min_lr 1e-4 --infer_step 0 --sample_every 0 --val_steps 1
+        --plot False""".split()
+    flags += ["--data_dir", f"{folder}/data", "--log_dir", f"{folder}/{log}", *more]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = train_gpt_moe.main(flags)
+    if code != 0:
+        raise ValueError(f"the run of the loop ended with exit code {code}")
 
 
 @contextlib.contextmanager
@@ -393,7 +400,7 @@ def timed(owner, name: str, part: str, spent: dict[str, list]) -> Iterator[None]
 
 
 def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[str, float]:
-    """Milliseconds per step, by part, of train_gpt_moe.py with the demo's model, the first five left out.
+    """Milliseconds per step, by part, of train_gpt_moe.py with the demo's model on a CPU.
 
     folder: with the demo's data; the log is written beside them. collector: "frozen", as the loop has the
     garbage collector, or "python", as Python has it.
@@ -402,7 +409,7 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
     import train_gpt_moe
     from run_log import RunLog
 
-    spent, collections, skipped = defaultdict(list), [], 5
+    spent, collections = defaultdict(list), []
     places = {
         "forward": [(GPTLMHeadModel, "forward")], "backward": [(torch.Tensor, "backward")],
         "norm, clip, AdamW": [
@@ -416,7 +423,6 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
         collections.append(time.perf_counter())
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for part, calls in places.items():
             for owner, name in calls:
                 stack.enter_context(timed(owner, name, part, spent))
@@ -425,16 +431,10 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
         if collector == "python":
             for name in ("freeze", "disable"):
                 stack.enter_context(mock.patch.object(gc, name))
-        flags = ["--preset", "demo", "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/{collector}"]
-        flags += ["--B", str(B), "--T", str(T), "--total_batch_size", str(B * T)]
-        flags += ["--optimizer", "adamw", "--max_lr", "1e-3", "--min_lr", "1e-4", "--infer_step", "0"]
-        flags += ["--sample_every", "0", "--max_steps", str(steps), "--warmup_steps", "1", "--plot", "False"]
-        code = train_gpt_moe.main([*flags, "--val_steps", "1", "--device", "cpu"])
-    if code != 0:
-        raise ValueError(f"the run of the loop ended with exit code {code}")
+        run_loop(folder, collector, steps, B, T, ["--device", "cpu"])
     spent["in the garbage collector"] = [(a, b - a) for a, b in zip(*[iter(collections)] * 2, strict=True)]
     # A step lasts from one call of the log to the next.
-    marks = [start for start, _ in spent["log"]][skipped:]
+    marks = [start for start, _ in spent["log"]][SKIPPED:]
     took, first, last = [b - a for a, b in pairwise(marks)], marks[0], marks[-1]
     means = {
         part: sum(seconds for start, seconds in calls if first <= start < last) / len(took)
@@ -446,14 +446,75 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
     return {part: 1000 * seconds for part, seconds in means.items()}
 
 
+def step_times(folder: str, steps: int, B: int, T: int, device: torch.device, more: list[str]) -> list[float]:
+    """Milliseconds of a step of train_gpt_moe.py's loop, and of its forward, backward and update alone.
+
+    The latter is done as often after the run, with its model and optimizer, on a batch of it. The device is
+    waited for where the timing begins and where it ends: in between it may fall as far behind as the loop
+    lets it.
+    """
+    import train_gpt_moe
+    from measure import synchronize
+    from run_log import RunLog
+
+    marks, log, train, measured = [], RunLog.step, train_gpt_moe.train, steps - 1 - SKIPPED
+
+    def mark():
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    def marked_log(self, record):
+        if record["step"] in (SKIPPED, steps - 1):
+            mark()
+        log(self, record)
+
+    def train_and_again(run):
+        code, batch = train(run), run.train_loader.next_batch()
+        alone = training_step(run.model.train(), B, T, run.dtype, run.optimizer, lambda: batch)
+        gc.disable()  # as in the loop
+        for number in range(SKIPPED + 1 + measured):
+            if number == SKIPPED + 1:
+                mark()
+            alone()
+        mark()
+        gc.enable()
+        return code
+
+    patch = mock.patch.object
+    with patch(RunLog, "step", marked_log), patch(train_gpt_moe, "train", train_and_again):
+        run_loop(folder, "run", steps, B, T, ["--device", str(device), *more])
+    return [1000 * (marks[i + 1] - marks[i]) / measured for i in (0, 2)]
+
+
+def loop_share(options, folder: str, turns: int = 3) -> list[dict]:
+    """What of a step is the loop's own, on any device: medians of `turns` runs, with the demo's model or one
+    of the sizes of --size."""
+    device, more = choose_device(options.device, 0), ["--dtype", options.dtype]
+    more += ["--use_compile", str(bool(options.compile))]
+    if options.size:
+        (fields,) = sizes_of(options, "d12").values()
+        more += ["--vocab_size", str(options.vocab_size)]
+        more += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    sizes = (4 * options.rounds + 10, options.B or 16, options.T or 128)
+    times = [step_times(folder, *sizes, device, more) for _ in range(turns)]
+    whole, alone = median(loop for loop, _ in times), median(alone for _, alone in times)
+    own = median(loop - alone for loop, alone in times)
+    parts = {"a step of the loop": whole, "forward, backward, update alone": alone, "the loop's own": own}
+    return [{"part": part, "ms": ms, "% of a step": 100 * ms / whole} for part, ms in parts.items()]
+
+
 def bench_loop(options) -> list[dict]:
-    """Where a step of train_gpt_moe.py's loop spends its time, with the demo's model on a CPU."""
-    if torch.device(options.device).type != "cpu":
-        raise ValueError(f"device={options.device!r}: calls return when their work is done on a CPU only")
+    """Where a step of train_gpt_moe.py's loop spends its time, with the demo's model. By part on a CPU only:
+    elsewhere calls return before their work is done."""
+    kind = torch.device(options.device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={options.device!r}: the loop is measured on cpu and cuda")
     B, T, steps = options.B or 16, options.T or 128, 4 * options.rounds + 10
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             prepare_demo(f"{folder}/data")
+        if kind == "cuda":
+            return loop_share(options, folder)
         ours, stock = (loop_times(folder, steps, B, T, collector) for collector in ("frozen", "python"))
     return [
         {
@@ -480,27 +541,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--compile", type=int, default=0, choices=(0, 1, 2), help="1: torch.compile; 2: with and without"
-    )
+    parser.add_argument("--compile", type=int, default=0, choices=(0, 1, 2), help="1: yes; 2: with, without")
     parser.add_argument("--rounds", type=int, default=15, help="measured calls of each contender")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--tokens", type=int, default=0, help="moe: tokens, instead of each size's own")
-    parser.add_argument(
-        "--size", default="", help=f"train, checkpoint, hellaswag: of {', '.join(MODEL_SIZES)}"
-    )
+    parser.add_argument("--size", default="", help=f"of a model: {', '.join(MODEL_SIZES)}")
     parser.add_argument("--B", type=int, default=0, help="sequences; 0 = the command's own number")
     parser.add_argument("--T", type=int, default=0, help="tokens per sequence; 0 = the command's own")
     parser.add_argument("--vocab_size", type=int, default=50304, help="train: ids")
-    parser.add_argument(
-        "--nanogpt", default="", help="train, time_to_loss: a checkout of nanoGPT to run in turns with"
-    )
+    parser.add_argument("--nanogpt", default="", help="train, time_to_loss: a checkout to run in turns with")
     parser.add_argument("--data", default="", help="hellaswag: its questions; empty = downloaded once")
     parser.add_argument("--limit", type=int, default=30, help="hellaswag: questions, from the whole file")
     parser.add_argument("--text", default="", help="time_to_loss, moe_pays: the text to train on")
-    parser.add_argument(
-        "--steps", type=int, default=0, help="time_to_loss: of the baseline; moe_pays: of all"
-    )
+    parser.add_argument("--steps", type=int, default=0, help="time_to_loss: the baseline's; moe_pays: all")
     parser.add_argument("--seeds", type=int, default=3, help="moe_pays: runs of each model")
     add_flags(parser)
     parser.add_argument("--csv", default="", help="write the table here as well")

@@ -35,7 +35,6 @@ import re
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,9 +43,19 @@ from typing import Any
 import torch
 
 import sharded
+from archives import (
+    CheckpointError,
+    NewerFormatError,
+    NotFiniteError,
+    check_archive,
+    judge,
+    out_of_memory,
+    remove,
+    write_atomically,
+)
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
-from sharded import FORMAT, CheckpointError, NewerFormatError, sync_folder, write_atomically  # noqa: F401
+from sharded import FORMAT
 
 NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file, or without the ending a folder
 
@@ -60,8 +69,8 @@ def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
     push out good ones.
     """
     for name, tensor in named_tensors(checkpoint):
-        if tensor.is_floating_point() and tensor.numel() and not all(x.isfinite() for x in tensor.aminmax()):
-            raise CheckpointError(f"step {checkpoint['step']} is not saved: {name} is not finite")
+        if not sharded.finite(tensor):
+            raise NotFiniteError(f"step {checkpoint['step']} is not saved: {name} is not finite")
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))
@@ -83,7 +92,7 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
     for path in old:
-        sharded.remove(path)
+        remove(path)
     return old
 
 
@@ -94,43 +103,46 @@ class CheckpointWriter:
         writer.save(checkpoint)     # returns after the copy; the next save waits for this one to be written
         error = writer.wait()       # the last save's exception, or None
 
-    A save that fails (disk full, values not finite) says so at once through `say`, leaves the checkpoints
-    there were, and does not stop the training. Old ones are deleted (prune_checkpoints) only after the new
-    one has been read back and found good. rank, savers: where rank 0 alone has all that is saved, the
-    other ranks' save() does nothing; with a process group for it (Layout.savers) all ranks save together,
-    each its part, to a folder (sharded.py). On CUDA the copy for a single file goes to pinned memory, which
-    is kept for the next.
+    A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves the
+    checkpoints there were, and does not stop the training; wants_retry() says when to try again. Old ones are
+    deleted (prune_checkpoints) only after the new one has been read back and found good.
+
+    rank, savers: where rank 0 alone has all that is saved, the other ranks' save() does nothing; with a
+    process group for it (Layout.savers) all ranks save together, each its part, to a folder (sharded.py), and
+    a save succeeds on all or fails on all, of which the threads learn a moment apart. On CUDA the copy for a
+    single file goes to pinned memory, which is kept for the next.
     """
 
     def __init__(
         self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
-        rank: int = 0, savers: Any = None,
+        rank: int = 0, savers: Any = None, retry_s: float = 60,
     ):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
         self.rank = rank
         self.saver = sharded.Saver(savers, self.folder) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that was written
         self.error: Exception | None = None  # of the last save
+        self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
         self.seconds = 0.0  # that the last save took in the thread
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
         """Start writing; before() runs first, in the thread. Returns the seconds training stood still."""
-        begin = time.perf_counter()
+        begin = self.tried_at = time.perf_counter()
         self.wait()
-        if self.saver is not None:
-            try:
-                write = partial(self.saver.commit, self.saver.stage(checkpoint))
-            except Exception as error:  # as of those that arise in the thread
-                self._failed(checkpoint["step"], error)
-                return time.perf_counter() - begin
-        elif self.rank == 0:
-            used: dict[tuple, torch.Tensor] = {}
-            write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
-            self._buffers = used
-        else:
+        if self.saver is None and self.rank != 0:
             return 0.0
+        try:
+            if self.saver is not None:
+                write = partial(self.saver.commit, self.saver.stage(checkpoint))
+            else:
+                used: dict[tuple, torch.Tensor] = {}
+                write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
+                self._buffers = used
+        except Exception as error:  # as of those that arise in the thread
+            self._failed(checkpoint["step"], error)
+            return time.perf_counter() - begin
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         pause = time.perf_counter() - begin
@@ -146,6 +158,25 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
         return self.error
+
+    def wants_retry(self) -> bool:
+        """Whether the last save failed, as on a full disk, and there was no other for retry_s seconds."""
+        return self._may_succeed() and time.perf_counter() - self.tried_at > self.retry_s
+
+    def _may_succeed(self) -> bool:
+        return self.error is not None and not isinstance(self.error, NotFiniteError)
+
+    def wants_last_retry(self, stop: bool) -> bool:
+        """After a run's last save, whether to save once more, for which this has waited until retry_s seconds
+        have gone by. Not if `stop`, nor more than ten times."""
+        self.wait()
+        if stop or self.tries_left == 0 or not self._may_succeed():
+            return False
+        self.tries_left -= 1
+        left = self.retry_s - (time.perf_counter() - self.tried_at)
+        self.say(f"without it the run is lost: make room in {self.folder}; next try in {max(left, 0):.0f} s")
+        time.sleep(max(left, 0))
+        return True
 
     def _copy(self, value: Any, used: dict) -> Any:
         """`value` with its tensors copied to the host, into the buffers of the last time where they fit.
@@ -169,66 +200,60 @@ class CheckpointWriter:
         return value
 
     def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
-        begin, problem = time.perf_counter(), None
+        begin = time.perf_counter()
+        together = self.saver.together if self.saver is not None else lambda work: work()
         try:
-            try:
-                before()
-            except OSError as error:
-                if self.saver is None:
-                    raise
-                problem = error  # the other ranks wait for this one's part
+            together(before)
             path = write()
-            if problem is not None:
-                sharded.remove(path)
-                raise problem
-            if self.saver is not None and self.rank == 0:
-                write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
-            if self.keep_last > 0 and self.rank == 0:
-                verify_checkpoint(path)
-                prune_checkpoints(self.folder, self.keep_last, self.keep_every)
-            self.path, self.error = path, None
+            together(partial(self._accept, path))
         except Exception as error:  # whatever it is, training goes on
-            self._failed(step, error)
-            return
+            return self._failed(step, error)
+        self.path, self.error = path, None
         self.seconds = time.perf_counter() - begin
         took = f"{self.seconds:.2f} s, training paused {1000 * pause:.0f} ms"
         if self.rank == 0:
             size = sum(file.stat().st_size for file in (path, *path.glob("*")) if file.is_file())
             self.say(f"step {step}: saved {self.path} ({size / 1e6:.0f} MB in {took})")
 
+    def _accept(self, path: Path) -> None:
+        if self.saver is not None and self.rank == 0:
+            write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
+        if self.keep_last > 0 and self.rank == 0:
+            verify_checkpoint(path)
+            prune_checkpoints(self.folder, self.keep_last, self.keep_every)
+
     def _failed(self, step: int, error: Exception) -> None:
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
         self.error = error
-        last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
-        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {error}. Training goes on; newest: {last}")
+        try:
+            last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+        except OSError:  # the disk may be why it failed
+            last = "unknown"
+        text = str(error) or repr(error)
+        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {text}. Training goes on; newest: {last}")
 
 
 # ---------------------------------------------------------------------------- READ
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums. CheckpointError, FileNotFoundError."""
+    """Read all of a checkpoint and compare it with its checksums.
+
+    CheckpointError: it is damaged; FileNotFoundError; another OSError, naming the file, if it cannot be read
+    for want of memory or permission, or because of the disk: that says nothing against it.
+    """
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
-    if not path.is_file():
+    try:
+        with open(path, "rb") as file:
+            check_archive(file)
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows those there are"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch reads nothing into a tensor that is marked as a folder, and leaves in it what memory held.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
-            damaged = folders[0] if folders else archive.testzip()
-    except PermissionError:
-        raise
+        ) from None
     except Exception as error:  # whatever a damaged archive provokes: BadZipFile, zlib.error, struct.error
-        raise CheckpointError(
-            f"{path}: not a checkpoint, or damaged, or cut off: {error}. Use an earlier one"
-        ) from error
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path}: checksum or kind of {damaged!r} is wrong: the file is damaged. Use an earlier one"
-        )
+        raise judge(error, path, "not a checkpoint, or damaged, or cut off") from error
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -244,7 +269,7 @@ def step_of(path: Path) -> int:
 def follow_latest(path: str | Path) -> Path:
     """The path itself, or for log/latest the checkpoint it names. CheckpointError if it names none."""
     path = Path(path)
-    if (path / "latest").is_file():
+    if (path / "latest").is_file() and not (path / sharded.INDEX).is_file():
         raise CheckpointError(f"{path} is the folder of a run; its newest checkpoint is {path / 'latest'}")
     if path.name != "latest" or not path.is_file():
         return path
@@ -259,7 +284,7 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
 
     Of a folder, whole=False gives all but the weights and moments, which `restore` reads, each rank its part;
     trusted=True: without reading the folder's files, which another rank has verified. CheckpointError says
-    what is wrong with the file; FileNotFoundError, PermissionError.
+    what is wrong with the file; FileNotFoundError, OSError as in verify_checkpoint.
     """
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
@@ -267,27 +292,28 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
     if path.is_dir():
         return sharded.load(path) if whole else sharded.read_rest(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # by its name, torch would hide the system's errors
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets a foreign file in many ways
-        message = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{path}: torch.load cannot read it safely: {message}") from error
+        raise judge(error, path, "torch.load cannot read it safely") from error
     kinds = {"model": dict, "config": dict, "step": int}
     if not isinstance(checkpoint, dict) or any(
         not isinstance(checkpoint.get(name), kind) for name, kind in kinds.items()
     ):
         raise CheckpointError(f"{path}: not a checkpoint of train_gpt_moe.py: it lacks model, config or step")
-    made = checkpoint.get("format", FORMAT)
-    if not isinstance(made, int) or made > FORMAT:
-        raise NewerFormatError(
-            f"{path}: made by a newer version: its format is {made!r}, this one reads up to {FORMAT}; "
-            "update the program"
-        )
+    sharded.check_format(path, checkpoint.get("format", FORMAT))
     return checkpoint
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoints in the folder, newest (most steps) first; they may be damaged."""
-    found = [path for path in Path(folder).glob("model_*") if NAME.fullmatch(path.name)]
+    """All checkpoints in the folder, newest (most steps) first; they may be damaged.
+
+    OSError if the folder is there but cannot be read: glob would find nothing in it.
+    """
+    try:
+        found = [Path(folder, name) for name in os.listdir(folder) if NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     found = [path for path in found if path.is_dir() != (path.suffix == ".pt")]
     return sorted(found, key=step_of, reverse=True)
 
@@ -296,14 +322,15 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
     """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
     whole: as in load_checkpoint.
 
-    NewerFormatError: to go on from an older checkpoint because this program is old would lose work.
+    NewerFormatError, and OSError as in verify_checkpoint: to go on from an older checkpoint because this
+    program is old, or memory is short, or the disk does not answer now, would lose work.
     """
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path, whole)
         except NewerFormatError:
             raise
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, FileNotFoundError) as error:
             warn(f"WARNING: skipping {error}")
     return None
 
@@ -367,7 +394,7 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         name, now = field.name, getattr(config, field.name)
         if name in NOT_KEPT or name not in saved:
             continue
-        derived = name in ("block_size", "vocab_size") and now == 0
+        derived = name in ("block_size", "vocab_size") and now <= 0
         if name not in given or derived:
             setattr(config, name, saved[name])
             if now != saved[name] and name not in FIXED:
@@ -391,8 +418,9 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
     """Put weights, moments, routers' statistics, position in the data and random state where they were.
 
-    ValueError, naming what differs, if the data or the architecture is another one. Learning rate, weight
-    decay and the like stay those the optimizer was made with: flags may have changed them.
+    ValueError, naming what differs, if the data or the architecture is another one; what torch raises if
+    memory is short. Learning rate, weight decay and the like stay those the optimizer was made with: flags
+    may have changed them.
     """
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -402,6 +430,8 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
         model.load_state_dict(sharded.cut_weights(state["model"], model))
         optimizer.load_state_dict(sharded.cut_moments(state["optimizer"], optimizer))
     except (RuntimeError, KeyError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
@@ -473,6 +503,8 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
         model = GPTLMHeadModel(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
+        if out_of_memory(error):
+            raise
         message = " ".join(str(error).split())
         raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
     return model.eval()
@@ -484,8 +516,9 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     Evaluation mode, CPU. CheckpointError, FileNotFoundError; what transformers raises for a bad folder or
     name.
     """
-    ours = any(os.path.isfile(os.path.join(source, name)) for name in (sharded.INDEX, "latest"))
-    if ours or str(source).endswith((".pt", ".pth", ".bin")) or os.path.isfile(source):
+    path = Path(source)  # without a slash at the end
+    ours = any((path / name).is_file() for name in (sharded.INDEX, "latest"))
+    if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
         return model_from_checkpoint(load_checkpoint(source))
     return GPTLMHeadModel.from_pretrained(str(source)).eval()
 
@@ -495,10 +528,13 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     """A dense model as a Mixture-of-Experts: every expert a copy of the MLP, logits unchanged at first
     (1e-5).
 
-    Sparse Upcycling, arXiv 2212.05055. A router of almost zero weights chooses experts at random directions
-    of the input while every score is equal to about 1e-6; where the weights of the chosen K do not sum to 1
-    (K = 1, or norm_topk_prob=False), the copies are scaled by the inverse of that sum. What breaks the
-    symmetry: each expert sees other tokens, so their gradients differ from the first step on.
+    Sparse Upcycling, arXiv 2212.05055. Where the weights of the chosen K sum to 1 the router begins as in any
+    model. Where they do not (K = 1, or norm_topk_prob=False) all scores must be equal: the router's weights
+    are almost zero, and the copies scaled by the inverse of that sum. Such a router is all alike until it has
+    learned, and experts come into use slowly: on bytes of English (8 experts of 2 layers, 64 channels, lr
+    1e-4, five seeds) 5.6 were idle in steps 1-40 and 4.5 in steps 161-200 at K = 1. At K = 2 it was 2.4 and
+    0.0: prefer that. What breaks the symmetry: each expert sees other tokens, so their gradients differ from
+    the first step on.
     ValueError for a model that is no dense one, or an expert size that is not the MLP's.
     """
     if dense.config.use_moe:
@@ -508,10 +544,10 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     model = GPTLMHeadModel(config)
     source, target = dense.state_dict(), model.state_dict()
     E, K = config.num_experts, config.num_experts_per_tok
-    if K > 1 and config.norm_topk_prob:
-        scale = 1.0
-    else:  # the inverse of the sum of K equal scores: 1/E each for softmax, 1/2 each for sigmoid
-        scale = (E if config.router_score == "softmax" else 2) / K
+    scale = router_scale = 1.0
+    if K == 1 or not config.norm_topk_prob:
+        # the inverse of the sum of K equal scores: 1/E each for softmax, 1/2 each for sigmoid
+        scale, router_scale = (E if config.router_score == "softmax" else 2) / K, 1e-7 / 0.02
     if config.num_shared_experts > 0:
         raise ValueError(
             f"num_shared_experts={config.num_shared_experts}: a shared expert would add to the dense output; "
@@ -534,7 +570,7 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
                         f"--expert_hidden_size {dense.config.mlp_hidden_size or 4 * dense.config.n_embd}"
                     )
                 experts.copy_(tensor * (scale if name == "c_proj" else 1.0))  # (E, ...) from (...)
-        target[f"{prefix}gate.weight"].mul_(1e-7 / 0.02)
+        target[f"{prefix}gate.weight"].mul_(router_scale)
     missing = [name for name in source if name not in target or source[name].shape != target[name].shape]
     if missing:
         raise ValueError(

@@ -26,9 +26,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 try:  # as in model.py: in an exported folder these files are a package
-    from .convert_llama import FAMILY, from_llama_weights, llama_config_fields, refuse, to_llama
+    from .convert_llama import FAMILY, from_llama_weights, llama_config_fields, older_names, refuse, to_llama
 except ImportError:
-    from convert_llama import FAMILY, from_llama_weights, llama_config_fields, refuse, to_llama
+    from convert_llama import FAMILY, from_llama_weights, llama_config_fields, older_names, refuse, to_llama
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +290,10 @@ def export_folder(
     temporary.mkdir()
     try:
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=max_shard_size)
+        if format in FAMILY:
+            path = temporary / "config.json"
+            settings = json.loads(path.read_text(encoding="utf-8")) | older_names(model.config)
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if words is not None:
             words.save_pretrained(temporary)
         manifest = {"format": format, "files": sorted([MANIFEST, *os.listdir(temporary)])}

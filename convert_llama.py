@@ -230,6 +230,13 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
         logger.warning(f"dropout={config.dropout}, which acts in training only, is left out")
 
 
+def older_names(config: PreTrainedConfig) -> dict[str, Any]:
+    """What else config.json needs: names that transformers 4 and others read, where transformers 5 writes
+    another. They would take their defaults for it, and compute other logits without a word."""
+    names = {"rope_theta": config.rope_parameters["rope_theta"]}
+    return names | {"num_experts": config.num_experts} if config.model_type == "qwen3_moe" else names
+
+
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
     """What their configuration is made of; `encoding` is a note for the way back."""
     dense, expert = (

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
+MOST_GROUPS = 1024  # torch's grouped product takes fewer
 
 # Of the operators. The copy of this file in an exported folder, loaded beside it, has another: an operator of
 # the same name would replace this file's, and whoever called that would meet freed memory.
@@ -307,9 +308,12 @@ class Experts(nn.Module):
 
     `engine` is "auto", which chooses by device, dtype and size, or one of
       "loop"        `expert_mlp`: products for the experts that have rows; any dtype; reads sizes on the host
-      "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8
+      "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
+                    fewer than MOST_GROUPS experts
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
-    Weights are cast as autocast would: expert by expert, except by "grouped_mm", which needs them all.
+    Any other case on CUDA (fp32, fp16, another capability, odd sizes, more experts) takes the loop, and so
+    waits for the device once in every layer, and once more in the backward pass. Weights are cast as autocast
+    would: expert by expert, except by "grouped_mm", which needs them all.
     """
 
     def __init__(self, config):
@@ -347,10 +351,11 @@ class Experts(nn.Module):
     def _choose_engine(self, x: Tensor, rows: int) -> str:
         if x.device.type != "cuda" or rows == 0:  # none: an exchange brought this rank nothing
             return "loop"
-        if rows <= local(self.c_fc).shape[0] and not torch.is_grad_enabled():
+        groups = local(self.c_fc).shape[0]
+        if rows <= groups and not torch.is_grad_enabled():
             return "gather"
-        aligned = x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0
-        return "grouped_mm" if aligned and _has_grouped_kernel() else "loop"
+        fits = x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0 and groups < MOST_GROUPS
+        return "grouped_mm" if x.dtype == torch.bfloat16 and fits and _has_grouped_kernel() else "loop"
 
     def _grouped(self, x, weights, order, ends):
         (M, K), rows = weights.shape, torch.arange(order.shape[0], device=x.device)

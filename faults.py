@@ -6,7 +6,8 @@
     lost rank, bad data, no memory    what has been trained is saved, where rank 0 has all of it and learns of
                                 it (one process; DDP on gloo), then exit; --resume auto goes on
 
-Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM.
+Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM,
+or, from torch 2.13 on, what --shutdown-timeout says.
 """
 
 import contextlib
@@ -98,6 +99,15 @@ class Signals:
             text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
             with contextlib.suppress(OSError):  # nobody reads it any more, as after `2>&1 | tee out`
                 os.write(sys.__stderr__.fileno(), text.encode())
+
+    @property
+    def save_requested(self) -> bool:
+        """Whether this rank has been told to save and go on since the last take()."""
+        return "SIGUSR1" in self._got
+
+    def request_save(self) -> None:
+        """As if this rank had got SIGUSR1."""
+        self._got.add("SIGUSR1")
 
     @property
     def stop_requested(self) -> bool:

@@ -8,6 +8,7 @@ References: https://huggingface.co/docs/transformers/main_classes/configuration
 """
 
 import difflib
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -103,9 +104,15 @@ class GPTConfig(PreTrainedConfig):
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value}: must be a finite number")
         for name, least in self.LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
         if self.dropout >= 1:
             raise ValueError(f"dropout={self.dropout}: must be below 1")
         if self.n_embd % self.n_head != 0:

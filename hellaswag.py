@@ -380,13 +380,8 @@ def scored_logits(model: torch.nn.Module, batch: Batch, shared: bool) -> torch.T
         lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # (B, T, C) -> (1, M, C)
     )
     try:
-        output = model(
-            batch.tokens,
-            attention_mask=masks,
-            position_ids=batch.positions,
-            use_cache=False,
-            return_dict=True,
-        )
+        inputs = dict(attention_mask=masks, position_ids=batch.positions)
+        output = model(batch.tokens, **inputs, use_cache=False, return_dict=True)
         # GPT stops before the head, GPTLMHeadModel after it.
         logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
     finally:
@@ -558,7 +553,11 @@ def main(arguments: list[str] | None = None) -> int:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
     except (OSError, ValueError) as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
+        told = str(error)
+        if type(error) is OSError and not Path(options.model).exists():  # transformers', in two lines
+            told = f"{options.model}: no such file or folder (`ls -d log/model_*` lists those of a run), nor "
+            told += f"a model of the hub: {str(error).splitlines()[0]}"
+        print(f"hellaswag.py: {told}", file=sys.stderr)
         return 2
     finally:
         stop()

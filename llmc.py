@@ -9,6 +9,14 @@ writes gpt2_dL_debug_state.bin, to be kept beside gpt2_dL.bin; --c_names 1 adds 
 programs want them, gpt2_124M.bin, gpt2_124M_bf16.bin, gpt2_124M_debug_state.bin. import makes a folder that
 GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
 
+train_gpt_moe.py takes the flags of llm.c's train_gpt2.py, and with --preset llmc its defaults. On purpose
+    --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
+        without torchrun) are refused;
+    --grad_clip 0 means no clipping, not gradients of 0;
+    --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
+    --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
+    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights are of a seed of our own.
+
 llm.c trains GPT-2 and nothing else, so only a dense model of that shape can be written: a model with another
 feature is refused by the name of that feature. Numbers are little-endian. Every file begins with 256 int32
 (1024 bytes), those not named here being zero:
@@ -72,7 +80,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from checkpoint import load_model, write_atomically
+from archives import write_atomically
+from checkpoint import load_model
 from fineweb import get_encoding, read_shard
 from model import GPT, GPTConfig, GPTLMHeadModel
 
@@ -162,6 +171,29 @@ def sizes_of(config: GPTConfig) -> Sizes:
     if config.encoding_size is None and config.encoding == "gpt2" and V == padded(50257):
         V = 50257
     return Sizes(config.block_size, V, config.n_layer, config.n_head, config.n_embd, padded(V))
+
+
+def check_writable(config: GPTConfig) -> None:
+    """ValueError, for a run with write_tensors, unless its model and its tokenizer can be written."""
+    try:
+        sizes_of(config)
+        encoding_of(config)
+    except ValueError as error:
+        raise ValueError(f"write_tensors=True: {error}; or give --write_tensors 0") from error
+
+
+def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
+    """The encoding that a model's tokenizer is written from; ValueError if it is unknown or cannot be had."""
+    try:
+        return get_encoding(config.encoding)
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(  # get_encoding's names a flag of fineweb.py
+            f"no tokenizer can be written: tiktoken cannot fetch the files of encoding={config.encoding!r} "
+            f"({type(error.__cause__).__name__}); without network let TIKTOKEN_CACHE_DIR name a folder where "
+            "tiktoken has put them before"
+        ) from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
@@ -433,13 +465,15 @@ def write_all(
     names is a model's, "d12", "gpt2-medium", ..., and makes the files' (gpt2_d12.bin, gpt2_355M.bin).
     c_names adds copies under 124M's. x and y, (B, T), are the state's. Returns the paths; errors as above.
     """
+    if "tokenizer" in parts:
+        encoding = encoding_of(model.config)
     writers = {
         "float32": lambda path: write_model(model, path, "float32"),
         "bfloat16": lambda path: write_model(model, path, "bfloat16"),
         "state": lambda path: write_state(model, x, y, path),
-        "tokenizer": lambda path: write_tokenizer(get_encoding(model.config.encoding), path),
+        "tokenizer": lambda path: write_tokenizer(encoding, path),
     }
-    sizes_of(model.config)  # refused before a folder is made
+    sizes_of(model.config)
     Path(folder).mkdir(parents=True, exist_ok=True)
     labels, written = [LABELS.get(names, names)] + ["124M"] * c_names, []
     for part in parts:

@@ -174,6 +174,7 @@ class MoE(nn.Module):
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
         self._auxiliary_loss = None
+        self._last_usage = None  # (1 + E,): entropy and counts of the last finished step, all ranks
 
     def initial_statistics(self) -> dict[str, Tensor]:
         """The buffers of a layer that has seen nothing; the reference is E tokens in perfect balance."""
@@ -333,6 +334,14 @@ class MoE(nn.Module):
         """Rows routed to each expert in the last finished optimizer step on all ranks, (E,) int64."""
         return self.reference_totals[: self.num_experts].clone()
 
+    def last_step_entropy(self) -> Tensor:
+        """Entropy () of the routing probabilities in that step in nats, mean over its tokens; NaN until this
+        process has finished a step: it is in no state dict."""
+        if self._last_usage is None:
+            return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
+        step = self._last_usage.to(self.usage_counts.device)
+        return step[0] / (FIXED_POINT * step[1:].sum() / self.num_experts_per_tok)
+
     def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
         """Usage since the last reset. step_totals: the buffer of this name summed over ranks; None: as is."""
         step = self.step_totals if step_totals is None else step_totals
@@ -351,6 +360,7 @@ class MoE(nn.Module):
         Without any token since the last call nothing changes: calling it twice does no harm.
         """
         E = self.num_experts
+        self._last_usage = reduced[: 1 + E].clone()
         self.usage_entropy += reduced[:1]
         self.usage_counts += reduced[1 : 1 + E]
         step = reduced[1 + E :]
@@ -394,27 +404,54 @@ def expert_usage(layers: Iterable[MoE], process_group=None, reduce: bool = True)
     return [layer.usage_statistics(step) for layer, step in zip(layers, totals, strict=True)]
 
 
+@torch.no_grad()
+def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
+    """Of every layer the experts that the last optimizer step, closed by `update_routers`, gives nothing to
+    learn: no row that counts, and as tokens that do not count in the router's losses may yet have a gradient
+    (ignored labels do), no gradient either. The same on all ranks.
+
+    Reads the counts on the host; only where some are zero, the gradients of these experts. A collective
+    then, where ranks share the experts out (their counts are the same, so that all of them take part).
+    """
+    layers = list(layers)
+    counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
+    idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
+    if not any(idle):
+        return idle
+    learns = layers[0].usage_counts.new_zeros(len(layers), len(counts[0]))  # (layers, E)
+    for number, layer in enumerate(layers):
+        for parameter in layer.experts.parameters():
+            rows = held(parameter)[0]
+            mine = [e for e in idle[number] if e in rows]
+            if mine and parameter.grad is not None:
+                grad = local(parameter.grad)[[rows.index(e) for e in mine]]
+                learns[number, mine] += (grad != 0).flatten(1).any(1)
+    mesh = getattr(next(layers[0].experts.parameters()), "device_mesh", None)
+    for group in mesh.get_all_groups() if mesh is not None else ():
+        dist.all_reduce(learns, group=group)
+    learns = learns.tolist()
+    return [[e for e in experts if not learns[number][e]] for number, experts in enumerate(idle)]
+
+
 @contextlib.contextmanager
 def idle_experts_spared(layers: Iterable[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: experts without any row in the step stay as they are.
+    """Around optimizer.step(), after `update_routers`: `idle_experts` stay as they are.
 
     AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
     move them. Their weights and moments are copied and put back, which costs nothing while every expert is
     busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
     out, each rank looks after its part.
     """
-    layers, kept, idle = list(layers), [], 0
+    layers, kept = list(layers), []
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
-    counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
-    for layer, layer_counts in zip(layers, counts, strict=True):
-        experts = [e for e, count in enumerate(layer_counts) if count == 0]
-        idle += len(experts)
+    idle = idle_experts(layers)
+    for layer, experts in zip(layers, idle, strict=True):
         for parameter in layer.experts.parameters() if experts else ():
             rows = held(parameter)[0]
             moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
             for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
                 mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]
                 kept += [(row, row.clone()) for row in mine]
-    yield idle
+    yield sum(map(len, idle))
     for place, value in kept:
         place.copy_(value)

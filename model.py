@@ -51,7 +51,7 @@ try:
     from .experts import MLP, Experts
     from .gpt_config import GPTConfig
     from .linear_cross_entropy import linear_cross_entropy
-    from .mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, update_routers
+    from .mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 except ImportError:
     from attention import (
         CausalSelfAttention,
@@ -67,7 +67,7 @@ except ImportError:
     from experts import MLP, Experts
     from gpt_config import GPTConfig
     from linear_cross_entropy import linear_cross_entropy
-    from mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, update_routers
+    from mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 
 __all__ = [
     "GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "GPTLMHeadModel", "LayerNorm", "MoE",
@@ -309,12 +309,12 @@ class GPT(PreTrainedModel, GenerationMixin):
         """
         update_routers(self.moe_layers(), process_group)
 
-    def expert_usage(self, reset: bool = False) -> list[ExpertUsage]:
-        """Per MoE layer counts and loads since its last reset, of all ranks up to update_routers()."""
-        usage = [moe.usage_statistics() for moe in self.moe_layers()]
-        if reset:
-            for moe in self.moe_layers():
-                moe.reset_usage_counts()
+    def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
+        """Each MoE layer's counts and loads since its last reset: all ranks' up to the last update_routers(),
+        since then this rank's, or with reduce=True all ranks' (a collective). reset: on this rank."""
+        usage = expert_usage(self.moe_layers(), reduce=reduce)
+        for moe in self.moe_layers() if reset else ():
+            moe.reset_usage_counts()
         return usage
 
     # --- forward ----------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ class GPT(PreTrainedModel, GenerationMixin):
         texts comes back if num_return_sequences > 1. Runs in evaluation mode, whatever mode the model is in.
         ValueError for a string that the model's vocabulary or encoding cannot hold.
         """
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]  # a frozen part may have its own
         self.eval()
         # The same parameters as the class whose forward gives logits, without a compiled forward: the
         # growing sequences of generation would make it compile again and again. (As copy.copy, which fails
@@ -561,7 +561,8 @@ class GPT(PreTrainedModel, GenerationMixin):
             return texts[0] if len(texts) == 1 else texts
         finally:
             self._gives_logits = gave
-            self.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
 
     # --- training and files -----------------------------------------------------------------------------
 
@@ -598,10 +599,8 @@ class GPT(PreTrainedModel, GenerationMixin):
         return torch.optim.AdamW(param_groups, lr=learning_rate, betas=betas, fused=fused)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers'. The code files go along, so that the folder loads on a machine without them.
-
-        There: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
-        """
+        """As transformers'. The code files go along, so that the folder loads on a machine without them:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
         self.config.auto_map = {
             "AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
             "AutoModelForCausalLM": "model.GPTLMHeadModel",

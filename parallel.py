@@ -207,7 +207,7 @@ def stop(world: World | None = None) -> None:
         world.watch.stop(leaves=True)
     if dist.is_available() and dist.is_initialized():
         gc.collect()
-        time.sleep(0.1)
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 
@@ -378,11 +378,12 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
             block.compile(fullgraph=whole)
 
 
-def wrap(model: nn.Module, layout: Layout) -> nn.Module:
+def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     """The module whose forward the loop calls: the model itself, or DDP around it.
 
-    Not static_graph: with it DDP would expect every backward to be like the first, but only the last of a
-    step's reduces. Every parameter takes part in every backward, because the experts are stacked.
+    Every parameter takes part in every backward, because the experts are stacked: DDP need not look for those
+    that do not. With static_graph it also expects every backward to be like the first, which holds where a
+    step is a single micro-step; of several only the last one reduces.
     """
     world = layout.world
     if world.size == 1 or layout.parallel == "fsdp":
@@ -396,6 +397,7 @@ def wrap(model: nn.Module, layout: Layout) -> nn.Module:
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        static_graph=micro_steps == 1,
         **{"forward_sync_buffers" if newer_name else "broadcast_buffers": False},
     )
 

@@ -75,49 +75,86 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
     return elements(rest) + elements(mine)
 
 
+def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
+    """Bytes per pair of query and key, and head, that a layer keeps for its backward, and those in passing.
+
+    (0, 0) for fused kernels. Attention written out keeps its weights in fp32, and in the dtype of the product
+    with the values; dropout, its mask and what it leaves. CPUs have no fused kernel with dropout, and what
+    stands in works in fp32.
+    """
+    if shape._attn_implementation == "eager":
+        mask = 1 if device_type == "cuda" else size
+        dropout = mask + size if shape.dropout else 0
+        return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
+    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)
+
+
+def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
+    """Bytes per token that a block keeps for its backward, attention's weights apart; size: of its products'
+    numbers."""
+    C, wide = shape.n_embd, 2 if shape.activation == "swiglu" else 1
+    kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
+    kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
+    if shape.dropout:  # two masks, which CUDA has as booleans
+        kept += 2 * C * (1 if device_type == "cuda" else size)
+    if not shape.is_moe_layer(layer):
+        return kept + size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
+    H, K = shape.expert_hidden_size or 4 * C, shape.num_experts_per_tok
+    kept += K * size * H * wide + 4 * 4 * shape.num_experts
+    if device_type == "cuda":  # grouped_mm keeps the activation, weighted too, and rows of C
+        kept += K * size * (2 * H + 2 * C)
+    elif C < KEEP_ACTIVATION_BELOW:
+        kept += K * size * H
+    return kept + size * 2 * (wide + 1) * H * shape.num_shared_experts
+
+
+def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trains: bool) -> int:
+    """Bytes of the loss head at its peak, for N tokens: logits, and in fp32 what comes of them."""
+    V, C = shape.vocab_size, shape.n_embd
+    if not loss_chunk:  # logits, log-softmax, two gradients at once; or logits, in fp32, too, and log-softmax
+        return N * V * (size + 3 * 4 if trains else size + 4 + (4 if size < 4 else 0))
+    rows = rows_per_chunk(N, V, loss_chunk, device_type)
+    logits = 4 + (size if size < 4 else 0)  # in fp32, and as the product gave them
+    if device_type == "cuda":
+        logits += 4  # within logsumexp
+    return logits * rows * V + (4 * (N * C + V * C) if trains else 0)
+
+
+def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
+    """Bytes of what a micro-step of (B, T) makes, at its peak; config as in memory_estimate."""
+    shape, device_type, trains = model.config, model.device.type, not getattr(config, "inference_only", False)
+    size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
+    pairs = N * config.T * shape.n_head
+    kept, passing = attention_bytes(shape, size, device_type)
+    mask = 4 * N * config.T if shape._attn_implementation == "eager" else 0
+    blocks = [N * block_bytes(shape, layer, size, device_type) for layer in range(shape.n_layer)]
+    head = head_bytes(shape, N, size, config.loss_chunk, device_type, trains)
+    stream = 4 * N * C + mask
+    if not trains:  # nothing is kept: a block and the head are not there together
+        return stream + max(max(blocks) + 2 * 4 * pairs * (kept > 0), head)
+    layers = [block + kept * pairs for block in blocks]
+    if config.activation_checkpointing == "block":
+        layers = [4 * N * C] * shape.n_layer + [max(layers)]
+    return stream + sum(layers) + max(head, passing * pairs)
+
+
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
     """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). config: TrainConfig.
 
     Parameters, gradients and the two moments are fp32; fsdp shares them all between the ranks, zero_stage=1
     the moments, ep_size the experts. A block keeps, per token, its norms' inputs (fp32) and, in the dtype of
     the matrix products, the norms' outputs, q, k, v, attention's output and the hidden values of the
-    feed-forward (for each of the K experts); with activation_checkpointing its input, and one block all. The
-    head has the logits and, in fp32, their log-softmax and two gradients at once; with loss_chunk only of so
-    many rows, and gradients of its input and weight besides.
+    feed-forward (for each of the K experts), and attention that is not fused its T x T weights; with
+    activation_checkpointing its input, and one block all. The head has the logits and, in fp32, their
+    log-softmax and two gradients at once; with loss_chunk only of so many rows, and gradients of its input
+    and weight besides. With inference_only there are neither gradients nor moments, and nothing is kept.
     """
-    shape = model.config
-    size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
-    held = parameters_held(model, config, world_size)
-    kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
-    wide, blocks = 2 if shape.activation == "swiglu" else 1, []  # bytes per token of every block
-    for layer in range(shape.n_layer):
-        kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
-        if shape.is_moe_layer(layer):
-            H = shape.expert_hidden_size or 4 * C
-            kept += shape.num_experts_per_tok * size * H * wide + 4 * 4 * shape.num_experts
-            if model.device.type == "cuda":  # grouped_mm keeps the activation, weighted too, and rows of C
-                kept += shape.num_experts_per_tok * size * (2 * H + 2 * C)
-            elif C < KEEP_ACTIVATION_BELOW:
-                kept += shape.num_experts_per_tok * size * H
-            kept += size * 2 * (wide + 1) * H * shape.num_shared_experts
-        else:
-            kept += size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
-        blocks.append(kept)
-    per_token = sum(blocks)
-    if config.activation_checkpointing == "block":
-        per_token = 4 * C * shape.n_layer + max(blocks)
-    head = N * (size + 3 * 4) * shape.vocab_size
-    if config.loss_chunk:
-        rows = rows_per_chunk(N, shape.vocab_size, config.loss_chunk, model.device.type)
-        logits = 4 + (size if size < 4 else 0)  # in fp32, and as the product gave them
-        if model.device.type == "cuda":
-            logits += 4  # within logsumexp
-        head = logits * rows * shape.vocab_size + 4 * (N * C + shape.vocab_size * C)
+    held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     return {
         "parameters": 4 * held,
-        "gradients": 4 * held,
-        "optimizer": 8 * held // (world_size if config.zero_stage else 1),
-        "activations": N * (per_token + 4 * C) + head,
+        "gradients": 4 * held * trains,
+        "optimizer": 8 * held * trains // (world_size if config.zero_stage else 1),
+        "activations": activation_bytes(model, config, dtype),
     }
 
 
@@ -137,6 +174,9 @@ def preflight(
 ) -> tuple[str, list[str]]:  # fmt: skip
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data."""
     epochs = config.max_steps * config.total_batch_size / num_tokens
+    seen = f"seen {epochs:.2f} times"
+    if config.overfit_single_batch:
+        epochs, seen = 0.0, f"the same {config.total_batch_size:,} of them at every step"
     parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
     memory = memory_estimate(model, config, dtype, world.size)
     need, have = sum(memory.values()), device_memory(model.device)
@@ -146,7 +186,7 @@ def preflight(
     rows = {
         "parameters": f"{model.get_num_params(False):,}, {model.get_num_active_params():,} active per token",
         "": parts,
-        "data": f"{num_tokens:,} tokens, seen {epochs:.2f} times",
+        "data": f"{num_tokens:,} tokens, {seen}",
         "step": f"{config.total_batch_size:,} tokens = {batch}",
         "steps": f"{config.max_steps:,}, {config.max_steps * config.total_batch_size:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}{share} GiB: {uses}",

@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,19 @@ from model import Block, GPTConfig, GPTLMHeadModel
 from muon import check_muon, configure_muon
 
 
-def check_config(config, world: parallel.World) -> int:
-    """Number of micro-steps per optimizer step. ValueError, naming field and value, for what cannot work."""
+def check_config(
+    config, world: parallel.World, given: set[str] | None = None, say: Callable = print
+) -> int:  # fmt: skip
+    """Number of micro-steps per optimizer step. ValueError, naming field and value, for what cannot work.
+
+    given: of a new run, the settings that flags have set; None for a resumed one, which keeps its settings.
+    """
     least = dict(
         B=1, T=1, total_batch_size=1, max_steps=0, max_lr=0, min_lr=0, warmup_steps=0, grad_clip=0,
         weight_decay=0, infer_step=0, val_steps=1, sample_every=-1, sample_tokens=1, checkpoint_every=0,
-        keep_last=0, keep_every=0, max_bad_steps=1, log_every=1, loss_chunk=-1,
-        router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=0, zero_stage=0, ep_size=1,
+        keep_last=0, keep_every=0, max_bad_steps=1, log_every=1, loss_chunk=-1, hellaswag_limit=0,
+        plot_every=0, router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=-1, zero_stage=0,
+        ep_size=1,
     )  # fmt: skip
     for name, smallest in least.items():
         if not getattr(config, name) >= smallest:
@@ -44,13 +50,21 @@ def check_config(config, world: parallel.World) -> int:
         raise ValueError(f"seed={config.seed}: must be at least 0 and below 2**63")
     if not 0 < config.wsd_decay_frac <= 1:
         raise ValueError(f"wsd_decay_frac={config.wsd_decay_frac}: must be above 0 and at most 1")
-    if config.learning_rate_decay_frac is not None:
-        config.min_lr, config.learning_rate_decay_frac = config.learning_rate_decay_frac * config.max_lr, None
+    frac = config.learning_rate_decay_frac
+    if frac is not None:
+        if not 0 <= frac <= 1:
+            raise ValueError(
+                f"learning_rate_decay_frac={frac}: min_lr is a fraction of max_lr, from 0 to 1; change "
+                "--learning_rate_decay_frac"
+            )
+        config.min_lr, config.learning_rate_decay_frac = frac * config.max_lr, None
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr={config.min_lr} is more than max_lr={config.max_lr}; lower --min_lr")
-    if 0 < config.max_steps <= config.warmup_steps:
+    fit_warmup(config, given, say)
+    if config.write_tensors and config.use_moe and not (config.init_from or config.inference_only):
         raise ValueError(
-            f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}; lower it"
+            "write_tensors=True writes llm.c's files, whose models have no experts, but use_moe=True; give "
+            "--use_moe False, or leave --write_tensors away"
         )
     if config.block_size and config.T > config.block_size:
         raise ValueError(f"T={config.T} is more than block_size={config.block_size}; lower --T or raise that")
@@ -62,6 +76,23 @@ def check_config(config, world: parallel.World) -> int:
             f"{max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
         )
     return config.total_batch_size // per_micro_step
+
+
+def fit_warmup(config, given: set[str] | None, say: Callable) -> None:
+    """Make a default's or a preset's warmup shorter where max_steps is no longer than it, and say so.
+
+    ValueError if it is a flag's or a resumed run's; given as in check_config.
+    """
+    warmup, steps = config.warmup_steps, config.max_steps
+    if not 0 < steps <= warmup:
+        return
+    if given is None or "warmup_steps" in given:
+        raise ValueError(f"warmup_steps={warmup} leaves nothing of max_steps={steps}; lower --warmup_steps")
+    config.warmup_steps = steps // 10
+    say(
+        f"warmup_steps={warmup} leaves nothing of max_steps={steps}: shortened to {config.warmup_steps} "
+        "(--warmup_steps sets it)"
+    )
 
 
 def check_layout(config, world: parallel.World) -> None:
@@ -123,10 +154,11 @@ def build_loaders(config, world: parallel.World, meta: dict):
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
     # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard, in
-    # an order that is the same for every run. (How far they go is val_steps * B * ranks.)
+    # an order that is the same for every run. Unshuffled they are its first ones, as llm.c's. (How far they
+    # go is val_steps * B * ranks.)
     return (
         DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
-        DistributedDataLoader(val_files, seed=0, **arguments) if val_files else None,
+        DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments) if val_files else None,
     )
 
 
@@ -149,10 +181,15 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         changed = {name: fields[name] for name in names & ckpt.MAY_CHANGE}
         return new_model(GPTConfig(**(resumed["config"] | changed)), config.parallel)
     fields |= dict(
-        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"]
-    )
+        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
+        bos_token_id=meta["eot_token"],  # documents begin with it, and so does a text without a prompt
+    )  # fmt: skip
     fields["block_size"] = config.block_size or config.T
-    fields["vocab_size"] = config.vocab_size or 128 * math.ceil(meta["vocab_size"] / 128)
+    # Logits of rows that only pad take part in the loss (by 0.001 at first); llm.c, whose files and losses
+    # shall agree, has none.
+    multiple = 1 if config.vocab_size < 0 or config.write_tensors else 128
+    rounded = multiple * math.ceil(meta["vocab_size"] / multiple)
+    fields["vocab_size"] = max(config.vocab_size, 0) or rounded
     if fields["vocab_size"] < meta["vocab_size"]:
         raise ValueError(
             f"vocab_size={config.vocab_size}, but the data's encoding {meta['encoding']!r} has "
@@ -163,6 +200,8 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         return new_model(GPTConfig(**fields), config.parallel)
     given = {name for name in given if name not in ("vocab_size", "block_size") or getattr(config, name)}
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
+    if model.config.bos_token_id is None:  # in checkpoints of old
+        model.config.bos_token_id = meta["eot_token"]
     for name in names:  # from here on the settings are those of the model
         setattr(config, name, getattr(model.config, name))
     check_experts(model.config, config.ep_size)

@@ -41,7 +41,9 @@ class Progress:
 
     def __init__(self, config: Any, first_step: int, is_master: bool):
         self.config, self.is_master = config, is_master
-        self.watched = is_master and sys.stderr.isatty()
+        # A file that stdout goes to wants all the lines that a live line stands for.
+        streams = (sys.stdout, sys.stderr)
+        self.watched = is_master and all(stream is not None and stream.isatty() for stream in streams)
         self.bar = tqdm(
             total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
             bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True,
@@ -100,8 +102,9 @@ class Progress:
         self.say("\n".join(lines))
 
     def average_ms(self) -> tuple[int, float]:
-        """(number, mean milliseconds) of the last steps, at most 20; as llm.c's train_gpt2.py tells it."""
-        last = self.ms[-20:]
+        """(number, mean milliseconds) of the last steps, at most 19 and without the first, which compiles; as
+        llm.c's train_gpt2.py tells it. A run's only step counts."""
+        last = self.ms[1:][-19:] or self.ms
         return len(last), statistics.fmean(last) if last else 0.0
 
 

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import transformers
 
-from checkpoint import list_checkpoints, sync_folder, write_atomically
+from archives import sync_folder, write_atomically
+from checkpoint import list_checkpoints
 
 try:
     import fcntl
@@ -37,9 +38,9 @@ except ImportError:  # Windows has no such locks, nor such counters
 
 # TensorBoard's curves, by what is measured. Training and validation loss share a page.
 CURVES = {
-    "loss": "loss/train", "val": "loss/val", "balance_loss": "loss/balance", "z_loss": "loss/z", "lr": "lr",
-    "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load", "hella": "hellaswag",
-    "memory": "memory_gib",
+    "loss": "loss/train", "val_loss": "loss/val", "balance_loss": "loss/balance", "z_loss": "loss/z",
+    "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
+    "hella_acc_norm": "hellaswag", "hella_acc": "hellaswag_plain", "memory": "memory_gib",
 }  # fmt: skip
 LLMC_NAMES = {"train": "trl", "val": "tel", "hella": "eval"}  # of main.log
 
@@ -53,8 +54,9 @@ class RunLog:
     While it is open the folder is locked; what does not belong to this run is moved aside (set_aside).
 
     resumed: the checkpoint that the run goes on from, first_step its step; None and 0 for a new run. wandb:
-    send TensorBoard's curves, under the same names, to Weights & Biases as well. again: whether what is
-    measured at first_step is going to be; where it is not, what a finished run has measured there stays.
+    send TensorBoard's curves, under the same names, to Weights & Biases as well; where that fails, a warning
+    is all. again: whether what is measured at first_step is going to be; where it is not, what a finished run
+    has measured there stays.
     ValueError if another run has the folder or wandb is not installed, OSError if it cannot be written.
     """
 
@@ -79,39 +81,40 @@ class RunLog:
             if kept != lines:
                 write_atomically(path, lambda file, kept=kept: file.writelines(kept))
             self.files[name] = open(path, "ab", buffering=0)
-        self.wandb = start_wandb(folder, resumed is not None) if wandb else None
+        self.wandb: Any = None
+        with self._wandb_may_fail():
+            self.wandb = start_wandb(folder, resumed is not None) if wandb else None
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            for line in (folder / "log.txt").read_text().splitlines() if not again else ():
-                step, kind, value = line.split()
-                if int(step) == first_step:  # the final measurement of a run that is now made longer
-                    self._scalars(first_step, {kind: float(value)})
+            for line in (folder / "metrics.jsonl").read_text().splitlines() if not again else ():
+                record = json.loads(line)
+                if record.get("step") == first_step:  # what a run that is now made longer measured in the end
+                    self._scalars(first_step, record)
 
     def record(self, values: dict) -> None:
-        """One object of metrics.jsonl."""
+        """One object of metrics.jsonl; what was measured at a step also becomes a point of every curve."""
         self._append("metrics.jsonl", json.dumps(finite(values), allow_nan=False))
+        if "step" in values:
+            self._scalars(values["step"], values)
 
     def step(self, record: dict) -> None:
         """What was measured in a training step, in all files."""
         self.record(record)
         self._line(record["step"], "train", record["loss"])
-        self._scalars(record["step"], record)
 
     def measurement(self, step: int, kind: str, value: float) -> None:
-        """A line of log.txt, STEP KIND VALUE, and a point of TensorBoard's curve of that name."""
+        """A line of log.txt, STEP KIND VALUE, and of main.log; its curve gets it with the step's record."""
         self._line(step, kind, value)
-        self._scalars(step, {kind: value})
 
     def sample(self, step: int, text: str) -> None:
         """Sampled text, for TensorBoard."""
         with self._tensorboard_may_fail() as board:
             if board is not None:
                 board.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # Markdown: as it is
-        if self.wandb is not None:
-            self.wandb.log({"sample": text}, step=step)
+        self._send(step, {"sample": text})
 
     def experts(self, step: int, load: list[list[float]]) -> None:
         """Every expert's share of the routed rows, by MoE layer, as TensorBoard's histograms (fair = 1)."""
@@ -136,8 +139,21 @@ class RunLog:
         with self._tensorboard_may_fail() as board:
             for curve, value in known.items() if board is not None else ():
                 board.add_scalar(curve, value, step)
-        if self.wandb is not None:
-            self.wandb.log(known, step=step)
+        self._send(step, known)
+
+    def _send(self, step: int, values: dict) -> None:
+        with self._wandb_may_fail():
+            if self.wandb is not None:
+                self.wandb.log(values, step=step)
+
+    @contextlib.contextmanager
+    def _wandb_may_fail(self):
+        try:
+            yield
+        except Exception as error:  # whatever it is (no login, no network), training goes on
+            reason = " ".join(str(error).split()) or repr(error)
+            self.say(f"WARNING: wandb gets nothing (more) of this run: {reason}; metrics.jsonl has it all")
+            self.wandb = None
 
     @contextlib.contextmanager
     def _tensorboard_may_fail(self):
@@ -182,8 +198,9 @@ class RunLog:
         """Close all files and let go of the folder. Whether everything could be written."""
         if self.drawing is not None:
             self.drawing.wait()
-        if self.wandb is not None:
-            self.wandb.finish()
+        with self._wandb_may_fail():
+            if self.wandb is not None:
+                self.wandb.finish()
         try:
             self.sync()
             with self._tensorboard_may_fail() as board:
@@ -269,10 +286,18 @@ def run_record(config, model, world, first_step: int) -> dict:
 
 
 def expert_load(model) -> dict:
-    """Of the last optimizer step: every MoE layer's shares of routed rows by expert; the largest max/mean."""
-    counts = torch.stack([moe.last_step_counts() for moe in model.moe_layers()]).cpu()  # (layers, E)
-    share = counts.double() / counts.sum(1, keepdim=True)
-    return {"expert_load": share.tolist(), "max_load": share.max().item() * share.size(1)}
+    """Of the last optimizer step, all ranks: every MoE layer's shares of routed rows by expert; the largest
+    max/mean; the fraction of experts with less than 10% of a fair share, and the entropy of the routing
+    probabilities in nats, both means over the layers (the latter NaN before a process's first step)."""
+    found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
+    read = torch.stack([torch.cat((counts.float(), entropy[None])) for counts, entropy in found]).cpu()
+    counts, entropy = read[:, :-1].double(), read[:, -1]  # (layers, E), (layers,): in one transfer
+    share = counts / counts.sum(1, keepdim=True)
+    load = share * share.size(1)
+    return {
+        "expert_load": share.tolist(), "max_load": load.max().item(),
+        "starved": (load < 0.1).double().mean().item(), "router_entropy": entropy.mean().item(),
+    }  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,25 @@ import sys
 import torch
 
 from checkpoint import load_model
+from model import GPTLMHeadModel
 from parallel import choose_device
+
+
+def load(source: str) -> GPTLMHeadModel:
+    """load_model's, able to begin a text without a prompt; one line about a name that stands for nothing."""
+    try:
+        model = load_model(source)
+    except OSError as error:  # transformers', whose hub is asked for whatever is not here
+        if os.path.exists(source) or isinstance(error, FileNotFoundError):
+            raise
+        raise FileNotFoundError(
+            f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run), nor a "
+            f"model that Hugging Face's hub could give: {str(error).strip().splitlines()[0]}"
+        ) from error
+    end = model.config.eos_token_id
+    if model.config.bos_token_id is None and isinstance(end, int):  # of old, checkpoints named no other
+        model.config.bos_token_id = end
+    return model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="log/model_XXXXX.pt, or log/latest for the newest in log")
     source.add_argument("--model", help="gpt2 ... gpt2-xl, or a folder that transformers can load")
-    parser.add_argument("--prompt", default="Hello, I'm a language model,")
+    parser.add_argument("--prompt", default="Hello, I'm a language model,", help='"" = from scratch')
     parser.add_argument("--num_samples", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
@@ -33,10 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
-    if not options.prompt:
-        parser.error("--prompt: give at least one character")
     try:
-        model = load_model(options.checkpoint or options.model).to(choose_device(options.device, 0))
+        model = load(options.checkpoint or options.model).to(choose_device(options.device, 0))
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

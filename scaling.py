@@ -42,7 +42,7 @@ class Trainer:
         model.loss_chunk = plan.loss_chunk
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), torch.device(device).type)
         self.optimizer = parallel.share_optimizer(optimizer, layout)
-        self.wrapped = parallel.wrap(model, layout)
+        self.wrapped = parallel.wrap(model, layout, plan.micro_steps)
         tokens = torch.randint(0, model.config.vocab_size, (plan.B, plan.T + 1), device=device)
         self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         for moe in model.moe_layers():
@@ -160,7 +160,7 @@ def measure_rank(
         model = GPTLMHeadModel(config)
         parallel.place(model, layout, plan.dtype, [])
         trainer = Trainer(model, this, "cpu", layout)
-        for _ in range(2):  # connections are made, and buckets, and these once more
+        for _ in range(3):  # connections are made, and buckets, and these once more
             trainer.step()
         before = bytes_on_the_wire()
         with Volume() as volume:

@@ -11,9 +11,6 @@ tensors are named model.NAME and optimizer.NUMBER.NAME, and have their whole siz
 a temporary name, and renamed when all ranks' files are on the disk: under its name it is always whole. Any
 number of ranks, in any layout, reads of it what it needs. Many machines need a file system that they share.
 
-This is also the place of what both forms need: errors, and how a file is written so that it is whole or not
-there at all.
-
 References: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
@@ -21,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import zlib
@@ -34,73 +32,37 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from archives import (
+    CheckpointError,
+    NewerFormatError,
+    judge,
+    load_archive,
+    remove,
+    size_and_checksum,
+    sync_folder,
+    unveil,
+    write_atomically,
+)
 from experts import held, local
 from parallel import like
 
 FORMAT = 1
 INDEX, REST = "index.json", "rest.pt"
+FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp|rest\.pt", re.ASCII)  # names that an index may give
+TENSOR = re.compile(r"model\..+|optimizer\.\d{1,9}\..+", re.ASCII | re.DOTALL)
+INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, is damaged, or was made by a newer version."""
-
-
-class NewerFormatError(CheckpointError):
-    """A checkpoint made by a newer version of this program."""
-
-
-# ---------------------------------------------------------------------------- FILES
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """write(file) to a temporary file beside `path`, fsync, rename. What was at `path` stays until then.
-
-    OSError if it cannot be written; whatever `write` raises.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save hides "disk full" behind a complaint of its own
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable (POSIX wants the folder fsynced; elsewhere this does nothing)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint of either form. A folder loses its name first, so that none is ever half there."""
-    if path.is_dir():
-        condemned = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(condemned, ignore_errors=True)
-        os.rename(path, condemned)
-        shutil.rmtree(condemned, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def size_and_checksum(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file."""
-    size = checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return size, checksum
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN; of a DTensor this rank's. Takes no memory of the tensor's size."""
+    tensor = local(tensor)
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 # ---------------------------------------------------------------------------- WRITE
@@ -150,7 +112,14 @@ def join(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
 class PartWriter(dcp.FileSystemWriter):
     """torch's writer of files, which keeps in mind on rank 0 where each part of each tensor has gone."""
 
-    def finish(self, metadata: Metadata, results: list[list]) -> None:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Called on every rank to write its parts."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise unveil(error) from None  # here: on its way to the other ranks it loses what is behind it
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on rank 0 when all ranks have written."""
         self.places = {part.index: part.storage_data for rank in results for part in rank}
         super().finish(metadata, results)
@@ -160,7 +129,7 @@ class Saver:
     """Saves checkpoints together with the other ranks of a process group, for CheckpointWriter.
 
     group: one that works on the CPU (gloo) and is used for nothing else; None: this process alone. `rest` is
-    rank 0's; so is what becomes of the folder once all parts are written.
+    rank 0's; so is what becomes of the folder once all parts are written. An error on one rank is one on all.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, folder: Path):
@@ -169,37 +138,45 @@ class Saver:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def stage(self, checkpoint: dict, path: Path | None = None) -> tuple:
-        """Copy this rank's part to the host and begin to write it; the rest is up to `commit`.
+        """Make the folder, and copy this rank's part to the host; the rest is up to `commit`.
 
-        path: of the folder, if not model_XXXXX. A process alone does neither yet. CheckpointError on all
-        ranks if a value on any is not finite; OSError on all if the folder cannot be made.
+        path: of the folder, if not model_XXXXX. A process alone copies nothing. CheckpointError if a value is
+        not finite; OSError if the folder cannot be made; what torch raises if memory is short.
         """
-        tensors, rest = split(checkpoint)
-        path = path or self.folder / f"model_{rest['step']:05d}"
+        path = path or self.folder / f"model_{checkpoint['step']:05d}"
         temporary = path.with_name(f".{path.name}.unfinished")
-        problems = torch.tensor([sum(not local(part).isfinite().all() for part in tensors.values()), 0])
+        try:
+            return *self.together(partial(self._stage, checkpoint, temporary)), path
+        except BaseException:
+            self._forget(temporary)
+            raise
+
+    def _stage(self, checkpoint: dict, temporary: Path) -> tuple:
+        tensors, rest = split(checkpoint)
+        for name, tensor in tensors.items():
+            if not finite(tensor):
+                raise CheckpointError(
+                    f"step {checkpoint['step']} is not saved: {name} is not finite on rank {self.rank}"
+                )
         if self.rank == 0:
-            try:
-                if self.group is not None:  # of a process that was killed
-                    for left in path.parent.glob(".model_*.*ed"):
-                        shutil.rmtree(left)
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                problems[1], reason = 1, error
-        if self.group is not None:
-            dist.all_reduce(problems, group=self.group)
-        if problems[0] > 0:
-            raise CheckpointError(f"step {rest['step']} is not saved: not all of its values are finite")
-        if problems[1] > 0:
-            raise reason if self.rank == 0 else OSError("rank 0 cannot make the folder")
+            # Of processes that were killed. Only a run has the folder for itself, and removes all there are.
+            for left in (temporary,) if self.group is None else temporary.parent.glob(".model_*.*ed"):
+                if left.exists():
+                    shutil.rmtree(left)
+            temporary.mkdir(parents=True)
         writer = PartWriter(temporary)
         if self.group is None:
-            return partial(save_alone, tensors, writer), rest, writer, path
-        writing = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-        return getattr(writing, "upload_completion", writing).result, rest, writer, path
+            return partial(save_alone, tensors, writer), rest, writer
+        # Not dcp.async_save: where one rank had no memory for the copy, the others would wait for it in vain.
+        tensors = writer.stage(tensors)
+        return partial(dcp.save, tensors, storage_writer=writer, process_group=self.group), rest, writer
+
+    def _forget(self, temporary: Path) -> None:
+        if self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def commit(self, staged: tuple) -> Path:
-        """Wait until all ranks have written their parts, and give the folder its name, which is returned.
+        """Write the parts, wait until all ranks have, and give the folder its name, which is returned.
 
         OSError if one could not; what has been written is then removed, which may be what a full disk needs.
         """
@@ -208,32 +185,50 @@ class Saver:
         try:
             metadata = written()
             files = self._checksums(temporary)
-            if self.rank == 0:
-                finish(temporary, path, files, metadata, writer.places, rest)
+            last = partial(finish, temporary, path, files, metadata, rest)
+            self.together(lambda: last(writer.places) if self.rank == 0 else None)
         except BaseException as error:
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self._forget(temporary)
             if isinstance(error, dcp.CheckpointException):  # its text has the tracebacks of all ranks
                 rank, (reason, _) = next(iter(error.failures.items()))
-                raise OSError(f"{temporary}: rank {rank}: {reason}") from error
+                raise OSError(f"{temporary}: rank {rank}: {str(reason) or repr(reason)}") from error
             raise
         return path
 
+    def together(self, work: Callable) -> Any:
+        """What work() returns; if it fails on any rank, an error on all. All ranks call this."""
+        result = error = None
+        said = b""
+        try:
+            result = work()
+        except Exception as problem:
+            error, said = problem, (str(problem) or repr(problem)).encode(errors="replace")
+        length = 400  # of the text that goes to the other ranks, as numbers
+        for rank, (kind, *text) in enumerate(
+            self._gather([int(isinstance(error, CheckpointError)), *said[:length].ljust(length, b"\0")])
+        ):
+            there = bytes(text).rstrip(b"\0").decode(errors="replace")
+            if there and error is None:
+                error = CheckpointError(there) if kind else OSError(f"rank {rank}: {there}")
+        if error is not None:
+            raise error
+        return result
+
+    def _gather(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers that each rank has given."""
+        mine = torch.tensor(numbers)
+        rows = [mine] * self.size
+        if self.group is not None:
+            rows = [torch.empty_like(mine) for _ in rows]
+            dist.all_gather(rows, mine, group=self.group)
+        return [row.tolist() for row in rows]
+
     def _checksums(self, folder: Path) -> dict[str, list[int]]:
         """Bytes and CRC-32 of all ranks' files, each read by the rank that wrote it; torch makes one each."""
-        name = f"__{self.rank}_0.distcp"
-        try:
-            mine = size_and_checksum(folder / name) if (folder / name).exists() else (-1, 0)
-        except OSError:
-            mine = (-2, 0)
-        rows = [torch.tensor(mine) for _ in range(self.size)]
-        if self.group is not None:
-            dist.all_gather(rows, torch.tensor(mine), group=self.group)
-        found = {f"__{rank}_0.distcp": row.tolist() for rank, row in enumerate(rows)}
-        unread = [name for name, (size, _) in found.items() if size == -2]
-        if unread:
-            raise OSError(f"{folder / unread[0]}: cannot be read back")
-        return {name: row for name, row in found.items() if row[0] >= 0}
+        mine = folder / f"__{self.rank}_0.distcp"
+        row = self.together(lambda: size_and_checksum(mine) if mine.exists() else (-1, 0))
+        rows = self._gather(list(row))
+        return {f"__{rank}_0.distcp": row for rank, row in enumerate(rows) if row[0] >= 0}
 
 
 def save_alone(tensors: dict[str, torch.Tensor], writer: PartWriter) -> Metadata:
@@ -244,8 +239,8 @@ def save_alone(tensors: dict[str, torch.Tensor], writer: PartWriter) -> Metadata
 
 
 def finish(
-    temporary: Path, path: Path, files: dict[str, list[int]], metadata: Metadata,
-    places: dict[MetadataIndex, Any], rest: dict,
+    temporary: Path, path: Path, files: dict[str, list[int]], metadata: Metadata, rest: dict,
+    places: dict[MetadataIndex, Any],
 ) -> None:  # fmt: skip
     """Write rest.pt and index.json beside the tensors, and rename the folder."""
     write_atomically(temporary / REST, lambda file: torch.save({**rest, "format": FORMAT}, file))
@@ -261,6 +256,7 @@ def finish(
             place = places[MetadataIndex(name, chunk.offsets)]
             where = [place.relative_path, place.offset, place.length]
             tensors[name]["parts"].append([list(chunk.offsets), list(chunk.sizes), *where])
+    check_index({"files": files, "tensors": tensors})  # what would be refused is not written
     index = json.dumps({"format": FORMAT, "files": files, "tensors": tensors})
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX, lambda file: file.write(text.encode()))
@@ -280,7 +276,7 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 def read_index(path: Path) -> dict:
-    """index.json. CheckpointError if it is not there or not what was written."""
+    """index.json. CheckpointError if it is not there or not what `finish` writes; OSError as in `judge`."""
     try:
         outer = json.loads((path / INDEX).read_bytes())
         text = outer["index"]
@@ -289,60 +285,131 @@ def read_index(path: Path) -> dict:
         index = json.loads(text)
         if not ({"files", "tensors"} <= index.keys() and isinstance(index.get("format"), int)):
             raise ValueError("it lacks files, tensors or format")
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not a checkpoint, or damaged: {INDEX}: {error}. Use an earlier one"
-        ) from error
-    if index["format"] > FORMAT:
-        raise NewerFormatError(
-            f"{path}: made by a newer version: its format is {index['format']}, this one reads up to "
-            f"{FORMAT}; update the program"
-        )
+        check_format(path, index["format"])
+        check_index(index)
+    except Exception as error:  # RecursionError, UnicodeError, ... : JSON can be wrong in many ways
+        raise judge(error, path / INDEX, "not a checkpoint, or damaged") from error
     return index
 
 
+def check_format(path: Path, made: Any) -> None:
+    """NewerFormatError unless this program knows the format."""
+    if not isinstance(made, int) or made > FORMAT:
+        raise NewerFormatError(
+            f"{path}: made by a newer version: its format is {made!r}, this one reads up to {FORMAT}; "
+            "update the program"
+        )
+
+
+def check_index(index: dict) -> None:
+    """ValueError unless files and tensors fit together; TypeError and the like for what has another form."""
+    if REST not in index["files"]:
+        raise ValueError(f"it lacks {REST}")
+    for name, (size, checksum) in index["files"].items():
+        if not FILE.fullmatch(name):  # it leads nowhere else
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        check_counts(name, [size, checksum])
+    for name, stored in index["tensors"].items():
+        if not TENSOR.fullmatch(name):
+            raise ValueError(f"{name!r} is no tensor of model or optimizer")
+        shape, dtype, boxes = stored["shape"], dtype_of(stored), []
+        check_counts(name, shape)
+        for first, sizes, file, start, length in stored["parts"]:
+            check_counts(name, [*first, *sizes, start, length])
+            box = [(begin, begin + size) for begin, size in zip(first, sizes, strict=True)]
+            count = math.prod(sizes)
+            if count > 0:  # FSDP gives some ranks nothing
+                boxes.append(box)
+                if any(end > whole for (_, end), whole in zip(box, shape, strict=True)):
+                    raise ValueError(f"a part of {name} goes beyond its shape {shape}")
+            if start + length > index["files"].get(file, [-1])[0] or count * dtype.itemsize > length:
+                raise ValueError(f"a part of {name} does not fit into {file!r}")
+        check_cover(name, shape, boxes)
+
+
+def check_counts(name: str, numbers: list) -> None:
+    """ValueError unless all are integers that count something."""
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"sizes or places of {name} are no counts")
+
+
+def check_cover(name: str, shape: list[int], boxes: list[list[tuple[int, int]]]) -> None:
+    """ValueError unless parts, each (begin, end) per dimension, make up this shape, nothing of it twice."""
+    filled, count = sum(math.prod(end - begin for begin, end in box) for box in boxes), math.prod(shape)
+    if filled != count:
+        raise ValueError(f"of {name} there are {filled} elements of {count}")
+    if len(boxes) < 2:
+        return
+    # In the order along the dimension that is cut most, a part meets only those that have not ended.
+    dim = max(range(len(shape)), key=lambda dim: len({box[dim] for box in boxes}))
+    near: list[list[tuple[int, int]]] = []
+    for box in sorted(boxes, key=lambda box: box[dim]):
+        near = [other for other in near if other[dim][1] > box[dim][0]]
+        for other in near:
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+                raise ValueError(f"parts of {name} overlap")
+        near.append(box)
+
+
 def dtype_of(stored: dict) -> torch.dtype:
-    """The dtype of a tensor in the index; CheckpointError for a word that names none."""
+    """The dtype of a tensor in the index; ValueError for a word that names none we could have saved."""
     dtype = getattr(torch, stored["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{INDEX}: there is no dtype {stored['dtype']!r}")
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in INTEGERS):
+        raise ValueError(f"there is no dtype {stored['dtype']!r}")
     return dtype
 
 
 def verify(path: Path) -> None:
-    """Read all files of a checkpoint's folder and compare them with their checksums. CheckpointError."""
-    for name, (size, checksum) in read_index(path)["files"].items():
-        file = path / Path(name).name  # a name out of a file leads nowhere else
-        if not file.is_file():
-            raise CheckpointError(f"{path}: {name} is missing: the checkpoint is damaged. Use an earlier one")
-        if size_and_checksum(file) != (size, checksum):
+    """Read all files of a checkpoint's folder and compare them with their checksums.
+
+    CheckpointError; OSError as in `judge`.
+    """
+    for name, expected in read_index(path)["files"].items():
+        try:
+            found = size_and_checksum(path / name)
+        except Exception as error:
+            raise judge(error, path / name, "the checkpoint is damaged, a file is missing") from error
+        if list(found) != expected:
             raise CheckpointError(
                 f"{path}: size or checksum of {name} is wrong: the checkpoint is damaged. Use an earlier one"
             )
 
 
 def read_rest(path: Path) -> dict:
-    """What is not tensors of model and optimizer; "folder" in it says where those are."""
-    read_index(path)
+    """What is not tensors of model and optimizer; "folder" in it says where those are.
+
+    CheckpointError; OSError as in `judge`.
+    """
+    tensors = read_index(path)["tensors"]
     try:
-        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
+        with open(path / REST, "rb") as file:
+            rest = load_archive(file)
     except Exception as error:  # the unpickler meets a foreign file in many ways
-        raise CheckpointError(f"{path}: torch.load cannot read {REST} safely: {error}") from error
-    if not isinstance(rest, dict) or not isinstance(rest.get("config"), dict) or "step" not in rest:
+        raise judge(error, path / REST, "torch.load cannot read it safely") from error
+    kinds = {"config": dict, "step": int}
+    if not isinstance(rest, dict) or any(not isinstance(rest.get(name), kinds[name]) for name in kinds):
         raise CheckpointError(f"{path}: not a checkpoint of train_gpt_moe.py: {REST} lacks config or step")
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("optimizer.")}
+    optimizer = rest.get("optimizer", {"state": {}})
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    fits = isinstance(state, dict) and all(isinstance(values, dict) for values in state.values())
+    tied = rest["config"].get("tie_word_embeddings")
+    if not fits or not numbers <= state.keys() or (tied and "model.transformer.wte.weight" not in tensors):
+        raise CheckpointError(f"{path}: {INDEX} and {REST} are not of one checkpoint. Use an earlier one")
     return {**rest, "folder": str(path)}
 
 
 def load(path: Path) -> dict:
-    """The whole checkpoint, as the single file would have it, on the CPU."""
+    """The whole checkpoint, as the single file would have it, on the CPU. CheckpointError; OSError."""
     rest = read_rest(path)
     del rest["folder"]
-    tensors = {
-        name: torch.empty(stored["shape"], dtype=dtype_of(stored))
-        for name, stored in read_index(path)["tensors"].items()
-    }
+    try:
+        tensors = {
+            name: torch.empty(stored["shape"], dtype=dtype_of(stored))
+            for name, stored in read_index(path)["tensors"].items()
+        }
+    except Exception as error:
+        raise judge(error, path, "tensors of these shapes cannot be") from error
     load_tensors(path, tensors)
     return join(tensors, rest)
 
@@ -350,27 +417,26 @@ def load(path: Path) -> dict:
 def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
     """Fill tensors, or what this rank holds of them (DTensors), with those of these names.
 
-    No rank waits for another. CheckpointError, naming it, for a tensor that is missing or has another shape.
+    No rank waits for another. CheckpointError, naming it, for a tensor that is missing or has another shape;
+    OSError as in `judge`.
     """
-    stored = read_index(path)["tensors"]
+    index = read_index(path)["tensors"]
     for name, target in targets.items():
-        if name not in stored or stored[name]["shape"] != list(target.shape):
-            there = stored[name]["shape"] if name in stored else "nothing"
-            raise CheckpointError(f"{path}: {name} should be {list(target.shape)}, but there is {there}")
-        wanted, filled = held(target), 0
-        for first, sizes, file, start, length in stored[name]["parts"]:
+        stored = index.get(name, {"shape": "nothing"})
+        if stored["shape"] != list(target.shape):
+            raise CheckpointError(
+                f"{path}: {name} should be {list(target.shape)}, but there is {stored['shape']}"
+            )
+        wanted = held(target)
+        for first, sizes, file, start, length in stored["parts"]:
             shared = [
                 range(max(begin, mine.start), min(begin + size, mine.stop))
                 for begin, size, mine in zip(first, sizes, wanted, strict=True)
             ]
             if all(shared):
-                part = read_part(path / Path(file).name, start, length)  # the name leads nowhere else
+                part = read_part(path / file, start, length, sizes, dtype_of(stored))
                 into = local(target)[part_of(shared, [mine.start for mine in wanted])]
                 into.copy_(part[part_of(shared, first)])
-                filled += into.numel()
-        count = math.prod(map(len, wanted))
-        if filled != count:
-            raise CheckpointError(f"{path}: of {name} there are {filled} elements of {count}")
 
 
 def part_of(ranges: list[range], origin: list[int]) -> tuple[slice, ...]:
@@ -378,14 +444,23 @@ def part_of(ranges: list[range], origin: list[int]) -> tuple[slice, ...]:
     return tuple(slice(r.start - begin, r.stop - begin) for r, begin in zip(ranges, origin, strict=True))
 
 
-def read_part(file: Path, start: int, length: int) -> torch.Tensor:
-    """A tensor that torch.distributed.checkpoint has written there. CheckpointError if there is none."""
+def read_part(file: Path, start: int, length: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that torch.distributed.checkpoint has written there.
+
+    CheckpointError if there is none, or one that is not whole or not as expected; OSError as in `judge`.
+    """
     try:
         with open(file, "rb") as stream:
+            if start + length > os.fstat(stream.fileno()).st_size:
+                raise ValueError("the file is cut off")
             stream.seek(start)
-            return torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
+            part = load_archive(io.BytesIO(stream.read(length)))
+        plain = type(part) is torch.Tensor and part.device.type == "cpu" and part.layout == torch.strided
+        if not plain or (list(part.shape), part.dtype) != (shape, dtype):
+            raise ValueError(f"it is no {dtype} tensor of shape {shape}")
     except Exception as error:  # the unpickler meets a foreign file in many ways
-        raise CheckpointError(f"{file}: no tensor can be read from byte {start} on: {error}") from error
+        raise judge(error, file, f"no tensor can be read from byte {start} on") from error
+    return part
 
 
 def read_parts(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:

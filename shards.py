@@ -241,13 +241,14 @@ def load_metas(folder: str) -> dict[str, dict]:
     return metas
 
 
-def read_meta(folder: str | os.PathLike) -> dict:
+def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """meta.json of a data folder: "encoding", "vocab_size", "eot_token", "tokens" by split, "source", ...
 
+    pattern: of the shards, if they may lie elsewhere; then the folder is that of the first of them.
     Where several machines wrote the shards, their counts are added up. A folder without it is taken to be
     GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for a damaged or contradictory file.
     """
-    folder = os.fspath(folder)
+    folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(
             f"there is no data folder {folder}; make it: `python fineweb.py --out {folder}`"

@@ -25,7 +25,6 @@ its numbers: https://github.com/karpathy/build-nanogpt
 import contextlib
 import dataclasses
 import gc
-import os
 import sys
 import time
 import warnings
@@ -63,7 +62,9 @@ class TrainConfig:
     model: str = HfArg(default="", help="sizes: d12, d24, d36, d48; or weights: gpt2 ... gpt2-xl [gpt2]")
     # --- files
     data_dir: str = HfArg(default="edu_fineweb10B", help="folder with the shards that fineweb.py wrote")
-    input_bin: str = HfArg(default="", help="pattern of training shards instead of data_dir/train_*.bin")
+    input_bin: str = HfArg(
+        default="", help="pattern of training shards [dev/data/tinyshakespeare/tiny_shakespeare_val.bin]"
+    )
     input_val_bin: str = HfArg(default="", help="pattern of validation shards instead of data_dir/val_*.bin")
     log_dir: str = HfArg(default="log", help="where everything is written", aliases=["--output_dir"])
     resume: str = HfArg(default="", help="a checkpoint to go on from; auto = the newest good one in log_dir")
@@ -72,7 +73,7 @@ class TrainConfig:
     total_batch_size: int = HfArg(default=524288, help="tokens per optimizer step; 2**19, GPT-3's 0.5M [256]")
     B: int = HfArg(default=16, help="sequences per micro-step and rank [4]", aliases=["--batch_size"])
     T: int = HfArg(default=1024, help="tokens per sequence [64]", aliases=["--sequence_length"])
-    shuffle: bool = HfArg(default=True, help="samples in random order; False = in the files' order [False]")
+    shuffle: bool = HfArg(default=True, help="samples in random order; False = all in the files' [False]")
     overfit_single_batch: bool = HfArg(default=False, help="the first step's samples at every step [1]")
     # --- length and schedule
     max_steps: int = HfArg(default=19073, help="steps: 10B tokens [10]", aliases=["--num_iterations"])
@@ -99,11 +100,14 @@ class TrainConfig:
     hellaswag: bool = HfArg(default=True, help="HellaSwag at every evaluation, with GPT-2's tokens")
     hellaswag_data: str = HfArg(default="", help="its questions; empty = downloaded once")
     hellaswag_limit: int = HfArg(default=0, help="only the first so many questions; 0 = all 10,042")
-    prompt: str = HfArg(default="Hello, I'm a language model,", help="what samples begin with")
+    prompt: str = HfArg(
+        default="Hello, I'm a language model,", help='what samples begin with; "" = <|endoftext|> [""]'
+    )
     sample_tokens: int = HfArg(default=32, help="new tokens per sample")
     checkpoint_every: int = HfArg(default=5000, help="steps between checkpoints; 0 = only the last")
     keep_last: int = HfArg(default=0, help="checkpoints to keep, the oldest are deleted; 0 = all")
     keep_every: int = HfArg(default=0, help="with keep_last: keep multiples of so many steps, too; 0 = none")
+    save_retry_s: float = HfArg(default=60.0, help="seconds after which a save that failed is tried again")
     max_bad_steps: int = HfArg(default=10, help="stop after so many steps in a row without a finite gradient")
     log_every: int = HfArg(default=1, help="print every so many steps (the log files have them all)")
     plot: bool = HfArg(default=True, help="draw log_dir/training.png at the end")
@@ -134,7 +138,9 @@ class TrainConfig:
     seed: int = HfArg(default=1337, help="of weights, sample order and dropout")
     # --- model (model.py and mixture_of_experts.py say more)
     block_size: int = HfArg(default=0, help="longest sequence the model can take; 0 = T")
-    vocab_size: int = HfArg(default=0, help="0 = the data's encoding, rounded up to a multiple of 128")
+    vocab_size: int = HfArg(
+        default=0, help="0 = the data's, rounded up to a multiple of 128; -1 or write_tensors: exact [50257]"
+    )
     n_layer: int = HfArg(default=12, help="blocks")
     n_head: int = HfArg(default=12, help="attention heads")
     n_embd: int = HfArg(default=768, help="width")
@@ -177,11 +183,11 @@ MODERN = dict(  # what paid in the ablation of BENCHMARKS.md
 )  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # the faithful 124M
-    "llmc": dict(  # the defaults of llm.c's train_gpt2.py
-        use_moe=False, model="gpt2", B=4, T=64, block_size=1024, total_batch_size=256, shuffle=False,
-        overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0, warmup_steps=0,
-        weight_decay=0.0, infer_step=0, sample_every=0, hellaswag=False, dtype="float32", tensorcores=False,
-        flash=False, use_compile=False, write_tensors=True,
+    "llmc": dict(  # the defaults of llm.c's train_gpt2.py; llmc.py says where we differ
+        use_moe=False, model="gpt2", B=4, T=64, block_size=1024, vocab_size=-1, total_batch_size=256,
+        shuffle=False, overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0,
+        warmup_steps=0, weight_decay=0.0, infer_step=0, sample_every=0, prompt="", hellaswag=False,
+        dtype="float32", tensorcores=False, flash=False, use_compile=False, write_tensors=True,
     ),
     "modern": MODERN | dict(max_lr=2e-3, min_lr=2e-4),
     "qwen3": MODERN | dict(  # as good, and a stock Qwen3 (-MoE): checkpoint.py export --format qwen3_moe
@@ -249,11 +255,11 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
     if config.resume not in ("", "auto") and "log_dir" not in given:
-        config.log_dir = os.path.dirname(config.resume) or "."
+        config.log_dir = str(Path(config.resume).parent)
     path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
     if state:
         ckpt.keep_settings(config, given, state, path, print0)
-    accumulation = check_config(config, world)
+    accumulation = check_config(config, world, None if state else given, print0)
     if config.use_compile:
         parallel.check_compiler(world.device)
     if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
@@ -261,7 +267,7 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         if world.is_master:
             prepare_demo(config.data_dir)
         world.barrier()
-    meta = read_meta(config.data_dir if not config.input_bin else os.path.dirname(config.input_bin) or ".")
+    meta = read_meta(config.data_dir, config.input_bin)
     train_loader, val_loader = build_loaders(config, world, meta)
     dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
     if dtype == "auto":
@@ -295,11 +301,12 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         index = torch.tensor(list(BACKENDS).index(backend) * world.is_master, device=world.device)
         config.attention_backend = list(BACKENDS)[world.sum(index).item()]
         print0(f"attention   {config.attention_backend}")
-        torch.cuda.empty_cache()  # of what was tried: it is no part of the run's peak
-        torch.cuda.reset_peak_memory_stats(world.device)
     world.barrier()  # the master may now move an old run's files: all have read what they need
     if world.is_master:
         open_log(run, path)
+    if world.device.type == "cuda":  # what set-up has tried and written is no part of the run's peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
     return run
 
 
@@ -309,6 +316,9 @@ def open_log(run: Run, path: Path | None) -> None:
     path: of the checkpoint that the run goes on from.
     """
     config, model, world = run.config, run.model, run.layout.world
+    writes = config.write_tensors and not run.resumed and not config.inference_only
+    if writes:  # or else refused, before an earlier run is moved aside
+        llmc.check_writable(model.config)
     first_step = run.resumed["step"] if run.resumed else 0
     again = first_step == config.max_steps or evaluates_at(first_step, config)
     run.log = RunLog(Path(config.log_dir), path, first_step, config.tensorboard, config.wandb, again, tell)
@@ -316,7 +326,7 @@ def open_log(run: Run, path: Path | None) -> None:
     train_tokens, val_tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
     table, cautions = preflight(config, model, run.accumulation, world, train_tokens, run.dtype, val_tokens)
     tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
-    if config.write_tensors and not run.resumed and not config.inference_only:
+    if writes:
         files = run.train_loader.files
         x, y = DistributedDataLoader(files, config.B, config.T, shuffle=False).next_batch()
         changed = {name for name, v in MODELS.get(config.model, {}).items() if getattr(config, name) != v}
@@ -347,13 +357,19 @@ def train(run: Run) -> int:
             "elapsed_s": time.perf_counter() - begin, "world_size": world.size,
         }  # fmt: skip
 
-    def told_to_stop() -> bool:
-        """Whether an evaluation is to be left out, because saving is more urgent."""
-        return step < config.max_steps and layout.any(signals.stop_requested)
+    def save() -> None:
+        """Begin to save what there was when `step` began; on all ranks."""
+        if world.is_master or layout.saves_together:
+            writer.save(snapshot(), log.sync if log else lambda: None)
+
+    def saving_is_urgent() -> bool:
+        """Whether an evaluation is to be left out: this rank or another has been told to save or to stop."""
+        unsaved = step > saved_step and not config.inference_only
+        return layout.any(signals.stop_requested or (signals.save_requested and unsaved))
 
     if config.use_compile:
         parallel.compile_blocks(model, layout)
-    parallel_model = parallel.wrap(model, layout)
+    parallel_model = parallel.wrap(model, layout, accumulation)
     model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
     first_step = saved_step = resumed.get("step", 0)
     val_loss, begin = resumed.get("val_loss"), time.perf_counter() - resumed.get("elapsed_s", 0.0)
@@ -362,10 +378,11 @@ def train(run: Run) -> int:
     say = progress.say
     signals = faults.Signals(talkative=world.is_master)
     keep = (config.keep_last, config.keep_every)
-    writer = ckpt.CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers)
+    writer = ckpt.CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers, config.save_retry_s)
     if world.is_master:
         log.say = say
     sequences = config.total_batch_size / config.T / world.size  # a step's, on each rank
+    share = 1 / 3 if config.inference_only else 1  # of the FLOPs of forward and backward
     # Gradients too small for float16 are scaled up, and the scale adapts (arXiv 1710.03740, section 3.2).
     scaler = torch.amp.GradScaler(world.device.type, enabled=run.dtype == "float16")
     if resumed.get("scaler"):
@@ -382,6 +399,8 @@ def train(run: Run) -> int:
                 "health": health.state_dict(), "rng": torch.get_rng_state(),
             }  # fmt: skip
             intact = True  # from here to the update, weights and moments belong to this beginning
+            if health.in_a_row == 0:
+                healthy = beginning  # as they do to this one, as long as all steps since have been sick
             last_step = step == config.max_steps
             evaluates = last_step or evaluates_at(step, config)
             every = config.infer_step if config.sample_every < 0 else config.sample_every
@@ -392,8 +411,7 @@ def train(run: Run) -> int:
 
             # ---- CHECKPOINT: before the evaluation, so that nothing that fails there can lose the run
             if saves and step > saved_step:
-                if world.is_master or layout.saves_together:
-                    writer.save(snapshot(), log.sync if log else lambda: None)
+                save()
                 saved_step = step
             if signals.exit_code is not None:
                 break
@@ -401,8 +419,8 @@ def train(run: Run) -> int:
             # ---- EVALUATION
             if evaluates or step % 100 == 0:
                 gc.collect()
-            measured = evaluate(run, step, evaluates, samples, autocast, told_to_stop, progress)
-            if measured is None:  # interrupted; evaluated it will be when the run goes on
+            measured = evaluate(run, step, evaluates, samples, autocast, saving_is_urgent, progress)
+            if measured is None:  # interrupted; after saving, or when the run is resumed, it is evaluated
                 signals.agree(world.sum(signals.take(world.device)).tolist())
                 continue
             val_loss, text = measured.get("val_loss", val_loss), measured.pop("sample", "")
@@ -417,6 +435,8 @@ def train(run: Run) -> int:
                 if last_step:
                     log.record({"step": step, "elapsed_s": time.perf_counter() - begin, **measured})
             if last_step:
+                while layout.any(writer.wants_last_retry(signals.stop_requested)):
+                    save()
                 break
 
             # ---- TRAINING
@@ -444,6 +464,8 @@ def train(run: Run) -> int:
                 parallel.finish_gradients(model, layout)
                 scaler.unscale_(optimizer)
                 norm = parallel.gradient_norm(model, layout)
+            if writer.wants_retry():
+                signals.request_save()
             # One collective tells all ranks the losses, and what signals ask of any of them.
             sums = world.sum(torch.cat([losses, signals.take(world.device)]))  # (3 + 3,)
             losses = sums[:3] / (world.size * accumulation)
@@ -482,7 +504,7 @@ def train(run: Run) -> int:
                 record = {
                     "step": step, "loss": loss, "lr": lr, "norm": norm_value, "ms": 1000 * seconds,
                     "tok_per_s": config.total_batch_size / seconds,
-                    "mfu": model.estimate_mfu(sequences, seconds, length=config.T),
+                    "mfu": model.estimate_mfu(sequences * share, seconds, length=config.T),
                     "elapsed_s": time.perf_counter() - begin, "bad_steps": health.bad_steps,
                     "memory": peak_memory(world.device) / 2**30, **measured,
                 }  # fmt: skip
@@ -502,6 +524,9 @@ def train(run: Run) -> int:
                 if config.plot_every > 0 and step % config.plot_every == config.plot_every - 1:
                     log.draw()
             if diagnosis:
+                beginning = healthy  # whoever mends the cause tries all of the sick steps again
+                if beginning["step"] > saved_step:
+                    save()
                 break
             step += 1
     except Exception:
@@ -522,6 +547,11 @@ def train(run: Run) -> int:
     # ---- THE END: together, because launchers stop all processes as soon as one has ended
     world.barrier()
     newest = next(iter(ckpt.list_checkpoints(config.log_dir)), "none")
+    if world.is_master and config.plot:
+        try:
+            say(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
+        except (OSError, ValueError) as error:  # ValueError: not a single step is in the log
+            say(f"WARNING: no picture: {error}; python plot_log.py {config.log_dir} draws it")
     if diagnosis:
         stopped = (
             f"stopped at step {step}: {health.in_a_row} steps in a row without a finite loss and gradient"
@@ -538,11 +568,6 @@ def train(run: Run) -> int:
         say(f"stopped before step {step}; --resume auto goes on from {newest}")
         return signals.exit_code
     if world.is_master:
-        if config.plot:
-            try:
-                say(f"picture         {plot_runs([config.log_dir], f'{config.log_dir}/training.png')}")
-            except OSError as error:
-                say(f"WARNING: no picture: {error}; python plot_log.py {config.log_dir} draws it")
         progress.summary(model, peak_memory(world.device), val_loss, newest)
     return faults.OK
 

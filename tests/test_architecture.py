@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_architecture.py
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -39,8 +40,33 @@ PAIRED = [name for name in OPTIONS if name not in ("theta", "mqa", "shared exper
 PAIRS = [pair for pair in itertools.combinations(PAIRED, 2) if pair != ("window", "window and global")]
 
 
+# Values of the fields that a block's graph depends on; "" is the default.
+FACTORS = [
+    ("", "rope"), ("", "rmsnorm"), ("", "relu2", "swiglu"), ("", "qk_norm"), ("", "gqa"), ("", "no bias"),
+    ("", "window", "window and global"), ("", "moe", "shared expert"),
+]  # fmt: skip
+
+
+def covering_models() -> list[tuple[str, ...]]:
+    """A dozen models in which every two values of different fields meet somewhere: of some hundred random
+    ones, again and again the one with most pairs that have not met."""
+
+    def pairs(values):
+        return set(itertools.combinations(enumerate(values), 2))
+
+    random_values, models = random.Random(0), []
+    missing = set().union(*map(pairs, itertools.product(*FACTORS)))
+    while missing:
+        candidates = [[random_values.choice(values) for values in FACTORS] for _ in range(300)]
+        best = max(candidates, key=lambda values: len(pairs(values) & missing))
+        missing -= pairs(best)
+        models.append(tuple(filter(None, best)))
+    return models
+
+
 def build(*names: str, seed: int = 0, **changes) -> GPTLMHeadModel:
-    """A small model with the named options, all of its weights random: norms, biases and zeros as well."""
+    """A small model with the named options, all of its weights random: norms, biases and zeros as well, but
+    not those that zero_proj makes zero."""
     sizes = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=64, block_size=24, use_moe=False)
     for name in names:
         sizes |= OPTIONS[name]
@@ -48,8 +74,24 @@ def build(*names: str, seed: int = 0, **changes) -> GPTLMHeadModel:
     model = GPTLMHeadModel(GPTConfig(**(sizes | changes)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if ".ln_" in name or "_norm." in name else 0.0, std=0.2)
+            if not ("c_proj" in name and model.config.init == "zero_proj"):
+                parameter.normal_(mean=1.0 if ".ln_" in name or "_norm." in name else 0.0, std=0.2)
     return model.eval()
+
+
+def wake(model: GPTLMHeadModel, ids: torch.Tensor) -> None:
+    """Of zero_proj: every block is the identity at first, and a step of training moves all projections."""
+    first, second, last = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(first, second) and torch.equal(model.transformer.ln_f(first), last)
+    projections = {name: p for name, p in model.named_parameters() if "c_proj" in name}
+    assert len(projections) >= 4 and not any(p.any() for p in projections.values())
+    model(ids, targets=ids)[1].backward()
+    torch.optim.Adam(projections.values(), lr=0.1).step()
+    model.zero_grad()
+    for name, p in projections.items():
+        assert p.abs().max().item() == pytest.approx(0.1, rel=1e-3), name
+    first, second, _ = model(ids, output_hidden_states=True).hidden_states
+    assert (first - second).abs().max() > 0.1
 
 
 def tokens(B: int = 2, T: int = 16, seed: int = 1) -> torch.Tensor:
@@ -172,11 +214,12 @@ def test_option_equals_the_written_out_model(option):
     model, ids = build(option), tokens()
     expected = torch.stack([reference_logits(model, row) for row in ids])
     plain = build()
-    if option != "zero_proj":  # otherwise every comparison below could pass without the option
-        same_shapes = {n: p for n, p in plain.state_dict().items() if n in model.state_dict()}
-        if all(model.state_dict()[n].shape == p.shape for n, p in same_shapes.items()):
-            plain.load_state_dict(model.state_dict(), strict=False)
-        assert (plain(ids).logits - expected).abs().max() > 1e-2
+    same_shapes = {n: p for n, p in plain.state_dict().items() if n in model.state_dict()}
+    alike = all(model.state_dict()[n].shape == p.shape for n, p in same_shapes.items())
+    if alike and option != "zero_proj":  # which is but weights
+        plain.load_state_dict(model.state_dict(), strict=False)
+    # otherwise every comparison below could pass without the option
+    assert (plain(ids).logits - expected).abs().max() > 1e-2
     torch.testing.assert_close(model(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
@@ -269,6 +312,8 @@ def test_pair(pair):
     """Shapes, gradients of all parameters, a cache that changes nothing, and padding that changes nothing."""
     model, ids = build(*pair), tokens()
     model.train()
+    if "zero_proj" in pair:
+        wake(model, ids)
     logits, loss = model(ids, targets=ids)
     loss.backward()
     assert logits.shape == (2, 16, 64)
@@ -306,18 +351,24 @@ def test_generation_is_the_same_without_a_cache(names):
 
 
 @pytest.mark.parametrize(
-    "names",
+    "backend, names",
     [
-        ("rope", "gqa"), ("window", "qk_norm"), ("swiglu", "moe"), ("rmsnorm", "relu2"),
-        ("rope", "rmsnorm", "relu2", "qk_norm", "gqa", "window and global", "moe", "softcap", "untied"),
+        *(("eager", names) for names in covering_models()),
+        ("aot_eager", ("rope", "gqa")), ("aot_eager", ("window", "qk_norm")),
+        ("aot_eager", ("swiglu", "moe")), ("aot_eager", ("rmsnorm", "relu2")),
+        (
+            "aot_eager",
+            ("rope", "rmsnorm", "relu2", "qk_norm", "gqa", "window and global", "moe", "softcap", "untied"),
+        ),
     ],
 )  # fmt: skip
-def test_compiles_in_one_graph(names):
-    """The blocks, as training compiles them, up to code generation: same loss and gradients."""
+def test_compiles_in_one_graph(backend, names):
+    """The blocks, as training compiles them: same loss and gradients. "eager" runs the captured graph, which
+    is quick, so that all pairs can have their turn; "aot_eager" goes up to code generation."""
     torch._dynamo.reset()
     model, twin, ids = build(*names).train(), build(*names).train(), tokens()
     for block in model.transformer.h:
-        block.compile(fullgraph=True, backend="aot_eager")
+        block.compile(fullgraph=True, backend=backend)
     losses = []
     for each in (model, twin):
         loss = each(ids, targets=ids)[1]
@@ -356,16 +407,20 @@ def test_block_mask_is_the_window(T, window, block):
 
 @torch.no_grad()
 def test_attention_layer_takes_a_block_mask():
-    """Inside a compiled block, where its mask is an argument of the graph."""
+    """Inside a compiled block, where its mask is an argument of the graph: one for all of a shape, though
+    each training step makes a mask, and in it a function, of its own."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     config = build("gqa", "window", n_embd=64, block_size=256).config
     torch.manual_seed(0)
     layer, x = CausalSelfAttention(config), torch.randn(2, 200, 64)
     expected, _ = layer(x, written_out_window(200, 4)[None, None])
     layer.compile(fullgraph=True, backend="aot_eager")
-    for _ in range(2):
+    for _ in range(3):
         fast, _ = layer(x, window_block_mask(200, 4, x.device))
         torch.testing.assert_close(fast, expected, rtol=0, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_block_masks_are_for_gpus_only():

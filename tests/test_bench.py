@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_bench.py
 import csv
 import gc
 import json
+import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import attention
 import bench
 import ladder
 import measure
+import train_gpt_moe
 from attention import BACKENDS, choose_backend, prefer_backend, time_backend
 from fineweb import write_shard
 from model import GPTConfig, GPTLMHeadModel
@@ -276,4 +278,30 @@ def test_the_parts_of_a_step_add_up(tmp_path, capsys):
         assert values["the slowest step"] >= values["a step"]
     assert float(rows["in the garbage collector"]["ms"]) == 0
     assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
-    assert run(capsys, "loop", "--device", "meta")[0] == 2
+    code, _, err = run(capsys, "loop", "--device", "meta")
+    assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("pause", [0, 0.05])
+def test_what_of_a_step_on_a_gpu_is_the_loops_own(tmp_path, capsys, monkeypatch, pause):
+    """A CPU stands in for the GPU. 50 ms in reading the data are the loop's, not the model's."""
+    synchronized, next_batch = [], train_gpt_moe.faults.next_batch
+
+    def slow(loader):
+        time.sleep(pause)
+        return next_batch(loader)
+
+    monkeypatch.setattr(train_gpt_moe.faults, "next_batch", slow)
+    monkeypatch.setattr(bench, "choose_device", lambda name, rank: CPU)
+    monkeypatch.setattr(measure, "synchronize", synchronized.append)
+    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    flags = ["--device", "cuda", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
+    assert run(capsys, "loop", *flags, "--csv", tmp_path / "t.csv")[0] == 0
+    assert synchronized == 3 * 4 * [CPU]  # at both ends of both timings
+    step, alone, own = (float(row["ms"]) for row in table(tmp_path / "t.csv"))
+    shares = [float(row["% of a step"]) for row in table(tmp_path / "t.csv")]
+    assert shares == pytest.approx([100, 100 * alone / step, 100 * own / step])
+    assert step > 0 and alone > 0 and step > 1000 * pause
+    if pause:
+        assert own > 1000 * pause > alone
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -3,12 +3,16 @@
 Run: python -m pytest tests/test_checkpoint.py
 """
 
+import contextlib
+import errno
 import io
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,18 @@ def small(step: int = 3, **more) -> dict:
 
 def tiny_config(**fields) -> GPTConfig:
     return GPTConfig(**(dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16) | fields))
+
+
+@contextlib.contextmanager
+def little_memory(megabytes: int):
+    """So much is left for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # ---------------------------------------------------------------------------- written whole or not at all
@@ -186,8 +202,23 @@ def test_a_failed_save_is_told_at_once_and_the_next_one_succeeds(tmp_path):
         error = writer.wait()
     assert isinstance(error, OSError) and "step 2: WARNING: CHECKPOINT NOT WRITTEN" in said[-1]
     assert "model_00001.pt" in said[-1] and load_newest(tmp_path)[0].name == "model_00001.pt"
-    writer.save(small(3))
+    assert writer.error is not None
+    may_write = threading.Event()
+    writer.save(small(3), before=may_write.wait)
+    assert writer.error is not None  # of the last save that has come to an end
+    may_write.set()
     assert writer.wait() is None and load_newest(tmp_path)[0].name == "model_00003.pt"
+    assert writer.error is None
+
+
+def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
+    said, state = [], {**small(1), "model": {"a": torch.zeros(20 << 20)}}
+    writer = CheckpointWriter(tmp_path, say=said.append)
+    with little_memory(20):
+        assert writer.save(state) > 0
+    assert writer.error is not None and "NOT WRITTEN" in said[-1] and "allocate memory" in said[-1]
+    writer.save(state)
+    assert writer.wait() is None and writer.error is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -348,6 +379,87 @@ def test_the_newest_good_one_is_found(tmp_path):
     assert load_newest(tmp_path / "nowhere", warnings.append) is None
 
 
+def test_too_little_memory_is_no_damage(tmp_path):
+    """An older checkpoint is not taken in its place."""
+    save_checkpoint(small(1), tmp_path)
+    save_checkpoint({**small(2), "model": {"a": torch.zeros(20 << 20)}}, tmp_path)
+    with little_memory(20), pytest.raises(OSError, match=r"no memory to read it.*model_00002\.pt") as caught:
+        load_newest(tmp_path)
+    assert caught.value.errno == errno.ENOMEM
+    assert load_newest(tmp_path)[1]["step"] == 2
+
+
+class Unanswering(io.FileIO):
+    """A file, of which the bytes from `place` on cannot be read: that gives `error`."""
+
+    place, error = 0, None
+
+    def readinto(self, buffer) -> int:
+        if self.tell() + len(buffer) > self.place:
+            raise self.error
+        return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        return self.read(os.fstat(self.fileno()).st_size - self.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or self.tell() + size > self.place:
+            raise self.error
+        return super().read(size)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle"), MemoryError()],
+    ids=repr,
+)
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, share, error):
+    """Wherever in the file that is, an older one is not taken in its place."""
+    save_checkpoint(small(1), tmp_path)
+    path = save_checkpoint({**small(2), "model": {"a": torch.zeros(1 << 18)}}, tmp_path)
+    monkeypatch.setattr(Unanswering, "place", int(share * (path.stat().st_size - 1)))
+    monkeypatch.setattr(Unanswering, "error", error)
+    reads = ckpt.__dict__.get("open", open)
+    monkeypatch.setattr(
+        ckpt, "open", lambda p, mode: Unanswering(p) if p == path else reads(p, mode), raising=False
+    )
+    text = "no memory to read it" if isinstance(error, MemoryError) else error.strerror
+    for read in (ckpt.verify_checkpoint, load_checkpoint):
+        with pytest.raises(OSError, match=rf"{text}.*model_00002\.pt"):
+            read(path)
+    monkeypatch.setattr(ckpt, "verify_checkpoint", lambda path: None)  # it answered to that
+    with pytest.raises(OSError, match=rf"{text}.*model_00002\.pt"):
+        load_newest(tmp_path)
+
+
+def test_no_permission_and_a_folder_that_cannot_be_listed_are_no_damage(tmp_path, monkeypatch):
+    save_checkpoint(small(1), tmp_path)
+
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(args[0]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "open", refuse, raising=False)
+        with pytest.raises(PermissionError, match=r"model_00001\.pt"):
+            load_newest(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        with pytest.raises(PermissionError, match=str(tmp_path)):
+            load_newest(tmp_path)
+    assert load_newest(tmp_path)[1]["step"] == 1
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(good, tmp_path):
+    """What its header says may want any amount of memory."""
+    path = tmp_path / "model_00001.pt"
+    with zipfile.ZipFile(io.BytesIO(good[0])) as plain, zipfile.ZipFile(path, "w") as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"model_00001\.pt: .*kind of .* is wrong"):
+        load_checkpoint(path)
+
+
 def test_a_newer_format_is_never_passed_over(tmp_path, monkeypatch):
     save_checkpoint(small(1), tmp_path)
     monkeypatch.setattr(ckpt, "FORMAT", 2)
@@ -368,6 +480,23 @@ def test_latest_is_followed_only_to_a_checkpoint_beside_it(tmp_path):
     (tmp_path / "latest").write_text("model_00009.pt")
     with pytest.raises(FileNotFoundError, match=r"model_00009.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "latest")
+
+
+def test_a_slash_at_the_end_changes_nothing(tmp_path):
+    model = GPTLMHeadModel(tiny_config())
+    state = {"model": model.state_dict(), "config": model.config.to_dict(), "step": 2, "val_loss": None}
+    path, log = f"{save_checkpoint(state, tmp_path)}/", f"{tmp_path}/"
+    ckpt.verify_checkpoint(path)
+    for found in (load_checkpoint(path), load_checkpoint(f"{log}latest/"), load_newest(log)[1]):
+        assert found["step"] == 2
+    assert str(ckpt.list_checkpoints(log)[0]) == str(ckpt.follow_latest(path)) == path[:-1]
+    assert equal(dict(ckpt.load_model(path).state_dict()), dict(model.state_dict()))
+    assert ckpt.main(["verify", path]) == 0
+    assert ckpt.main(["convert", path, f"{log}copy/"]) == 0
+    assert ckpt.main(["convert", f"{log}copy/", f"{log}copy.pt/"]) == 0
+    assert equal(load_checkpoint(tmp_path / "copy.pt")["model"], load_checkpoint(path)["model"])
+    assert ckpt.main(["export", f"{log}copy/", f"{log}exported/", "--no-tokenizer"]) == 0
+    assert equal(dict(ckpt.load_model(f"{log}exported/").state_dict()), dict(model.state_dict()))
 
 
 # ---------------------------------------------------------------------------- models from checkpoints
@@ -398,6 +527,30 @@ def test_upcycling_changes_no_logit(score, K, norm, activation):
     model(tokens, targets=tokens)
     used = (model.moe_layers()[0].get_usage_counts() > 0).sum()
     assert used > K  # tokens are spread already at the first step
+
+
+def test_upcycled_experts_are_in_use_at_once_and_part_ways():
+    """K = 2: of 2 x 8 experts hardly one is idle in any of the first steps, and no two of them stay equal."""
+    idle = 0
+    for seed in range(4):
+        dense = dense_model()
+        torch.manual_seed(seed)
+        for parameter in dense.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model = ckpt.upcycle(dense, tiny_config(num_experts=8, num_experts_per_tok=2)).train()
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        model.update_routers()
+        for _ in range(20):
+            tokens = torch.randint(64, (8, 17))
+            model(tokens[:, :-1], targets=tokens[:, 1:])[1].backward()
+            model.update_routers()
+            optimizer.step()
+            optimizer.zero_grad()
+            idle += sum((moe.last_step_counts() == 0).sum().item() for moe in model.moe_layers())
+        for moe in model.moe_layers():
+            for projection in (moe.experts.c_fc, moe.experts.c_proj):
+                assert torch.pdist(projection.flatten(1)).min() > 1e-2
+    assert idle / (4 * 20) < 0.5
 
 
 def test_upcycling_every_other_layer_and_what_it_refuses():

@@ -228,6 +228,22 @@ def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path):
                 assert getattr(back.config, name) == getattr(model.config, name), name
 
 
+@pytest.mark.parametrize("kind", EXACT)
+def test_readers_of_older_names_find_them(kind, tmp_path):
+    """transformers 4 knows no rope_parameters, and in Qwen3-MoE no num_local_experts; it would take its
+    defaults. Transformers 5 still understands the older names alone."""
+    model = noisy(GPTLMHeadModel(small(kind, rope_theta=50.0, **EXACT[kind][0])))
+    export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("rope_parameters")["rope_theta"] == config["rope_theta"] == 50.0
+    if kind == "qwen3_moe":
+        config.pop("num_local_experts", None)
+        assert config["num_experts"] == 4
+    file.write_text(json.dumps(config))
+    assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     "kind, fields",
     [

@@ -5,6 +5,8 @@ Run: python -m pytest tests/test_faults.py
 
 import ast
 import contextlib
+import errno
+import itertools
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from processes import (
+    STEPS,
     equal,
     finish,
     flags,
@@ -209,19 +212,71 @@ def test_an_evaluation_gives_way_to_a_signal():
     )
 
 
-def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(straight, data, tmp_path, monkeypatch):
-    """SIGTERM at the second batch of the evaluation before step 4."""
-    next_batch, batches = faults.next_batch, iter(range(10**6))
+@pytest.fixture
+def signal_at_batch(monkeypatch):
+    """signal_at_batch(name, n): this process gets the signal at the n-th batch of all evaluations, from 0."""
+    next_batch, batches = faults.next_batch, itertools.count()
 
-    def told_to_stop(loader):
-        if loader.B == 4 and not torch.is_grad_enabled() and next(batches) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return next_batch(loader)
+    def arrange(name: str, number: int) -> None:
+        def told(loader):
+            if not torch.is_grad_enabled() and next(batches) == number:
+                os.kill(os.getpid(), getattr(signal, name))
+            return next_batch(loader)
 
-    monkeypatch.setattr(faults, "next_batch", told_to_stop)
+        monkeypatch.setattr(faults, "next_batch", told)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("batch", "step"), [(2, 4), (6, STEPS)])
+def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(
+    straight, data, tmp_path, signal_at_batch, batch, step
+):
+    """SIGTERM in the evaluation before step 4, and in the one at the end: a long one is not waited for."""
+    signal_at_batch("SIGTERM", batch)
     assert train_gpt_moe.main(flags(data, tmp_path)) == 143
-    assert ckpt.load_newest(tmp_path)[1]["step"] == 4 and newest(tmp_path) == 3
+    assert ckpt.load_newest(tmp_path)[1]["step"] == step and newest(tmp_path) == step - 1
     assert train_gpt_moe.main(flags(data, tmp_path, "--resume", "auto")) == 0
+    same_run(straight, tmp_path)
+
+
+def test_sigusr1_in_an_evaluation_saves_at_once(straight, data, tmp_path, signal_at_batch, monkeypatch):
+    """... and evaluates anew: the run is the same, but for one more checkpoint."""
+    events, validate, save = [], evaluation.validate, ckpt.CheckpointWriter.save
+
+    def validated(*arguments):
+        loss = validate(*arguments)
+        events.append("cut short" if loss is None else "evaluated")
+        return loss
+
+    def saved(self, checkpoint, *arguments):
+        events.append(checkpoint["step"])
+        return save(self, checkpoint, *arguments)
+
+    monkeypatch.setattr(evaluation, "validate", validated)
+    monkeypatch.setattr(ckpt.CheckpointWriter, "save", saved)
+    signal_at_batch("SIGUSR1", 2)
+    assert train_gpt_moe.main(flags(data, tmp_path)) == 0
+    assert events[:6] == ["evaluated", 3, "cut short", 4, "evaluated", 6]
+    same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("fails", [[0], [1, 2]])
+def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch, capsys, fails):
+    """A disk that is full for a while: when the run saves before step 6, or in the end, before step 12."""
+    save, tries = ckpt.save_checkpoint, itertools.count()
+
+    def sometimes(checkpoint, folder):
+        if next(tries) in fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(checkpoint, folder)
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", sometimes)
+    assert train_gpt_moe.main(flags(data, tmp_path, "--checkpoint_every", 6, "--save_retry_s", 0)) == 0
+    said = capsys.readouterr()
+    assert said.out.count("CHECKPOINT NOT WRITTEN: [Errno 28]") == len(fails) and not said.err
+    first, last = sorted(int(path.stem.removeprefix("model_")) for path in ckpt.list_checkpoints(tmp_path))
+    assert (6 < first < 12 if 0 in fails else first == 6) and last == 12
     same_run(straight, tmp_path)
 
 
@@ -312,7 +367,7 @@ def test_a_sick_step_of_one_rank_is_left_out_by_all(data, tmp_path):
 
 
 def test_too_many_sick_steps_end_the_run_with_a_diagnosis(straight, data, tmp_path, monkeypatch, capsys):
-    """Parameters and the batch's place are named; the last checkpoint is intact, --resume goes on from it."""
+    """Parameters and the batch's place are named; what was good is saved, and --resume goes on from it."""
     for path in straight.iterdir():
         shutil.copy(path, tmp_path) if path.is_file() else None
     for step in (9, 12):
@@ -325,7 +380,7 @@ def test_too_many_sick_steps_end_the_run_with_a_diagnosis(straight, data, tmp_pa
     assert train_gpt_moe.main([*arguments, "--checkpoint_every", "100"]) == 1
     error = capsys.readouterr().err
     assert "stopped at step 10: 3 steps in a row without a finite loss and gradient" in error
-    assert f"the last good checkpoint is {tmp_path / 'model_00006.pt'}" in error
+    assert f"the last good checkpoint is {tmp_path / 'model_00008.pt'}" in error  # before the sick steps
     assert "parameters that are not finite: none" in error
     assert re.search(r"gradient is not finite: transformer\.wte\.weight, .* and \d+ more \(of \d+\)", error)
     assert "micro-step 0 is the first whose loss is not finite" in error
@@ -459,14 +514,11 @@ def test_out_of_memory_names_what_to_lower(data, tmp_path, monkeypatch, capsys):
 def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(straight, data, tmp_path, capsys):
     """No checkpoint fits (their size is 1.1 MB); the logs do. Later there is room, and nothing is missing."""
     with full_disk(500_000):
-        assert train_gpt_moe.main(flags(data, tmp_path)) == 1
+        assert train_gpt_moe.main(flags(data, tmp_path, "--save_retry_s", 0.01)) == 1
     said = capsys.readouterr()
-    assert (
-        said.out.count(
-            "CHECKPOINT NOT WRITTEN: [Errno 27] File too large. Training goes on; newest: none yet"
-        )
-        == 4
-    )
+    problem = "CHECKPOINT NOT WRITTEN: [Errno 27] File too large. Training goes on; newest: none yet"
+    assert said.out.count(problem) >= 4 + 10
+    assert said.out.count(f"without it the run is lost: make room in {tmp_path}; next try in 0 s") == 10
     assert "not all could be written" in said.err and "Traceback" not in said.err
     assert (tmp_path / "log.txt").read_bytes() == (straight / "log.txt").read_bytes()
     assert not list(tmp_path.glob("*model*"))
@@ -488,7 +540,13 @@ SETTINGS = {
     "--preset huge": "preset='huge': choose one of .*demo",
     "--n_embd 33": "n_embd=33.*n_head=2",
     "--num_experts_per_tok 5": "num_experts_per_tok=5.*num_experts=4",
-    "--warmup_steps 12": "warmup_steps=12.*max_steps=12",
+    "--warmup_steps 12": "warmup_steps=12.*max_steps=12.*--warmup_steps",
+    "--learning_rate_decay_frac 1.5": "learning_rate_decay_frac=1.5.*--learning_rate_decay_frac",
+    "--learning_rate_decay_frac -0.5": "learning_rate_decay_frac=-0.5",
+    "--hellaswag_limit -5": "hellaswag_limit=-5: must be at least 0",
+    "--plot_every -1": "plot_every=-1: must be at least 0",
+    "--write_tensors 1": "write_tensors=True.*use_moe=True.*--use_moe False",
+    "--write_tensors 1 --use_moe 0 --bias 0": "write_tensors=True: bias=False.*--write_tensors 0",
     "--T 64 --block_size 32": "T=64.*block_size=32",
     "--B 3": r"total_batch_size=256.*3 \* 32 \* 1 = 96.*nearest.*288",
     "--B 0": "B=0: must be at least 1",

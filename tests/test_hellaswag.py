@@ -548,6 +548,10 @@ def test_script(tmp_path, write, capsys, monkeypatch):
         assert wanted in capsys.readouterr().out
         assert hellaswag.main([*command, "--style", "harness", "--limit", "2", "--dtype", "bfloat16"]) == 0
         assert "2 questions" in capsys.readouterr().out
+    assert hellaswag.main(["--model", str(tmp_path / "missing"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'missing'}: no such file or folder (`ls -d log/model_*`" in error
+    assert error.count("\n") == 1
     for source, data in (("missing.pt", path), ("exported", "missing"), ("exported", write([b"{"], "bad"))):
         assert (
             hellaswag.main(["--model", str(tmp_path / source), "--data", str(data), "--device", "cpu"]) == 2

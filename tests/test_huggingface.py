@@ -184,6 +184,21 @@ def test_generation_leaves_no_trace_in_training():
     assert losses[0][0] == losses[1][0] and torch.equal(losses[0][1], losses[1][1])
 
 
+def test_generation_leaves_every_part_in_its_mode():
+    """Parts that a fine-tuning has frozen in evaluation mode, or that sample with dropout on."""
+    model = strong(GPTLMHeadModel(tiny(encoding="bytes"))).train()
+    model.transformer.h[0].eval()
+    model.transformer.h[0].mlp.dropout.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.generate(tokens(), max_new_tokens=2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(ValueError, match="gives token 122, but vocab_size=97"):  # and after an error
+        model.generate("z")
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    model.eval().generate(tokens(), max_new_tokens=2)
+    assert not any(module.training for module in model.modules())
+
+
 def test_ids_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
     model = strong(GPTLMHeadModel(tiny(encoding_size=60)))
     ids = tokens(V=60)

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_mixture_of_experts.py
 
 import copy
 import io
+import json
 import math
 import pickle
 import pydoc_data.topics
@@ -16,6 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import needs_compiler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import experts
@@ -28,11 +31,14 @@ from mixture_of_experts import (
     diversity_regularization,
     entropy_regularization,
     expert_usage,
+    idle_experts,
     idle_experts_spared,
     load_balancing,
     update_routers,
     variance_penalty,
 )
+from model import GPTConfig, GPTLMHeadModel
+from run_log import expert_load
 
 
 def make_config(**overrides) -> SimpleNamespace:
@@ -160,6 +166,37 @@ def test_gathering_engine_equals_the_loop(activation, bias, tokens):
     torch.testing.assert_close(layer(x), reference(layer, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "engine, changes",
+    [
+        ("grouped_mm", {}), ("grouped_mm", dict(capability=(10, 0))), ("grouped_mm", dict(num_experts=1023)),
+        ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)),
+        ("loop", dict(num_experts=1024)), ("loop", dict(capability=(8, 0))),
+        ("loop", dict(capability=(12, 0))), ("loop", dict(dtype=torch.float32)),
+        ("loop", dict(dtype=torch.float16)), ("loop", dict(n_embd=12)), ("loop", dict(expert_hidden_size=12)),
+        ("loop", dict(rows=0)), ("loop", dict(device="cpu")), ("loop", dict(kernel=None)),
+        ("gather", dict(rows=4, grad=False)),
+        ("gather", dict(rows=4, grad=False, dtype=torch.float32, capability=(7, 0))),
+    ],
+)  # fmt: skip
+def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
+    """What "auto" takes on CUDA, without one: of x only device, dtype and shape are looked at."""
+    case = dict(
+        device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
+        num_experts=4, n_embd=16, expert_hidden_size=8,
+    ) | changes  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
+    monkeypatch.setattr(experts, "grouped_mm", case["kernel"])
+    with torch.device("meta"):
+        config = make_config(**{name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")})
+        layer = experts.Experts(config)
+    x = SimpleNamespace(
+        device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], case["n_embd"])
+    )
+    with torch.set_grad_enabled(case["grad"]):
+        assert layer._choose_engine(x, case["rows"]) == engine
+
+
 @pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
 def test_no_rows_at_all(engine):
     if engine == "grouped_mm" and grouped_mm is None:
@@ -233,14 +270,73 @@ def test_odd_layouts_of_input_and_gradient():
     assert all(gradient.isfinite().all() for gradient in gradients(layer).values())
 
 
+def run_engine(engine, device="cpu", dtype=torch.float32, **overrides) -> dict[str, torch.Tensor]:
+    """Outputs and all gradients of a layer of 5 experts, one of them without rows, with that engine."""
+    layer = make_layer(num_experts=5, n_embd=64, expert_hidden_size=32, std=0.1, **overrides)
+    x = torch.randn(2, 33, 64)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[3, 0] = -50
+    layer, x = layer.to(device), x.to(device).requires_grad_()
+    layer.experts.engine = engine
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        y = layer(x)
+    (y.float().square().mean() + layer.get_auxiliary_loss()).backward()
+    assert layer.get_usage_counts()[3] == 0
+    return {"y": y.detach(), "x": x.grad, **gradients(layer)}
+
+
 def test_same_input_same_bits():
-    x = torch.randn(2, 33, 8)
-    results = []
-    for _ in range(2):
-        layer = make_layer()
-        layer(x).square().sum().backward()
-        results.append(gradients(layer))
+    results = [run_engine("auto") for _ in range(2)]
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
+def test_grouped_engine_equals_the_loop_on_a_gpu(activation, bias, K):
+    """In bf16, and either not far from fp32: an expert that got another's rows would be."""
+    fields = dict(activation=activation, bias=bias, num_experts_per_tok=K)
+    exact = run_engine("loop", "cuda", **fields)
+    for engine in ("loop", "grouped_mm"):
+        for name, found in run_engine(engine, "cuda", torch.bfloat16, **fields).items():
+            assert (found - exact[name]).norm() < 0.03 * exact[name].norm(), (engine, name)
+            if name.startswith("experts."):
+                assert (found[3] == 0).all(), (engine, name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathering_engine_equals_the_loop_on_a_gpu(dtype):
+    layer, x = make_layer(n_embd=64, num_experts=8).eval().cuda(), torch.randn(3, 1, 64, device="cuda")
+    found = {}
+    for engine in ("loop", "gather", "auto"):
+        layer.experts.engine = engine
+        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            found[engine] = layer(x).float()
+    close = 1e-5 if dtype == torch.float32 else 0.03
+    assert (found["gather"] - found["loop"]).norm() < close * found["loop"].norm()
+    assert torch.equal(found["auto"], found["gather"])  # 6 rows for 8 experts
+
+
+@pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_deterministic_algorithms_are_there_for_everything(device, engine, monkeypatch):
+    """torch.use_deterministic_algorithms refuses operations that are not, and the bits are the same."""
+    if engine == "grouped_mm" and grouped_mm is None:
+        pytest.skip("this torch has no grouped_mm")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what it asks for on a GPU
+    dtype = torch.bfloat16 if engine == "grouped_mm" else torch.float32
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [run_engine(engine, device, dtype) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -691,6 +787,49 @@ def test_usage_statistics():
     assert empty.counts.sum() == 0 and empty.max_load == 0 and empty.entropy == 0
 
 
+def test_entropy_of_the_last_step():
+    """Of that step alone, by its own tokens; evaluation and an earlier reset of the usage change nothing."""
+    layer = make_layer(num_experts=4, num_experts_per_tok=2, n_embd=4)
+    assert layer.last_step_entropy().isnan()
+    x = torch.zeros(1, 6, 4)
+    x[:, :2] = torch.eye(4)[:2]
+    with torch.no_grad():
+        layer.gate.weight.copy_(100 * torch.eye(4))
+    for number in (2, 6):  # sure tokens only, then four clueless ones as well
+        update_routers([layer])
+        for part in x[:, :number].split(1, dim=1):
+            layer(part)
+        layer.eval()(x)
+        layer.train()
+        if number == 2:
+            layer.reset_usage_counts()
+    update_routers([layer])
+    assert layer.last_step_entropy().item() == pytest.approx(math.log(4) * 4 / 6, rel=1e-5)
+    assert copy.deepcopy(layer).last_step_entropy() == layer.last_step_entropy()
+    assert layer.usage_statistics().entropy.item() == pytest.approx(math.log(4) * 4 / 6, rel=1e-5)
+
+
+def test_what_a_run_logs_of_the_experts(monkeypatch):
+    """By hand, from two layers, in a single transfer to the host."""
+    layers = [make_layer(num_experts=4, num_experts_per_tok=1, n_embd=4) for _ in range(2)]
+    chosen = [[0] * 15 + [1] * 4 + [2], [0, 1, 2, 3] * 5]
+    for layer, experts_of_tokens in zip(layers, chosen, strict=True):
+        with torch.no_grad():
+            layer.gate.weight.copy_(100 * torch.eye(4))
+        layer(torch.eye(4)[experts_of_tokens][None])
+        if layer is layers[1]:
+            layer(torch.zeros(1, 20, 4))  # clueless: ties go to expert 0
+        update_routers([layer])
+    transfers, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: transfers.append(tensor) or cpu(tensor))
+    found = expert_load(SimpleNamespace(moe_layers=lambda: layers))
+    assert len(transfers) == 1
+    assert found["expert_load"] == [[0.75, 0.2, 0.05, 0.0], [0.625, 0.125, 0.125, 0.125]]
+    assert found["max_load"] == 3.0 and found["starved"] == 1 / 8
+    assert found["router_entropy"] == pytest.approx(math.log(4) / 4, rel=1e-5)
+    assert json.loads(json.dumps(found)) == found
+
+
 def test_resetting_the_usage_leaves_training_alone():
     x = torch.randn(3, 2, 8, 8)
     results = []
@@ -864,10 +1003,40 @@ def train_a_part(rank: int, world_size: int, loss_type: str) -> tuple:
     return found, tuple(usage), layer.router_bias, layer.last_step_counts()
 
 
+def usage_of_a_model(rank: int) -> list[int]:
+    """How many rows a model says that its layer has had: within a step, here and everywhere; after it."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=64, block_size=64, num_experts_per_tok=2)
+    model = GPTLMHeadModel(GPTConfig(**sizes))
+    model.update_routers()
+    ids = torch.arange(10 * (rank + 1))[None]  # 10 tokens on one rank, 20 on the other
+    for _ in range(2):
+        model(ids, targets=ids)
+        found = [model.expert_usage(), model.expert_usage(reduce=True)]
+        model.update_routers()
+        found.append(model.expert_usage(reset=True))
+    assert model.expert_usage(reduce=True)[0].counts.sum() == 0
+    return [usage[0].counts.sum().item() for usage in found]
+
+
+def idle_where_experts_are_shared_out(dim: int) -> list[list[int]]:
+    """Only expert 0 has rows that count, and of expert 1 one rank's part alone has a gradient."""
+    layer, mesh = make_layer(), init_device_mesh("cpu", (2,))
+    layer.reference_totals[:4] = torch.tensor([8, 0, 0, 0])
+    for name, whole in list(layer.experts.named_parameters()):
+        grad = torch.zeros_like(whole)
+        grad[1, 0] = 1.0
+        shared = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(dim)]))
+        shared.grad = distribute_tensor(grad, mesh, [Shard(dim)])
+        setattr(layer.experts, name, shared)
+    return idle_experts([layer, layer])
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {loss_type: train_a_part(rank, 2, loss_type) for loss_type in LOSSES}
+    results["usage"] = usage_of_a_model(rank)
+    results["idle"] = [idle_where_experts_are_shared_out(dim) for dim in (0, 1)]
     torch.save(results, f"{folder}/rank{rank}.pt")
     parallel.stop()
 
@@ -876,6 +1045,8 @@ def test_two_ranks_equal_one(tmp_path):
     mp.spawn(run_rank, (str(tmp_path),), 2)
     for rank in (0, 1):
         results = torch.load(tmp_path / f"rank{rank}.pt")
+        assert results["usage"] == [20 * (rank + 1), 60, 60]
+        assert results["idle"] == [[[2, 3]] * 2] * 2
         for loss_type in LOSSES:
             (one, usage, bias, counts), (two, usage2, bias2, counts2) = (
                 train_a_part(0, 1, loss_type), results[loss_type],
@@ -914,3 +1085,32 @@ def test_idle_experts_stay_as_they_are(spared):
     unchanged = [torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)]
     assert all(unchanged) if spared else not any(unchanged)
     assert not torch.equal(layer.experts.c_fc[0], make_layer(num_experts_per_tok=1).experts.c_fc[0])
+
+
+def test_what_tokens_that_do_not_count_have_taught_is_kept():
+    """Tokens whose labels are ignored are in no count, and may yet have gradients. Their experts learn; those
+    of padding, whose gradient is zero, and those without any row stay as they are."""
+    layer = make_layer(num_experts_per_tok=1, n_embd=4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    x = torch.eye(4)[None]
+    counted = torch.tensor([[True, False, False, False]])
+    seen = []
+    for step in range(2):
+        layer.gate.weight.data.copy_(100 * torch.eye(4))
+        update_routers([layer])
+        tokens = x if step == 0 else x[:, :3]
+        y, auxiliary = layer(tokens, counted[:, : tokens.shape[1]] | (step == 0), return_auxiliary=True)
+        layer.accumulate(auxiliary)
+        scale = torch.ones(4) if step == 0 else torch.tensor([1.0, 1.0, 0.0])  # the third is padding
+        (y.square() * scale[:, None]).sum().backward()
+        update_routers([layer])
+        with idle_experts_spared([layer], optimizer) as idle:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert idle == (0, 2)[step]
+        tensors = [*layer.experts.parameters()]
+        tensors += [optimizer.state[p][name] for p in tensors for name in ("exp_avg", "exp_avg_sq")]
+        seen.append([tensor.detach().clone() for tensor in tensors])
+    assert layer.last_step_counts().tolist() == [1, 0, 0, 0]
+    for before, after in zip(*seen, strict=True):
+        assert [torch.equal(before[e], after[e]) for e in range(4)] == [False, False, True, True]

@@ -50,7 +50,8 @@ RESTORED = ["ddp", "ddp, zero", "fsdp", "experts", "four: fsdp", "four: fsdp x e
 
 def settings(**more) -> train_gpt_moe.TrainConfig:
     return train_gpt_moe.TrainConfig(
-        n_layer=2, n_head=2, n_embd=32, num_experts=6, num_experts_per_tok=2, num_shared_experts=1,
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position="rope", qk_norm=True, sliding_window=5,
+        global_every=2, num_experts=6, num_experts_per_tok=2, num_shared_experts=1,
         expert_hidden_size=24, T=T, B=1, total_batch_size=SEQUENCES * T, router_bias_update_rate=0.01,
         router_z_loss_coef=1e-3, max_lr=3e-3, min_lr=3e-4, warmup_steps=2, max_steps=STEPS, use_compile=False,
         device="cpu", **more,
@@ -78,7 +79,7 @@ def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict
     What comes out is saved to the folder.
     """
     config, layout, model, optimizer = build(world, micro_steps, **more)
-    wrapped = parallel.wrap(model, layout)
+    wrapped = parallel.wrap(model, layout, micro_steps)
     begin = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     model.update_routers()
     data = torch.randint(257, (STEPS, SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
@@ -334,6 +335,10 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
     )
     assert list(first) == list(range(12)) and list(second) == list(range(6, 12))
     assert list(second.values()) == pytest.approx(list(first.values())[6:], rel=1e-5)
+    end = tmp_path / "two" / "model_00012"
+    inside = sorted(end.iterdir())
+    assert train_gpt_moe.main(["--resume", f"{end}/", "--device", "cpu"]) == 0  # as a shell completes it
+    assert sorted(end.iterdir()) == inside, "the run took the checkpoint for its log_dir"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")

@@ -11,9 +11,7 @@ import pytest
 import torch
 from processes import TINY, finish, start_ranks
 
-import progress as progress_module
 from model import GPTConfig, GPTLMHeadModel
-from preflight import preflight
 from progress import LEVELS, Progress, duration, heat_map, live_line, step_line
 from train_gpt_moe import TrainConfig
 
@@ -39,8 +37,9 @@ def test_live_line_has_everything_that_is_known():
     assert live_line(record(0, mfu=None), 500, None) == "1/500 | loss 3.250 | 4,096 tok/s"
 
 
-def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch, capsys):
+def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
     shown = Progress(TrainConfig(max_steps=40, log_every=1), 0, is_master=True)
     assert shown.watched
     for step in range(20):
@@ -50,8 +49,24 @@ def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch, capsys):
     shown.close()
     drawn = sys.stderr.getvalue()
     assert "20/40 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46%" in drawn and "ETA 00:0" in drawn
-    text = capsys.readouterr().out
+    text = sys.stdout.getvalue()
     assert "step 20: validation loss 3.0\n" in text and "| lr " not in text  # no line per step
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_file_gets_every_line_whatever_the_other_stream_is(name, monkeypatch, capsys):
+    """`python train_gpt_moe.py > out.txt` in a terminal, and 2> err.txt."""
+    other = "stderr" if name == "stdout" else "stdout"
+    monkeypatch.setattr(sys, other, Terminal())
+    shown = Progress(TrainConfig(max_steps=3, log_every=1), 0, is_master=True)
+    for step in range(3):
+        shown.step(record(step))
+    shown.close()
+    text = capsys.readouterr().out if name == "stdout" else sys.stdout.getvalue()
+    assert not shown.watched and text.count("| lr ") == 3
+    assert name == "stderr" or sys.stderr.getvalue() == ""
+    monkeypatch.setattr(sys, other, None)  # as of pythonw
+    assert not Progress(TrainConfig(max_steps=3), 0, is_master=True).watched
 
 
 def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
@@ -66,8 +81,27 @@ def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
     assert [line.split()[1] for line in steps] == ["0/40", "10/40", "20/40", "30/40", "39/40"]
     (told,) = [line for line in lines if "to go" in line]
     assert told == "step 12: about 7 s to go at 250.0 ms a step, evaluations not counted"
-    assert shown.average_ms() == (20, 250.0)
+    assert shown.average_ms() == (19, 250.0)
     assert step_line(record(10), 40) == steps[1]
+
+
+@pytest.mark.parametrize("steps", [2, 7, 19, 20, 21, 60])
+def test_the_average_is_llmcs(steps):
+    """Of its train_gpt2.py: the timings of the steps > 0 and > num_iterations - 20."""
+    shown = Progress(TrainConfig(max_steps=steps, log_every=100), 0, is_master=False)
+    timings = []
+    for step in range(steps):
+        shown.step(record(step, ms=100.0 + step))
+        if step > 0 and step > steps - 20:
+            timings.append(100.0 + step)
+    assert shown.average_ms() == (len(timings), pytest.approx(sum(timings) / len(timings)))
+
+
+def test_the_average_of_a_single_step_and_of_none():
+    shown = Progress(TrainConfig(max_steps=1), 0, is_master=False)
+    assert shown.average_ms() == (0, 0.0)
+    shown.step(record(0, ms=7.0))
+    assert shown.average_ms() == (1, 7.0)
 
 
 def test_other_ranks_are_silent(capsys):
@@ -93,7 +127,7 @@ def test_two_ranks_say_everything_once(tmp_path):
         "step 0: validation loss",
         "step     0/4",
         "step 4: saved",
-        "final 4 iters avg",
+        "final 3 iters avg",
     ):
         assert sum(line.startswith(text) for line in lines) == 1, text
     assert not [line for line in lines if "warn" in line.lower()]
@@ -134,9 +168,3 @@ def test_expert_rows_come_with_the_step(capsys):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
-
-
-def test_preflight_and_progress_are_used_by_the_script():
-    import train_gpt_moe
-
-    assert train_gpt_moe.Progress is progress_module.Progress and train_gpt_moe.preflight is preflight

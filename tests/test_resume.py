@@ -452,12 +452,17 @@ def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capsys):
 # ---------------------------------------------------------------------------- begin with other weights
 
 
-def test_upcycling_end_to_end(data, tmp_path):
-    """A dense checkpoint becomes a MoE: same validation loss at first; its experts, equal then, part ways."""
+@pytest.mark.parametrize("K", [1, 2])
+def test_upcycling_end_to_end(K, data, tmp_path):
+    """A dense checkpoint becomes a MoE: same validation loss at first; its experts, equal then, part ways.
+
+    With K = 2 most are in use at once; with K = 1 most wait for their tokens, and stay the copies they were.
+    """
     dense, log_dir = tmp_path / "dense", tmp_path / "moe"
     assert train_gpt_moe.main(flags(data, dense, "--use_moe", False, "--max_steps", 6)) == 0
     arguments = ["--init_from", str(dense / "latest"), "--data_dir", data, "--log_dir", str(log_dir)]
     arguments += "--use_moe True --num_experts 8 --max_steps 3 --warmup_steps 0 --checkpoint_every 1".split()
+    arguments += ["--num_experts_per_tok", str(K)]
     arguments += "--T 32 --B 4 --total_batch_size 256 --val_steps 2 --prompt A --device cpu".split()
     arguments += ["--use_compile", "False"]
     assert train_gpt_moe.main(arguments) == 0
@@ -465,8 +470,9 @@ def test_upcycling_end_to_end(data, tmp_path):
     state = ckpt.load_checkpoint(log_dir / "model_00003.pt")
     assert state["config"]["num_experts"] == 8 and state["config"]["n_embd"] == 32
     experts = state["model"]["transformer.h.1.mlp.experts.c_fc"]
-    loads = torch.tensor([record["expert_load"][1] for record in metrics(log_dir)[:-1]])  # (steps, E)
-    busy = loads.sum(0) > 0  # those without any token stay the copies that they were
+    loads = torch.tensor([record["expert_load"] for record in metrics(log_dir)[:-1]])  # (steps, layers, E)
+    assert K == 1 or (loads[-1] == 0).sum() <= 4  # idle of 2 x 8, in the third step
+    busy = loads[:, 1].sum(0) > 0
     assert busy.sum() > 2
     apart = torch.pdist(experts[busy].flatten(1))
     assert apart.min() > 1e-3, "two experts are still the same"

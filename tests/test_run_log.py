@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import TINY
+from test_hellaswag import make_examples
 
 import evaluation
 import train_gpt_moe
 from fineweb import prepare_demo
+from model import GPTLMHeadModel
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,15 @@ def records(finished) -> list[dict]:
     return [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][1:]
 
 
+def read_events(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0})
+    return found.Reload()
+
+
 @pytest.fixture(scope="module")
 def events(finished):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulator.EventAccumulator(str(finished / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0})
-    return found.Reload()
+    return read_events(finished)
 
 
 def test_tensorboard_curves_are_the_metrics(events, records):
@@ -64,6 +70,25 @@ def test_tensorboard_curves_are_the_metrics(events, records):
     found = {event.step: event.value for event in events.Scalars("loss/val")}
     assert found == pytest.approx({r["step"]: r["val_loss"] for r in records if "val_loss" in r}, rel=1e-6)
     assert all(0.05 < r["memory"] < 100 for r in records if "loss" in r)
+
+
+def test_tensorboard_has_hellaswag_and_mfu(data, tmp_path, monkeypatch):
+    """Both accuracies, at the last step as well, also where the run is made longer later on."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps(example) for example in make_examples(8)))
+    monkeypatch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
+    more = ["--hellaswag", 1, "--hellaswag_data", questions, "--tensorboard", 1]
+    assert run(data, tmp_path, *more, "--max_steps", 6) == 0  # evaluated at steps 0, 4 and 6
+    assert run(data, tmp_path, *more, "--resume", "auto", "--max_steps", 9) == 0
+    events = read_events(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [record for line in lines if "step" in (record := json.loads(line))]
+    curves = {"hellaswag": "hella_acc_norm", "hellaswag_plain": "hella_acc", "loss/val": "val_loss"}
+    for curve, name in curves.items():
+        expected = {record["step"]: record[name] for record in records if name in record}
+        assert list(expected) == [0, 4, 6, 8, 9]
+        assert {e.step: e.value for e in events.Scalars(curve)} == pytest.approx(expected, rel=1e-6), curve
+    assert {event.step: event.value for event in events.Scalars("mfu")} == dict.fromkeys(range(9), 0.25)
 
 
 def test_tensorboard_histograms_are_the_experts_loads(events, records):
@@ -118,6 +143,13 @@ def test_the_picture_is_drawn_during_the_run(finished):
         assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
 
 
+def pretend_wandb(monkeypatch, init) -> None:
+    """Install a wandb that has this init."""
+    module = types.ModuleType("wandb")
+    module.init, module.__spec__ = init, types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
 def test_wandb_gets_the_same_names(data, tmp_path, monkeypatch):
     logged, started, ended = [], [], []
     handle = types.SimpleNamespace(
@@ -128,9 +160,7 @@ def test_wandb_gets_the_same_names(data, tmp_path, monkeypatch):
         started.append(fields)
         return handle
 
-    module = types.ModuleType("wandb")
-    module.init, module.__spec__ = init, types.SimpleNamespace(name="wandb")
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    pretend_wandb(monkeypatch, init)
     assert run(data, tmp_path, "--wandb", 1, "--sample_every", 12, "--sample_tokens", 4) == 0
     assert started[0]["id"] is None and started[0]["dir"] == str(tmp_path) and ended == [1]
     steps = [step for step, _ in logged]
@@ -139,6 +169,26 @@ def test_wandb_gets_the_same_names(data, tmp_path, monkeypatch):
     assert {"loss/train", "loss/val", "loss/balance", "lr", "norm", "memory_gib", "sample"} <= found
     assert run(data, tmp_path, "--wandb", 1, "--resume", "auto", "--max_steps", 14) == 0
     assert started[1]["id"] == "abc123"
+
+
+@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+def test_a_failing_wandb_costs_a_warning_and_nothing_else(data, tmp_path, monkeypatch, capsys, fails_at):
+    """No login, say, which wandb tells in two lines, or no network any more."""
+
+    class UsageError(Exception):
+        pass
+
+    def fails(*args, **named):
+        raise UsageError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
+
+    calls = dict.fromkeys(("log", "finish"), lambda *args, **named: None) | {fails_at: fails}
+    handle = types.SimpleNamespace(id="x", **calls)
+    pretend_wandb(monkeypatch, fails if fails_at == "init" else lambda **fields: handle)
+    assert run(data, tmp_path, "--wandb", 1) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1 and "api_key not configured (no-tty). call wandb.login(key=...)" in warnings[0]
+    steps = [json.loads(line).get("step") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [None, *range(13)]
 
 
 def test_wandb_that_is_not_there(data, tmp_path, monkeypatch, capsys):

@@ -210,6 +210,52 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
         check_config(TrainConfig(B=4, T=8, total_batch_size=100), world)
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(30, 3), (5, 0), (40, 4), (41, 40), (0, 40)])
+def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
+    import parallel
+
+    world, said = parallel.World(0, 0, 1, torch.device("cpu")), []
+    config, given = parse_config(["--preset", "demo", "--max_steps", str(steps)])
+    check_config(config, world, given, said.append)
+    assert config.warmup_steps == expected
+    if expected == 40:
+        assert not said
+        return
+    (line,) = said
+    assert line.startswith(f"warmup_steps=40 leaves nothing of max_steps={steps}: shortened to {expected} (")
+    config, given = parse_config(["--preset", "demo", "--max_steps", str(steps), "--warmup_steps", "40"])
+    for flags in (given, None):  # a flag's is refused, and a resumed run's, which keeps its settings
+        with pytest.raises(ValueError, match=rf"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"):
+            check_config(config, world, flags)
+
+
+def test_a_short_demo_and_its_resume(demo_data, tmp_path, capsys):
+    """The shortened warmup is a setting of the run from then on."""
+    flags = ["--preset", "demo", *TINY[: TINY.index("--max_steps")], "--data_dir", demo_data, "--B", "16"]
+    flags += ["--log_dir", str(tmp_path), "--val_steps", "1", "--sample_every", "0", "--plot", "False"]
+    flags += ["--device", "cpu"]
+    assert train_gpt_moe.main([*flags, "--max_steps", "20"]) == 0
+    assert (
+        capsys.readouterr().out.count("warmup_steps=40 leaves nothing of max_steps=20: shortened to 2") == 1
+    )
+    resume = ["--resume", str(tmp_path / "model_00020.pt"), "--device", "cpu", "--plot", "False"]
+    assert train_gpt_moe.main([*resume, "--max_steps", "22"]) == 0
+    rates = [json.loads(line).get("lr") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [rate for rate in rates if rate][:2] == pytest.approx([5e-3, 1e-2])
+    assert "shortened" not in capsys.readouterr().out
+    saved = torch.load(tmp_path / "model_00022.pt")["train_config"]
+    assert (saved["warmup_steps"], saved["max_steps"]) == (2, 22)
+
+
+def test_sampling_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nope", "log/nope", "gpt2"):
+        assert sample.main(["--checkpoint", name]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sample.py: {name}: no such file or folder (`ls -d log/model_*` lists")
+        assert error.count("\n") == 1
+
+
 def test_starting_weights_from_a_checkpoint(finished, demo_data, tmp_path):
     log_dir, _ = finished
     train(

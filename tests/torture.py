@@ -2,6 +2,7 @@
 
     python tests/torture.py --minutes 10               # as root, on Linux: on a small tmpfs of its own
     python tests/torture.py --minutes 10 --seed 3 --folder /mnt/small
+    python tests/torture.py --minutes 10 --layout fsdp # checkpoints in parts; or zero, ep, fsdp+ep
 
 Two processes train a small model with --resume auto; a third tokenises. At random moments one of them or all
 get SIGKILL, SIGTERM or SIGINT, or a ballast file takes nearly all the room of the disk for a while, or a
@@ -42,6 +43,10 @@ from processes import flags, made_up_text, metrics, start, start_ranks, write_da
 import checkpoint as ckpt
 
 STEPS, SIZE = 40, 24 << 20  # of a run; bytes of the tmpfs
+LAYOUTS = {
+    "ddp": [], "zero": ["--zero_stage", 1], "fsdp": ["--parallel", "fsdp"], "ep": ["--ep_size", 2],
+    "fsdp+ep": ["--parallel", "fsdp", "--ep_size", 2],
+}  # fmt: skip
 PARTS = ("model", "optimizer", "rng")  # of a checkpoint: those with tensors
 
 
@@ -56,11 +61,17 @@ def digests(state: dict) -> dict[str, str]:
     return hashes | {name: repr(state[name]) for name in ("step", "loader", "health", "val_loss")}
 
 
+def size_of(checkpoint: Path) -> int:
+    """Bytes of a checkpoint, file or folder."""
+    return sum(path.stat().st_size for path in (checkpoint, *checkpoint.glob("*")) if path.is_file())
+
+
 class Torture:
     """One session: the folders, the undisturbed results, the faults so far, what was lost."""
 
-    def __init__(self, folder: Path, seed: int, mounted: bool):
+    def __init__(self, folder: Path, seed: int, mounted: bool, layout: str):
         self.chance, self.folder, self.mounted = random.Random(seed), folder, mounted
+        self.layout = layout
         self.plain = Path(tempfile.mkdtemp())  # on the ordinary disk
         self.data = write_data(self.plain / "bytes")
         self.source = self.plain / "text.txt"
@@ -75,6 +86,7 @@ class Torture:
 
     def training(self, log_dir: Path, *more) -> list[str]:
         """The command line of the run."""
+        more = [*LAYOUTS[self.layout], "--save_retry_s", 0.5, *more]
         return flags(self.data, log_dir, "--max_steps", STEPS, "--B", 2, "--infer_step", 15, *more)
 
     def tokenising(self, out: Path) -> list[str]:
@@ -144,18 +156,21 @@ class Torture:
         found = [path for path in ckpt.list_checkpoints(log_dir) if path.name not in self.harmed]
         if len(found) < 2:
             return  # the last one is not touched: without any, a run rightly starts afresh
-        content = bytearray(found[0].read_bytes())
+        parts = sorted(path for path in found[0].glob("*") if path.stat().st_size > 0)
+        victim = self.chance.choice(parts) if parts else found[0]
+        content = bytearray(victim.read_bytes())
         if self.chance.random() < 0.5:
-            tensor = max(ckpt.named_tensors(ckpt.load_checkpoint(found[0])), key=lambda item: item[1].nbytes)[
-                1
-            ]
-            at = content.index(tensor.numpy().tobytes()[:64]) + self.chance.randrange(tensor.nbytes)
+            at = self.chance.randrange(len(content))  # in a folder every byte has a checksum
+            if not parts:
+                tensors = [tensor for _, tensor in ckpt.named_tensors(ckpt.load_checkpoint(victim))]
+                tensor = max(tensors, key=lambda tensor: tensor.nbytes)
+                at = content.index(tensor.numpy().tobytes()[:64]) + self.chance.randrange(tensor.nbytes)
             content[at] ^= 1 << self.chance.randrange(8)
             self.faults["flipped bit"] += 1
         else:
             del content[self.chance.randrange(len(content)) :]
             self.faults["cut file"] += 1
-        found[0].write_bytes(content)
+        victim.write_bytes(content)
         self.harmed.add(found[0].name)
         self.seen = ckpt.step_of(found[1])
 
@@ -207,15 +222,15 @@ class Torture:
                 state = ckpt.load_checkpoint(path)
             except ckpt.CheckpointError as error:
                 if path.name not in self.harmed:
-                    self.lose(f"a damaged checkpoint has its name: {error}", path.stat().st_size)
+                    self.lose(f"a damaged checkpoint has its name: {error}", size_of(path))
                 continue
             good = max(good, ckpt.step_of(path))
             self.checkpoints += 1
-            self.bytes_compared += path.stat().st_size
+            self.bytes_compared += size_of(path)
             truth = self.digests[state["step"]]
             wrong = [name for name, value in digests(state).items() if value != truth[name]]
             if wrong:
-                self.lose(f"{path}: {', '.join(wrong)} unlike the undisturbed run's", path.stat().st_size)
+                self.lose(f"{path}: {', '.join(wrong)} unlike the undisturbed run's", size_of(path))
         if good < self.seen:
             self.lose(f"the newest good checkpoint is of step {good}, but there was one of step {self.seen}")
         self.seen = good
@@ -284,7 +299,7 @@ class Torture:
         disk = f"tmpfs of {SIZE >> 20} MB" if self.mounted else "RLIMIT_FSIZE in place of a full disk"
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return (
-            f"{minutes:.1f} minutes, 2 ranks, {disk}\n"
+            f"{minutes:.1f} minutes, {self.layout} on 2 ranks, {disk}\n"
             f"faults injected  {sum(self.faults.values())} ({kinds})\n"
             f"finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs\n"
             f"compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes\n"
@@ -315,10 +330,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", choices=LAYOUTS, default="ddp", help="how the two ranks train")
     parser.add_argument("--folder", default="", help="a small file system of yours, in place of a tmpfs")
     options = parser.parse_args()
     with small_disk(options.folder) as (folder, mounted):
-        torture = Torture(folder, options.seed, mounted)
+        torture = Torture(folder, options.seed, mounted, options.layout)
         try:
             torture.prepare()
             begin = time.monotonic()
