@@ -102,7 +102,6 @@ def demo_documents() -> Iterator[str]:
     """
     library = sysconfig.get_paths()["stdlib"]
     skip = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages __pycache__".split())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     seen: set[tuple[str, ...]] = set()
     for folder, folders, names in os.walk(library):
         folders[:] = sorted(set(folders) - skip)
@@ -116,11 +115,22 @@ def demo_documents() -> Iterator[str]:
                 tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
                 texts = [ast.literal_eval(text) for table in tables for text in table.values]
             else:
-                strings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-                texts = ["\n\n".join(filter(None, strings))]
+                texts = ["\n\n".join(_docstrings(tree))]
             yield from filter(None, (_only_new(text, seen) for text in texts))
     if not seen:
         raise FileNotFoundError(f"the demo corpus needs the standard library's .py files; {library} has none")
+
+
+def _docstrings(module: ast.Module) -> Iterator[str]:
+    """Those of the module, its classes and functions, in the order of ast.walk, which would also look into
+    every expression: most of the time."""
+    nodes: deque[ast.AST] = deque([module])
+    while nodes:
+        node = nodes.popleft()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from filter(None, [ast.get_docstring(node)])
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):  # of statements
+            nodes.extend(getattr(node, part, ()))
 
 
 def _only_new(text: str, seen: set[tuple[str, ...]]) -> str:

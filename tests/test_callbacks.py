@@ -6,18 +6,20 @@ Run: python -m pytest tests/test_callbacks.py
 import copy
 import json
 import logging
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from processes import finish, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+import parallel
+from mixture_of_experts import expert_usage
 from model import GPT, GPTConfig, GPTLMHeadModel, MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
 
 ROWS, T = 8, 16
@@ -216,45 +218,33 @@ def test_gradient_checkpointing_and_bfloat16(whole_batch, tmp_path):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
-TWO_RANKS = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_callbacks import *
-import torch.distributed as dist
-import parallel
-from mixture_of_experts import expert_usage
-
-reports = []
-class Recording(MoEUsageLoggingCallback):
-    def _report(self, counts, step):
-        reports.append((step, [count.tolist() for count in counts]))
-
-trainer = train(build(), {folder!r}, callbacks=[Recording(log_interval=2)], batch=2, accumulation=2)
-assert dist.get_world_size() == 2
-counts = [moe.get_usage_counts().tolist() for moe in trainer.model.moe_layers()]
-evaluated = trainer.evaluate()["eval_loss"]
-# Nobody adds up the ranks' counts here until they are asked for: DDP must leave each rank its own.
-plain = train(build(), {folder!r}, callbacks=[], batch=2, accumulation=2)
-usage = [usage.counts.tolist() for usage in expert_usage(plain.model.moe_layers())]
-if dist.get_rank() == 0:
-    torch.save(trainer.model.state_dict(), {folder!r} + "/weights.pt")
-    result = dict(losses=losses(trainer), reports=reports, counts=counts, evaluated=evaluated, usage=usage)
-    open({folder!r} + "/result.json", "w").write(json.dumps(result))
-else:
-    assert not reports  # only the master reports
-parallel.stop()
-"""
+def main(arguments: list[str]) -> int:
+    """One of two processes that train together."""
+    (folder,) = arguments
+    alone = Recording(log_interval=2)
+    trainer = train(build(), folder, callbacks=[alone], batch=2, accumulation=2)
+    assert dist.get_world_size() == 2
+    counts = [moe.get_usage_counts().tolist() for moe in trainer.model.moe_layers()]
+    evaluated = trainer.evaluate()["eval_loss"]
+    # Nobody adds up the ranks' counts here until they are asked for: DDP must leave each rank its own.
+    plain = train(build(), folder, callbacks=[], batch=2, accumulation=2)
+    usage = [usage.counts.tolist() for usage in expert_usage(plain.model.moe_layers())]
+    if dist.get_rank() == 0:
+        torch.save(trainer.model.state_dict(), folder + "/weights.pt")
+        found = dict(losses=losses(trainer), reports=alone.found, counts=counts)
+        result = found | dict(evaluated=evaluated, usage=usage)
+        Path(folder, "result.json").write_text(json.dumps(result))
+    else:
+        assert not alone.found  # only the master reports
+    del trainer, plain  # DDP before its process group
+    parallel.stop()
+    return 0
 
 
 def test_two_processes_equal_one(whole_batch, tmp_path):
     expected, expected_losses = whole_batch
-    script = tmp_path / "script.py"
-    tests = str(ROOT / "tests")
-    script.write_text(TWO_RANKS.format(root=str(ROOT), tests=tests, folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = start_ranks(2, [tmp_path], tmp_path / "output", script="test_callbacks")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["losses"] == pytest.approx(expected_losses, rel=2e-5)
     model = build()

@@ -12,14 +12,15 @@ import random
 import statistics
 import urllib.error
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import finish, start_ranks
 
 import hellaswag
 import parallel
@@ -283,11 +284,11 @@ def test_ranks_share_the_questions_and_run_equally_many_forwards(world_size, wri
     torch.testing.assert_close(sum(parts).view(-1, 4), whole, atol=1e-4, rtol=1e-5)
 
 
-def evaluate_on_rank(rank: int, folder, path) -> None:
+def main(arguments: list[str]) -> int:
     """One of two processes: all questions, then a file that rank 1 does not find."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(make_model(use_moe=True))
+    folder, path = map(Path, arguments)
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), torch.nn.parallel.DistributedDataParallel(make_model(use_moe=True))
     torch.save(evaluate(model, path, rank=rank, world_size=2).losses, f"{folder}/losses{rank}.pt")
     try:
         evaluate(model, path if rank == 0 else "missing", rank=rank, world_size=2)
@@ -295,11 +296,13 @@ def evaluate_on_rank(rank: int, folder, path) -> None:
         (folder / f"error{rank}").write_text(str(error))
     del model  # DDP before its process group
     parallel.stop()
+    return 0
 
 
 def test_two_processes_give_the_result_of_one_or_fail_together(tmp_path, write):
     path = write(make_examples(7))
-    torch.multiprocessing.spawn(evaluate_on_rank, (tmp_path, path), nprocs=2)
+    ranks = start_ranks(2, [tmp_path, path], tmp_path / "output", script="test_hellaswag")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
     whole = evaluate(make_model(use_moe=True), path).losses
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"losses{rank}.pt"), whole, atol=1e-4, rtol=1e-5)

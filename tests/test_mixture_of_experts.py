@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import needs_compiler
+from processes import finish, start_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -1031,18 +1031,22 @@ def idle_where_experts_are_shared_out(dim: int) -> list[list[int]]:
     return idle_experts([layer, layer])
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def main(arguments: list[str]) -> int:
+    """One of two processes."""
+    (folder,) = arguments
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results = {loss_type: train_a_part(rank, 2, loss_type) for loss_type in LOSSES}
     results["usage"] = usage_of_a_model(rank)
     results["idle"] = [idle_where_experts_are_shared_out(dim) for dim in (0, 1)]
     torch.save(results, f"{folder}/rank{rank}.pt")
     parallel.stop()
+    return 0
 
 
 def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path),), 2)
+    ranks = start_ranks(2, [tmp_path], tmp_path / "output", script="test_mixture_of_experts")
+    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
     for rank in (0, 1):
         results = torch.load(tmp_path / f"rank{rank}.pt")
         assert results["usage"] == [20 * (rank + 1), 60, 60]

@@ -6,14 +6,17 @@ Run: python -m pytest tests/test_muon.py
 import io
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from processes import finish, start, start_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+import parallel
 from model import GPTConfig, GPTLMHeadModel
 from muon import MuonAdamW, check_muon, configure_muon, newton_schulz, row_blocks
 
@@ -219,15 +222,9 @@ def test_refusals():
     check_muon("ddp", zero_stage=0)
 
 
-# One rank of the distributed test, and the single process it is compared with. Three matrices of one shape
-# and one of another: over two processes the shares are uneven, and one process has none.
-WORKER = """
-import os, sys
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-import parallel
-from muon import MuonAdamW
-
 class Net(nn.Module):
+    """Three matrices of one shape and one of another: over two processes the shares are uneven."""
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -239,52 +236,39 @@ class Net(nn.Module):
             x = x + F.silu(x @ w.t()) @ w
         return x @ self.last + self.bias
 
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float64)
-rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-net = Net()
-model = net
-if size > 1:
-    dist.init_process_group("gloo")
-    model = nn.parallel.DistributedDataParallel(net)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-    mesh = init_device_mesh("cpu", (size,))
-    sharded = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Shard(0)]))
-    try:
-        MuonAdamW([dict(params=[sharded], method="muon")], lr=1e-2)
-        sys.exit("a sharded parameter was accepted")
-    except ValueError as error:
-        assert "sharded" in str(error)
-optimizer = MuonAdamW(
-    [dict(params=[net.stack, net.last], method="muon"), dict(params=[net.bias], method="adamw")], lr=1e-2
-)
-x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
-share = x[rank * 8 // size : (rank + 1) * 8 // size]
-for step in range(4):
-    model(share).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save([p.detach() for p in net.parameters()], f"{sys.argv[1]}/{size}_{rank}.pt")
-del model  # DDP before its process group
-parallel.stop()
-"""
+
+def main(arguments: list[str]) -> int:
+    """One of two processes, or the single one that they are compared with."""
+    torch.set_default_dtype(torch.float64)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = net = Net()
+    if size > 1:
+        dist.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(net)
+        mesh = init_device_mesh("cpu", (size,))
+        sharded = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="sharded"):
+            MuonAdamW([dict(params=[sharded], method="muon")], lr=1e-2)
+    optimizer = MuonAdamW(
+        [dict(params=[net.stack, net.last], method="muon"), dict(params=[net.bias], method="adamw")], lr=1e-2
+    )
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+    share = x[rank * 8 // size : (rank + 1) * 8 // size]
+    for _ in range(4):
+        model(share).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save([p.detach() for p in net.parameters()], f"{arguments[0]}/{size}_{rank}.pt")
+    del model  # DDP before its process group
+    parallel.stop()
+    return 0
 
 
 def test_two_processes_equal_one(tmp_path):
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    ranks = [{}, *({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2))]
-    running = [
-        subprocess.Popen(
-            command, env=shared | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for more in ranks
-    ]
-    for process in running:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
+    output = tmp_path / "output"
+    running = [start([tmp_path], output, script="test_muon")]
+    running += start_ranks(2, [tmp_path], output, script="test_muon")
+    assert [finish(process) for process in running] == [0, 0, 0], output.read_text()
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     for one, a, b in zip(alone, first, second, strict=True):
         assert torch.equal(a, b)

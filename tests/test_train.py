@@ -6,14 +6,13 @@ Run: python -m pytest tests/test_train.py
 
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from processes import free_port
+from processes import finish, start_ranks
 
 import sample
 import train_gpt_moe
@@ -139,27 +138,14 @@ def test_accumulation_does_not_change_the_losses(demo_data, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "environment"])
 def test_two_processes_give_the_losses_of_one(finished, demo_data, tmp_path, launcher):
     flags = [*TINY, "--data_dir", demo_data, "--log_dir", str(tmp_path), "--B", "4", "--tensorboard", "False"]
-    script = str(ROOT / "train_gpt_moe.py")
     if launcher == "torchrun":
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            script,
-        ]
-        runs = [subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)]
-    else:
-        port, runs = str(free_port()), []
-        for rank in "01":
-            hand_set = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
-            hand_set["MASTER_PORT"] = port
-            command, environment = [sys.executable, script, *flags], {**os.environ, **hand_set}
-            runs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for run in runs:
-        error = run.communicate(timeout=600)[1]
-        assert run.returncode == 0, error
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [str(ROOT / "train_gpt_moe.py"), *flags]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+    else:  # hand-set RANK, WORLD_SIZE, ...
+        ranks = start_ranks(2, flags, tmp_path / "output")
+        assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
     assert losses(tmp_path) == pytest.approx(losses(finished[0]), rel=1e-4)
     assert losses(tmp_path, "val") == pytest.approx(losses(finished[0], "val"), rel=0.02)  # half the batches
 
