@@ -6,8 +6,8 @@
 
 checkpoint.py writes a checkpoint as one of them, sharded.py as a folder of several.
 
-References: the zip format, https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; torch.load's
-weights_only, https://docs.pytorch.org/docs/stable/notes/serialization.html
+References: the zip format, https://pkware.com/appnote; torch.load's weights_only,
+https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
 import errno

@@ -40,6 +40,7 @@ except ImportError:  # Windows has no such locks, nor such counters
 CURVES = {
     "loss": "loss/train", "val_loss": "loss/val", "balance_loss": "loss/balance", "z_loss": "loss/z",
     "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
+    "starved": "starved", "router_entropy": "router_entropy",
     "hella_acc_norm": "hellaswag", "hella_acc": "hellaswag_plain", "memory": "memory_gib",
 }  # fmt: skip
 LLMC_NAMES = {"train": "trl", "val": "tel", "hella": "eval"}  # of main.log

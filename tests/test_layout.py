@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "hellaswag": {"model", "checkpoint", "parallel"},  # inside main only
     "archives": set(),
     "sharded": {"archives", "experts", "parallel"},
-    "checkpoint": {"archives", "model", "convert", "mixture_of_experts", "sharded"},
+    "upcycle": {"mixture_of_experts", "model"},
+    "checkpoint": {"archives", "model", "convert", "sharded", "upcycle"},
     "run_log": {"archives", "checkpoint"},
     "preflight": {"experts", "linear_cross_entropy", "model"},
     "prepare": {"attention", "checkpoint", "fineweb", "model", "muon", "parallel"},

@@ -61,7 +61,8 @@ def events(finished):
 def test_tensorboard_curves_are_the_metrics(events, records):
     names = {
         "loss/train": "loss", "loss/balance": "balance_loss", "loss/z": "z_loss", "lr": "lr", "norm": "norm",
-        "tok_per_s": "tok_per_s", "max_load": "max_load", "memory_gib": "memory",
+        "tok_per_s": "tok_per_s", "max_load": "max_load", "memory_gib": "memory", "starved": "starved",
+        "router_entropy": "router_entropy",
     }  # fmt: skip
     for curve, name in names.items():
         expected = {r["step"]: r[name] for r in records if name in r}

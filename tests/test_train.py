@@ -67,17 +67,8 @@ def test_log_files_have_every_step_once(finished):
     assert first["run"]["versions"]["torch"] == torch.__version__ and "git" in first["run"]
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5]
     for record in records[:-1]:
-        for name in (
-            "loss",
-            "lr",
-            "norm",
-            "ms",
-            "tok_per_s",
-            "elapsed_s",
-            "balance_loss",
-            "z_loss",
-            "max_load",
-        ):
+        numbers = "loss lr norm ms tok_per_s elapsed_s balance_loss z_loss max_load starved router_entropy"
+        for name in numbers.split():
             assert math.isfinite(record[name]), name
         assert len(record["expert_load"]) == 2
         assert all(abs(sum(layer) - 1) < 1e-9 and len(layer) == 4 for layer in record["expert_load"])
