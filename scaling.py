@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import parallel
+from experts import local
 from measure import alternate
 from model import GPTConfig, GPTLMHeadModel
-from traffic import LAYOUTS, Collective, Links, Plan, forecast, meta_model, step_seconds, traffic
+from traffic import LAYOUTS, Collective, Links, Plan, forecast, held, meta_model, step_seconds, traffic
 
 # ---------------------------------------------------------------------------- MEASUREMENT
 
@@ -70,6 +71,13 @@ class Trainer:
         parallel.finish_gradients(self.model, self.layout)
         self.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def held(self) -> int:
+        """Bytes of this rank's parameters, of as many gradients, and of its moments, after a step."""
+        parameters = sum(local(parameter).nbytes for parameter in self.model.parameters())
+        state = getattr(self.optimizer, "optim", self.optimizer).state  # ZeRO has the real one inside
+        moments = [value for values in state.values() for value in values.values() if value.dim() > 0]
+        return 2 * parameters + sum(local(moment).nbytes for moment in moments)
 
 
 SIZED_BY = {  # operator: (kind, argument that has the size S)
@@ -165,7 +173,8 @@ def measure_rank(
         before = bytes_on_the_wire()
         with Volume() as volume:
             trainer.step()
-        found[name] = {"sent": dict(volume.sent), "wire": bytes_on_the_wire() - before}
+        wire = bytes_on_the_wire() - before
+        found[name] = {"sent": dict(volume.sent), "wire": wire, "held": trainer.held()}
         runs[name] = trainer.step
     if rounds:
         alone = Trainer(GPTLMHeadModel(config), plan, "cpu")  # but at the same time as the other processes
@@ -228,7 +237,8 @@ def check(rounds: int, ranks: tuple[int, ...] = (1, 2, 4)) -> list[dict]:
     for W in ranks:
         plan = Plan(W, B=2, T=128, dtype="float32", micro_steps=2)
         names = [name for name in LAYOUTS if W > 1 or name == "ddp"]
-        found = measure(plan, fields, names, rounds)[0]
+        all_found = measure(plan, fields, names, rounds)
+        found = all_found[0]
         links = Links(measured=found.get("speeds", {}), latency=found.get("latency", 0.0))
         for name in names:
             this = replace(plan, **LAYOUTS[name])
@@ -241,6 +251,8 @@ def check(rounds: int, ranks: tuple[int, ...] = (1, 2, 4)) -> list[dict]:
             rows.append({
                 "layout": name, "ranks": W, "MB sent, formula": sent / 1e6,
                 "MB, called": sum(seen["sent"].values()) / 1e6, "MB, on the wire": seen["wire"] / 1e6,
+                "MB held, formula": held(model, this) / 1e6,
+                "MB held": sum(rank[name]["held"] for rank in all_found) / W / 1e6,
                 "communication ms, forecast": 1e3 * communication, "ms, forecast": 1e3 * step,
                 "ms": 1e3 * seconds[name], "forecast / measured": step / seconds[name],
             })  # fmt: skip

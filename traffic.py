@@ -238,6 +238,12 @@ def memory(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     return uses
 
 
+def held(model: GPTLMHeadModel, plan: Plan) -> float:
+    """Bytes of parameters, gradients and moments on each rank, the mean of all."""
+    uses = memory(model, plan)
+    return uses["parameters"] + uses["gradients"] + uses["moments"]
+
+
 # ---------------------------------------------------------------------------- FORECAST
 
 

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "ladder": {"attention", "fineweb", "measure", "model", "muon"},
     "recipes": {"fineweb", "measure", "mixture_of_experts", "prepare", "train_gpt_moe"},
     "traffic": {"model", "preflight"},
-    "scaling": {"measure", "model", "parallel", "traffic"},
+    "scaling": {"experts", "measure", "model", "parallel", "traffic"},
     "bench": {
         "checkpoint", "experts", "fineweb", "hellaswag", "ladder", "linear_cross_entropy", "measure",
         "mixture_of_experts", "model", "muon", "parallel", "recipes", "run_log", "scaling",

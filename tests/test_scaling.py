@@ -20,6 +20,7 @@ from traffic import (
     Plan,
     elements,
     expert_elements,
+    held,
     memory,
     meta_model,
     step_seconds,
@@ -174,6 +175,8 @@ def test_formulas_equal_what_ranks_send(ranks):
         wire = sum(rank[name]["wire"] for rank in found) / ranks
         expected = sum(formula.values()) + formula.get("reduce_scatter", 0)
         assert wire == pytest.approx(expected, rel=0.1), name
+        mean = sum(rank[name]["held"] for rank in found) / ranks
+        assert mean == pytest.approx(held(meta, replace(plan, **changes)), rel=0.01), name
 
 
 def test_bf16_of_fsdp_is_gathered_in_two_bytes():
@@ -232,5 +235,6 @@ def test_forecasts_for_gloo_beside_measurements():
     assert [row["layout"] for row in rows] == list(LAYOUTS)
     for row in rows:
         assert row["MB, called"] == pytest.approx(row["MB sent, formula"])
+        assert row["MB held"] == pytest.approx(row["MB held, formula"], rel=0.01)
         assert row["ms, forecast"] > 0 and row["ms"] > 0
         assert row["forecast / measured"] == pytest.approx(row["ms, forecast"] / row["ms"])
