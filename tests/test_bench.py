@@ -282,10 +282,9 @@ def test_the_parts_of_a_step_add_up(tmp_path, capsys):
     assert code == 2 and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("pause", [0, 0.05])
-def test_what_of_a_step_on_a_gpu_is_the_loops_own(tmp_path, capsys, monkeypatch, pause):
+def test_what_of_a_step_on_a_gpu_is_the_loops_own(tmp_path, capsys, monkeypatch):
     """A CPU stands in for the GPU. 50 ms in reading the data are the loop's, not the model's."""
-    synchronized, next_batch = [], train_gpt_moe.faults.next_batch
+    synchronized, next_batch, pause = [], train_gpt_moe.faults.next_batch, 0.05
 
     def slow(loader):
         time.sleep(pause)
@@ -301,7 +300,5 @@ def test_what_of_a_step_on_a_gpu_is_the_loops_own(tmp_path, capsys, monkeypatch,
     step, alone, own = (float(row["ms"]) for row in table(tmp_path / "t.csv"))
     shares = [float(row["% of a step"]) for row in table(tmp_path / "t.csv")]
     assert shares == pytest.approx([100, 100 * alone / step, 100 * own / step])
-    assert step > 0 and alone > 0 and step > 1000 * pause
-    if pause:
-        assert own > 1000 * pause > alone
+    assert alone > 0 and step > own > 1000 * pause
     assert gc.isenabled() and gc.get_freeze_count() == 0

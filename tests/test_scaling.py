@@ -231,7 +231,7 @@ def test_bad_flags(flags, message, capsys):
 
 def test_forecasts_for_gloo_beside_measurements():
     """`--check` on two ranks. How near the forecasts come is for BENCHMARKS.md, not for a busy machine."""
-    rows = check(rounds=2, ranks=(2,))
+    rows = check(rounds=1, ranks=(2,))
     assert [row["layout"] for row in rows] == list(LAYOUTS)
     for row in rows:
         assert row["MB, called"] == pytest.approx(row["MB sent, formula"])
