@@ -465,15 +465,14 @@ def write_all(
     names is a model's, "d12", "gpt2-medium", ..., and makes the files' (gpt2_d12.bin, gpt2_355M.bin).
     c_names adds copies under 124M's. x and y, (B, T), are the state's. Returns the paths; errors as above.
     """
-    if "tokenizer" in parts:
-        encoding = encoding_of(model.config)
+    sizes_of(model.config)  # all that can be refused is, before anything is written
+    encoding = encoding_of(model.config) if "tokenizer" in parts else None
     writers = {
         "float32": lambda path: write_model(model, path, "float32"),
         "bfloat16": lambda path: write_model(model, path, "bfloat16"),
         "state": lambda path: write_state(model, x, y, path),
         "tokenizer": lambda path: write_tokenizer(encoding, path),
     }
-    sizes_of(model.config)
     Path(folder).mkdir(parents=True, exist_ok=True)
     labels, written = [LABELS.get(names, names)] + ["124M"] * c_names, []
     for part in parts:
