@@ -39,6 +39,7 @@ from torch.futures import Future
 from archives import (
     CheckpointError,
     NewerFormatError,
+    NotFiniteError,
     judge,
     load_archive,
     remove,
@@ -140,7 +141,7 @@ class Saver:
     def stage(self, checkpoint: dict, path: Path | None = None) -> tuple:
         """Make the folder, and copy this rank's part to the host; the rest is up to `commit`.
 
-        path: of the folder, if not model_XXXXX. A process alone copies nothing. CheckpointError if a value is
+        path: of the folder, if not model_XXXXX. A process alone copies nothing. NotFiniteError if a value is
         not finite; OSError if the folder cannot be made; what torch raises if memory is short.
         """
         path = path or self.folder / f"model_{checkpoint['step']:05d}"
@@ -155,7 +156,7 @@ class Saver:
         tensors, rest = split(checkpoint)
         for name, tensor in tensors.items():
             if not finite(tensor):
-                raise CheckpointError(
+                raise NotFiniteError(
                     f"step {checkpoint['step']} is not saved: {name} is not finite on rank {self.rank}"
                 )
         if self.rank == 0:
@@ -204,12 +205,13 @@ class Saver:
         except Exception as problem:
             error, said = problem, (str(problem) or repr(problem)).encode(errors="replace")
         length = 400  # of the text that goes to the other ranks, as numbers
-        for rank, (kind, *text) in enumerate(
-            self._gather([int(isinstance(error, CheckpointError)), *said[:length].ljust(length, b"\0")])
-        ):
+        mine = sum(isinstance(error, kind) for kind in (CheckpointError, NotFiniteError))  # which is one, too
+        rows = self._gather([mine, *said[:length].ljust(length, b"\0")])
+        for rank, (kind, *text) in enumerate(rows):
             there = bytes(text).rstrip(b"\0").decode(errors="replace")
             if there and error is None:
-                error = CheckpointError(there) if kind else OSError(f"rank {rank}: {there}")
+                there = there if kind else f"rank {rank}: {there}"
+                error = (OSError, CheckpointError, NotFiniteError)[kind](there)
         if error is not None:
             raise error
         return result

@@ -431,6 +431,7 @@ def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = {"model": {"a": weight, "b": torch.ones(7)}, "config": {}}
     writer = ckpt.CheckpointWriter(folder, keep_last=9, say=said.append, rank=rank, savers=dist.group.WORLD)
+    writer.retry_s = 0
 
     def save(step: int, here: bool, before=lambda: None, sick: float = 0.0) -> None:
         """here: whether it is this rank that something happens to."""
@@ -439,7 +440,7 @@ def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
         with full_disk(300 if here and not sick else resource.RLIM_INFINITY):
             writer.save({**state, "step": step}, before)
             writer.wait()
-        seen.append((step, str(writer.error)))
+        seen.append((step, str(writer.error), writer.wants_retry()))
         weight.to_local().copy_(good + 1)  # a step of training, for which the ranks need each other
         count = torch.ones(1)
         dist.all_reduce(count)
@@ -484,8 +485,10 @@ def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
     texts = [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)]
     assert "Traceback" not in "".join(texts), "\n".join(texts)
     seen = [json.loads(text) for text in texts]
-    assert [[step for step, error in rank if error != "None"] for rank in seen] == [[2, 3, 5, 6, 7]] * 2
-    errors = [error for _, error in seen[0]]
+    assert [[step for step, error, _ in rank if error != "None"] for rank in seen] == [[2, 3, 5, 6, 7]] * 2
+    # Bad values stay bad: to try again makes no sense.
+    assert [[step for step, _, again in rank if again] for rank in seen] == [[2, 3, 5, 7]] * 2
+    errors = [error for _, error, _ in seen[0]]
     assert "rank 1: [Errno 27] File too large" in errors[1] and "File too large" in errors[2]
     assert "No space left" in errors[4] and "rank 1: " in errors[6] and "can't allocate memory" in errors[6]
     assert errors[5] == "step 6 is not saved: model.a is not finite on rank 1"
