@@ -41,8 +41,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import sources
-from shards import (  # noqa: F401 (handed on)
+from tokens import sources
+from tokens.shards import (  # noqa: F401 (handed on)
     EOT,
     HEADER_INTS,
     MAGIC,

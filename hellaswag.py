@@ -527,8 +527,8 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate the model that the command line names; 0, or 2 for a bad model, data or setting."""
-    from checkpoint import load_model
-    from parallel import start, stop
+    from training.checkpoints import load_model
+    from training.parallel import start, stop
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint, exported folder, or gpt2 ... gpt2-xl")

@@ -35,10 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # as in model.py: in an exported folder these files are a package
-    from .experts import MLP, Experts, dispatch, held, local
-except ImportError:
-    from experts import MLP, Experts, dispatch, held, local
+from layers.experts import MLP, Experts, dispatch, held, local
 
 # Sums that outlive a forward are int64 in units of 2^-24. Adding them is exact, so they depend neither on the
 # order of micro-steps and ranks nor on a later model.bfloat16(). Room for 2^39 tokens.

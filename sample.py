@@ -12,9 +12,9 @@ import sys
 
 import torch
 
-from checkpoint import load_model
 from model import GPTLMHeadModel
-from parallel import choose_device
+from training.checkpoints import load_model
+from training.parallel import choose_device
 
 
 def load(source: str) -> GPTLMHeadModel:

@@ -35,21 +35,27 @@ import torch
 import transformers
 from transformers.hf_argparser import HfArg
 
-import checkpoint as ckpt
-import faults
-import llmc
-import parallel
-from attention import BACKENDS, choose_backend, prefer_backend
-from evaluation import cannot_sample, evaluate, evaluates_at
 from fineweb import DistributedDataLoader, prepare_demo, read_meta
-from flags import parse_flags
+from layers.attention import BACKENDS, choose_backend, prefer_backend
+from llmc import files as llmc
 from mixture_of_experts import idle_experts_spared
 from model import GPTLMHeadModel
 from plot_log import plot_runs
-from preflight import preflight
-from prepare import build_loaders, build_model, build_optimizer, check_config, learning_rate, place_model
-from progress import Progress, tell
-from run_log import RunLog, expert_load, peak_memory, run_record
+from training import checkpoints as ckpt
+from training import faults, parallel
+from training.evaluation import cannot_sample, evaluate, evaluates_at
+from training.flags import parse_flags
+from training.preflight import preflight
+from training.progress import Progress, tell
+from training.run_log import RunLog, expert_load, peak_memory, run_record
+from training.setup import (
+    build_loaders,
+    build_model,
+    build_optimizer,
+    check_config,
+    learning_rate,
+    place_model,
+)
 
 # ---------------------------------------------------------------------------- CONSTANTS
 

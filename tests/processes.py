@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import fineweb
-from checkpoint import load_checkpoint
+from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])

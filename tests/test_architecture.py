@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from attention import CausalSelfAttention, flex_window, rotary_angles, rotate, window_block_mask
+from layers.attention import CausalSelfAttention, flex_window, rotary_angles, rotate, window_block_mask
 from model import CACHE, GPTConfig, GPTLMHeadModel
 
 OPTIONS = {

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from attention import (
+from layers.attention import (
     CausalSelfAttention,
     LayerNorm,
     RMSNorm,

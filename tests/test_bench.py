@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import attention
-import bench
-import ladder
-import measure
 import train_gpt_moe
-from attention import BACKENDS, choose_backend, prefer_backend, time_backend
+from bench import commands as bench
+from bench import ladder, measure
 from fineweb import write_shard
+from layers import attention
+from layers.attention import BACKENDS, choose_backend, prefer_backend, time_backend
 from model import GPTConfig, GPTLMHeadModel
 
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-import parallel
 from mixture_of_experts import expert_usage
 from model import GPT, GPTConfig, GPTLMHeadModel, MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
+from training import parallel
 
 ROWS, T = 8, 16
 

@@ -22,9 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import equal, full_disk
 
-import checkpoint as ckpt
-from checkpoint import CheckpointError, CheckpointWriter, load_checkpoint, load_newest, save_checkpoint
+import checkpoint
 from model import GPT, GPTConfig, GPTLMHeadModel
+from training import checkpoints as ckpt
+from training.checkpoints import (
+    CheckpointError,
+    CheckpointWriter,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 
 
 def small(step: int = 3, **more) -> dict:
@@ -491,11 +498,11 @@ def test_a_slash_at_the_end_changes_nothing(tmp_path):
         assert found["step"] == 2
     assert str(ckpt.list_checkpoints(log)[0]) == str(ckpt.follow_latest(path)) == path[:-1]
     assert equal(dict(ckpt.load_model(path).state_dict()), dict(model.state_dict()))
-    assert ckpt.main(["verify", path]) == 0
-    assert ckpt.main(["convert", path, f"{log}copy/"]) == 0
-    assert ckpt.main(["convert", f"{log}copy/", f"{log}copy.pt/"]) == 0
+    assert checkpoint.main(["verify", path]) == 0
+    assert checkpoint.main(["convert", path, f"{log}copy/"]) == 0
+    assert checkpoint.main(["convert", f"{log}copy/", f"{log}copy.pt/"]) == 0
     assert equal(load_checkpoint(tmp_path / "copy.pt")["model"], load_checkpoint(path)["model"])
-    assert ckpt.main(["export", f"{log}copy/", f"{log}exported/", "--no-tokenizer"]) == 0
+    assert checkpoint.main(["export", f"{log}copy/", f"{log}exported/", "--no-tokenizer"]) == 0
     assert equal(dict(ckpt.load_model(f"{log}exported/").state_dict()), dict(model.state_dict()))
 
 
@@ -589,13 +596,13 @@ def test_commands(tmp_path, capsys):
     model = dense_model(encoding="bytes", vocab_size=384, encoding_size=257)
     state = {"model": model.state_dict(), "config": model.config.to_dict(), "step": 1, "val_loss": 2.5}
     path = str(save_checkpoint(state, tmp_path))
-    assert ckpt.main(["verify", path]) == 0
+    assert checkpoint.main(["verify", path]) == 0
     assert "undamaged, step 1, last validation loss before it 2.5" in capsys.readouterr().out
-    assert ckpt.main(["export", path, str(tmp_path / "out")]) == 0
+    assert checkpoint.main(["export", path, str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists() and not list((tmp_path / "out").glob("*.bin"))
     exported = GPT.from_pretrained(tmp_path / "out")
     assert equal(dict(exported.state_dict()), dict(model.state_dict()))
     capsys.readouterr()
     for arguments in (["verify", str(tmp_path / "none.pt")], ["export", path, str(tmp_path)]):
-        assert ckpt.main(arguments) == 2
+        assert checkpoint.main(arguments) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1

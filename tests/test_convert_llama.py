@@ -13,10 +13,11 @@ from test_huggingface import strong, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-import convert_llama
-from convert import encode_text, export_folder
+from huggingface import llama
+from huggingface.convert import encode_text, export_folder
 from model import GPT, GPTConfig, GPTLMHeadModel
 from train_gpt_moe import PRESETS
+from training import checkpoints as ckpt
 
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False)
 SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=97, block_size=24, mlp_hidden_size=40)
@@ -52,7 +53,7 @@ def small(kind: str, **fields) -> GPTConfig:
 
 def stock(kind: str, seed: int = 0, **fields):
     """A model of transformers with random weights, norms around one."""
-    name = convert_llama.FAMILY[kind]
+    name = llama.FAMILY[kind]
     sizes = dict(
         vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, head_dim=8,
@@ -187,16 +188,14 @@ def test_a_llama_begins_a_run(tmp_path, caplog):
     stock("llama").save_pretrained(tmp_path)
     fields = small("llama").to_dict() | dict(encoding="bytes")
     with pytest.raises(ValueError, match="encoding='unknown' in init_from"):
-        checkpoint.begin_from(str(tmp_path), fields, set(), T=24)
+        ckpt.begin_from(str(tmp_path), fields, set(), T=24)
     assert 'write "encoding": "bytes"' in caplog.text
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"encoding": "bytes"}))
-    model = checkpoint.begin_from(str(tmp_path), fields, {"use_moe"}, T=24)
-    assert model.training and torch.equal(
-        model(tokens()).logits, checkpoint.load_model(tmp_path)(tokens()).logits
-    )
+    model = ckpt.begin_from(str(tmp_path), fields, {"use_moe"}, T=24)
+    assert model.training and torch.equal(model(tokens()).logits, ckpt.load_model(tmp_path)(tokens()).logits)
     experts = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden_size=40)
-    upcycled = checkpoint.begin_from(str(tmp_path), fields | experts, set(experts), T=24).eval()
+    upcycled = ckpt.begin_from(str(tmp_path), fields | experts, set(experts), T=24).eval()
     assert (upcycled(tokens()).logits - model(tokens()).logits).abs().max() < 1e-4
 
 
@@ -210,7 +209,7 @@ def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path):
     export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
     assert not list((tmp_path / "out").glob("*.py"))
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(theirs).__name__ == f"{convert_llama.FAMILY[kind]}ForCausalLM" and not any(info.values())
+    assert type(theirs).__name__ == f"{llama.FAMILY[kind]}ForCausalLM" and not any(info.values())
     assert_equal_models(model, theirs)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert_equal_models(back, theirs)
@@ -282,7 +281,7 @@ def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, caps
     text_fields = dict(encoding="bytes", encoding_size=257, vocab_size=384)
     config = small("qwen3_moe", **EXPERTS, **text_fields).to_dict()
     model = strong(GPTLMHeadModel(config), std=0.15)
-    checkpoint.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
+    ckpt.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
     assert (
         checkpoint.main(
             ["export", str(tmp_path / "model_00007.pt"), str(tmp_path / "out"), "--format", "qwen3_moe"]

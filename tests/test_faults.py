@@ -38,16 +38,14 @@ from processes import (
 from test_checkpoint import dense_model
 from test_hellaswag import make_examples
 
-import checkpoint as ckpt
-import evaluation
-import faults
 import hellaswag
-import parallel
 import train_gpt_moe
-from faults import Health, Signals
 from fineweb import read_shard, write_shard
 from model import GPTLMHeadModel
-from run_log import RunLog
+from training import checkpoints as ckpt
+from training import evaluation, faults, parallel
+from training.faults import Health, Signals
+from training.run_log import RunLog
 
 
 def main(arguments: list[str]) -> int:

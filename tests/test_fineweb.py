@@ -31,9 +31,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
-import shards
-import sources
 from fineweb import DistributedDataLoader, Job, build, read_shard, write_shard
+from tokens import shards, sources
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -572,7 +571,7 @@ def test_prefetching_ends_with_the_loader_and_with_the_process(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import fineweb
-import sources
+from tokens import sources
 loader = fineweb.DistributedDataLoader({str(tmp_path)!r}, B=2, T=8)
 loader.next_batch()
 raise SystemExit(5)

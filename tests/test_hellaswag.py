@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from processes import finish, start_ranks
 
 import hellaswag
-import parallel
 from hellaswag import HellaSwagUnavailable, build_question, evaluate, iterate_examples, render_example
 from model import GPT, GPTConfig, GPTLMHeadModel
+from training import parallel
 
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()

@@ -16,8 +16,8 @@ from conftest import shared_file
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
-import convert
-from convert import build_tokenizer, decode_tokens, encode_text, export_folder
+from huggingface import convert
+from huggingface.convert import build_tokenizer, decode_tokens, encode_text, export_folder
 from model import GPT, GPTConfig, GPTLMHeadModel
 
 ARCHITECTURES = {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fineweb
-import llmc
+from llmc import files as llmc
 from model import GPTConfig, GPTLMHeadModel
 
 GPT2 = dict(use_moe=False, block_size=12, vocab_size=384, encoding_size=300, n_layer=3, n_head=2, n_embd=16)

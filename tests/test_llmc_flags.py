@@ -12,14 +12,14 @@ import tiktoken
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import checkpoint
-import llmc
-import parallel
 import sample
 import train_gpt_moe
-from prepare import build_loaders
-from shards import read_meta, write_shard
+from llmc import files as llmc
+from tokens.shards import read_meta, write_shard
 from train_gpt_moe import MODELS, PRESETS, TrainConfig, parse_config
+from training import checkpoints as ckpt
+from training import parallel
+from training.setup import build_loaders
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=50257)
 B, T, STEPS, RATE = 2, 16, 6, 1e-3
@@ -191,7 +191,7 @@ def test_new_models_begin_at_the_loss_of_their_state(preset, shard, tmp_path, gp
     state = llmc.read_state(tmp_path / "gpt2_d1_debug_state.bin", tmp_path / "gpt2_d1.bin")
     assert logged(tmp_path, "trl") == pytest.approx([float(state["loss"])], abs=2e-6)
     assert run(*flags, "--write_tensors", 0) == 0
-    size = checkpoint.load_checkpoint(tmp_path / "latest")["config"]["vocab_size"]
+    size = ckpt.load_checkpoint(tmp_path / "latest")["config"]["vocab_size"]
     assert size == (50257 if "llmc" in preset else 50304)  # the fast number where nobody compares
 
 
@@ -203,7 +203,7 @@ def test_samples_begin_with_the_end_of_text(gpt2, shard, tmp_path, gpt2_encoding
     new = ["--init_from", "", "--n_layer", 1, "--n_head", 2, "--n_embd", 16]
     assert run(*flags, *new, "--model", "d12", "--output_dir", tmp_path / "new") == 0
     assert capsys.readouterr().out.count(": sample: ") == 2
-    state = checkpoint.load_checkpoint(tmp_path / "new" / "latest")
+    state = ckpt.load_checkpoint(tmp_path / "new" / "latest")
     assert state["config"]["bos_token_id"] == state["config"]["eos_token_id"] == 50256
     state["config"]["bos_token_id"] = None  # as before there was one
     torch.save(state, tmp_path / "old.pt")
@@ -248,7 +248,7 @@ def test_without_tiktokens_files_nothing_is_written(gpt2, shard, tmp_path, monke
     assert "TIKTOKEN_CACHE_DIR" in error and "--write_tensors 0" in error and "--encoding" not in error
     assert sorted(tmp_path.rglob("*")) == before  # nor is the earlier run moved aside
     with pytest.raises(ValueError, match="no tokenizer can be written"):
-        llmc.write_all(checkpoint.load_model(tmp_path / "latest"), None, None, tmp_path / "new")
+        llmc.write_all(ckpt.load_model(tmp_path / "latest"), None, None, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -277,7 +277,7 @@ def test_files_and_what_is_printed(gpt2, shard, tmp_path, gpt2_encoding, capsys)
     assert re.search(r"^final 5 iters avg: \d+\.\d{3}ms$", text, re.MULTILINE)  # as llm.c, not the first
     assert re.search(r"^peak memory consumption: [1-9]\d* MiB$", text, re.MULTILINE)
     assert len(logged(tmp_path, "tel")) == 3 and len(logged(tmp_path, "trl")) == STEPS
-    assert checkpoint.load_checkpoint(tmp_path / "latest")["step"] == STEPS
+    assert ckpt.load_checkpoint(tmp_path / "latest")["step"] == STEPS
 
 
 def test_inference_only_changes_and_saves_nothing(gpt2, shard, tmp_path):
@@ -293,7 +293,7 @@ def test_float16_trains_as_float32_does(gpt2, shard, tmp_path):
     flags = ["--write_tensors", 0, "--weight_decay", 0.1, "--learning_rate_decay_frac", 0.5]
     assert run(*common(gpt2, shard, tmp_path), *flags, "--dtype", "float16") == 0
     assert logged(tmp_path, "trl") == pytest.approx(reference(gpt2, shard, True), rel=5e-3)
-    scale = checkpoint.load_checkpoint(tmp_path / "latest")["scaler"]["scale"]
+    scale = ckpt.load_checkpoint(tmp_path / "latest")["scaler"]["scale"]
     assert scale == 2.0**16  # not one step was skipped
 
 

@@ -21,9 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-import experts
-import parallel
-from experts import MLP, dispatch, expert_mlp, grouped_mm
+from layers import experts
+from layers.experts import MLP, dispatch, expert_mlp, grouped_mm
 from mixture_of_experts import (
     LOSSES,
     MoE,
@@ -38,7 +37,8 @@ from mixture_of_experts import (
     variance_penalty,
 )
 from model import GPTConfig, GPTLMHeadModel
-from run_log import expert_load
+from training import parallel
+from training.run_log import expert_load
 
 
 def make_config(**overrides) -> SimpleNamespace:

@@ -16,9 +16,9 @@ from processes import finish, start, start_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-import parallel
 from model import GPTConfig, GPTLMHeadModel
-from muon import MuonAdamW, check_muon, configure_muon, newton_schulz, row_blocks
+from training import parallel
+from training.muon import MuonAdamW, check_muon, configure_muon, newton_schulz, row_blocks
 
 OPTIONS = dict(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), device_type="cpu")
 

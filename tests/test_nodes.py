@@ -19,9 +19,8 @@ import torch.distributed as dist
 from conftest import ROOT
 from processes import finish, flags, free_port, same_run, start_ranks, wait_for, write_data
 
-import parallel
 import train_gpt_moe
-import watch
+from training import parallel, watch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # So long that a kill after a few steps comes before the end, however late it is.

@@ -12,14 +12,12 @@ import pytest
 import torch
 from processes import finish, flags, metrics, start, start_ranks, wait_for, write_data
 
-import checkpoint as ckpt
-import expert_parallel
-import muon
-import parallel
 import train_gpt_moe
-from experts import local
+from layers.experts import local
 from mixture_of_experts import idle_experts_spared
-from prepare import build_model, build_optimizer, check_config, place_model
+from training import checkpoints as ckpt
+from training import expert_parallel, muon, parallel
+from training.setup import build_model, build_optimizer, check_config, place_model
 
 META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 STEPS, SEQUENCES, T = 5, 8, 16
@@ -312,7 +310,7 @@ def test_memory_is_divided_up(folder):
 def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
     config, _ = train_gpt_moe.parse_config(["--hellaswag", "False", *flags.split()])
     alone = "processes" in message
-    monkeypatch.setattr("prepare.dist.is_initialized", lambda: not alone)
+    monkeypatch.setattr("training.setup.dist.is_initialized", lambda: not alone)
     size = 1 if alone else 2
     with pytest.raises(ValueError, match=re.escape(message)):
         check_config(config, parallel.World(0, 0, size, torch.device("cpu")))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import memory_bytes
+from bench.commands import memory_bytes
 from model import GPTConfig, GPTLMHeadModel
-from preflight import memory_estimate, parameters_by_part, preflight
 from train_gpt_moe import TrainConfig
+from training.preflight import memory_estimate, parameters_by_part, preflight
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=512, block_size=64)
 

@@ -12,8 +12,8 @@ import torch
 from processes import TINY, finish, start_ranks
 
 from model import GPTConfig, GPTLMHeadModel
-from progress import LEVELS, Progress, duration, heat_map, live_line, step_line
 from train_gpt_moe import TrainConfig
+from training.progress import LEVELS, Progress, duration, heat_map, live_line, step_line
 
 
 class Terminal(io.StringIO):

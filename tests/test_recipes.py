@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bench
-import recipes
+from bench import commands as bench
+from bench import recipes
 from model import GPTConfig, GPTLMHeadModel
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, B=4)

@@ -34,11 +34,11 @@ from processes import (
     write_data,
 )  # fmt: skip
 
-import checkpoint as ckpt
-import run_log
 import train_gpt_moe
 from fineweb import read_shard, write_shard
-from run_log import RunLog
+from training import checkpoints as ckpt
+from training import run_log
+from training.run_log import RunLog
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from PIL import Image
 from processes import TINY
 from test_hellaswag import make_examples
 
-import evaluation
 import train_gpt_moe
 from fineweb import prepare_demo
 from model import GPTLMHeadModel
+from training import evaluation
 
 
 @pytest.fixture(scope="module")

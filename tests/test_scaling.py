@@ -10,10 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bench
-from model import GPTConfig
-from scaling import check, measure
-from traffic import (
+from bench import commands as bench
+from bench.scaling import check, measure
+from bench.traffic import (
     LAYOUTS,
     Collective,
     Links,
@@ -26,6 +25,7 @@ from traffic import (
     step_seconds,
     traffic,
 )
+from model import GPTConfig
 
 # 2 layers, C = 8, 4 experts of H = 32, 2 per token, no biases, V = 32, T = 16: P by hand
 SMALL = dict(

@@ -27,10 +27,11 @@ from test_checkpoint import little_memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import checkpoint as ckpt
-import sharded
-from checkpoint import CheckpointError
+import checkpoint
 from model import GPTConfig, GPTLMHeadModel
+from training import checkpoints as ckpt
+from training import sharded
+from training.checkpoints import CheckpointError
 
 
 def content(step: int = 5, tied: bool = True) -> dict:
@@ -74,14 +75,14 @@ def test_file_and_folder_become_each_other(tmp_path, tied):
     state = content(tied=tied)
     file = ckpt.save_checkpoint(state, tmp_path)
     folder, back = tmp_path / "model_00005", tmp_path / "back.pt"
-    assert ckpt.main(["convert", str(file), str(folder)]) == 0
-    assert ckpt.main(["convert", str(folder), str(back)]) == 0
+    assert checkpoint.main(["convert", str(file), str(folder)]) == 0
+    assert checkpoint.main(["convert", str(folder), str(back)]) == 0
     for path in (file, folder, back):
         assert equal(ckpt.load_checkpoint(path), state)
-        assert ckpt.main(["verify", str(path)]) == 0
+        assert checkpoint.main(["verify", str(path)]) == 0
     model = ckpt.load_model(f"{folder}/")
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
-    assert ckpt.main(["convert", str(file), str(folder)]) == 2  # nothing is overwritten
+    assert checkpoint.main(["convert", str(file), str(folder)]) == 2  # nothing is overwritten
     assert not list(tmp_path.glob(".*"))
 
 
@@ -91,7 +92,7 @@ def test_a_conversion_that_was_killed_can_be_repeated(saved, tmp_path):
     for name in (".copy.unfinished", ".model_00006.unfinished"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(b"half of it")
-    assert ckpt.main(["convert", f"{path}/", f"{tmp_path / 'copy'}/"]) == 0
+    assert checkpoint.main(["convert", f"{path}/", f"{tmp_path / 'copy'}/"]) == 0
     assert equal(ckpt.load_checkpoint(tmp_path / "copy"), state)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [".model_00006.unfinished", "copy", "model_00005"]
@@ -111,7 +112,7 @@ def test_a_folder_is_a_checkpoint_even_if_latest_lies_in_it(saved):
 
 def test_a_folder_is_exported(saved, tmp_path):
     path, state = saved
-    assert ckpt.main(["export", str(path), str(tmp_path / "out")]) == 0
+    assert checkpoint.main(["export", str(path), str(tmp_path / "out")]) == 0
     exported = GPTLMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     learned = {name: value for name, value in state["model"].items() if value.is_floating_point()}
     assert all(torch.equal(exported[name], value) for name, value in learned.items())
@@ -210,7 +211,7 @@ def test_a_forged_index_is_refused(saved, capsys, message):
     forge(path, FORGERIES[message])
     with pytest.raises(CheckpointError, match=f"{path}.*{message}"):
         ckpt.load_checkpoint(path)
-    assert ckpt.main(["verify", str(path)]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert checkpoint.main(["verify", str(path)]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_parts_that_overlap_are_refused_though_their_sizes_add_up():

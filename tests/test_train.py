@@ -177,7 +177,7 @@ def test_flags_win_over_presets_and_aliases_are_fields():
 
 
 def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
-    import parallel
+    from training import parallel
 
     world = parallel.World(0, 0, 3, torch.device("cpu"))
     assert check_config(TrainConfig(B=4, T=8, total_batch_size=192), world) == 2
@@ -189,7 +189,7 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
 
 @pytest.mark.parametrize(("steps", "expected"), [(30, 3), (5, 0), (40, 4), (41, 40), (0, 40)])
 def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
-    import parallel
+    from training import parallel
 
     world, said = parallel.World(0, 0, 1, torch.device("cpu")), []
     config, given = parse_config(["--preset", "demo", "--max_steps", str(steps)])

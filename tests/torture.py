@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from processes import flags, made_up_text, metrics, start, start_ranks, write_data
 
-import checkpoint as ckpt
+from training import checkpoints as ckpt
 
 STEPS, SIZE = 40, 24 << 20  # of a run; bytes of the tmpfs
 LAYOUTS = {

@@ -18,10 +18,7 @@ import os
 import torch
 from transformers import TrainerCallback
 
-try:
-    from .mixture_of_experts import MoE, update_routers
-except ImportError:
-    from mixture_of_experts import MoE, update_routers
+from mixture_of_experts import MoE, update_routers
 
 
 class MoEUsageCallback(TrainerCallback):

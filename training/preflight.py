@@ -11,8 +11,8 @@ import os
 import torch
 import torch.nn as nn
 
-from experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
-from linear_cross_entropy import rows_per_chunk
+from layers.experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
+from layers.linear_cross_entropy import rows_per_chunk
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = (

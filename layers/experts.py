@@ -31,7 +31,7 @@ MOST_GROUPS = 1024  # torch's grouped product takes fewer
 
 # Of the operators. The copy of this file in an exported folder, loaded beside it, has another: an operator of
 # the same name would replace this file's, and whoever called that would meet freed memory.
-NAMESPACE = f"gpt_moe_{zlib.crc32(__name__.encode()):x}" if "." in __name__ else "gpt_moe"
+NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
 # -----------------------------------------------------------------------------
 # Parameters that are shared out over ranks (DTensors)

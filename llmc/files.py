@@ -80,10 +80,10 @@ import numpy as np
 import tiktoken
 import torch
 
-from archives import write_atomically
-from checkpoint import load_model
 from fineweb import get_encoding, read_shard
 from model import GPT, GPTConfig, GPTLMHeadModel
+from training.archives import write_atomically
+from training.checkpoints import load_model
 
 HEADER_BYTES = 1024
 # kind of file: magic number, versions that are read

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import parallel
-from experts import local
-from measure import alternate
+from bench.measure import alternate
+from bench.traffic import LAYOUTS, Collective, Links, Plan, forecast, held, meta_model, step_seconds, traffic
+from layers.experts import local
 from model import GPTConfig, GPTLMHeadModel
-from traffic import LAYOUTS, Collective, Links, Plan, forecast, held, meta_model, step_seconds, traffic
+from training import parallel
 
 # ---------------------------------------------------------------------------- MEASUREMENT
 
@@ -201,7 +201,7 @@ def measure(plan: Plan, fields: dict, names: list[str], rounds: int) -> list[dic
     """What each of plan.ranks processes finds (measure_rank) that train a GPTConfig(**fields) together."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["scaling"])  # import once
+    context.set_forkserver_preload(["bench.scaling"])  # import once
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

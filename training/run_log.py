@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import transformers
 
-from archives import sync_folder, write_atomically
-from checkpoint import list_checkpoints
+from training.archives import sync_folder, write_atomically
+from training.checkpoints import list_checkpoints
 
 try:
     import fcntl
@@ -128,7 +128,7 @@ class RunLog:
     def draw(self) -> None:
         """Draw training.png in a process of its own, unless the last one is still at it."""
         if self.drawing is None or self.drawing.poll() is not None:
-            command = [sys.executable, str(Path(__file__).with_name("plot_log.py")), str(self.folder)]
+            command = [sys.executable, str(Path(__file__).parents[1] / "plot_log.py"), str(self.folder)]
             self.drawing = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _line(self, step: int, kind: str, value: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from attention import synchronize
+from layers.attention import synchronize
 
 PICTURES = (".png", ".svg", ".pdf")
 # Columns that a picture shows, as far as a table has them.

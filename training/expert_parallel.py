@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experts import Experts, Gather, dispatch
+from layers.experts import Experts, Gather, dispatch
 
 
 class Trip:

@@ -56,7 +56,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from model import GPTConfig, GPTLMHeadModel
-from preflight import elements, expert_elements, memory_estimate, parameters_held, shapes_by_part, split
+from training.preflight import (
+    elements,
+    expert_elements,
+    memory_estimate,
+    parameters_held,
+    shapes_by_part,
+    split,
+)
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 SENT = {  # bytes sent by each of W ranks, as a multiple of (W-1)/W and the size

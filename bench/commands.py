@@ -40,17 +40,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hellaswag as hs
-from checkpoint import CheckpointWriter, load_checkpoint, verify_checkpoint
-from experts import MLP
+from bench.ladder import bench_ladder
+from bench.measure import PICTURES, alternate, in_words, load_nanogpt, memory_bytes, report, training_step
+from bench.recipes import moe_pays, time_to_loss
+from bench.scaling import add_flags, bench_scale
 from fineweb import prepare_demo
-from ladder import bench_ladder
-from linear_cross_entropy import linear_cross_entropy
-from measure import PICTURES, alternate, in_words, load_nanogpt, memory_bytes, report, training_step
+from layers.experts import MLP
+from layers.linear_cross_entropy import linear_cross_entropy
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
-from parallel import choose_device
-from recipes import moe_pays, time_to_loss
-from scaling import add_flags, bench_scale
+from training.checkpoints import CheckpointWriter, load_checkpoint, verify_checkpoint
+from training.parallel import choose_device
 
 MOE_SIZES = ((4096, 256, 8, 2, 1024), (2048, 768, 8, 2, 3072), (4096, 384, 64, 8, 192))  # tokens, C, E, K, H
 MODEL_SIZES = {
@@ -405,9 +405,9 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
     folder: with the demo's data; the log is written beside them. collector: "frozen", as the loop has the
     garbage collector, or "python", as Python has it.
     """
-    import parallel
     import train_gpt_moe
-    from run_log import RunLog
+    from training import parallel
+    from training.run_log import RunLog
 
     spent, collections = defaultdict(list), []
     places = {
@@ -454,8 +454,8 @@ def step_times(folder: str, steps: int, B: int, T: int, device: torch.device, mo
     lets it.
     """
     import train_gpt_moe
-    from measure import synchronize
-    from run_log import RunLog
+    from bench.measure import synchronize
+    from training.run_log import RunLog
 
     marks, log, train, measured = [], RunLog.step, train_gpt_moe.train, steps - 1 - SKIPPED
 

@@ -25,10 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-try:  # as in model.py: in an exported folder these files are a package
-    from .convert_llama import FAMILY, from_llama_weights, llama_config_fields, older_names, refuse, to_llama
-except ImportError:
-    from convert_llama import FAMILY, from_llama_weights, llama_config_fields, older_names, refuse, to_llama
+from huggingface.llama import FAMILY, from_llama_weights, llama_config_fields, older_names, refuse, to_llama
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-import checkpoint as ckpt
-import parallel
-from attention import BACKENDS
 from fineweb import DistributedDataLoader, find_shards
+from layers.attention import BACKENDS
 from model import Block, GPTConfig, GPTLMHeadModel
-from muon import check_muon, configure_muon
+from training import checkpoints as ckpt
+from training import parallel
+from training.muon import check_muon, configure_muon
 
 
 def check_config(

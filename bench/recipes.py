@@ -30,11 +30,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from bench.measure import alternate, load_nanogpt
 from fineweb import find_shards, prepare_demo, read_shard
-from measure import alternate, load_nanogpt
 from mixture_of_experts import idle_experts_spared
-from prepare import build_model, build_optimizer, learning_rate
 from train_gpt_moe import PRESETS, TrainConfig
+from training.setup import build_model, build_optimizer, learning_rate
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attention import prefer_backend
+from bench.measure import alternate, memory_bytes, training_step
 from fineweb import DistributedDataLoader, write_shard
-from measure import alternate, memory_bytes, training_step
+from layers.attention import prefer_backend
 from model import GPTConfig, GPTLMHeadModel
-from muon import has_fast_bf16
+from training.muon import has_fast_bf16
 
 START = dict(
     tf32=False, dtype="float32", compile=False, attention="written out", vocab_size=50257, fused=False,

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 # As in experts.py.
-NAMESPACE = f"gpt_moe_{zlib.crc32(__name__.encode()):x}" if "." in __name__ else "gpt_moe"
+NAMESPACE = (
+    "gpt_moe" if __name__ == "layers.linear_cross_entropy" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
+)
 
 # Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench.py head); on GPUs an estimate:
 # some 2,700 rows of GPT-2's vocabulary keep the matrix products as fast as they get.

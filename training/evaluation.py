@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-import faults
-from convert import encode_prompt
 from fineweb import DistributedDataLoader
 from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
+from huggingface.convert import encode_prompt
 from model import GPTLMHeadModel
+from training import faults
 
 
 def evaluate(

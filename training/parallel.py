@@ -30,10 +30,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from expert_parallel import Exchange
-from experts import dimension_to_cut, held, local
+from layers.experts import dimension_to_cut, held, local
 from mixture_of_experts import MoE
-from watch import Watch
+from training.expert_parallel import Exchange
+from training.watch import Watch
 
 TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for the last rank to come
 

@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from archives import (
+from layers.experts import held, local
+from training.archives import (
     CheckpointError,
     NewerFormatError,
     NotFiniteError,
@@ -48,8 +49,7 @@ from archives import (
     unveil,
     write_atomically,
 )
-from experts import held, local
-from parallel import like
+from training.parallel import like
 
 FORMAT = 1
 INDEX, REST = "index.json", "rest.pt"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.adamw import adamw
 
-from experts import local
+from layers.experts import local
 
 # Of a x + b x^3 + c x^5: five rounds of it drive singular values of 0.003 .. 1 to 0.7 .. 1.2. Jordan's.
 QUINTIC = (3.4445, -4.7750, 2.0315)

@@ -1,0 +1,7 @@
+"""Measurements: python -m bench --help"""
+
+import sys
+
+from bench.commands import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What makes the network of model.py a transformers model: text, generation, folders, foreign weights."""

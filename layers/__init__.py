@@ -1,0 +1,1 @@
+"""Feed-forward networks, experts, attention, loss head: fast paths, each beside its slow reference."""

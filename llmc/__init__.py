@@ -1,0 +1,1 @@
+"""llm.c's binary files and flags: `python -m llmc --help`."""

@@ -1,0 +1,1 @@
+"""From text to tokens to batches: encodings, sources, the shard format, the loader."""
