@@ -42,6 +42,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokens import sources
+from tokens.files import write_atomically
 from tokens.shards import (  # noqa: F401 (handed on)
     EOT,
     HEADER_INTS,
@@ -57,7 +58,6 @@ from tokens.shards import (  # noqa: F401 (handed on)
     permute,
     read_meta,
     read_shard,
-    write_atomically,
     write_shard,
 )
 
@@ -305,7 +305,7 @@ class ShardWriter:
             raise ValueError(f"{job.out} holds {foreign[0]}, which is not of this data: give another --out")
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):  # left by a kill
-            for temporary in glob.glob(os.path.join(glob.escape(job.out), f"{name}.*.tmp")):
+            for temporary in glob.glob(os.path.join(glob.escape(job.out), f".{name}.*.tmp")):
                 os.unlink(temporary)
         self.n, self.filled = 0, 0  # shards done, tokens of the next one
 
@@ -373,7 +373,8 @@ class ShardWriter:
             shards[os.path.basename(self.path(self.n - 1))] = last
         meta = describe(self.encoding, shards, complete=last is not None)
         meta |= {"source": self.settings["source"], **more, "settings": self.settings}
-        write_atomically(self.meta_path, json.dumps(meta, indent=1).encode())
+        text = json.dumps(meta, indent=1).encode()
+        write_atomically(self.meta_path, lambda file: file.write(text))
         return meta
 
 

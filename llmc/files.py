@@ -82,7 +82,7 @@ import torch
 
 from fineweb import get_encoding, read_shard
 from model import GPT, GPTConfig, GPTLMHeadModel
-from training.archives import write_atomically
+from tokens.files import write_atomically
 from training.checkpoints import load_model
 
 HEADER_BYTES = 1024

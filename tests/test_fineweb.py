@@ -967,8 +967,8 @@ def test_lost_or_damaged_pieces_are_made_again(tmp_path):
         make()
         assert content(tmp_path / "out") == expected, name
     os.truncate(tmp_path / "out" / "train_000002.bin", 1100)
-    (tmp_path / "out" / "train_000002.bin.99.tmp").write_bytes(b"left by a kill")
-    (tmp_path / "out" / "meta.json.99.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "out" / ".train_000002.bin.99.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "out" / ".meta.json.99.tmp").write_bytes(b"left by a kill")
     make()
     assert content(tmp_path / "out") == expected
 
@@ -1137,7 +1137,7 @@ def test_signals_stop_with_their_codes(tmp_path, number, code, workers, request)
     os.killpg(process.pid, number)
     errors = process.communicate(timeout=600)[1]
     assert process.returncode == code and "Traceback" not in errors, errors
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import tiktoken
 
+from tokens.files import write_atomically
+
 if TYPE_CHECKING:
     import torch  # imported only where it is used: the tokenising processes start far sooner without it
 
@@ -83,25 +85,6 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 # SHARDS
 
 
-def write_atomically(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file that is whole or not there, whatever happens. Raises OSError (disk full, ...)."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":  # the new name is on disk only once its folder is
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
@@ -110,7 +93,8 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
         raise ValueError(f"{path}: a shard holds 1 to 2147483647 tokens, not {len(tokens)}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    write_atomically(os.fspath(path), header.tobytes(), np.ascontiguousarray(tokens, dtype="<u2").data)
+    data = np.ascontiguousarray(tokens, dtype="<u2").data
+    write_atomically(path, lambda file: file.writelines((header.tobytes(), data)))
 
 
 def read_shard(path: str | os.PathLike) -> np.memmap:

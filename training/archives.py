@@ -15,7 +15,6 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,40 +34,6 @@ class NotFiniteError(CheckpointError):
 
 
 # ---------------------------------------------------------------------------- FILES
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """write(file) to a temporary file beside `path`, fsync, rename. What was at `path` stays until then.
-
-    OSError if it cannot be written; whatever `write` raises.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        raise unveil(error) from None
-    sync_folder(path.parent)
-
-
-def unveil(error: BaseException) -> BaseException:
-    """The error, or the "disk full" behind it: torch.save hides that behind a complaint of its own."""
-    hides = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-    return error.__context__ if hides else error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable (POSIX wants the folder fsynced; elsewhere this does nothing)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def remove(path: Path) -> None:

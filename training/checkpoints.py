@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from model import GPTConfig, GPTLMHeadModel
+from tokens.files import write_atomically
 from training import sharded
 from training.archives import (
     CheckpointError,
@@ -44,7 +45,6 @@ from training.archives import (
     judge,
     out_of_memory,
     remove,
-    write_atomically,
 )
 from training.sharded import FORMAT
 from training.upcycle import upcycle

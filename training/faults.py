@@ -23,6 +23,8 @@ import time
 import torch
 import torch.nn as nn
 
+from tokens.files import DataError
+
 PATIENCE = 3.0  # seconds that other ranks leave the first one to tell what is wrong with all
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal it is 128 + its number
 # What is wrong with a path that somebody gave; other errors of the system (disk full, ...) are failures.
@@ -206,10 +208,6 @@ def shorten(names: list[str], most: int = 6) -> str:
 
 
 # ---------------------------------------------------------------------------- ERRORS
-
-
-class DataError(ValueError):
-    """Data that turned out to be bad, or gone, in the middle of a run."""
 
 
 def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:

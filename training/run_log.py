@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 
-from training.archives import sync_folder, write_atomically
+from tokens.files import sync_folder, write_atomically
 from training.checkpoints import list_checkpoints
 
 try:

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from layers.experts import held, local
+from tokens.files import root_error, sync_folder, write_atomically
 from training.archives import (
     CheckpointError,
     NewerFormatError,
@@ -45,9 +46,6 @@ from training.archives import (
     load_archive,
     remove,
     size_and_checksum,
-    sync_folder,
-    unveil,
-    write_atomically,
 )
 from training.parallel import like
 
@@ -118,7 +116,9 @@ class PartWriter(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            raise unveil(error) from None  # here: on its way to the other ranks it loses what is behind it
+            raise root_error(
+                error
+            ) from None  # here: on its way to the other ranks it loses what is behind it
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on rank 0 when all ranks have written."""
