@@ -281,6 +281,11 @@ class GPTLMOutput(CausalLMOutputWithCrossAttentions):
     balance_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
 
+    def loss_parts(self) -> torch.Tensor:
+        """(3,): cross-entropy, balance loss, z-loss, without gradient; 0 where the model has no such loss."""
+        parts = (self.cross_entropy, self.balance_loss, self.z_loss)
+        return torch.stack([self.loss.new_zeros(()) if part is None else part.detach() for part in parts])
+
 
 class GPT(PreTrainedModel, GenerationMixin):
     """The transformer with its (tied) head. `forward` gives hidden states; with a target, logits and loss.

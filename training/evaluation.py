@@ -1,16 +1,14 @@
 """What a run measures between its steps: validation loss, a sample, HellaSwag.
 
-All ranks take part. It is done eagerly and through the model itself, so that nothing of the training's graph
-is compiled anew. `run` is train_gpt_moe.py's Run.
+All ranks take part. The model runs uncompiled and unwrapped here, so that torch.compile builds no further
+graph. `run` is training/setup.py's Run throughout.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn as nn
 
-from fineweb import DistributedDataLoader
 from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
 from huggingface.convert import encode_prompt
@@ -19,34 +17,29 @@ from training import faults
 
 
 def evaluate(
-    run: Any,
-    step: int,
-    measures: bool,
-    samples: bool,
-    autocast: Callable,
-    interrupted: Callable,
-    progress: Any,
+    run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """val_loss, hella_acc and hella_acc_norm, as far as there are any, if `measures`; the text of a sample,
-    under "sample", if `samples`. Tells them through progress (progress.py).
+    """If `measures`: val_loss, hella_acc and hella_acc_norm, as far as the run has them. If `samples`: a
+    sample's text, as "sample". Prints them through `terminal` (training/progress.py).
 
-    None as soon as interrupted(), which answers all ranks alike: whoever is told to stop shall save.
+    None as soon as interrupted(), which gives all ranks the same answer: a run that is told to stop saves
+    instead of evaluating.
     """
     measured = {}
     with torch.compiler.set_stance("force_eager"):
         if measures and run.val_loader is not None:
-            steps, world = run.config.val_steps, run.layout.world
-            loss = validate(run.model, run.val_loader, steps, world, autocast, interrupted)
+            loss = validate(run, interrupted)
             if loss is None:
                 return None
             measured["val_loss"] = loss
-            progress.say(f"step {step}: validation loss {loss:.4f}")
-            progress.experts(step, run.model)
-        if samples:
-            measured["sample"] = sample(run.model, run.config, step, autocast)
-            progress.say(f"step {step}: sample: {measured['sample']!r}")
+            terminal.say(f"step {step}: validation loss {loss:.4f}")
+            if run.trains:
+                terminal.experts(step, run.model)
+        if samples and run.samples:
+            measured["sample"] = sample(run, step)
+            terminal.say(f"step {step}: sample: {measured['sample']!r}")
         if measures and run.hellaswag:
-            accuracies = hellaswag(run, progress.say, interrupted)
+            accuracies = hellaswag(run, terminal.say, interrupted)
             if accuracies is None:
                 return None
             measured |= accuracies
@@ -54,23 +47,23 @@ def evaluate(
 
 
 def evaluates_at(step: int, config: Any) -> bool:
-    """Whether a run measures before this step (after the last one it always does)."""
-    return config.infer_step > 0 and step % config.infer_step == 0
+    """Whether a run measures before this step; after the last step it always does."""
+    return step == config.max_steps or (config.infer_step > 0 and step % config.infer_step == 0)
+
+
+def samples_at(step: int, config: Any) -> bool:
+    """Whether a run samples text before this step, or after the last one."""
+    every = config.infer_step if config.sample_every < 0 else config.sample_every
+    return every > 0 and (step % every == 0 or step == config.max_steps)
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module,
-    loader: DistributedDataLoader,
-    steps: int,
-    world: Any,
-    autocast: Callable,
-    interrupted: Callable,
-) -> float | None:
-    """Mean cross-entropy, nats per token, of the first `steps` batches of every rank, always the same.
+def validate(run: Any, interrupted: Callable[[], bool]) -> float | None:
+    """Mean cross-entropy, nats per token, of the first val_steps batches of every rank: always the same ones.
 
-    None if interrupted(), which answers all ranks alike: whoever is told to stop shall save, not evaluate.
+    None if interrupted(), as in `evaluate`.
     """
+    model, loader, world, steps = run.model, run.val_loader, run.layout.world, run.config.val_steps
     model.eval()
     loader.reset()
     total = torch.zeros((), device=world.device)  # sum of the batches' losses
@@ -78,32 +71,33 @@ def validate(
         if interrupted():
             return None
         x, y = faults.next_batch(loader)  # (B, T), (B, T)
-        with autocast():
+        with run.autocast():
             total += model(x, targets=y, return_dict=True).loss
     return world.sum(total).item() / (steps * world.size)
 
 
-def sample(model: GPTLMHeadModel, config: Any, step: int, autocast: Callable) -> str:
-    """Text after the prompt; the same on all ranks, and at every run of the same step."""
+def sample(run: Any, step: int) -> str:
+    """Text that continues the prompt; the same on all ranks, and at every run of the same step."""
+    config = run.config
     torch.manual_seed((config.seed + step) % 2**63)
     how = dict(max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
-    if config.parallel == "fsdp" or config.ep_size > 1:
-        how["synced_gpus"] = True  # no rank ends while another needs its part of the model
-    with autocast():
-        return model.generate(config.prompt, **how)
+    if run.layout.shares_parameters:
+        how["synced_gpus"] = True  # no rank stops while another needs its part of the model
+    with run.autocast():
+        return run.model.generate(config.prompt, **how)
 
 
 def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
-    """Why no text can be sampled, where the tokens of the prompt cannot be had; "" if all is well."""
+    """Why no text can be sampled: the prompt's tokens cannot be had. "" if they can."""
     try:
         encode_prompt(config.prompt, model.config)
-    except (ValueError, OSError) as error:  # no network, and no tokens from an earlier time
+    except (ValueError, OSError) as error:  # without network, and no files of an earlier download
         return " ".join(str(error).split())
     return ""
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
-    """Accuracies over all ranks; none, and no second try, where the questions cannot be had.
+    """Accuracies over all ranks; {}, and no further try in this run, if the questions cannot be had.
 
     None if interrupted(), as in `validate`.
     """

@@ -1,17 +1,18 @@
-"""What can go wrong in a run, and what becomes of it: signals, sick steps, errors and their exit codes.
+"""What can go wrong in a run and what the run does then: signals, bad steps, errors and their exit codes.
 
-    SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT stops at once
-    SIGUSR1                     save now and go on
-    loss or gradient not finite the step's update is left out on all ranks; too many in a row end the run
-    lost rank, bad data, no memory    what has been trained is saved, where rank 0 has all of it and learns of
-                                it (one process; DDP on gloo), then exit; --resume auto goes on
+    SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT ends at once
+    SIGUSR1                     save after this step and continue
+    loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
+    lost rank, bad data, no memory    rank 0 saves what has been trained, if it has all of it and learns of
+                                the error (one process, or DDP on gloo); exit; --resume auto continues
 
-Whoever stops a run must leave it time to save: torchrun sends its workers SIGKILL 30 seconds after SIGTERM,
-or, from torch 2.13 on, what --shutdown-timeout says.
+A run needs time to save when it is stopped: torchrun sends its workers SIGKILL 30 seconds after SIGTERM, or,
+from torch 2.13 on, after the time that --shutdown-timeout gives.
 """
 
 import contextlib
 import errno
+import gc
 import math
 import os
 import signal
@@ -19,60 +20,60 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from tokens.files import DataError
 
-PATIENCE = 3.0  # seconds that other ranks leave the first one to tell what is wrong with all
-OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal it is 128 + its number
-# What is wrong with a path that somebody gave; other errors of the system (disk full, ...) are failures.
-MENDABLE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+REPORT_DELAY = 3.0  # seconds that other ranks wait, so that rank 0 alone reports an error that all ranks have
+OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128 + its number
+# OSErrors about a path that a setting names. Other OSErrors, such as a full disk, are failures.
+BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 # ---------------------------------------------------------------------------- SIGNALS
 
 
 class Signals:
-    """Signals as requests, which the loop learns once a step, all ranks at the same step.
+    """Signals as requests that the loop reads once a step, so that all ranks act at the same step.
 
-        signals.catch()
-        flags = all_reduce(signals.take(device))     # what this rank has got since the last time
-        signals.agree(flags.tolist())                # what any rank has got: exit_code, save_now
-        signals.release()
+        with signals:
+            flags = all_reduce(signals.take(device))     # what this rank has received since the last take()
+            signals.agree(flags.tolist())                # what any rank has received: exit_code, save_now
 
-    Before and after that signals do what they always do; a second SIGINT ends the process at once, too.
+    Outside the block signals do what they do by default; a second SIGINT inside it ends the process at once.
 
-    Python runs its handlers between two of its instructions, never while it waits inside a collective. The
-    system's side of the handler, though, writes the signal's number to a socket (signal.set_wakeup_fd), where
-    a thread of ours reads it whatever the main thread waits for.
+    Python runs its signal handlers between two of its instructions, never while it waits in a collective. The
+    C part of the handler, though, writes the signal's number to a socket (signal.set_wakeup_fd), from which a
+    thread reads it whatever the main thread waits for.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
-    def __init__(self, talkative: bool):
+    def __init__(self, talkative: bool = False):
         self.talkative = talkative
         self.exit_code: int | None = None  # of the signal that ends the run
-        self.save_now = False
-        self._got: set[str] = set()
-        self._before: dict[int, object] = {}
+        self.save_now = False  # whether any rank has been told to save
+        self._received: set[str] = set()
+        self._handlers_before: dict[int, object] = {}
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
-    def catch(self) -> None:
-        """From here on signals are requests."""
+    def __enter__(self) -> "Signals":
         for name in self.NAMES:
             if hasattr(signal, name):  # Windows lacks SIGUSR1
                 number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._receive)
+                self._handlers_before[number] = signal.signal(number, self._receive)
         self._wakeup = socket.socketpair()
         for end in self._wakeup:
             end.setblocking(end is self._wakeup[0])
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._wakeup[0],), daemon=True).start()
+        return self
 
-    def release(self) -> None:
-        """Give the signals back to whom they were before."""
-        for number, handler in self._before.items():
+    def __exit__(self, *error) -> None:
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         if self._wakeup is not None:
             signal.set_wakeup_fd(self._wakeup_before)
@@ -80,13 +81,13 @@ class Signals:
             self._wakeup = None
 
     def _receive(self, number: int, frame) -> None:
-        """In the main thread, as soon as it comes back to Python."""
-        self._got.add(signal.Signals(number).name)
+        """Python calls this in the main thread, between two instructions."""
+        self._received.add(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
     def _listen(self, wakeup: socket.socket) -> None:
-        """In a thread of its own, at once."""
+        """A thread of its own reads here at once what the C handler writes."""
         interrupts = 0
         with wakeup:
             while numbers := wakeup.recv(64):
@@ -100,67 +101,89 @@ class Signals:
         if self.talkative:
             end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
             text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
-            with contextlib.suppress(OSError):  # nobody reads it any more, as after `2>&1 | tee out`
+            with contextlib.suppress(OSError):  # stderr's reader is gone, as after `2>&1 | tee out`
                 os.write(sys.__stderr__.fileno(), text.encode())
 
     @property
     def save_requested(self) -> bool:
-        """Whether this rank has been told to save and go on since the last take()."""
-        return "SIGUSR1" in self._got
+        """Whether this rank has been told to save and continue since the last take()."""
+        return "SIGUSR1" in self._received
 
     def request_save(self) -> None:
-        """As if this rank had got SIGUSR1."""
-        self._got.add("SIGUSR1")
+        """Act as if this rank had received SIGUSR1."""
+        self._received.add("SIGUSR1")
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank has been told to stop; the others may not know yet."""
-        return self.exit_code is not None or bool(self._got & {"SIGINT", "SIGTERM"})
+        """Whether this rank has been told to stop; the other ranks may not know yet."""
+        return self.stops or bool(self._received & {"SIGINT", "SIGTERM"})
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends because of a signal; the same on all ranks."""
+        return self.exit_code is not None
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """(3,) fp32, one where this rank has got SIGINT, SIGTERM, SIGUSR1 since the last call."""
-        got, self._got = self._got, set()
+        """(3,) fp32: 1 where this rank has received SIGINT, SIGTERM, SIGUSR1 since the last call."""
+        received, self._received = self._received, set()
         flags = torch.zeros(len(self.NAMES), device=device)
         for i, name in enumerate(self.NAMES):
-            if name in got:
-                flags[i] = 1.0  # a copy of the whole from this process would wait for the device
+            if name in received:
+                flags[i] = 1.0  # copying a whole tensor from the host would wait for the device
         return flags
 
     def agree(self, counts: list[float]) -> None:
-        """Take note of how many ranks have got each of the three."""
+        """Take note of how many ranks have received each of the three signals."""
         interrupted, terminated, save = (count > 0 for count in counts)
         if interrupted or terminated:
             self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
         self.save_now = save
 
 
-# ---------------------------------------------------------------------------- SICK STEPS
+# ---------------------------------------------------------------------------- GARBAGE COLLECTOR
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python's garbage collector does not run by itself in the block: in the middle of a step all ranks would
+    wait for the one that collects. Objects that exist already are never looked through again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+# ---------------------------------------------------------------------------- BAD STEPS
 
 
 class Health:
     """Counts steps whose loss or gradient is not finite, and notices sudden jumps of the loss.
 
-    A jump is a loss more than SIGMAS standard deviations above its running mean, both with a memory of some
-    50 steps, once 50 have been seen. It is reported; nothing is done about it.
+    A jump is a loss more than SIGMAS standard deviations above its running mean. Mean and deviation remember
+    about the last 50 steps; nothing is reported before 50 steps. A jump is reported and changes nothing.
     """
 
     SIGMAS, MEMORY = 6.0, 50
 
     def __init__(self, state: dict | None = None):
-        self.bad_steps = 0  # in all
-        self.in_a_row = 0
+        self.bad_steps = 0  # in the whole run
+        self.in_a_row = 0  # bad steps since the last good one
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
         vars(self).update(state or {})
 
-    def is_sick(self, loss: float, norm: float) -> bool:
-        """Whether a step with this loss and gradient norm must not change the weights; counts it."""
-        sick = not (math.isfinite(loss) and math.isfinite(norm))
-        self.bad_steps += sick
-        self.in_a_row = self.in_a_row + 1 if sick else 0
-        return sick
+    def is_bad_step(self, loss: float, norm: float) -> bool:
+        """Whether a step with this loss and gradient norm must not change the weights; counts such steps."""
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        self.bad_steps += bad
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        return bad
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a finite loss jumped; it then becomes part of the running mean."""
+        """Whether a finite loss jumped; the loss then becomes part of the running mean."""
         jump = loss - self.mean
         spike = self.seen >= self.MEMORY and jump > self.SIGMAS * math.sqrt(self.variance)
         self.seen += 1
@@ -174,16 +197,21 @@ class Health:
         return dict(vars(self))
 
 
-def forget_routing(model: nn.Module) -> None:
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The random seed of a step. Dropout depends on nothing else, and so is the same after a resume."""
+    return ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
+
+
+def discard_routing(model: nn.Module) -> None:
     """Drop what the routers have counted since the last optimizer step, as if the step had not been tried."""
     for moe in model.moe_layers():
         moe.step_totals.zero_()
 
 
-def diagnose(model: nn.Module, batch_losses: list[torch.Tensor], loader, beginning: dict) -> str:
-    """Which parameters and which samples are not finite, after a backward whose gradients are still there.
+def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
+    """Which parameters, gradients and samples are not finite, after the backward passes of a bad step.
 
-    batch_losses: one per micro-step of this rank. beginning: the loader's state when the step began.
+    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out.
     """
     named = list(model.named_parameters())
     bad_values = [name for name, p in named if not p.isfinite().all()]
@@ -192,11 +220,12 @@ def diagnose(model: nn.Module, batch_losses: list[torch.Tensor], loader, beginni
         f"parameters that are not finite: {shorten(bad_values)}",
         f"parameters whose gradient is not finite: {shorten(bad_gradients)} (of {len(named)})",
     ]
-    sick = [i for i, loss in enumerate(batch_losses) if not loss.isfinite()]
-    micro_step = sick[0] if sick else 0
-    first = beginning["position"] + (micro_step * loader.world_size + loader.rank) * loader.B
+    bad = [i for i, loss in enumerate(micro_losses) if not loss.isfinite()]
+    micro_step = bad[0] if bad else 0
+    begin = loader.position - len(micro_losses) * loader.world_size * loader.B  # samples before the step
+    first = begin + (micro_step * loader.world_size + loader.rank) * loader.B
     places = ["{} at token {}".format(*loader.locate(sample)) for sample in range(first, first + loader.B)]
-    what = f"micro-step {sick[0]} is the first whose loss is not finite" if sick else "all losses are finite"
+    what = f"micro-step {bad[0]} is the first whose loss is not finite" if bad else "all losses are finite"
     lines.append(f"rank {loader.rank}: {what}; batch: {shorten(places)}")
     return "\n".join("  " + line for line in lines)
 
@@ -211,7 +240,7 @@ def shorten(names: list[str], most: int = 6) -> str:
 
 
 def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
-    """loader.next_batch(); DataError in place of what it raises for bad data."""
+    """loader.next_batch(), whose errors for bad data become DataError."""
     try:
         return loader.next_batch()
     except (ValueError, OSError) as error:
@@ -219,10 +248,10 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def report(error: Exception, config=None) -> int:
-    """Tell a person what is wrong in one line on stderr, without a traceback; returns the exit code.
+    """Print an error in one line on stderr, without a traceback; returns the exit code.
 
-    Errors that all ranks have alike are told by the first rank of each machine. The others wait a moment:
-    where the launcher stops them meanwhile, the first one has said it; where not, the error is theirs alone.
+    The first rank of each machine prints an error that all ranks have. The other ranks wait: if the launcher
+    stops them meanwhile, that line is enough; if not, the error is theirs alone and they print it.
     """
     text = " ".join(str(error).split())
     code = BAD_SETTINGS
@@ -233,8 +262,8 @@ def report(error: Exception, config=None) -> int:
             f"stays the same, in more micro-steps), then --T, then --n_layer or --n_embd. {text}"
         )
     elif isinstance(error, OSError):
-        code = BAD_SETTINGS if isinstance(error, MENDABLE) or error.errno == errno.EROFS else FAILED
+        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno == errno.EROFS else FAILED
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE)
+        time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
     return code

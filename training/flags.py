@@ -1,26 +1,63 @@
-"""Flags of a command line from the fields of a dataclass, with named sets of overrides.
+"""Settings as the fields of a dataclass: their flags, their bounds and choices, named sets of overrides.
 
-    config, given = parse_flags(TrainConfig, presets, sys.argv[1:])
+    @dataclass
+    class TrainConfig:
+        B: int = setting(16, "sequences per micro-step", "--batch_size", least=1)
+    config, given = parse_flags(TrainConfig, overrides, sys.argv[1:], "what the program does")
+    check_bounds(config)
 
-Fields are made with transformers' HfArg(default=..., help=..., aliases=[...]). Used by train_gpt_moe.py.
+Parsing is transformers' HfArgumentParser's.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+
+def setting(
+    default: Any, help: str, *aliases: str, least: float | None = None, choices: Iterable = ()
+) -> Any:
+    """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
+
+    least: the smallest value. choices: all allowed values, which the help text lists too.
+    """
+    choices = tuple(choices)
+    if choices:
+        help += f": {', '.join(map(str, choices))}"
+    bounds = {"least": least, "choices": choices}
+    return HfArg(default=default, help=help, aliases=list(aliases), metadata={"bounds": bounds})
+
+
+def check_bounds(config: Any) -> None:
+    """ValueError, naming field and value, for a value below its field's least or not among its choices."""
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata["bounds"]
+        least, choices = bounds["least"], bounds["choices"]
+        if value is not None and least is not None and not value >= least:
+            raise ValueError(f"{field.name}={value}: must be at least {least}")
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(map(str, choices))}")
 
 
 class FlagParser(HfArgumentParser):
     """Flags from the fields of a dataclass; ValueError where argparse would print its usage and exit."""
 
     def error(self, message: str):
-        """Called by argparse for a value of a wrong type and the like."""
+        """argparse calls this for a value of a wrong type and the like."""
         raise ValueError(f"{message}; --help says what each flag takes")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """transformers hands all metadata to argparse, which does not know bounds."""
+        field = copy.copy(field)
+        field.metadata = {name: value for name, value in field.metadata.items() if name != "bounds"}
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
     def _get_formatter(self) -> argparse.HelpFormatter:
         width = min(110, shutil.get_terminal_size().columns)
@@ -32,8 +69,8 @@ def parse_flags(
 ) -> tuple[Any, set[str]]:
     """(an object of the dataclass `kind`, the names of those of its fields that a flag gave).
 
-    overrides: what the presets that the flags name put in place of the defaults, given the parsed flags; a
-    flag wins over it. arguments: None means the command line's. ValueError for a bad flag.
+    overrides: given the parsed flags, what the presets that they name put in place of the defaults. A flag
+    wins over it. arguments: None means the command line's. ValueError for a bad flag.
     """
     parser = FlagParser(kind, allow_abbrev=False, description=description)
     chosen, unknown = parser.parse_known_args(arguments)
@@ -42,8 +79,7 @@ def parse_flags(
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
-    preset = overrides(chosen)
-    parser.set_defaults(**preset)
+    parser.set_defaults(**overrides(chosen))
     (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     # A setting was given as a flag if another default would not have changed it.
     marker = object()

@@ -51,6 +51,12 @@ class Progress:
         self.ms: list[float] = []  # of every step
         self.val_loss: float | None = None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def say(self, text: str) -> None:
         """A line of its own, on the master's stdout."""
         if self.is_master:

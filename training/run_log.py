@@ -125,6 +125,24 @@ class RunLog:
                 if board is not None and np.isfinite(fair).all():
                     board.add_histogram(f"expert_load/layer_{layer}", fair, step)
 
+    def evaluation(self, step, measured, model, last) -> None:
+        """What was measured between two steps, in all files."""
+        if text := measured.pop("sample", ""):
+            self.sample(step, text)
+        for kind, name in (("val", "val_loss"), ("hella", "hella_acc_norm")):
+            if name in measured:
+                self.measurement(step, kind, measured[name])
+        if measured and model is not None and model.moe_layers() and step > 0:
+            self.experts(step, expert_load(model)["expert_load"])
+        if last and measured:
+            self.record({"step": step, "elapsed_s": self.elapsed(), **measured})
+
+    def draw_last(self) -> str:
+        """Draw and wait."""
+        self.draw()
+        self.drawing.wait()
+        return f"picture         {self.folder}/training.png"
+
     def draw(self) -> None:
         """Draw training.png in a process of its own, unless the last one is still at it."""
         if self.drawing is None or self.drawing.poll() is not None:

@@ -1,53 +1,169 @@
-"""From settings to everything a run needs: checks, data, model, optimizer, schedule, what is resumed.
+"""From settings to everything that a run needs: data, layout, model, optimizer, what is resumed, the log.
 
 `config` is train_gpt_moe.py's TrainConfig throughout.
 """
 
 import dataclasses
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
-from fineweb import DistributedDataLoader, find_shards
-from layers.attention import BACKENDS
-from model import Block, GPTConfig, GPTLMHeadModel
+from fineweb import DistributedDataLoader, find_shards, prepare_demo, read_meta
+from layers.attention import BACKENDS, choose_backend
+from model import GPTConfig, GPTLMHeadModel
 from training import checkpoints as ckpt
-from training import parallel
-from training.muon import check_muon, configure_muon
+from training import faults, parallel
+from training.evaluation import cannot_sample, evaluates_at
+from training.flags import check_bounds
+from training.optimizers import build_optimizer, check_optimizer, initial_weights
+from training.preflight import preflight
+from training.progress import tell
+from training.run_log import RunLog, run_record
+
+
+@dataclass
+class Run:
+    """Everything that a training step, and the loop around it, uses."""
+
+    config: Any
+    layout: parallel.Layout
+    model: GPTLMHeadModel
+    optimizer: torch.optim.Optimizer
+    train_loader: DistributedDataLoader
+    accumulation: int = 1  # micro-steps per optimizer step
+    dtype: str = "float32"  # of matrix products
+    val_loader: DistributedDataLoader | None = None  # None with --input_bin alone, as in llm.c
+    resumed: dict = field(default_factory=dict)  # the checkpoint it continues, without weights and moments
+    resumed_from: Path | None = None
+    log: RunLog | None = None  # on the master only
+    hellaswag: bool = False  # whether HellaSwag is scored
+    samples: bool = False  # whether text is sampled
+    trains: bool = True  # False: llm.c's --inference_only
+    updating: bool = False  # weights and optimizer state belong to different steps just now
+    micro_losses: list[torch.Tensor] = field(default_factory=list)  # of the last step on this rank
+    diagnosis: str = ""  # why the run cannot continue
+    say: Callable[[str], None] = tell
+
+    def __post_init__(self):
+        device = self.layout.world.device
+        self.parallel_model = parallel.wrap(self.model, self.layout, self.accumulation)
+        self.health = faults.Health(self.resumed.get("health"))
+        self.signals = faults.Signals(talkative=self.layout.world.is_master)
+        # Gradients too small for float16 are scaled up, and the scale adapts (arXiv 1710.03740, section 3.2).
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
+        if self.resumed.get("scaler"):
+            self.scaler.load_state_dict(self.resumed["scaler"])
+        self.start_clock(self.say)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in self.dtype; parameters, norms, routers and losses stay in fp32."""
+        device = self.layout.world.device.type
+        return torch.autocast(device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
+
+    def start_clock(self, say: Callable[[str], None]) -> None:
+        """Training begins now, and prints through `say` from now on."""
+        self.started = time.perf_counter() - self.resumed.get("elapsed_s", 0.0)
+        self.say = say
+        if self.log:
+            self.log.say, self.log.elapsed = say, self.elapsed
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return time.perf_counter() - self.started
+
+
+def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
+    """Everything up to the log files. given: the settings that flags have set.
+
+    ValueError, OSError: settings, data or files that cannot work.
+    """
+    print0 = tell if world.is_master else lambda text: None
+    if not world.is_master:  # the master prints the same warnings
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+    if config.resume not in ("", "auto") and "log_dir" not in given:
+        config.log_dir = str(Path(config.resume).parent)
+    path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
+    if state:
+        ckpt.keep_settings(config, given, state, path, print0)
+    accumulation = check_config(config, world, None if state else given, print0)
+    if config.use_compile:
+        parallel.check_compiler(world.device)
+    meta = read_data(config, world, print0)
+    train_loader, val_loader = build_loaders(config, world, meta)
+    dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
+    if dtype == "auto":
+        dtype = "bfloat16" if world.device.type == "cuda" else "float32"
+    layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
+    model = place_model(config, build_model(config, given, meta, state), layout, dtype, state)
+    if config.tensorcores and dtype == "float32":  # with bfloat16 TF32 would only coarsen the routers
+        torch.set_float32_matmul_precision("high")
+    optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
+    resumed = {}
+    if state:
+        ckpt.restore(state, model, optimizer, train_loader)
+        before = state.get("world_size", world.size)
+        if before != world.size:
+            print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
+        print0(f"resumed {path} at step {state['step']}")
+        resumed = {name: value for name, value in state.items() if name not in ("model", "optimizer")}
+    samples = can_sample(config, model, layout, print0)
+    model.loss_chunk = config.loss_chunk
+    if not config.flash:
+        model.set_attn_implementation("eager")
+    agree_on_backend(config, model, world, dtype, print0)
+    if config.use_compile:
+        parallel.compile_blocks(model, layout)
+    return Run(
+        config, layout, model, optimizer, train_loader, accumulation, dtype, val_loader, resumed, path,
+        hellaswag=config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data)),
+        samples=samples,
+    )  # fmt: skip
+
+
+def open_log(run: Run) -> None:
+    """Before the first step: on the master the log files, and what the run will need, in a table."""
+    config, model, world = run.config, run.model, run.layout.world
+    world.barrier()  # all ranks have read what they need: the master may now move an old run's files
+    if world.is_master:
+        first_step = run.resumed.get("step", 0)
+        again = evaluates_at(first_step, config)
+        run.log = RunLog(
+            Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb, again, tell
+        )
+        run.log.record({"run": run_record(config, model, world, first_step)})
+        tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
+        table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
+        tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
+    if world.device.type == "cuda":  # the run's peak of memory does not include the set-up's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+
+
+# ---------------------------------------------------------------------------- SETTINGS
 
 
 def check_config(
-    config, world: parallel.World, given: set[str] | None = None, say: Callable = print
+    config: Any, world: parallel.World, given: set[str] | None = None, say: Callable = print
 ) -> int:  # fmt: skip
-    """Number of micro-steps per optimizer step. ValueError, naming field and value, for what cannot work.
+    """The number of micro-steps per optimizer step. Fills in settings that follow from others (min_lr).
 
     given: of a new run, the settings that flags have set; None for a resumed one, which keeps its settings.
+    ValueError, naming field and value, for settings that cannot work.
     """
-    least = dict(
-        B=1, T=1, total_batch_size=1, max_steps=0, max_lr=0, min_lr=0, warmup_steps=0, grad_clip=0,
-        weight_decay=0, infer_step=0, val_steps=1, sample_every=-1, sample_tokens=1, checkpoint_every=0,
-        keep_last=0, keep_every=0, max_bad_steps=1, log_every=1, loss_chunk=-1, hellaswag_limit=0,
-        plot_every=0, router_lr_mult=0, expert_lr_mult=0, block_size=0, vocab_size=-1, zero_stage=0,
-        ep_size=1,
-    )  # fmt: skip
-    for name, smallest in least.items():
-        if not getattr(config, name) >= smallest:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least {smallest}")
-    choices = dict(
-        optimizer=["adamw", "muon"], schedule=["cosine", "wsd"], parallel=["ddp", "fsdp", "none"],
-        dtype=["auto", "float32", "bfloat16", "float16"], zero_stage=[0, 1],
-        activation_checkpointing=["none", "block"], attention_backend=["auto", *BACKENDS],
-    )  # fmt: skip
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r}: choose one of {', '.join(map(str, allowed))}"
-            )
+    check_bounds(config)
     check_layout(config, world)
-    if not 0 <= config.seed < 2**63:
-        raise ValueError(f"seed={config.seed}: must be at least 0 and below 2**63")
+    check_optimizer(config)
+    if config.seed >= 2**63:
+        raise ValueError(f"seed={config.seed}: must be below 2**63")
     if not 0 < config.wsd_decay_frac <= 1:
         raise ValueError(f"wsd_decay_frac={config.wsd_decay_frac}: must be above 0 and at most 1")
     frac = config.learning_rate_decay_frac
@@ -58,14 +174,11 @@ def check_config(
                 "--learning_rate_decay_frac"
             )
         config.min_lr, config.learning_rate_decay_frac = frac * config.max_lr, None
+    if config.min_lr is None:
+        config.min_lr = float(f"{config.max_lr / 10:.12g}")  # a tenth of 6e-4 is 6e-5, not 5.9999...e-5
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr={config.min_lr} is more than max_lr={config.max_lr}; lower --min_lr")
     fit_warmup(config, given, say)
-    if config.write_tensors and config.use_moe and not (config.init_from or config.inference_only):
-        raise ValueError(
-            "write_tensors=True writes llm.c's files, whose models have no experts, but use_moe=True; give "
-            "--use_moe False, or leave --write_tensors away"
-        )
     if config.block_size and config.T > config.block_size:
         raise ValueError(f"T={config.T} is more than block_size={config.block_size}; lower --T or raise that")
     per_micro_step = config.B * config.T * world.size
@@ -113,16 +226,10 @@ def check_layout(config, world: parallel.World) -> None:
             f"zero_stage=1 wants the same parameters on all ranks, but ep_size={ep_size} gives them other "
             "experts; to divide the rest of the optimizer up too, use --parallel fsdp with --ep_size"
         )
-    if config.optimizer == "muon":
-        check_muon(config.parallel, config.zero_stage)
     if config.dtype == "float16" and (fsdp or ep_size > 1):
         raise ValueError(
             "dtype=float16 scales gradients by what it finds in all of them, but no rank has them all with "
             "--parallel fsdp or --ep_size; use --dtype bfloat16"
-        )
-    if config.write_tensors and fsdp:
-        raise ValueError(
-            "write_tensors=True writes a whole model, but parallel=fsdp leaves none on any rank; use ddp"
         )
     if ep_size == 1:
         return
@@ -140,6 +247,19 @@ def check_experts(config, ep_size: int) -> None:
         raise ValueError(f"ep_size={ep_size} deals experts out, but use_moe=False: there are none")
     if ep_size > 1 and config.num_experts % ep_size != 0:
         raise ValueError(f"ep_size={ep_size} does not divide num_experts={config.num_experts}")
+
+
+# ---------------------------------------------------------------------------- DATA
+
+
+def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
+    """meta.json of the run's data; makes the demo's data first. FileNotFoundError, ValueError."""
+    if config.preset == "demo" and config.data_dir == "demo_data":
+        say("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
+        if world.is_master:
+            prepare_demo(config.data_dir)
+        world.barrier()
+    return read_meta(config.data_dir, config.input_bin)
 
 
 def build_loaders(config, world: parallel.World, meta: dict):
@@ -160,6 +280,9 @@ def build_loaders(config, world: parallel.World, meta: dict):
         DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
         DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments) if val_files else None,
     )
+
+
+# ---------------------------------------------------------------------------- MODEL
 
 
 def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
@@ -187,7 +310,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     fields["block_size"] = config.block_size or config.T
     # Logits of rows that only pad take part in the loss (by 0.001 at first); llm.c, whose files and losses
     # shall agree, has none.
-    multiple = 1 if config.vocab_size < 0 or config.write_tensors else 128
+    multiple = 1 if config.vocab_size < 0 else 128
     rounded = multiple * math.ceil(meta["vocab_size"] / multiple)
     fields["vocab_size"] = max(config.vocab_size, 0) or rounded
     if fields["vocab_size"] < meta["vocab_size"]:
@@ -230,56 +353,25 @@ def place_model(
     return model
 
 
-def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) of all parameters and buffers, as GPTLMHeadModel(config) has them after
-    torch.manual_seed(seed), but never more than one module's at a time.
-
-    The same numbers, because the same random numbers are drawn in the same order: those that the modules'
-    constructors draw and _init_weights replaces (they are drawn here and dropped), then those that stay.
-    """
-    torch.manual_seed(seed)
-    torch.nn.Embedding(config.vocab_size, config.n_embd)
-    if config.position == "learned":
-        torch.nn.Embedding(config.block_size, config.n_embd)
-    for layer in range(config.n_layer):
-        Block(config, layer)
-    torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
-    with torch.device("meta"):
-        model = GPTLMHeadModel(config)
-    names = {module: name for name, module in model.named_modules()}
-
-    def inner_first(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        for child in module.children():
-            yield from inner_first(child)
-        yield module
-
-    for module in inner_first(model):  # transformers' order
-        module.to_empty(device="cpu", recurse=False)
-        model._init_weights(module)
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        yield from ((f"{names[module]}.{name}", tensor.detach()) for name, tensor in own)
-        module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+def can_sample(config: Any, model: GPTLMHeadModel, layout: parallel.Layout, say: Callable) -> bool:
+    """Whether all ranks can encode the prompt; says why not."""
+    if config.sample_every == 0:
+        return False
+    problem = cannot_sample(model, config)
+    able = not layout.any(bool(problem))
+    if not able:
+        say(f"no samples in this run: {problem or 'another process cannot encode the prompt'}")
+    return able
 
 
-def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
-    """AdamW for everything, or Muon for the matrices and AdamW for the rest."""
-    settings = (config.weight_decay, config.max_lr, (config.beta1, config.beta2), model.device.type)
-    multiples = dict(router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult)
-    if config.optimizer == "muon":
-        return configure_muon(model, *settings, **multiples, expert_parallel=config.ep_size > 1)
-    return model.configure_optimizers(*settings, **multiples)
-
-
-def learning_rate(step: int, config) -> float:
-    """Linear warmup to max_lr, then down to min_lr at max_steps: half a cosine (GPT-3, appendix B), or with
-    schedule="wsd" constant until the last wsd_decay_frac of all steps (all after the warmup at most), then
-    linear (arXiv 2404.06395)."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    if config.schedule == "wsd":
-        decay = min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
-        share = (config.max_steps - step) / max(1.0, decay)
-    else:
-        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
+def agree_on_backend(
+    config: Any, model: GPTLMHeadModel, world: parallel.World, dtype: str, say: Callable
+) -> None:
+    """Make config.attention_backend the master's choice on all ranks, so that a resumed run rounds alike."""
+    backend = choose_backend(
+        config.attention_backend, model.config, config.B, config.T, world.device, getattr(torch, dtype)
+    )
+    if backend:
+        index = torch.tensor(list(BACKENDS).index(backend) * world.is_master, device=world.device)
+        config.attention_backend = list(BACKENDS)[world.sum(index).item()]
+        say(f"attention   {config.attention_backend}")

@@ -1,0 +1,108 @@
+"""What llm.c's users know in train_gpt_moe.py: its defaults and model names, its files, a forward-only run.
+
+train_gpt_moe.py takes the flags of llm.c's train_gpt2.py, and with --preset llmc its defaults. Differences:
+    --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
+        without torchrun) are refused;
+    --grad_clip 0 means no clipping, not gradients of 0;
+    --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
+    --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
+    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights are of a seed of our own.
+
+Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fineweb import DistributedDataLoader
+from llmc import files
+from training import faults
+from training.flags import setting
+from training.optimizers import learning_rate
+from training.progress import tell
+
+
+@dataclass
+class Flags:
+    """Settings that only llm.c has."""
+
+    inference_only: bool = setting(False, "llm.c's: forward passes only; nothing is trained or saved")
+    write_tensors: bool = setting(False, "llm.c's: write its files (llmc/files.py) into log_dir at the start")
+    c_names: bool = setting(False, "with write_tensors: also write them under the names its C programs open")
+
+
+# --model NAME: pretrained weights, or new weights of these sizes. Dense unless a flag says more.
+MODELS = {name: dict(init_from=name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+MODELS |= {
+    f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
+    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
+}
+PRESET = dict(  # --preset llmc: the defaults of llm.c's train_gpt2.py
+    use_moe=False, model="gpt2", B=4, T=64, block_size=1024, vocab_size=-1, total_batch_size=256,
+    shuffle=False, overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0,
+    warmup_steps=0, weight_decay=0.0, infer_step=0, sample_every=0, prompt="", hellaswag=False,
+    dtype="float32", tensorcores=False, flash=False, use_compile=False, write_tensors=True,
+)  # fmt: skip
+
+
+def writes_files(config: Any) -> bool:
+    """Whether a run with these settings writes llm.c's files: a new run that trains."""
+    return config.write_tensors and not config.resume and not config.inference_only
+
+
+def check_flags(config: Any) -> None:
+    """ValueError for a run that cannot write llm.c's files, as far as its flags tell."""
+    if not writes_files(config):
+        return
+    if config.use_moe and not config.init_from:
+        raise ValueError(
+            "write_tensors=True writes llm.c's files, whose models have no experts, but use_moe=True; give "
+            "--use_moe False, or omit --write_tensors"
+        )
+    if config.parallel == "fsdp":
+        raise ValueError(
+            "write_tensors=True writes a whole model, but parallel=fsdp leaves none on any rank; use ddp"
+        )
+    if config.vocab_size == 0:  # only the files pad the vocabulary, so that losses agree with llm.c's
+        config.vocab_size = -1
+
+
+def prepare(run: Any) -> None:
+    """Before the log is opened. ValueError for a model whose files llm.c could not read."""
+    run.trains = not run.config.inference_only
+    if writes_files(run.config) and not run.resumed:
+        files.check_writable(run.model.config)
+
+
+def write_files(run: Any) -> None:
+    """On the master: write model, debug state of the first batch, and tokenizer into log_dir."""
+    config, model = run.config, run.model
+    if run.resumed or not writes_files(config) or not run.layout.world.is_master:
+        return
+    shards = run.train_loader.files
+    x, y = DistributedDataLoader(shards, config.B, config.T, shuffle=False).next_batch()  # (B, T) each
+    sized = {name for name, value in MODELS.get(config.model, {}).items() if getattr(config, name) != value}
+    label = config.model if config.model and not sized else f"d{model.config.n_layer}"
+    for path in files.write_all(model, x, y, config.log_dir, label, config.c_names):
+        tell(f"wrote {path}")
+
+
+def forward_step(run: Any, step: int) -> dict:
+    """In place of train_gpt_moe.train_step: the forward passes of a step, without gradients and update."""
+    layout, device, start = run.layout, run.layout.world.device, time.perf_counter()
+    run.model.train()
+    torch.manual_seed(faults.dropout_seed(run.config.seed, step, layout.world.rank))
+    losses = torch.zeros(3, device=device)  # sums of cross-entropy, balance loss, z-loss
+    for _ in range(run.accumulation):
+        x, y = faults.next_batch(run.train_loader)  # (B, T), (B, T)
+        with run.autocast(), torch.no_grad():
+            losses += run.model(x, targets=y, return_dict=True).loss_parts()
+    faults.discard_routing(run.model)
+    sums = layout.world.sum(torch.cat([losses, run.signals.take(device)])).tolist()
+    run.signals.agree(sums[3:])
+    loss, balance_loss, z_loss = (value / (layout.world.size * run.accumulation) for value in sums[:3])
+    record = dict(step=step, loss=loss, balance_loss=balance_loss, z_loss=z_loss, norm=0.0)
+    return record | {"lr": learning_rate(step, run.config), "seconds": time.perf_counter() - start}
