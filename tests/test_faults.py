@@ -40,17 +40,18 @@ from test_hellaswag import make_examples
 
 import hellaswag
 import train_gpt_moe
-from fineweb import read_shard, write_shard
+from fineweb import DistributedDataLoader, read_shard, write_shard
 from model import GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import evaluation, faults, parallel
 from training.faults import Health, Signals
 from training.run_log import RunLog
+from training.setup import Run
 
 
 def main(arguments: list[str]) -> int:
     """What `start_ranks(..., script="test_faults")` runs: a rank that waits for the first one's error."""
-    faults.PATIENCE = 600
+    faults.REPORT_DELAY = 600
     return train_gpt_moe.main(arguments)
 
 
@@ -157,19 +158,15 @@ def test_signals_are_heard_inside_a_collective(data, tmp_path):
 
 
 def test_the_second_sigint_is_not_ours_any_more():
-    signals = Signals(talkative=False)
     before = signal.getsignal(signal.SIGINT)
-    signals.catch()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert signals.stop_requested and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    signals.release()
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.stop_requested and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_signal_between_taking_and_agreeing_is_not_lost():
-    signals = Signals(talkative=False)
-    signals.catch()
-    try:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
         first = signals.take(torch.device("cpu"))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -181,8 +178,6 @@ def test_a_signal_between_taking_and_agreeing_is_not_lost():
         assert signals.exit_code == 130
         signals.agree(signals.take(torch.device("cpu")).tolist())
         assert signals.exit_code == 130  # it stays
-    finally:
-        signals.release()
 
 
 def test_one_rank_is_told_and_all_stop_at_the_same_step(data, tmp_path):
@@ -210,12 +205,11 @@ def test_an_evaluation_gives_way_to_a_signal():
             return torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)
 
     model, loader, world = dense_model(), Loader(), parallel.World(0, 0, 1, torch.device("cpu"))
-    autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    assert evaluation.validate(model, loader, 5, world, autocast, lambda: loader.asked == 3) is None
+    config = train_gpt_moe.TrainConfig(val_steps=5)
+    run = Run(config, parallel.Layout(world), model, None, None, val_loader=loader)
+    assert evaluation.validate(run, lambda: loader.asked == 3) is None
     assert loader.asked == 3
-    assert evaluation.validate(model, loader, 5, world, autocast, lambda: False) == pytest.approx(
-        4.1, abs=0.2
-    )
+    assert evaluation.validate(run, lambda: False) == pytest.approx(4.1, abs=0.2)
 
 
 @pytest.fixture
@@ -392,7 +386,7 @@ def test_too_many_sick_steps_end_the_run_with_a_diagnosis(straight, data, tmp_pa
     assert "micro-step 0 is the first whose loss is not finite" in error
     place = re.search(r"batch: (\S+) at token (\d+), ", error)
     stream = np.array(read_shard(place[1]))[int(place[2]) :][:33]  # what rank 0 read first in step 10
-    loader = train_gpt_moe.DistributedDataLoader(os.path.join(data, "train_*.bin"), B=1, T=32, seed=1337)
+    loader = DistributedDataLoader(os.path.join(data, "train_*.bin"), B=1, T=32, seed=1337)
     loader.load_state_dict({**loader.state_dict(), "position": 10 * 8})
     x, y = loader.next_batch()
     assert stream.tolist() == [*x[0].tolist(), y[0, -1].item()]
@@ -445,7 +439,7 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
     """A token beyond the vocabulary in the sample that begins step 7: exit code 2, and nothing is lost."""
     broken, log_dir = tmp_path / "data", tmp_path / "log"
     shutil.copytree(data, broken)
-    loader = train_gpt_moe.DistributedDataLoader(str(broken), B=4, T=32, seed=1337)
+    loader = DistributedDataLoader(str(broken), B=4, T=32, seed=1337)
     path, offset = loader.locate(7 * 8 + 5)  # of the second micro-step
     content = bytearray(Path(path).read_bytes())
     good = bytes(content)

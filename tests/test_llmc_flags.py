@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import sample
 import train_gpt_moe
 from llmc import files as llmc
+from llmc.trainer import MODELS
 from tokens.shards import read_meta, write_shard
-from train_gpt_moe import MODELS, PRESETS, TrainConfig, parse_config
+from train_gpt_moe import PRESETS, TrainConfig, parse_config
 from training import checkpoints as ckpt
 from training import parallel
 from training.setup import build_loaders
@@ -328,5 +329,4 @@ def test_its_flags_and_defaults_are_all_known(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name in defaults:
         assert f"--{name}" in text
-    assert "llmc" in PRESETS and set(MODELS) >= {"gpt2", "d12", "d48"} and "[256]" in text
-    assert "[dev/data/tinyshakespeare/tiny_shakespeare_val.bin]" in text.replace(" ", "")
+    assert "llmc" in PRESETS and set(MODELS) >= {"gpt2", "d12", "d48"}

@@ -124,10 +124,10 @@ def test_main_log_has_every_line_once_after_a_resume(data, finished, tmp_path, m
     """A run that dies after step 7, with step 6 its last checkpoint, writes steps 6 and 7 a second time."""
     sample = evaluation.sample
 
-    def dies(model, config, step, autocast):
+    def dies(run, step):
         if step == 8:
             raise KeyboardInterrupt  # nothing saves this
-        return sample(model, config, step, autocast)
+        return sample(run, step)
 
     monkeypatch.setattr(evaluation, "sample", dies)
     with pytest.raises(KeyboardInterrupt):

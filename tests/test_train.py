@@ -18,7 +18,9 @@ import sample
 import train_gpt_moe
 from fineweb import prepare_demo
 from model import GPT, GPTLMHeadModel
-from train_gpt_moe import PRESETS, TrainConfig, check_config, learning_rate, parse_config
+from train_gpt_moe import PRESETS, TrainConfig, parse_config
+from training.optimizers import learning_rate
+from training.setup import check_config
 
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --total_batch_size
 512
@@ -161,7 +163,7 @@ def test_learning_rate_schedule():
 def test_defaults_are_those_of_the_124m_recipe():
     config = TrainConfig()
     assert (config.total_batch_size, config.B, config.T) == (524288, 16, 1024)
-    assert (config.max_lr, config.min_lr, config.warmup_steps, config.max_steps) == (6e-4, 6e-5, 715, 19073)
+    assert (config.max_lr, config.warmup_steps, config.max_steps) == (6e-4, 715, 19073)
     assert (config.weight_decay, config.beta1, config.beta2, config.grad_clip) == (0.1, 0.9, 0.95, 1.0)
     assert (config.infer_step, config.checkpoint_every) == (250, 5000)
     assert config.prompt == "Hello, I'm a language model,"
