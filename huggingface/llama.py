@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from huggingface.configuration import refuse
+
 logger = logging.getLogger(__name__)
 
 # Our formats, which are their model_type, and how their classes' names begin.
@@ -62,19 +64,11 @@ def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], so: str) -> None:
-    """ValueError, naming field and value, if a field that is there has none of its allowed values."""
-    for name, allowed in only.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{what} {name}={value!r}{so.format(allowed[0])}")
-
-
 # -----------------------------------------------------------------------------
 # In
 
 
-def llama_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our fields for a configuration of FAMILY; ValueError, naming the field, for what we cannot express."""
     kind, layers, this = config.model_type, config.num_hidden_layers, f"this {config.model_type} has"
     head_size = config.hidden_size // config.num_attention_heads
@@ -166,16 +160,16 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
     )
 
 
-def from_llama_weights(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Their weights as ours. Takes them out of `weights`, so that not all are in memory twice."""
-    ours = {}
-    for name, parts in stacked_names(layers).items():
+def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Our fields and weights for a model of FAMILY; ValueError, naming the field, for what we lack."""
+    fields, weights, ours = config_fields(theirs.config), theirs.state_dict(), {}
+    for name, parts in stacked_names(fields["n_layer"]).items():
         if parts[0] in weights:
-            tensors = [weights.pop(part) for part in parts]
+            tensors = [weights[part] for part in parts]
             ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             if name.endswith("mlp.gate.weight"):
                 ours[name] = ours[name].float()  # routers compute, and are kept, in fp32
-    return ours
+    return fields, ours
 
 
 # -----------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shared_file
+from huggingface.convert import build_tokenizer, decode_tokens, encode_text, export_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
 from huggingface import convert
-from huggingface.convert import build_tokenizer, decode_tokens, encode_text, export_folder
 from model import GPT, GPTConfig, GPTLMHeadModel
 
 ARCHITECTURES = {

@@ -13,7 +13,7 @@ import torch.nn as nn
 from fineweb import DistributedDataLoader
 from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
-from huggingface.convert import encode_prompt
+from huggingface.text import encode_prompt
 from model import GPTLMHeadModel
 from training import faults
 
