@@ -7,8 +7,7 @@
     model = GPTLMHeadModel.from_pretrained("gpt2")                   # or a folder: GPT-2's, a Llama's, ours
     print(model.generate("Hello, I'm a language model,", max_length=50))
 
-This file is the network. huggingface/ has what else transformers expects of a model: generate, from_pretrained,
-saved folders. mixture_of_experts.py has the experts, layers/ the fast paths.
+huggingface/ has what else transformers expects of a model: generate, from_pretrained, saved folders.
 
 Letters in the trailing comments, here and in every other file:
     B batch    T sequence length    S keys a query can see (cache included)    C n_embd    V vocabulary
@@ -27,10 +26,10 @@ import math
 import re
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import transformers.initialization as init  # its functions leave weights alone that were loaded from a file
 from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -106,8 +105,7 @@ class GPTConfig(CheckedConfig):
     qk_norm: bool = False
     logit_softcap: float | int = setting(0.0, least=0)
     tie_word_embeddings: bool = True
-    # gpt2, or zero_proj: projections into the residual stream begin at zero
-    init: str = setting("gpt2", choices=("gpt2", "zero_proj"))
+    init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: "bytes" or a name tiktoken knows
     encoding_size: int | None = setting(None, least=1)  # ids from here up pad vocab_size, are never generated
@@ -119,13 +117,8 @@ class GPTConfig(CheckedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        C, nh, nkv, E, K = (
-            self.n_embd,
-            self.n_head,
-            self.n_kv_head,
-            self.num_experts,
-            self.num_experts_per_tok,
-        )
+        C, nh, nkv = self.n_embd, self.n_head, self.n_kv_head
+        K, E = self.num_experts_per_tok, self.num_experts
         if C % nh != 0:
             raise ValueError(f"n_embd={C} does not divide into n_head={nh} heads")
         if nkv is not None and nh % nkv != 0:
@@ -153,10 +146,6 @@ class GPTConfig(CheckedConfig):
         return self.use_moe and (self.n_layer - 1 - layer) % self.moe_every == 0
 
 
-# -----------------------------------------------------------------------------
-# Norms
-
-
 class LayerNorm(nn.Module):
     """Layer normalisation with an optional bias."""
 
@@ -166,7 +155,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
         self.eps = eps
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if input.dtype == torch.float32:  # FSDP may have gathered the parameters in bf16
             weight, bias = weight.float(), bias.float() if bias is not None else None
@@ -181,7 +170,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(ndim))
         self.eps = eps
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
 
 
@@ -192,13 +181,7 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config.n_embd, config.bias, config.norm_eps)
 
 
-# -----------------------------------------------------------------------------
-# Attention
-
-
-def rotary_angles(
-    position_ids: torch.Tensor, head_size: int, theta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
 
     position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). They are computed at every forward: a
@@ -211,7 +194,7 @@ def rotary_angles(
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
     wide = upcast(x)
     first, second = wide.chunk(2, dim=-1)
@@ -220,7 +203,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def build_masks(
     config: GPTConfig, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
-) -> dict[str, torch.Tensor | BlockMask | None]:
+) -> dict[str, Tensor | BlockMask | None]:
     """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
 
     attention_mask: 2-d (B, S), 0 = padding; 4-d; or the dictionary that generate() makes for static caches,
@@ -228,16 +211,15 @@ def build_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    special = attention_mask is not None or past_key_values is not None or position_ids is not None
+    plain, T = not special and config._attn_implementation != "eager", x.size(1)
     arguments = config, x, attention_mask, past_key_values, position_ids  # their names differ by version
-    nothing_special = attention_mask is None and past_key_values is None and position_ids is None
-    plain = nothing_special and config._attn_implementation != "eager"
-    masks = {}
-    for kind in sorted(set(config.layer_types)):
-        if kind == "sliding_attention" and not (plain and x.size(1) <= config.sliding_window):
-            mask = flex_window(config, x.size(1), x.device) if plain and flexible else None
-            masks[kind] = create_sliding_window_causal_mask(*arguments) if mask is None else mask
-        else:
-            masks[kind] = None if plain else create_causal_mask(*arguments)
+    masks = dict.fromkeys(config.layer_types)
+    if "full_attention" in masks and not plain:
+        masks["full_attention"] = create_causal_mask(*arguments)
+    if "sliding_attention" in masks and not (plain and T <= config.sliding_window):
+        mask = flex_window(config, T, x.device) if plain and flexible else None
+        masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments) if mask is None else mask
     return masks
 
 
@@ -255,19 +237,13 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x: torch.Tensor,  # (B, T, C)
-        mask: torch.Tensor | BlockMask | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values=None,
-        output_attentions: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values=None, output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
         B, T, C = x.shape
         parts = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
-        q, k, v = (
-            part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts
-        )  # (B, nh or nkv, T, hs)
+        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
         if self.q_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotary is not None:
@@ -284,10 +260,6 @@ class CausalSelfAttention(nn.Module):
         return (y, weight) if output_attentions else y
 
 
-# -----------------------------------------------------------------------------
-# The model
-
-
 class Block(GradientCheckpointingLayer):
     """Transformer block: x + attention(norm(x)), then x + feed-forward(norm(x)), dense or MoE."""
 
@@ -300,21 +272,16 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
 
     def forward(
-        self,
-        x: torch.Tensor,  # (B, T, C)
-        mask: torch.Tensor | BlockMask | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        token_mask: torch.Tensor | None = None,  # (B, T), tokens that count in the router's statistics
-        num_tokens: torch.Tensor | int | None = None,
-        past_key_values=None,
-        output_attentions: bool = False,
-        return_auxiliary: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+        token_mask: Tensor | None = None, num_tokens: Tensor | int | None = None, past_key_values=None,
+        output_attentions: bool = False, return_auxiliary: bool = False,
+    ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
         """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
 
-        Weights are None unless output_attentions. The report exists in training and for an MoE only: the
-        fields of a RouterAuxiliary, one by one, because reentrant checkpointing gives gradients to bare
-        tensors only. The caller must accumulate() it, because checkpointing runs this forward twice.
+        token_mask (B, T), num_tokens: as MoE's. The weights are None unless output_attentions. The report
+        exists in training and for an MoE only: the fields of a RouterAuxiliary one by one, because reentrant
+        checkpointing gives gradients to bare tensors only. The caller must accumulate() it: checkpointing
+        runs this forward twice.
         """
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
@@ -334,8 +301,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     """
 
     config_class = GPTConfig
-    # Rows of logits at a time in the loss, -1 for as many as pay. The outputs have no logits then, except in
-    # nanoGPT's pair. 0: all rows at once, and they are in the outputs.
+    # Rows of logits at a time in the loss, to save memory; -1: as many as pay. The outputs then have no logits,
+    # except in nanoGPT's pair. 0: all rows at once.
     loss_chunk = 0
 
     def __init__(self, config: GPTConfig | dict):
@@ -379,8 +346,6 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if name.endswith("bias"):
                 init.zeros_(parameter)
 
-    # --- sizes ------------------------------------------------------------------------------------------
-
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; non_embedding leaves out look-up tables: positions, and tokens if untied."""
         count = sum(p.numel() for p in self.parameters())
@@ -399,11 +364,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return count
 
     def flops_per_token(self, length: int | None = None) -> float:
-        """FLOPs of forward and backward per token, 6 N + 12 L C T (PaLM appendix B, eq. 2), T = `length`, or
-        block_size.
+        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
 
-        N counts active parameters; a layer with a window counts the window in place of T. Causality is not
-        discounted, as in nanoGPT and llm.c, so figures compare with theirs.
+        T is `length` or block_size, or in a layer with a window the window; N counts active parameters.
+        Causality is not discounted, as in nanoGPT and llm.c, so figures compare with theirs.
         """
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
@@ -426,8 +390,6 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         length = length or self.config.block_size
         return self.flops_per_token(length) * length * fwdbwd_per_iter / dt / peak_flops
 
-    # --- experts ----------------------------------------------------------------------------------------
-
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, first block first; empty for a dense model."""
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
@@ -441,19 +403,17 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
-        """Each MoE layer's counts and loads since its last reset. Since the last update_routers() only this
-        rank's, unless reduce=True (a collective). reset: on this rank."""
+        """Each MoE layer's counts and loads since its last reset, of all ranks. Those since the last
+        update_routers() are this rank's alone, unless reduce=True (a collective). reset: on this rank."""
         usage = expert_usage(self.moe_layers(), reduce=reduce)
         for moe in self.moe_layers() if reset else ():
             moe.reset_usage_counts()
         return usage
 
-    # --- forward ----------------------------------------------------------------------------------------
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, S), 0 = padding
+        attention_mask: Tensor | None = None,  # (B, S), 0 = padding
         position_ids: torch.LongTensor | None = None,  # (B, T)
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
@@ -463,19 +423,18 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         cache=None,  # another name of past_key_values
     ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
         Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
-        return_dict=True); in training the loss has the routers' losses in it.
+        return_dict=True). In training the loss includes the routers' losses.
         logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
-        With loss_chunk, a loss comes without logits, whose memory it saves; nanoGPT's pair has them always.
-        num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part; the
-        loss is then this part's share. Tokens then weigh in the routers' losses as in the cross-entropy
-        (those with a target, over the step's number of targets), so that no sum depends on the cut.
+        num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
+        loss is then this part's share, and the routers' losses weigh tokens as the cross-entropy does (those
+        with a target, over the step's number of targets), so that no sum depends on the cut.
         ValueError for a sequence longer than block_size, for labels together with targets, for a cache by
         both its names, and unless exactly one of input_ids and inputs_embeds is given.
         """
@@ -493,8 +452,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             use_cache, logits_to_keep = False, 0
         elif use_cache is None:
             use_cache = config.use_cache and not self.training
-        if output_attentions is None:
-            output_attentions = config.output_attentions
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         in_parts = targets is not None and num_items_in_batch is not None
@@ -526,27 +484,30 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def _transform(
         self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
         output_hidden_states, counted, num_tokens,
-    ) -> tuple[torch.Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
+    ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
         """Token embeddings x (B, T, C) -> hidden states of that shape, the output's other fields, and in
         training what each router reports.
 
         counted (B, T) or None: the tokens in the routers' losses and statistics; padding never is.
         """
-        config = self.config
+        config, T = self.config, x.size(1)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         if past_key_values is not None and self.training and self.is_gradient_checkpointing:
             past_key_values = None  # the second forward of a block would add its keys again
-        masks = build_masks(
-            config, x, attention_mask, position_ids, past_key_values,
-            flexible=self.training and not output_attentions,
-        )  # fmt: skip
+        flexible = self.training and not output_attentions
+        masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
         if padding is not None:
-            present = padding[:, -x.size(1) :].bool()  # (B, T)
+            present = padding[:, -T:].bool()  # (B, T)
             counted = present if counted is None else counted & present
         if position_ids is None:
-            position_ids = self._positions(x, padding, past_key_values)
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
+                raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
+            position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
+            if padding is not None:  # it is not counted, so that a left-padded row equals the row alone
+                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
         rotary = None
         if config.position == "rope":
             rotary = rotary_angles(position_ids, config.n_embd // config.n_head, config.rope_theta)
@@ -575,22 +536,12 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         }
         return x, extras, reports
 
-    def _positions(self, x, padding, past_key_values) -> torch.Tensor:
-        """Positions (B or 1, T) of new tokens, after the cached ones. Padding (B, S) is not counted, so that
-        a left-padded row equals the row alone. ValueError past block_size."""
-        T, past = x.size(1), past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past, int) and past + T > self.config.block_size:  # a static cache's length is a tensor
-            raise ValueError(f"{past + T} tokens are longer than block_size={self.config.block_size}")
-        if padding is not None:
-            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        return torch.arange(T, device=x.device)[None] + past
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> logits (B, T, V), soft-capped if configured (Gemma 2, arXiv 2408.00118)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, torch.Tensor]:
+    def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
         """The loss on targets (B, T) and, in training, its parts.
 
         Cross-entropy in nats, of logits (B, T, V), or without them of hidden (B, T, C): a mean over the
@@ -615,8 +566,6 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             loss = loss + config.moe_loss_coef * balance_loss + config.router_z_loss_coef * z_loss
             losses |= {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss}
         return losses
-
-    # --- optimizer --------------------------------------------------------------------------------------
 
     def configure_optimizers(
         self,
