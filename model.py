@@ -301,8 +301,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     """
 
     config_class = GPTConfig
-    # Rows of logits at a time in the loss, to save memory; -1: as many as pay. The outputs then have no logits,
-    # except in nanoGPT's pair. 0: all rows at once.
+    # Rows of logits at a time in the loss, to save memory; -1: as many as pay. The outputs then have no
+    # logits, except in nanoGPT's pair. 0: all rows at once.
     loss_chunk = 0
 
     def __init__(self, config: GPTConfig | dict):

@@ -17,7 +17,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from huggingface.gpt2 import to_gpt2
@@ -61,7 +60,7 @@ def export_folder(
     folder = Path(folder).resolve()
     if format not in ("gpt_moe", *FOREIGN):
         raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
-    refuse_foreign(folder)
+    refuse_other_files(folder)
     model = copy.copy(model)  # the same weights; the configuration becomes the folder's own
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
     words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
@@ -75,8 +74,12 @@ def export_folder(
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
-    weights = forget_usage(model) if format == "gpt_moe" else None
-    model = to_foreign(model, format) if format in FOREIGN else model
+    weights = None
+    if format in FOREIGN:
+        model = to_foreign(model, format)
+    else:  # without the routers' statistics of training, but with their biases
+        fresh = fresh_statistics(model)
+        weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -97,13 +100,7 @@ def export_folder(
         raise
 
 
-def forget_usage(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state dict, the routers' statistics of training (not their biases) as in a new model."""
-    fresh = fresh_statistics(model)
-    return model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
-
-
-def refuse_foreign(folder: Path) -> None:
+def refuse_other_files(folder: Path) -> None:
     """FileExistsError if there is something at `folder` that is neither empty nor an export of ours alone."""
     if not folder.exists():
         return

@@ -8,13 +8,14 @@ import json
 import pytest
 import torch
 import transformers
-from huggingface.convert import encode_text, export_folder
 from safetensors.torch import load_file, save_file
 from test_huggingface import strong, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 from huggingface import llama
+from huggingface.export import export_folder
+from huggingface.text import encode_text
 from model import GPT, GPTConfig, GPTLMHeadModel
 from train_gpt_moe import PRESETS
 from training import checkpoints as ckpt

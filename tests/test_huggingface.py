@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shared_file
-from huggingface.convert import build_tokenizer, decode_tokens, encode_text, export_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
-from huggingface import convert
+from huggingface import export
+from huggingface.export import export_folder
+from huggingface.text import build_tokenizer, byte_characters, decode_tokens, encode_text, find_merges
 from model import GPT, GPTConfig, GPTLMHeadModel
 
 ARCHITECTURES = {
@@ -291,10 +292,8 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
         assert tokenizer.decode(ids) == text
     # the merges found from the ranks are those of GPT-2's own file
     ranks = {gpt2_encoding.decode_single_token_bytes(i): i for i in range(50256)}
-    shown = convert.byte_characters()
-    found = [
-        " ".join("".join(shown[b] for b in part) for part in pair) for pair in convert.find_merges(ranks)
-    ]
+    shown = byte_characters()
+    found = [" ".join("".join(shown[b] for b in part) for part in pair) for pair in find_merges(ranks)]
     files = [path.read_text(encoding="utf-8") for path in shared_file("tiktoken_cache").iterdir()]
     original = next(text for text in files if text.startswith("#version"))
     assert found == original.strip().split("\n")[1:]
@@ -579,7 +578,8 @@ def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypat
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
     package = type(theirs).__module__.removesuffix(".model")
     for name, operator in (("experts", "expert_mlp"), ("linear_cross_entropy", "chunked")):
-        mine, other = (getattr(sys.modules[place], operator) for place in (name, f"{package}.{name}"))
+        places = (f"layers.{name}", f"{package}.{name}")
+        mine, other = (getattr(sys.modules[place], operator) for place in places)
         assert mine._opoverload.name() != other._opoverload.name()
     ids, losses = tokens(V=256), []
     for model in (ours, theirs, ours):
@@ -622,7 +622,7 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # a disk that fills up at the last file
         patch.setattr(
-            convert.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+            export.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
         with pytest.raises(OSError, match="No space left"):
             export_folder(model, folder)
