@@ -255,8 +255,7 @@ class CausalSelfAttention(nn.Module):
             y, weight = attention_reference(q, k, v, mask, dropout)  # (B, nh, T, hs), (B, nh, T, S)
         else:
             y, weight = fused_attention(q, k, v, mask, dropout), None
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        y = F.dropout(y, self.config.dropout, self.training)
+        y = F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.config.dropout, self.training)
         return (y, weight) if output_attentions else y
 
 
@@ -395,11 +394,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
     def update_routers(self, process_group=None) -> None:
-        """Tell the routers that an optimizer step is over: call it before training and after every step.
-
-        Reduces the step's routing statistics over all ranks (one collective), makes them the reference of
-        the balance losses and moves the biases of loss-free balancing. See mixture_of_experts.py.
-        """
+        """Tell the routers that an optimizer step is over: call it before training and after every step. It
+        reduces the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
@@ -435,8 +431,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
         loss is then this part's share, and the routers' losses weigh tokens as the cross-entropy does (those
         with a target, over the step's number of targets), so that no sum depends on the cut.
-        ValueError for a sequence longer than block_size, for labels together with targets, for a cache by
-        both its names, and unless exactly one of input_ids and inputs_embeds is given.
+        ValueError for a sequence longer than block_size, and for arguments that exclude each other.
         """
         config = self.config
         if cache is not None and past_key_values is not None:
@@ -485,8 +480,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
         output_hidden_states, counted, num_tokens,
     ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
-        """Token embeddings x (B, T, C) -> hidden states of that shape, the output's other fields, and in
-        training what each router reports.
+        """Token embeddings x (B, T, C) -> hidden states (B, T, C), the output's other fields, routers' reports.
 
         counted (B, T) or None: the tokens in the routers' losses and statistics; padding never is.
         """
@@ -508,11 +502,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
             if padding is not None:  # it is not counted, so that a left-padded row equals the row alone
                 position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
-        rotary = None
         if config.position == "rope":
             rotary = rotary_angles(position_ids, config.n_embd // config.n_head, config.rope_theta)
         else:
-            x = x + self.transformer.wpe(position_ids)
+            rotary, x = None, x + self.transformer.wpe(position_ids)
         x = self.transformer.drop(x)
 
         hidden_states, attentions, reports = [x], [], []

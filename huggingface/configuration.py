@@ -10,6 +10,7 @@ class GPTConfig(CheckedConfig):
 import copy
 import difflib
 import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -31,6 +32,12 @@ OTHER_NAMES = {
     "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
 }  # fmt: skip
 
+# A numerical limit of a setting: the comparison that must hold, and its words.
+LIMITS = {
+    "least": (operator.ge, "at least"), "most": (operator.le, "at most"),
+    "above": (operator.gt, "above"), "below": (operator.lt, "below"),
+}  # fmt: skip
+
 
 def setting(default: Any, **limits: Any) -> Any:
     """A dataclass field with limits in its metadata: numbers least, most, above, below; a tuple choices."""
@@ -46,16 +53,13 @@ def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: must be a finite number")
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(limits['choices'])}")
-    if "least" in limits and value < limits["least"]:
-        raise ValueError(f"{name}={value}: must be at least {limits['least']}")
-    if "most" in limits and value > limits["most"]:
-        raise ValueError(f"{name}={value}: must be at most {limits['most']}")
-    if "above" in limits and value <= limits["above"]:
-        raise ValueError(f"{name}={value}: must be above {limits['above']}")
-    if "below" in limits and value >= limits["below"]:
-        raise ValueError(f"{name}={value}: must be below {limits['below']}")
+    for limit, bound in limits.items():
+        if limit == "choices" and value not in bound:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(bound)}")
+        if limit in LIMITS:
+            holds, words = LIMITS[limit]
+            if not holds(value, bound):
+                raise ValueError(f"{name}={value}: must be {words} {bound}")
 
 
 def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], remedy: str) -> None:

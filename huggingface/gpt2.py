@@ -17,12 +17,10 @@ from huggingface.configuration import refuse
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our fields for a transformers.GPT2Config; ValueError, naming the field, for what we cannot express."""
     only = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "reorder_and_upcast_attn": (False,),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
         "add_cross_attention": (False,),
-    }
+    }  # fmt: skip
     refuse("this GPT-2 has", config, only, "; only {!r} can be loaded")
     if not config.resid_pdrop == config.embd_pdrop == config.attn_pdrop:
         raise ValueError(
@@ -32,8 +30,8 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return dict(
         use_moe=False, block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
         n_head=config.n_head, n_embd=config.n_embd, mlp_hidden_size=config.n_inner,
-        dropout=config.resid_pdrop,
-        norm_eps=config.layer_norm_epsilon, tie_word_embeddings=config.tie_word_embeddings,
+        dropout=config.resid_pdrop, norm_eps=config.layer_norm_epsilon,
+        tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
         attn_implementation=config._attn_implementation, encoding=getattr(config, "encoding", "gpt2"),
     )  # fmt: skip

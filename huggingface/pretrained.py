@@ -56,8 +56,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         """
         name, found, ours = pretrained_model_name_or_path, {}, cls.config_class
         if name is not None and kwargs.get("config") is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-            given = {option: kwargs[option] for option in hub if option in kwargs}
+            hub = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+            given = {key: kwargs[key] for key in hub & kwargs.keys()}
             found, _ = PreTrainedConfig.get_config_dict(name, **given)
         kind = found.get("model_type")
         if kind in FOREIGN:
@@ -74,10 +74,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_foreign(cls, kind: str, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
         """A model of FOREIGN as one of ours; the arguments are those of transformers' from_pretrained."""
-        ours = {
-            field: kwargs.pop(field)
-            for field in inspect.get_annotations(cls.config_class).keys() & kwargs.keys()
-        }
+        ours = {key: kwargs.pop(key) for key in inspect.get_annotations(cls.config_class) if key in kwargs}
         theirs, info = getattr(transformers, FOREIGN[kind]).from_pretrained(
             name, *args, output_loading_info=True, **kwargs
         )

@@ -150,9 +150,8 @@ def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtyp
 
 
 def choose_for_the_first_time(device: torch.device) -> None:
-    """Let torch set its own order of backends now: it does at a process's first attention on CUDA, whatever
-    order is set by then, and on Hopper and Blackwell puts cuDNN first (priority_order in
-    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+    """Let torch set its own order of backends now. It does so at a process's first attention on CUDA whatever
+    order is set by then, and on Hopper and Blackwell puts cuDNN first (priority_order in sdp_utils.cpp)."""
     q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
     F.scaled_dot_product_attention(q, q, q)
 
