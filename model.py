@@ -480,7 +480,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
         output_hidden_states, counted, num_tokens,
     ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
-        """Token embeddings x (B, T, C) -> hidden states (B, T, C), the output's other fields, routers' reports.
+        """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
 
         counted (B, T) or None: the tokens in the routers' losses and statistics; padding never is.
         """

@@ -137,6 +137,7 @@ def test_defaults_are_the_documented_ones():
         (dict(dropout=1.0), "dropout=1.0: must be below 1"),
         (dict(dropout=-0.1), "dropout=-0.1: must be at least 0"),
         (dict(n_layer=0), "n_layer=0: must be at least 1"),
+        (dict(num_experts=40_000), "num_experts=40000: must be at most 32767"),
         (dict(sliding_window=0), "sliding_window=0: must be at least 1"),
         (dict(norm_eps=-1.0), "norm_eps=-1.0: must be above 0"),
         (dict(norm_eps=0.0), "norm_eps=0.0: must be above 0"),
