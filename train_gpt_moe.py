@@ -68,10 +68,14 @@ class TrainConfig(llmc.Flags):
     max_steps: int = setting(19073, "optimizer steps; the default is 10B tokens", "--num_iterations", least=0)
     max_lr: float = setting(6e-4, "learning rate after the warmup", "--learning_rate", least=0)
     min_lr: float | None = setting(None, "learning rate at the end; None = a tenth of max_lr", least=0)
-    learning_rate_decay_frac: float | None = setting(None, "sets min_lr to this fraction of max_lr")
+    learning_rate_decay_frac: float | None = setting(
+        None, "sets min_lr to this fraction of max_lr", least=0, most=1
+    )
     warmup_steps: int = setting(715, "steps of linear warmup: 375M tokens", "--warmup_iters", least=0)
     schedule: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
-    wsd_decay_frac: float = setting(0.4, "with schedule wsd: the share of max_steps that the decay takes")
+    wsd_decay_frac: float = setting(
+        0.4, "with schedule wsd: the share of max_steps that decays", above=0, most=1
+    )
     # --- optimizer
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     weight_decay: float = setting(0.1, "of matrices and embeddings; biases and norms have none", least=0)
@@ -122,7 +126,7 @@ class TrainConfig(llmc.Flags):
     activation_checkpointing: str = setting(
         "none", "block = recompute each block in the backward pass", choices=("none", "block")
     )
-    seed: int = setting(1337, "of weights, sample order and dropout", least=0)
+    seed: int = setting(1337, "of weights, sample order and dropout", least=0, below=2**63)
     # --- model: GPTConfig in model.py explains and checks these
     block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
     vocab_size: int = setting(
@@ -273,7 +277,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 break
 
             # ---- EVALUATION
-            evaluates, samples = last_step or evaluates_at(step, config), samples_at(step, config)
+            evaluates, samples = evaluates_at(step, config), samples_at(step, config)
             if evaluates or step % 100 == 0:
                 gc.collect()
             measured = evaluate(run, step, evaluates, samples, saver.is_urgent, terminal)

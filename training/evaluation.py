@@ -11,7 +11,7 @@ import torch
 
 from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
-from huggingface.convert import encode_prompt
+from huggingface.text import encode_prompt
 from model import GPTLMHeadModel
 from training import faults
 

@@ -22,7 +22,7 @@ from model import GPTConfig, GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import faults, parallel
 from training.evaluation import cannot_sample, evaluates_at
-from training.flags import check_bounds
+from training.flags import check_limits
 from training.optimizers import build_optimizer, check_optimizer, initial_weights
 from training.preflight import preflight
 from training.progress import tell
@@ -159,21 +159,12 @@ def check_config(
     given: of a new run, the settings that flags have set; None for a resumed one, which keeps its settings.
     ValueError, naming field and value, for settings that cannot work.
     """
-    check_bounds(config)
+    check_limits(config)
     check_layout(config, world)
     check_optimizer(config)
-    if config.seed >= 2**63:
-        raise ValueError(f"seed={config.seed}: must be below 2**63")
-    if not 0 < config.wsd_decay_frac <= 1:
-        raise ValueError(f"wsd_decay_frac={config.wsd_decay_frac}: must be above 0 and at most 1")
-    frac = config.learning_rate_decay_frac
-    if frac is not None:
-        if not 0 <= frac <= 1:
-            raise ValueError(
-                f"learning_rate_decay_frac={frac}: min_lr is a fraction of max_lr, from 0 to 1; change "
-                "--learning_rate_decay_frac"
-            )
-        config.min_lr, config.learning_rate_decay_frac = frac * config.max_lr, None
+    if config.learning_rate_decay_frac is not None:
+        config.min_lr = config.learning_rate_decay_frac * config.max_lr
+        config.learning_rate_decay_frac = None
     if config.min_lr is None:
         config.min_lr = float(f"{config.max_lr / 10:.12g}")  # a tenth of 6e-4 is 6e-5, not 5.9999...e-5
     if config.min_lr > config.max_lr:
