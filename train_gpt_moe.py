@@ -68,14 +68,10 @@ class TrainConfig(llmc.Flags):
     max_steps: int = setting(19073, "optimizer steps; the default is 10B tokens", "--num_iterations", least=0)
     max_lr: float = setting(6e-4, "learning rate after the warmup", "--learning_rate", least=0)
     min_lr: float | None = setting(None, "learning rate at the end; None = a tenth of max_lr", least=0)
-    learning_rate_decay_frac: float | None = setting(
-        None, "sets min_lr to this fraction of max_lr", least=0, most=1
-    )
+    learning_rate_decay_frac: float | None = setting(None, "min_lr as a fraction of max_lr", least=0, most=1)
     warmup_steps: int = setting(715, "steps of linear warmup: 375M tokens", "--warmup_iters", least=0)
     schedule: str = setting("cosine", "how the learning rate falls", choices=SCHEDULES)
-    wsd_decay_frac: float = setting(
-        0.4, "with schedule wsd: the share of max_steps that decays", above=0, most=1
-    )
+    wsd_decay_frac: float = setting(0.4, "wsd: the share of max_steps that decays", above=0, most=1)
     # --- optimizer
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     weight_decay: float = setting(0.1, "of matrices and embeddings; biases and norms have none", least=0)

@@ -22,18 +22,16 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from huggingface.configuration import check_setting
 
 
-def setting(
-    default: Any, help: str, *aliases: str, least: float | None = None, choices: Iterable = ()
-) -> Any:
+def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
 
-    least: the smallest value. choices: all allowed values, which the help text lists too.
+    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The help
+    text lists the choices.
     """
-    choices = tuple(choices)
-    if choices:
-        help += f": {', '.join(map(str, choices))}"
-    bounds = {"least": least, "choices": choices}
-    return HfArg(default=default, help=help, aliases=list(aliases), metadata={"bounds": bounds})
+    if "choices" in limits:
+        limits["choices"] = tuple(limits["choices"])
+        help += f": {', '.join(map(str, limits['choices']))}"
+    return HfArg(default=default, help=help, aliases=list(aliases), metadata={"limits": limits})
 
 
 def check_limits(config: Any) -> None:
