@@ -45,9 +45,8 @@ from training import checkpoints as ckpt
 from training import faults, parallel
 from training.evaluation import cannot_sample, evaluate, evaluates_at
 from training.flags import parse_flags
+from training.log import RunLog, expert_load, peak_memory, run_record
 from training.preflight import preflight
-from training.progress import Progress, tell
-from training.run_log import RunLog, expert_load, peak_memory, run_record
 from training.setup import (
     build_loaders,
     build_model,
@@ -56,6 +55,7 @@ from training.setup import (
     learning_rate,
     place_model,
 )
+from training.terminal import Terminal, tell
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -380,7 +380,7 @@ def train(run: Run) -> int:
     first_step = saved_step = resumed.get("step", 0)
     val_loss, begin = resumed.get("val_loss"), time.perf_counter() - resumed.get("elapsed_s", 0.0)
     health = faults.Health(resumed.get("health"))
-    progress = Progress(config, first_step, world.is_master)
+    progress = Terminal(config, first_step, world.is_master)
     say = progress.say
     signals = faults.Signals(talkative=world.is_master)
     keep = (config.keep_last, config.keep_every)

@@ -28,7 +28,7 @@ def evaluate(
     progress: Any,
 ) -> dict | None:
     """val_loss, hella_acc and hella_acc_norm, as far as there are any, if `measures`; the text of a sample,
-    under "sample", if `samples`. Tells them through progress (progress.py).
+    under "sample", if `samples`. Tells them through progress (terminal.py).
 
     None as soon as interrupted(), which answers all ranks alike: whoever is told to stop shall save.
     """

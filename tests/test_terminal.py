@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from processes import TINY, finish, start_ranks
+from training.progress import LEVELS, Progress, duration, heat_map, live_line, step_line
 
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
-from training.progress import LEVELS, Progress, duration, heat_map, live_line, step_line
 
 
 class Terminal(io.StringIO):
