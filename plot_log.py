@@ -35,8 +35,7 @@ CHANCE = 0.25  # HellaSwag has four endings to choose from
 LOG_WORDS = {metric.log_word: metric.name for metric in METRICS if metric.log_word}  # of log.txt
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")
+DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 GREY = "#595959"
 HEAT = ("#00263D", "#4F9CC4", "#FAFAF5", "#F0B64A", "#C65A00")  # load 0 (darkest in print too), 0.5 ... 2
 STYLE = {
@@ -69,7 +68,7 @@ class LoggedRun:
         return self.x[known], y[known]
 
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
-        """x (records,) and loads in fair shares (records, MoE layers, E); only shapes like the last record's."""
+        """x (records,) and loads in fair shares (records, MoE layers, E), of records shaped like the last."""
         known = [i for i, row in enumerate(self.rows) if "load" in row and np.isfinite(self.x[i])]
         known = [i for i in known if self.rows[i]["load"].shape == self.rows[known[-1]]["load"].shape]
         return self.x[known], np.array([self.rows[i]["load"] for i in known])
@@ -186,11 +185,6 @@ def short(value: float, _position: object = None) -> str:
     return f"{value:.4g}"
 
 
-def percent(value: float, _position: object = None) -> str:
-    """0.5 -> 50%."""
-    return f"{100 * value:.3g}%"
-
-
 def load_colours() -> dict:
     """Colours of a load: dark blue for none, white for a fair share, orange for twice that or more."""
     from matplotlib.colors import LinearSegmentedColormap
@@ -238,8 +232,7 @@ def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: 
         ax.set_ylim(low - 0.1 * (high - low), high + 0.06 * (high - low))
     if one:
         ax.legend(loc="upper right")
-    title = "Loss" if one else "Loss: training (lines), validation (markers)"
-    ax.set(title=title, ylabel=metrics[0].label)
+    ax.set(title="Loss" if one else "Loss: training (lines), validation (markers)", ylabel=metrics[0].label)
     return [ax]
 
 
@@ -262,7 +255,7 @@ def draw_hellaswag(fig, cell, runs: list[LoggedRun], metrics: list[Metric], comp
 
 
 def draw_stack(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool) -> list:
-    """Draw the metrics of a panel above each other over one horizontal axis; there is nothing to compare."""
+    """Draw the metrics of a panel above each other over one horizontal axis. `compare` is not used."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes = []
@@ -280,7 +273,7 @@ def draw_stack(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare:
         else:
             ax.set_ylim(metric.axis_low, 1.08 * max(ax.dataLim.y1, 1e-9, metric.axis_high))
             ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        ax.yaxis.set_major_formatter(percent if metric.percent else short)
+        ax.yaxis.set_major_formatter((lambda y, _: f"{100 * y:.3g}%") if metric.percent else short)
         ax.tick_params(labelbottom=metric is metrics[-1])
         ax.set_ylabel(metric.label, fontsize=9)
         axes.append(ax)
@@ -335,8 +328,9 @@ def panels(runs: list[LoggedRun], compare: bool) -> list[list[tuple[int, Callabl
     for title in dict.fromkeys(metric.panel for metric in known):
         metrics = [metric for metric in known if metric.panel == title]
         draw = {"Loss": draw_loss, "HellaSwag": draw_hellaswag}.get(title, draw_stack)
-        width = 2 if draw is draw_loss else 1
-        chosen.append((width, partial(draw, runs=runs, metrics=metrics, compare=compare)))
+        chosen.append(
+            (2 if title == "Loss" else 1, partial(draw, runs=runs, metrics=metrics, compare=compare))
+        )
     routed = {run.name if len(runs) > 1 else "Expert load": run for run in runs if len(run.loads()[0])}
     chosen += [(1, partial(draw_load, run=run, title=title)) for title, run in routed.items()]
     for title, run in routed.items() if len(routed) == 1 else ():
@@ -380,7 +374,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     """Draw the logs in `folders` over each other into the file `out` (.png, .svg or .pdf); returns `out`.
 
     x: step, tokens or time. One warning on stderr names all logs that are damaged or lack `x`. Raises
-    FileNotFoundError for a folder without a log, ValueError for an unknown `x` or format or if no log has `x`.
+    FileNotFoundError for a folder without a log, ValueError for an unknown `x` or format, or one in no log.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # pyplot would open windows and keep figures alive
