@@ -407,7 +407,7 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
     """
     import train_gpt_moe
     from training import parallel
-    from training.run_log import RunLog
+    from training.log import RunLog
 
     spent, collections = defaultdict(list), []
     places = {
@@ -455,7 +455,7 @@ def step_times(folder: str, steps: int, B: int, T: int, device: torch.device, mo
     """
     import train_gpt_moe
     from bench.measure import synchronize
-    from training.run_log import RunLog
+    from training.log import RunLog
 
     marks, log, train, measured = [], RunLog.step, train_gpt_moe.train, steps - 1 - SKIPPED
 

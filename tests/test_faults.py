@@ -45,7 +45,7 @@ from model import GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import evaluation, faults, parallel
 from training.faults import Health, Signals
-from training.run_log import RunLog
+from training.log import RunLog
 from training.setup import Run
 
 

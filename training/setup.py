@@ -23,10 +23,10 @@ from training import checkpoints as ckpt
 from training import faults, parallel
 from training.evaluation import cannot_sample, evaluates_at
 from training.flags import check_limits
+from training.log import RunLog, run_record
 from training.optimizers import build_optimizer, check_optimizer, initial_weights
 from training.preflight import preflight
-from training.progress import tell
-from training.run_log import RunLog, run_record
+from training.terminal import tell
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Run:
         self.started = time.perf_counter() - self.resumed.get("elapsed_s", 0.0)
         self.say = say
         if self.log:
-            self.log.say, self.log.elapsed = say, self.elapsed
+            self.log.say = say
 
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -135,9 +135,14 @@ def open_log(run: Run) -> None:
     world.barrier()  # all ranks have read what they need: the master may now move an old run's files
     if world.is_master:
         first_step = run.resumed.get("step", 0)
-        again = evaluates_at(first_step, config)
         run.log = RunLog(
-            Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb, again, tell
+            Path(config.log_dir),
+            run.resumed_from,
+            first_step,
+            config.tensorboard,
+            config.wandb,
+            evaluates_first=evaluates_at(first_step, config),
+            say=tell,
         )
         run.log.record({"run": run_record(config, model, world, first_step)})
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
