@@ -43,6 +43,7 @@ from model import GPTLMHeadModel
 from plot_log import plot_runs
 from training import checkpoints as ckpt
 from training import faults, parallel
+from training.checkpoint_writer import CheckpointWriter
 from training.evaluation import cannot_sample, evaluate, evaluates_at
 from training.flags import parse_flags
 from training.preflight import preflight
@@ -384,7 +385,7 @@ def train(run: Run) -> int:
     say = progress.say
     signals = faults.Signals(talkative=world.is_master)
     keep = (config.keep_last, config.keep_every)
-    writer = ckpt.CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers, config.save_retry_s)
+    writer = CheckpointWriter(config.log_dir, *keep, say, world.rank, layout.savers, config.save_retry_s)
     if world.is_master:
         log.say = say
     sequences = config.total_batch_size / config.T / world.size  # a step's, on each rank
