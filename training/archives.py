@@ -11,6 +11,7 @@ https://docs.pytorch.org/docs/stable/notes/serialization.html
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import zipfile
@@ -49,7 +50,7 @@ def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint. A folder is renamed first, so that no half of it has a checkpoint's name."""
+    """Delete a checkpoint, if it exists. A folder is renamed first: no half of it has a checkpoint's name."""
     if path.is_dir():
         renamed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(renamed, ignore_errors=True)
@@ -92,6 +93,21 @@ def load_archive(file: BinaryIO) -> Any:
     check_archive(file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in the archive at this place of a file. CheckpointError if it is damaged or another one."""
+    with reading(file, f"no tensor can be read from byte {start} on"), open(file, "rb") as stream:
+        if start + length > os.fstat(stream.fileno()).st_size:
+            raise ValueError("the file is cut off")
+        stream.seek(start)
+        tensor = load_archive(io.BytesIO(stream.read(length)))
+        plain = (
+            type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        )
+        if not plain or (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise ValueError(f"it is no {dtype} tensor of shape {list(shape)}")
+    return tensor
 
 
 def check_content(path: Path, checkpoint: Any, **kinds: type) -> None:

@@ -16,7 +16,6 @@ its own name it is always complete. Training on several machines needs a file sy
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
-import io
 import json
 import math
 import os
@@ -42,6 +41,7 @@ from training.archives import (
     check_content,
     check_finite,
     load_archive,
+    load_tensor,
     reading,
     remove,
     size_and_checksum,
@@ -57,21 +57,19 @@ def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
 
     Scalars such as AdamW's step stay in the checkpoint. Tied embeddings are one tensor.
     """
+    rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
         tensors.pop("model.lm_head.weight", None)
-    rest = {**checkpoint, "model": {}}
     if "optimizer" in checkpoint:
-        state: dict[int, dict] = {}
+        rest["optimizer"] = {**checkpoint["optimizer"], "state": {}}
         for number, values in checkpoint["optimizer"]["state"].items():
-            state[number] = {}
+            scalars = rest["optimizer"]["state"][number] = dict(values)
             for name, value in values.items():
                 if torch.is_tensor(value) and value.dim() > 0:
-                    tensors[f"optimizer.{number}.{name}"] = value
-                else:
-                    copy = value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-                    state[number][name] = copy
-        rest["optimizer"] = {**checkpoint["optimizer"], "state": state}
+                    tensors[f"optimizer.{number}.{name}"] = scalars.pop(name)
+                elif torch.is_tensor(value):
+                    scalars[name] = value.detach().to("cpu", copy=True)
     return tensors, rest
 
 
@@ -79,15 +77,15 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
     """The checkpoint from which extract_tensors made these two. KeyError and the like if they do not fit."""
     checkpoint = {**rest, "model": {}}
     if "optimizer" in rest:
-        state = {number: dict(values) for number, values in rest["optimizer"]["state"].items()}
+        state = {number: dict(scalars) for number, scalars in rest["optimizer"]["state"].items()}
         checkpoint["optimizer"] = {**rest["optimizer"], "state": state}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
+        number, _, moment = name.partition(".")
         if kind == "model":
             checkpoint["model"][name] = tensor
         else:
-            number, _, name = name.partition(".")
-            checkpoint[kind]["state"][int(number)][name] = tensor
+            checkpoint[kind]["state"][int(number)][moment] = tensor
     if rest["config"].get("tie_word_embeddings"):
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
     return checkpoint
@@ -97,10 +95,10 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
 
 
 class PartWriter(dcp.FileSystemWriter):
-    """DCP's writer of files; a full disk is reported as such, not as torch.save reports it."""
+    """DCP's writer of files, which reports a full disk as OSError."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """DCP calls this on every rank, and sends the error to other ranks without its context."""
+        """DCP calls this on every rank. torch.save's error has the OSError as context, which DCP drops."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -124,17 +122,16 @@ class Saver:
         path: of the folder, if not model_XXXXX. Raises NotFiniteError; what torch raises if memory is short.
         """
         path = path or self.folder / f"model_{checkpoint['step']:05d}"
-        temporary, alone = path.with_name(f".{path.name}.unfinished"), self.group is None
-        writer = PartWriter(temporary)
+        writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
             if self.rank == 0:  # killed processes leave folders; a run owns its log_dir and removes them all
-                for leftover in [temporary] if alone else self.folder.glob(".model_*.*ed"):
+                for leftover in [writer.path] if self.group is None else self.folder.glob(".model_*.*ed"):
                     shutil.rmtree(leftover, ignore_errors=True)
             tensors, rest = extract_tensors(checkpoint)
             check_finite(checkpoint["step"], tensors)
             # dcp.async_save would hang: if one rank had no memory for its copy, the others would wait for it.
-            return tensors if alone else writer.stage(tensors), rest
+            return tensors if self.group is None else writer.stage(tensors), rest
 
         return *self.together(copy), writer, path
 
@@ -144,7 +141,7 @@ class Saver:
         OSError if any rank fails. The parts are then removed, which frees the space on a full disk.
         """
         tensors, rest, writer, path = staged
-        temporary, alone = Path(writer.path), self.group is None
+        temporary, alone = writer.path, self.group is None
         own = temporary / f"__{self.rank}_0.distcp"
         try:
             metadata = dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
@@ -189,24 +186,23 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
     state = {**rest, "format": CHECKPOINT_FORMAT}
     write_atomically(temporary / REST_FILE, lambda file: torch.save(state, file))
     files = files | {REST_FILE: size_and_checksum(temporary / REST_FILE)}
-    missing = [name for name in files if not (temporary / name).is_file()]
-    if missing:
-        raise OSError(f"{temporary}: no {missing[0]} here: log_dir must be on a disk that all ranks share")
+    for name in files:
+        if not (temporary / name).is_file():
+            raise OSError(f"{temporary}: no {name} here: log_dir must be on a disk that all ranks share")
     tensors: dict[str, dict] = {}
     for name, stored in metadata.state_dict_metadata.items():
         parts = []
         for chunk in stored.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            where = [place.relative_path, place.offset, place.length]
-            parts.append([list(chunk.offsets), list(chunk.sizes), *where])
+            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            place = (info.relative_path, info.offset, info.length)
+            parts.append([list(chunk.offsets), list(chunk.sizes), *place])
         dtype = str(stored.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
     index = json.dumps({"format": CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX_FILE, lambda file: file.write(text.encode()))
     read_index(temporary)  # an index that would be refused must not replace a good checkpoint
-    if path.exists():
-        remove(path)
+    remove(path)
     os.rename(temporary, path)
     sync_folder(path.parent)
 
@@ -225,7 +221,7 @@ def save(checkpoint: dict, path: Path) -> None:
 def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
     """index.json: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
 
-    metadata.storage_data holds the arguments of read_part for each part. CheckpointError if index.json is
+    metadata.storage_data holds the arguments of load_tensor for each part. CheckpointError if index.json is
     missing or is not what `publish` writes; OSError as in `reading`.
     """
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
@@ -242,10 +238,9 @@ def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
             if dtype is None:
                 raise ValueError(f"there is no dtype {stored['dtype']!r}")
             for offsets, sizes, file, start, length in stored["parts"]:
-                count = math.prod(sizes)
-                if file not in index["files"] or count * dtype.itemsize > length:
+                if file not in index["files"] or math.prod(sizes) * dtype.itemsize > length:
                     raise ValueError(f"a part of {name} does not fit into {file!r}")
-                if count > 0:  # FSDP gives some ranks nothing
+                if 0 not in sizes:  # FSDP gives some ranks nothing
                     chunk = dcp_metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
                     places[MetadataIndex(name, offsets)] = (path / file, start, length, chunk.sizes, dtype)
                     chunks.append(chunk)
@@ -273,19 +268,15 @@ def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
 def verify(path: Path) -> None:
     """Compare all files of a folder with their checksums. CheckpointError; OSError as in `reading`."""
     for name, expected in read_index(path)[0].items():
-        with reading(path / name, "the checkpoint is damaged, a file is missing"):
-            found = size_and_checksum(path / name)
-        if found != expected:
-            text = f"size or checksum of {name} is wrong: the checkpoint is damaged. Use an earlier one"
-            raise CheckpointError(f"{path}: {text}")
+        with reading(path / name, "the checkpoint is damaged"):
+            if size_and_checksum(path / name) != expected:
+                raise ValueError("size or checksum is wrong")
 
 
 def read_rest(path: Path) -> dict:
     """The checkpoint without its tensors; the entry "folder" says where they are. Errors as in read_index."""
     names = read_index(path)[1].state_dict_metadata
-    with reading(
-        path / REST_FILE, f"torch.load cannot read it safely, or it belongs to another {INDEX_FILE}"
-    ):
+    with reading(path / REST_FILE, f"torch.load cannot read it safely, or it is of another {INDEX_FILE}"):
         with open(path / REST_FILE, "rb") as file:
             rest = load_archive(file)
         check_content(path / REST_FILE, rest, config=dict, step=int)
@@ -295,9 +286,8 @@ def read_rest(path: Path) -> dict:
 
 def load(path: Path) -> dict:
     """The whole checkpoint, as the single file would have it, on the CPU. Errors as in read_index."""
-    rest = read_rest(path)
+    rest, stored = read_rest(path), read_index(path)[1].state_dict_metadata
     del rest["folder"]
-    stored = read_index(path)[1].state_dict_metadata
     with reading(path, "tensors of these shapes cannot be"):
         tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in stored.items()}
     load_tensors(path, tensors)
@@ -319,18 +309,5 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
     planner.set_up_planner(targets, metadata)
     for item in planner.create_local_plan().items:  # each copies a box of a stored part into a target
         box = [slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True)]
-        part = read_part(*metadata.storage_data[item.storage_index])
+        part = load_tensor(*metadata.storage_data[item.storage_index])
         planner.resolve_tensor(item).copy_(part[tuple(box)])
-
-
-def read_part(file: Path, start: int, length: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that DCP has written at this place. CheckpointError if it is damaged or another one."""
-    with reading(file, f"no tensor can be read from byte {start} on"), open(file, "rb") as stream:
-        if start + length > os.fstat(stream.fileno()).st_size:
-            raise ValueError("the file is cut off")
-        stream.seek(start)
-        part = load_archive(io.BytesIO(stream.read(length)))
-        plain = type(part) is torch.Tensor and part.device.type == "cpu" and part.layout == torch.strided
-        if not plain or (part.shape, part.dtype) != (shape, dtype):
-            raise ValueError(f"it is no {dtype} tensor of shape {list(shape)}")
-    return part
