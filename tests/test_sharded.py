@@ -59,7 +59,7 @@ class Alone:
 
     def __new__(cls, folder, **more):
         writer = CheckpointWriter(folder, **more)
-        writer.saver = sharded.Saver(None, folder)
+        writer.saver = sharded.Saver(None)
         return writer
 
 

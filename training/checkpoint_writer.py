@@ -17,7 +17,13 @@ import torch
 from tokens.files import write_atomically
 from training import sharded
 from training.archives import NotFiniteError
-from training.checkpoints import list_checkpoints, prune_checkpoints, save_checkpoint, verify_checkpoint
+from training.checkpoints import (
+    checkpoint_path,
+    list_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 
 class CheckpointWriter:
@@ -38,7 +44,7 @@ class CheckpointWriter:
     ):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
         self.rank = rank
-        self.saver = sharded.Saver(savers, self.folder) if savers is not None else None
+        self.saver = sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
         self.error: Exception | None = None  # of the last save that ended
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
@@ -54,7 +60,8 @@ class CheckpointWriter:
             return 0.0
         try:
             if self.saver is not None:
-                write = partial(self.saver.commit, self.saver.stage(checkpoint))
+                path = checkpoint_path(self.folder, checkpoint["step"]).with_suffix("")
+                write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 used: dict[tuple, torch.Tensor] = {}
                 write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)

@@ -64,7 +64,7 @@ def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
 
 
 def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    """All tensors in nested dictionaries, lists and tuples, with their paths."""
+    """All tensors in nested dictionaries, lists and tuples, each with its keys joined by dots."""
     if torch.is_tensor(value):
         return [(name, value)]
     if isinstance(value, (list, tuple)):
@@ -224,9 +224,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             f"{path}: no {', '.join(sorted(missing))} in it: weights to begin a new run with (--init_from), "
             "not a run to go on with (--resume)"
         )
-    saved = state["train_config"] | {
-        name: state["config"][name] for name in FIXED_SETTINGS & state["config"].keys()
-    }
+    kept = FIXED_SETTINGS & state["config"].keys()
+    saved = state["train_config"] | {name: state["config"][name] for name in kept}
     for name in ("parallel", "zero_stage", "ep_size", "activation_checkpointing"):
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
@@ -261,14 +260,13 @@ def load_shards(rest: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimi
     """A folder's checkpoint without its tensors becomes one with them; of DTensors, with this rank's part."""
     path = Path(rest["folder"])
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    targets = {f"model.{name}": torch.empty_like(t) for name, t in model.state_dict().items()}
+    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in model.state_dict().items()}
     if rest["config"].get("tie_word_embeddings"):
         targets.pop("model.lm_head.weight")
     for name, stored in sharded.read_index(path)[1].state_dict_metadata.items():
         if name.startswith("optimizer."):
             parameter = parameters[int(name.split(".")[1])]
-            targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype)
-    targets = {name: target.detach() for name, target in targets.items()}
+            targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype).detach()
     sharded.load_tensors(path, targets)
     return sharded.insert_tensors(targets, rest)
 
@@ -315,12 +313,12 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
 
 
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
-    """A model to train with the weights of `init_from`, which load_model knows; with experts, each a copy of
-    the MLP, if use_moe=True was asked for and it has none.
+    """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
-    The architecture is that of init_from. fields: what GPTConfig would be made of without it; given: those of
-    them that flags have set, which may not contradict it, but for dropout, the losses' weights, a shorter
-    block_size, and what upcycling needs. ValueError naming the field and both values.
+    A dense model is upcycled if use_moe=True was given. fields: the GPTConfig fields of a run without
+    init_from; given: the fields that flags have set. ValueError, naming field and values, for a flag that
+    contradicts the architecture: only dropout, the losses' weights, a shorter block_size and what upcycling
+    needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
@@ -378,8 +376,7 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
 def load_model(source: str | Path) -> GPTLMHeadModel:
     """A model from a checkpoint file, a folder (any that from_pretrained knows) or a hub name such as "gpt2".
 
-    Evaluation mode, CPU. CheckpointError, FileNotFoundError; what transformers raises for a bad folder or
-    name.
+    Evaluation mode, CPU. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name.
     """
     path = Path(source)  # without a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))

@@ -10,8 +10,8 @@ A folder and a single file log/model_XXXXX.pt (checkpoints.py) have the same con
 the other. Tensors are named model.NAME and optimizer.NUMBER.NAME. torch.distributed.checkpoint (DCP) writes
 the parts, and plans which parts a rank reads: any number of ranks, in any layout, can read any folder.
 
-A folder is written under a temporary name. It is renamed when the files of all ranks are on the disk: under
-its own name it is always complete. Training on several machines needs a file system that they share.
+A folder is written under a temporary name and renamed when the files of all ranks are on the disk: under its
+own name it is complete. Several machines need a file system that they share.
 
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -34,18 +34,8 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from tokens.files import root_error, sync_folder, write_atomically
-from training.archives import (
-    CHECKPOINT_FORMAT,
-    CheckpointError,
-    NotFiniteError,
-    check_content,
-    check_finite,
-    load_archive,
-    load_tensor,
-    reading,
-    remove,
-    size_and_checksum,
-)
+from training import archives
+from training.archives import CheckpointError, NotFiniteError, reading, size_and_checksum
 
 INDEX_FILE, REST_FILE = "index.json", "rest.pt"
 FILE_NAME = re.compile(r"__\d{1,9}_\d{1,9}\.distcp|rest\.pt", re.ASCII)  # the only files an index may name
@@ -112,24 +102,22 @@ class Saver:
     index, and renames the folder. An error on one rank raises an error on all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, folder: Path):
-        self.group, self.folder = group, folder
-        self.rank = 0 if group is None else dist.get_rank(group)
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
-    def stage(self, checkpoint: dict, path: Path | None = None) -> tuple:
+    def stage(self, checkpoint: dict, path: Path) -> tuple:
         """Copy this rank's part to the host, unless this process is alone; `commit` takes the result.
 
-        path: of the folder, if not model_XXXXX. Raises NotFiniteError; what torch raises if memory is short.
+        path: of the folder to write. Raises NotFiniteError; what torch raises if memory is short.
         """
-        path = path or self.folder / f"model_{checkpoint['step']:05d}"
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
             if self.rank == 0:  # killed processes leave folders; a run owns its log_dir and removes them all
-                for leftover in [writer.path] if self.group is None else self.folder.glob(".model_*.*ed"):
+                for leftover in [writer.path] if self.group is None else path.parent.glob(".model_*.*ed"):
                     shutil.rmtree(leftover, ignore_errors=True)
             tensors, rest = extract_tensors(checkpoint)
-            check_finite(checkpoint["step"], tensors)
+            archives.check_finite(checkpoint["step"], tensors)
             # dcp.async_save would hang: if one rank had no memory for its copy, the others would wait for it.
             return tensors if self.group is None else writer.stage(tensors), rest
 
@@ -141,8 +129,7 @@ class Saver:
         OSError if any rank fails. The parts are then removed, which frees the space on a full disk.
         """
         tensors, rest, writer, path = staged
-        temporary, alone = writer.path, self.group is None
-        own = temporary / f"__{self.rank}_0.distcp"
+        temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
             metadata = dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=alone)
             checksums = self._gather(self.together(lambda: size_and_checksum(own) if own.exists() else None))
@@ -162,12 +149,12 @@ class Saver:
         result = error = None
         try:
             result = work()
-        except Exception as caught:
-            error = caught
+        except Exception as problem:
+            error = problem
         kind = next((kind for kind in (NotFiniteError, CheckpointError) if isinstance(error, kind)), OSError)
-        for rank, problem in enumerate(self._gather(error and (kind, str(error) or repr(error)))):
-            if problem and error is None:
-                error = problem[0](f"rank {rank}: {problem[1]}")
+        for rank, other in enumerate(self._gather(error and (kind, str(error) or repr(error)))):
+            if other and error is None:
+                error = other[0](f"rank {rank}: {other[1]}")
         if error is not None:
             raise error
         return result
@@ -183,8 +170,8 @@ class Saver:
 
 def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: dict) -> None:
     """Write rest.pt and index.json beside the parts, and give the folder its name."""
-    state = {**rest, "format": CHECKPOINT_FORMAT}
-    write_atomically(temporary / REST_FILE, lambda file: torch.save(state, file))
+    rest = {**rest, "format": archives.CHECKPOINT_FORMAT}
+    write_atomically(temporary / REST_FILE, lambda file: torch.save(rest, file))
     files = files | {REST_FILE: size_and_checksum(temporary / REST_FILE)}
     for name in files:
         if not (temporary / name).is_file():
@@ -198,18 +185,18 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
             parts.append([list(chunk.offsets), list(chunk.sizes), *place])
         dtype = str(stored.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
-    index = json.dumps({"format": CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
+    index = json.dumps({"format": archives.CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX_FILE, lambda file: file.write(text.encode()))
     read_index(temporary)  # an index that would be refused must not replace a good checkpoint
-    remove(path)
+    archives.remove(path)
     os.rename(temporary, path)
     sync_folder(path.parent)
 
 
 def save(checkpoint: dict, path: Path) -> None:
     """Write a whole checkpoint as the folder `path`, in this process alone."""
-    saver = Saver(None, path.parent)
+    saver = Saver(None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")  # DCP warns that it is alone
         saver.commit(saver.stage(checkpoint, path))
@@ -221,15 +208,15 @@ def save(checkpoint: dict, path: Path) -> None:
 def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
     """index.json: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
 
-    metadata.storage_data holds the arguments of load_tensor for each part. CheckpointError if index.json is
-    missing or is not what `publish` writes; OSError as in `reading`.
+    metadata.storage_data holds the arguments of archives.load_tensor for each part. CheckpointError if
+    index.json is missing or is not what `publish` writes; OSError as in `reading`.
     """
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
         outer = json.loads((path / INDEX_FILE).read_bytes())
         if zlib.crc32(outer["index"].encode()) != outer["crc32"]:
             raise ValueError("its checksum is wrong")
         index, tensors, places = json.loads(outer["index"]), {}, {}
-        check_content(path, index, files=dict, tensors=dict, format=int)
+        archives.check_content(path, index, files=dict, tensors=dict, format=int)
         for name in (REST_FILE, *index["files"]):
             if name not in index["files"] or not FILE_NAME.fullmatch(name):  # such as ../../etc/passwd
                 raise ValueError(f"{name!r} is missing or is no file of a checkpoint")
@@ -257,7 +244,7 @@ def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
     """
     cells, fills = 1, all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks)
     boxes = [tuple((o, o + s) for o, s in zip(c.offsets, c.sizes, strict=False)) for c in chunks]
-    for dim, size in enumerate(shape if fills else ()):
+    for dim, size in enumerate(shape) if fills else ():
         ranges = sorted({box[dim] for box in boxes})  # each must begin where the one before ends
         fills &= [begin for begin, _ in ranges] + [size] == [0] + [end for _, end in ranges]
         cells *= len(ranges)
@@ -278,8 +265,8 @@ def read_rest(path: Path) -> dict:
     names = read_index(path)[1].state_dict_metadata
     with reading(path / REST_FILE, f"torch.load cannot read it safely, or it is of another {INDEX_FILE}"):
         with open(path / REST_FILE, "rb") as file:
-            rest = load_archive(file)
-        check_content(path / REST_FILE, rest, config=dict, step=int)
+            rest = archives.load_archive(file)
+        archives.check_content(path / REST_FILE, rest, config=dict, step=int)
         insert_tensors(dict.fromkeys(names), rest)
     return {**rest, "folder": str(path)}
 
@@ -309,5 +296,5 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
     planner.set_up_planner(targets, metadata)
     for item in planner.create_local_plan().items:  # each copies a box of a stored part into a target
         box = [slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True)]
-        part = load_tensor(*metadata.storage_data[item.storage_index])
+        part = archives.load_tensor(*metadata.storage_data[item.storage_index])
         planner.resolve_tensor(item).copy_(part[tuple(box)])
