@@ -45,15 +45,14 @@ from training import checkpoints as ckpt
 from training import faults, parallel
 from training.evaluation import cannot_sample, evaluate, evaluates_at
 from training.flags import parse_flags
+from training.optimizers import build_optimizer, learning_rate
 from training.preflight import preflight
 from training.progress import Progress, tell
 from training.run_log import RunLog, expert_load, peak_memory, run_record
 from training.setup import (
     build_loaders,
     build_model,
-    build_optimizer,
     check_config,
-    learning_rate,
     place_model,
 )
 

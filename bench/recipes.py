@@ -34,7 +34,8 @@ from bench.measure import alternate, load_nanogpt
 from fineweb import find_shards, prepare_demo, read_shard
 from mixture_of_experts import idle_experts_spared
 from train_gpt_moe import PRESETS, TrainConfig
-from training.setup import build_model, build_optimizer, learning_rate
+from training.optimizers import build_optimizer, learning_rate
+from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 

@@ -18,7 +18,7 @@ import sample
 import train_gpt_moe
 from fineweb import prepare_demo
 from model import GPT, GPTLMHeadModel
-from train_gpt_moe import PRESETS, TrainConfig, check_config, learning_rate, parse_config
+from train_gpt_moe import PRESETS, TrainConfig, check_config, parse_config
 
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --total_batch_size
 512
@@ -148,14 +148,6 @@ def test_a_new_run_moves_the_old_one_aside(demo_data, tmp_path):
     assert (old / "model_00003.pt").exists() and (old / "log.txt").read_text() == (
         tmp_path / "log.txt"
     ).read_text()
-
-
-def test_learning_rate_schedule():
-    config = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    assert learning_rate(0, config) == pytest.approx(0.1)
-    assert learning_rate(9, config) == learning_rate(10, config) == 1.0
-    assert learning_rate(60, config) == pytest.approx(0.55)
-    assert learning_rate(110, config) == pytest.approx(0.1)
 
 
 def test_defaults_are_those_of_the_124m_recipe():

@@ -1,0 +1,73 @@
+"""Optimizers and learning-rate schedules: one row each, from which settings are checked and runs are built.
+
+A new optimizer needs its class and a row in OPTIMIZERS; a new schedule needs a row in SCHEDULES.
+`config` is train_gpt_moe.py's TrainConfig throughout.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from model import GPTLMHeadModel
+from training.muon import configure_muon
+
+
+class OptimizerRow(NamedTuple):
+    """How an optimizer is built, and the layouts that it cannot work with."""
+
+    build: Callable  # (model, settings that all optimizers share, config) -> torch.optim.Optimizer
+    refuses: dict  # {(field of config, value): (what the optimizer needs instead, flag that helps)}
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerRow(lambda model, shared, config: model.configure_optimizers(**shared), {}),
+    "muon": OptimizerRow(
+        lambda model, shared, config: configure_muon(model, **shared, expert_parallel=config.ep_size > 1),
+        {
+            ("parallel", "fsdp"): ("whole matrices", "--parallel ddp"),
+            ("zero_stage", 1): ("whole states", "--zero_stage 0"),
+        },
+    ),
+}
+
+# Between warmup and max_steps the learning rate is min_lr + share * (max_lr - min_lr). A row gives the share.
+SCHEDULES: dict[str, Callable] = {
+    # Half a cosine, from 1 to 0 (GPT-3, arXiv 2005.14165, appendix B).
+    "cosine": lambda step, config: 0.5 * (1 + math.cos(math.pi * min(
+        (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps), 1.0
+    ))),
+    # Constant, then linear to 0 over the last wsd_decay_frac of all steps (arXiv 2404.06395).
+    "wsd": lambda step, config: (config.max_steps - step) / max(
+        1.0, min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
+    ),
+}  # fmt: skip
+
+
+def check_optimizer(config) -> None:
+    """ValueError if the chosen optimizer cannot work with the chosen layout."""
+    for (field, value), (needs, flag) in OPTIMIZERS[config.optimizer].refuses.items():
+        if getattr(config, field) == value:
+            raise ValueError(
+                f"optimizer={config.optimizer} needs {needs}, but {field}={value}; use {flag}, or "
+                "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
+            )
+
+
+def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
+    """The optimizer that config.optimizer names, for a model that already lies on its device."""
+    shared = dict(
+        weight_decay=config.weight_decay, learning_rate=config.max_lr, betas=(config.beta1, config.beta2),
+        device_type=model.device.type,
+        router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
+    )  # fmt: skip
+    return OPTIMIZERS[config.optimizer].build(model, shared, config)
+
+
+def learning_rate(step: int, config) -> float:
+    """The learning rate of a step: linear warmup to max_lr, then the schedule down to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    share = SCHEDULES[config.schedule](step, config)
+    return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
