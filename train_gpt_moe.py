@@ -43,6 +43,7 @@ from model import GPTLMHeadModel
 from plot_log import plot_runs
 from training import checkpoints as ckpt
 from training import faults, parallel
+from training.compile import check_compiler, compile_blocks
 from training.evaluation import cannot_sample, evaluate, evaluates_at
 from training.flags import parse_flags
 from training.optimizers import build_optimizer, learning_rate
@@ -266,7 +267,7 @@ def set_up(config: TrainConfig, given: set[str], world: parallel.World) -> Run:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world, None if state else given, print0)
     if config.use_compile:
-        parallel.check_compiler(world.device)
+        check_compiler(world.device)
     if config.preset == "demo" and config.data_dir == PRESETS["demo"]["data_dir"]:
         print0("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
         if world.is_master:
@@ -373,7 +374,7 @@ def train(run: Run) -> int:
         return layout.any(signals.stop_requested or (signals.save_requested and unsaved))
 
     if config.use_compile:
-        parallel.compile_blocks(model, layout)
+        compile_blocks(model, layout)
     parallel_model = parallel.wrap(model, layout, accumulation)
     model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
     first_step = saved_step = resumed.get("step", 0)

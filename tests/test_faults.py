@@ -50,7 +50,7 @@ from training.run_log import RunLog
 
 def main(arguments: list[str]) -> int:
     """What `start_ranks(..., script="test_faults")` runs: a rank that waits for the first one's error."""
-    faults.PATIENCE = 600
+    faults.REPORT_DELAY = 600
     return train_gpt_moe.main(arguments)
 
 

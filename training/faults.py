@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from tokens.files import DataError
 
-PATIENCE = 3.0  # seconds that other ranks leave the first one to tell what is wrong with all
+REPORT_DELAY = 3.0  # seconds by which other ranks let the first one report an error that all have
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal it is 128 + its number
 # What is wrong with a path that somebody gave; other errors of the system (disk full, ...) are failures.
 MENDABLE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -235,6 +235,6 @@ def report(error: Exception, config=None) -> int:
     elif isinstance(error, OSError):
         code = BAD_SETTINGS if isinstance(error, MENDABLE) or error.errno == errno.EROFS else FAILED
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE)
+        time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
     return code
