@@ -17,8 +17,8 @@ from layers.experts import local
 from mixture_of_experts import idle_experts_spared
 from training import checkpoints as ckpt
 from training import expert_parallel, muon, parallel
-from training.checkpoint_writer import CheckpointWriter
-from training.setup import build_model, build_optimizer, check_config, place_model
+from training.optimizers import build_optimizer
+from training.setup import build_model, check_config, place_model
 
 META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 STEPS, SEQUENCES, T = 5, 8, 16
@@ -108,7 +108,7 @@ def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict
     end = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     held = sum(local(p).numel() for p in model.parameters())
     folder.mkdir(exist_ok=True)
-    writer = CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
+    writer = ckpt.CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
     rest = dict(step=STEPS, config=model.config.to_dict(), loader={}, rng=torch.get_rng_state())
     if world.is_master or layout.saves_together:
