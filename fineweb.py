@@ -183,6 +183,7 @@ def build(config: DataConfig) -> dict:
         pieces, share = sources.read_files(files, config.text_field, position), config
     else:
         pieces, total, share = sources.read_hub(config, position)
+        total = total and total // config.num_parts
     stream = sources.select(pieces, share, position)
     count, unit = ("read", "B") if local else ("documents", "doc")
     bar = functools.partial(tqdm, unit_scale=True, disable=None)

@@ -5,13 +5,12 @@
     for begins, text in select(pieces, config, position): ...
 
 A document comes in pieces; `begins` says whether a piece is its first. `position` stays at the last piece
-that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out.
-Local files are not read through `datasets`: it refuses invalid UTF-8, and its errors do not name the line.
+that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out. (Local files are
+not read by `datasets`: it refuses invalid UTF-8, and its errors do not name the line.)
 """
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
 import os
@@ -21,26 +20,20 @@ from dataclasses import replace
 from typing import Any
 
 TASK_CHARS = 1 << 19  # characters handed to a tokenising process at a time: some 30 ms of work
-
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LETTER_BEFORE_SPACE = re.compile(rb".*[A-Za-z](?=[ \n])", re.DOTALL)  # up to the last such place
 # Number of the file; what is done of it (bytes of .txt, lines of .jsonl, rows of .parquet); bytes read of all
 # files; documents seen, those of this part, the empty ones of these; invalid characters replaced.
 START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
-
-FilePieces = Iterator[
-    tuple[bool, int, str, int]
-]  # begins, "at" after the piece, text, bytes read of the file
 Pieces = Iterator[tuple[bool, str, dict]]  # begins, text, what changes in the position
-
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-LETTER_BEFORE_SPACE = re.compile(rb".*[A-Za-z](?=[ \n])", re.DOTALL)  # up to the last such place
 
 
 def decode(raw: bytes | bytearray) -> str:
     """UTF-8 without its byte order mark. Invalid bytes become surrogate escapes, for replace_invalid."""
-    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
-def read_txt(path: str, at: int, field: str = "") -> FilePieces:
+def read_txt(path: str, at: int, field: str = "") -> Pieces:
     """Pieces of a .txt file from byte `at` on. The whole file is one document.
 
     It need not fit into memory. The pieces have the tokens of the whole: cuts are only made between an ASCII
@@ -54,14 +47,14 @@ def read_txt(path: str, at: int, field: str = "") -> FilePieces:
             held += chunk
             if cut := LETTER_BEFORE_SPACE.match(held, fresh - 1):
                 at += cut.end()
-                yield begins, at, decode(held[: cut.end()]), at
+                yield begins, decode(held[: cut.end()]), {"at": at, "read": at}
                 begins = False
                 del held[: cut.end()]
         if held or begins:
-            yield begins, at + len(held), decode(held), at + len(held)
+            yield begins, decode(held), {"at": at + len(held), "read": at + len(held)}
 
 
-def read_jsonl(path: str, at: int, field: str) -> FilePieces:
+def read_jsonl(path: str, at: int, field: str) -> Pieces:
     """The lines after the first `at` of a .jsonl, .jsonl.gz or .jsonl.zst file: one document each."""
     with open(path, "rb") as file:
         lines = file
@@ -79,10 +72,10 @@ def read_jsonl(path: str, at: int, field: str) -> FilePieces:
                     record = json.loads(decode(line))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not a JSON object ({error})") from error
-                yield True, number, text_of(record, field, where), file.tell()
+                yield True, text_of(record, field, where), {"at": number, "read": file.tell()}
 
 
-def read_parquet(path: str, at: int, field: str) -> FilePieces:
+def read_parquet(path: str, at: int, field: str) -> Pieces:
     """The rows after the first `at` of a .parquet file: one document each."""
     import pyarrow
     from pyarrow import parquet
@@ -90,14 +83,15 @@ def read_parquet(path: str, at: int, field: str) -> FilePieces:
     with parquet.ParquetFile(path) as table:
         text_of(dict.fromkeys(table.schema_arrow.names), field, path)
         kind = table.schema_arrow.field(field).type
-        if getattr(kind, "value_type", kind) not in (pyarrow.string(), pyarrow.large_string()):
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise ValueError(f"{path}: the field {field!r} is not text")
         size, batches = os.path.getsize(path), table.iter_batches(1000, columns=[field])
         # A dictionary's values can only be cast to text. Bytes, because the text may be invalid UTF-8.
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
         for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
             if row > at:
-                yield True, row, decode(raw or b""), size * row // table.metadata.num_rows
+                yield True, decode(raw or b""), {"at": row, "read": size * row // table.metadata.num_rows}
 
 
 def text_of(record: object, field: str, where: str) -> str:
@@ -148,8 +142,8 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
     for number, path in enumerate(files[first:], first):
         reader = {".txt": read_txt, ".parquet": read_parquet}.get(os.path.splitext(path)[1], read_jsonl)
         try:
-            for begins, at, text, bytes_read in reader(path, start, field):
-                yield begins, text, {"file": number, "at": at, "read": before + bytes_read}
+            for begins, text, done in reader(path, start, field):
+                yield begins, text, {"file": number, "at": done["at"], "read": before + done["read"]}
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's do not name the file
             if path in str(error):
                 raise
@@ -167,8 +161,7 @@ def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
 
     split, revision = config.split, config.revision
     data = datasets.load_dataset(config.source, config.subset, split=split, revision=revision, streaming=True)
-    sizes = data.info.splits or {}
-    total = sizes[split].num_examples // config.num_parts if split in sizes else None
+    total = getattr((data.info.splits or {}).get(split), "num_examples", None)
     if config.num_parts > 1 and data.num_shards >= config.num_parts:
         data = data.shard(config.num_parts, config.part)
         config = replace(config, num_parts=1, part=0)
@@ -181,14 +174,14 @@ def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
 def select(pieces: Pieces, config: Any, position: dict) -> Iterator[tuple[bool, str]]:
     """(begins, text) of every num_parts-th document, up to limit_docs. Keeps `position` and its counts."""
     ours = True  # a position inside a document is always inside one of this part
-    for begins, text, progress in pieces:
+    for begins, text, changes in pieces:
         if begins:
             if position["documents"] == config.limit_docs:
                 return
             ours = position["seen"] % config.num_parts == config.part
             position["seen"] += 1
             position["documents"] += ours
-        position.update(progress)
+        position.update(changes)
         if ours:
             text = replace_invalid(text, position)
             if begins and not text.strip():
