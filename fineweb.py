@@ -136,9 +136,8 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
                 connection.send(pieces)
                 return connection.recv()
             except (EOFError, OSError) as error:
-                raise ChildProcessError(
-                    "a tokenising process died; out of memory? lower --workers"
-                ) from error
+                message = "a tokenising process died; out of memory? lower --workers"
+                raise ChildProcessError(message) from error
             finally:
                 idle.put(connection)
 
@@ -187,12 +186,11 @@ def build(config: DataConfig) -> dict:
     stream = sources.select(pieces, share, position)
     count, unit = ("read", "B") if local else ("documents", "doc")
     bar = functools.partial(tqdm, unit_scale=True, disable=None)
+    tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
     with (
         bar(total=total, initial=position[count], desc="source", unit=unit) as source_bar,
         bar(desc="shard", unit="tok") as shard_bar,
-        contextlib.closing(
-            encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
-        ) as tasks,
+        contextlib.closing(tasks),
     ):
         for start, tokens in tasks:
             used, shard = min(skip, len(tokens)), writer.n
@@ -223,9 +221,7 @@ def with_defaults(config: DataConfig) -> DataConfig:
     if config.out is None:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={config.source!r}")
     if not os.path.exists(config.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.source):
-        raise FileNotFoundError(
-            f"source={config.source!r} is no file or folder here, nor a Hub dataset's name"
-        )
+        raise FileNotFoundError(f"source={config.source!r} is no file or folder here, nor a Hub dataset")
     return config
 
 
@@ -233,11 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 bad settings or data, 130 and 143 for signals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for each in fields(DataConfig):
-        kind = (
-            dict(action="store_true")
-            if each.type == "bool"
-            else dict(type=int if "int" in each.type else str)
-        )
+        kind = {"type": int if "int" in each.type else str}
+        if each.type == "bool":
+            kind = {"action": "store_true"}
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -26,6 +26,7 @@ from processes import finish, start_ranks
 import hellaswag
 from hellaswag import HellaSwagUnavailable, build_question, evaluate, iterate_examples, render_example
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens import hellaswag_files
 from training import parallel
 
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
@@ -495,10 +496,10 @@ def server(monkeypatch, tmp_path):
             raise state["content"]
         return io.BytesIO(state["content"])
 
-    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(hellaswag, "DATA_DIR", tmp_path / "hellaswag")
+    monkeypatch.setattr(hellaswag_files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(hellaswag_files, "DATA_DIR", tmp_path / "hellaswag")
     monkeypatch.setattr(
-        hellaswag, "HELLASWAG_FILES", {"val": (len(content), hashlib.sha256(content).hexdigest())}
+        hellaswag_files, "HELLASWAG_FILES", {"val": (len(content), hashlib.sha256(content).hexdigest())}
     )
     return state
 

@@ -50,12 +50,12 @@ def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
 class ShardWriter:
     """Cuts a stream of tokens into shards, and notes in meta.json where in the source each of them begins.
 
-    Before shard n gets its name, the positions of n and n + 1 are in meta.json. So whatever shards a kill
-    leaves, the position of the next is known. Without meta.json everything is read again, and must equal what
-    is there. A shard is written only when more tokens follow: too small a source leaves nothing behind.
+    Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
+    shard is known after any kill. Without meta.json everything is read again, and must equal what is there. A
+    shard is written only when more tokens follow: a source that is too small leaves nothing behind.
 
     settings: "source", "encoding" and whatever else decides which tokens come out; meta.json keeps them. With
-    "part" and "num_parts", several machines write into one folder, and part 0 writes the validation shard.
+    "part" and "num_parts" several machines write into one folder, and part 0 writes the validation shard.
 
     Raises ValueError if the folder holds other data.
     """
@@ -83,7 +83,7 @@ class ShardWriter:
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
             for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
                 os.unlink(temporary)  # a killed process has left it
-        self.n, self.filled = 0, 0  # shards done, tokens of the next one
+        self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
 
     def path(self, n: int) -> str:
         """File of the n-th shard."""
@@ -104,6 +104,7 @@ class ShardWriter:
             self.n += 1
         if str(self.n) not in starts:
             self.n = 0
+        self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
         self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
         return dict(self.start[0]), self.start[1]
 
@@ -126,10 +127,9 @@ class ShardWriter:
                 f"source={source!r} is too small (part {self.part} of {self.num_parts}): "
                 f"{position['documents']} documents, {self.filled} tokens; {need}"
             )
-        last = self.filled
         self._flush(None)
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
-        meta = self._write_meta(counts, last)
+        meta = self._write_meta(counts, complete=True)
         tokens = ", ".join(f"{n:,} {split} tokens" for split, n in meta["tokens"].items())
         print(f"{self.folder}: {tokens}; " + ", ".join(f"{name}: {n:,}" for name, n in counts.items()))
         return meta
@@ -139,16 +139,14 @@ class ShardWriter:
         if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
             raise ValueError(f"{path} holds other tokens, and no meta.json says why: give another --out")
         if following:
-            self._write_meta({"places": {self.n: self.start, self.n + 1: following}})
+            self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         write_shard(path, tokens)
         tqdm.write(f"{path}: {self.filled:,} tokens")
+        self.done[os.path.basename(path)] = self.filled
         self.n, self.filled, self.start = self.n + 1, 0, following
 
-    def _write_meta(self, more: dict, last: int | None = None) -> dict:
-        shards = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}
-        if last:
-            shards[os.path.basename(self.path(self.n - 1))] = last
-        meta = describe(self.encoding, shards, complete=last is not None)
+    def _write_meta(self, more: dict, complete: bool) -> dict:
+        meta = describe(self.encoding, self.done, complete)
         meta |= {"source": self.settings["source"], **more, "settings": self.settings}
         text = json.dumps(meta, indent=1).encode()
         write_atomically(self.meta_path, lambda file: file.write(text))

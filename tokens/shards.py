@@ -78,9 +78,9 @@ def read_shard(path: str | os.PathLike) -> np.memmap:
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     if size != start + 2 * count:
-        what, need = "truncated" if size < start + 2 * count else "padded", start + 2 * count
-        message = f"{path} is {what}: header and {count} tokens take {need} bytes, it has {size}"
-        raise ValueError(f"{message}; {_rebuild(path)}")
+        wrong, need = "truncated" if size < start + 2 * count else "padded", start + 2 * count
+        sizes = f"header and {count} tokens take {need} bytes, it has {size}"
+        raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
@@ -172,9 +172,8 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"there is no data folder {folder}; make it: `python fineweb.py --out {folder}`"
-        )
+        make_it = f"make it: `python fineweb.py --out {folder}`"
+        raise FileNotFoundError(f"there is no data folder {folder}; {make_it}")
     metas = load_metas(folder)
     if not metas:
         warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
@@ -237,18 +236,10 @@ class DistributedDataLoader:
     """
 
     def __init__(
-        self,
-        pattern: str | os.PathLike | Sequence[str],
-        B: int,
-        T: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 1337,
-        device: str | torch.device = "cpu",
-        vocab_size: int | None = None,
-        prefetch: int = 2,
-    ):
+        self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0, world_size: int = 1,
+        shuffle: bool = True, seed: int = 1337, device: str | torch.device = "cpu",
+        vocab_size: int | None = None, prefetch: int = 2,
+    ):  # fmt: skip
         import torch
 
         for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
@@ -292,8 +283,8 @@ class DistributedDataLoader:
 
     def locate(self, global_sample: int) -> tuple[str, int]:
         """(file, offset of its first token) of a sample, for looking up the text of a strange batch."""
-        file, offset = self._locate(np.array([global_sample]))
-        return self.files[file[0]], int(offset[0])
+        (file,), (offset,) = self._locate(np.array([global_sample]))
+        return self.files[file], int(offset)
 
     def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(number of the file, offset of the first token) of each of the samples `index`, (k,) int64."""
