@@ -52,9 +52,18 @@ from layers.attention import (
     rotary_angles,
     upcast,
 )
-from layers.experts import MLP, Experts
+from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
-from mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
+from layers.mlp import ACTIVATIONS, MLP
+from mixture_of_experts import (
+    BALANCE_LOSSES,
+    ROUTER_SCORES,
+    ExpertUsage,
+    MoE,
+    RouterAuxiliary,
+    expert_usage,
+    update_routers,
+)
 
 __all__ = [
     "GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "GPTLMHeadModel", "LayerNorm", "MoE",
@@ -136,13 +145,11 @@ class GPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     CHOICES = {  # noqa: RUF012
-        "moe_loss_type": (
-            "load_balancing", "variance_penalty", "entropy_regularization", "diversity_regularization"
-        ),
-        "router_score": ("softmax", "sigmoid"),
+        "moe_loss_type": BALANCE_LOSSES,
+        "router_score": ROUTER_SCORES,
         "position": ("learned", "rope"),
         "norm": ("layernorm", "rmsnorm"),
-        "activation": ("gelu", "relu2", "swiglu"),
+        "activation": ACTIVATIONS,
         "init": ("gpt2", "zero_proj"),
     }  # fmt: skip
 

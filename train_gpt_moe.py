@@ -38,13 +38,13 @@ from transformers.hf_argparser import HfArg
 from fineweb import DistributedDataLoader, prepare_demo, read_meta
 from layers.attention import BACKENDS, choose_backend, prefer_backend
 from llmc import files as llmc
-from mixture_of_experts import idle_experts_spared
 from model import GPTLMHeadModel
 from plot_log import plot_runs
 from training import checkpoints as ckpt
 from training import faults, parallel
 from training.evaluation import cannot_sample, evaluate, evaluates_at
 from training.flags import parse_flags
+from training.idle_experts import freeze_idle_experts
 from training.preflight import preflight
 from training.progress import Progress, tell
 from training.run_log import RunLog, expert_load, peak_memory, run_record
@@ -497,7 +497,7 @@ def train(run: Run) -> int:
                 model.update_routers()
                 if world.is_master and model.moe_layers():
                     routing = expert_load(model)  # now, before the device gets busy again
-                with idle_experts_spared(model.moe_layers(), optimizer):
+                with freeze_idle_experts(model.moe_layers(), optimizer):
                     optimizer.step()
             if not config.inference_only:
                 scaler.update()

@@ -6,7 +6,7 @@ Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, 
 directions by the same amount. Newton-Schulz iterations find it with matrix products alone.
 
 Whose is what: the projections of attention and feed-forward layers and the stacked experts are Muon's, each
-expert a matrix by itself, and so are the parts of packed projections (queries, keys, values; swiglu's gate
+expert a matrix by itself, and so are the parts of packed projections (queries, keys, values; the gate
 and up). Embeddings, head, routers, norms and biases are AdamW's: looked up row by row, or no matrices.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Times
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have, so that both halves share learning rate, schedule and
@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.adamw import adamw
 
-from layers.experts import local
+from layers.mlp import get_activation
+from layers.sharding import local
 
 # Of a x + b x^3 + c x^5: five rounds of it drive singular values of 0.003 .. 1 to 0.7 .. 1.2. Jordan's.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -217,12 +218,13 @@ def configure_muon(
 
 
 def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
-    """Row counts of the matrices packed into a parameter: q, k, v; swiglu's gate and up. None: it is one."""
+    """Row counts of the matrices packed into a parameter: q, k, v; gate and up. None: it is one."""
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]
-    if config.activation == "swiglu" and name.endswith(("c_fc.weight", "experts.c_fc")):
-        return [parameter.size(-2) // 2] * 2
+    parts = get_activation(config.activation).parts
+    if parts > 1 and name.endswith(("c_fc.weight", "experts.c_fc")):
+        return [parameter.size(-2) // parts] * parts
     return None
 
 

@@ -30,7 +30,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from layers.experts import dimension_to_cut, held, local
+from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
 from training.expert_parallel import Exchange
 from training.watch import Watch
@@ -228,7 +228,7 @@ class Layout:
         fsdp, ep_size n             as fsdp, but experts are gathered from the W/n ranks that hold the same
 
     The numbers that a step computes are the same in all of them, but for rounding. What is shared out is a
-    DTensor: `local` gives a rank its part, `held` says which that is.
+    DTensor: `local` gives a rank its part, `local_ranges` says which that is.
     """
 
     world: World
@@ -297,7 +297,7 @@ def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[
 
 def copy_part(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy into a tensor, or what this rank holds of it, from a tensor that holds everything."""
-    local(target).copy_(whole[tuple(slice(part.start, part.stop) for part in held(target))])
+    local(target).copy_(whole[tuple(slice(part.start, part.stop) for part in local_ranges(target))])
 
 
 def like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -327,13 +327,13 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     last norm are gathered in fp32, as what passes between the blocks is, and so are the routers, whose
     choices bf16 would change. These are groups by themselves for that reason.
 
-    Along dimension 0, but experts as dimension_to_cut() says: on 16 ranks, 8 experts would leave 8 with none.
+    Along dimension 0, but experts as dimension_to_shard() says: on 16 ranks, 8 experts would leave 8 without.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(dimension_to_cut(local(parameter).shape, ranks) if id(parameter) in experts else 0)
+        return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()

@@ -11,8 +11,10 @@ import os
 import torch
 import torch.nn as nn
 
-from layers.experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
+from layers.experts import KEEP_ACTIVATION_BELOW
 from layers.linear_cross_entropy import rows_per_chunk
+from layers.mlp import get_activation
+from layers.sharding import dimension_to_shard
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = (
@@ -62,7 +64,7 @@ def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
 def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
     """Elements of stacked experts that fsdp cuts into parts, padding where it has to (parallel.shard)."""
     return sum(
-        math.prod(shape) if dimension_to_cut(shape, ranks) else elements([shape], ranks) for shape in shapes
+        math.prod(shape) if dimension_to_shard(shape, ranks) else elements([shape], ranks) for shape in shapes
     )
 
 
@@ -92,7 +94,7 @@ def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
     """Bytes per token that a block keeps for its backward, attention's weights apart; size: of its products'
     numbers."""
-    C, wide = shape.n_embd, 2 if shape.activation == "swiglu" else 1
+    C, wide = shape.n_embd, get_activation(shape.activation).parts
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
     kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
     if shape.dropout:  # two masks, which CUDA has as booleans
@@ -201,7 +203,7 @@ def preflight(
     if config.parallel == "fsdp":
         ranks = world.size // config.ep_size
         shapes = split(shapes_by_part(model)["experts"], config.ep_size)
-        uncut = [shape[0] for shape in shapes if dimension_to_cut(shape, ranks) == 0 and shape[0] < ranks]
+        uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
         if uncut:
             warnings.append(
                 f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "

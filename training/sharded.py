@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from layers.experts import held, local
+from layers.sharding import local, local_ranges
 from tokens.files import root_error, sync_folder, write_atomically
 from training.archives import (
     CheckpointError,
@@ -429,7 +429,7 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(
                 f"{path}: {name} should be {list(target.shape)}, but there is {stored['shape']}"
             )
-        wanted = held(target)
+        wanted = local_ranges(target)
         for first, sizes, file, start, length in stored["parts"]:
             shared = [
                 range(max(begin, mine.start), min(begin + size, mine.stop))
