@@ -245,7 +245,7 @@ def test_operators_are_well_formed():
 
 @pytest.mark.parametrize("engine", ["loop", "grouped_mm", "gather"])
 def test_tokens_may_have_different_numbers_of_experts(engine):
-    """A record with all pairs of a token and its experts, some of which count for nothing, and one without."""
+    """Rows whose weight is zero may as well be left out: then tokens have none to three rows."""
     if engine == "grouped_mm" and grouped_mm is None:
         pytest.skip("this torch has no grouped_mm")
     layer = make_layer(num_experts=5, n_embd=16, expert_hidden_size=8).experts
@@ -662,7 +662,7 @@ def test_step_managed_loss_is_the_expansion_around_the_step_before(loss_type):
 
 
 def test_a_new_loss_or_score_is_one_row(monkeypatch):
-    """That takes the mean product and f, which no row does, is accepted everywhere and has the right gradient."""
+    """The loss needs M and f, which no other row does."""
     row = BalanceLoss(lambda M, f: (f * M.diagonal()).sum(), of_products=True, takes_f=True)
     monkeypatch.setitem(BALANCE_LOSSES, "new", row)
     monkeypatch.setitem(

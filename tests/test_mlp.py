@@ -1,4 +1,4 @@
-"""A row of ACTIVATIONS is all there is to an activation: checked for every row, and for rows that a test adds.
+"""A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here.
 
 Run: python -m pytest tests/test_mlp.py
 """
