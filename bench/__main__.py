@@ -57,7 +57,7 @@ HELP = {
     "compile": "1 = with torch.compile; step and train: 2 = with and without",
     "rounds": "measured calls of each contender",
     "tokens": "tokens in place of each size's own number; 0 = that",
-    "size": "names of models.py's MODEL_SIZES, separated by commas where several make sense",
+    "size": "of models.py's MODEL_SIZES; train takes several, separated by commas",
     "B": "sequences per micro-step (ladder: 0 = the device's own number)",
     "T": "tokens per sequence (ladder: 0 = the device's own number)",
     "vocab_size": "token ids",

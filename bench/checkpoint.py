@@ -1,6 +1,8 @@
-"""What a checkpoint costs: the pause of training, writing, verifying, loading.
+"""What a checkpoint costs.
 
-python -m bench checkpoint --size d12
+    python -m bench checkpoint --size d12
+
+Parts: the pause of training, writing in the background, verifying, loading.
 """
 
 import tempfile

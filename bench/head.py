@@ -1,6 +1,8 @@
-"""The loss head, forward and backward: all logits at once, our chunks, torch's chunks.
+"""The loss head, forward and backward.
 
-python -m bench head
+    python -m bench head
+
+Methods: all logits at once, layers/linear_cross_entropy.py with chunks of several sizes, and torch's own.
 """
 
 from collections.abc import Callable

@@ -122,17 +122,14 @@ def draw_bars(rows: list[dict], path: str) -> None:
     shown = [name for name in DRAWN if any(isinstance(row.get(name), int | float) for row in rows)]
     if not shown:
         raise ValueError(f"png={path!r}: this table has none of the columns {', '.join(DRAWN)} to draw")
-    labels = [", ".join(str(v) for v in row.values() if isinstance(v, str) and v) for row in rows]
-    size = (2.5 + 3.2 * len(shown), 1.2 + 0.32 * len(rows))
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for number, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+    labels = [", ".join(v for v in row.values() if isinstance(v, str) and v) for row in rows]
+    figure = Figure(figsize=(2.5 + 3.2 * len(shown), 1.2 + 0.32 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, name in zip(panels, shown, strict=True):
         values = [row[name] if isinstance(row[name], int | float) else 0 for row in rows]
-        bars = axes.barh(range(len(rows)), values, color="#0072B2")
-        axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
-        axes.set_title(name, loc="left", fontsize=10)
-        axes.set_yticks(range(len(rows)), labels if number == 0 else [""] * len(rows), fontsize=8)
-        axes.margins(x=0.25)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.bar_label(axes.barh(range(len(rows)), values), [f"{value:,.4g}" for value in values])
+        axes.set_title(name)
+        axes.margins(x=0.25)  # room for the numbers
+    panels[0].set_yticks(range(len(rows)), labels)
+    panels[0].invert_yaxis()
     figure.savefig(path)

@@ -26,19 +26,11 @@ MODEL_SIZES = {
 }  # fmt: skip
 
 
-def sizes_of(names: str) -> dict[str, dict]:
-    """The fields of GPTConfig of each size named, separated by commas. ValueError for unknown names."""
-    unknown = [name for name in names.split(",") if name not in MODEL_SIZES]
-    if unknown:
-        raise ValueError(f"size={unknown[0]!r}: choose of {', '.join(MODEL_SIZES)}")
-    return {name: MODEL_SIZES[name] for name in names.split(",")}
-
-
 def size_of(name: str) -> dict:
-    """The fields of GPTConfig of one size. ValueError for an unknown name, and for several names."""
-    if "," in name:
-        raise ValueError(f"size={name!r}: this command takes one size")
-    return sizes_of(name)[name]
+    """The fields of GPTConfig of one size. ValueError for an unknown name."""
+    if name not in MODEL_SIZES:
+        raise ValueError(f"size={name!r}: choose of {', '.join(MODEL_SIZES)}")
+    return MODEL_SIZES[name]
 
 
 def bench_step(options) -> list[dict]:
@@ -54,7 +46,7 @@ def bench_step(options) -> list[dict]:
 
 def bench_train(options) -> list[dict]:
     """The sizes that --size names."""
-    sizes = sizes_of(options.size)
+    sizes = {name: size_of(name) for name in options.size.split(",")}
     return compare_models(options, sizes, options.B, options.T, options.vocab_size, options.nanogpt)
 
 

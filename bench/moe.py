@@ -1,6 +1,8 @@
 """One MoE layer, forward and backward: ours against a dense MLP of equal active FLOPs and other MoE layers.
 
-python -m bench moe [--compile 1] [--dtype bfloat16]
+    python -m bench moe [--compile 1] [--dtype bfloat16]
+
+MoE layers: ours with both of its engines, a loop over masks, and transformers' Qwen3 MoE block.
 """
 
 from collections.abc import Callable
@@ -58,13 +60,6 @@ def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
     return layer
 
 
-def moe_config(C: int, E: int, K: int, H: int) -> GPTConfig:
-    """A configuration whose MoE layer has these sizes."""
-    return GPTConfig(
-        n_embd=C, n_head=1, num_experts=E, num_experts_per_tok=K, expert_hidden_size=H, mlp_hidden_size=K * H
-    )
-
-
 def layer_forward(layer: Callable, x: torch.Tensor, dtype: str) -> torch.Tensor:
     """One training forward of a layer, x (1, N, C) -> (1, N, C)."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -83,7 +78,9 @@ def bench_moe(options) -> list[dict]:
     device, rows = options.device, []
     for N, C, E, K, H in MOE_SIZES:
         N = options.tokens or N
-        config = moe_config(C, E, K, H)
+        config = GPTConfig(
+            n_embd=C, n_head=1, num_experts=E, num_experts_per_tok=K, expert_hidden_size=H
+        )  # fmt: skip
         layers = {"dense": MLP(config, K * H), "ours": MoE(config)}
         if not (options.compile and options.dtype == "float32"):  # grouped_mm compiles in bf16 only
             layers["ours, grouped_mm"] = MoE(config)

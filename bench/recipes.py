@@ -233,12 +233,10 @@ def seconds_to(contender: Contender, goal: float) -> str:
 
 def draw_losses(contenders: list[Contender], path: str) -> None:
     """Draw loss against seconds, and write the points beside the picture as .points.csv."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for contender in contenders:
         seconds, losses = zip(*((s, loss) for _, s, (loss,) in contender.points), strict=True)
         axes.plot(seconds, losses, marker=".", label=contender.name)
@@ -247,7 +245,6 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", ylim=(None, last + 1.2))
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     with open(Path(path).with_suffix(".points.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("recipe", "step", "seconds", "loss"))

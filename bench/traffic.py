@@ -50,14 +50,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from model import GPTConfig, GPTLMHeadModel
-from training.preflight import (
-    elements,
-    expert_elements,
-    memory_estimate,
-    parameters_held,
-    shapes_by_part,
-    split,
-)
+from training import preflight
+from training.preflight import elements, expert_elements, shapes_by_part
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 SENT = {  # bytes that each of W ranks sends, as a multiple of (W-1)/W S
@@ -101,9 +95,7 @@ class Collective:
     ranks: int  # W of the group
     stride: int = 1  # from one rank of the group to the next
     calls: int = 1
-    behind: str = (
-        ""  # what hides it: "forward" or "backward" of every micro-step, the "last" backward; "": nothing
-    )
+    behind: str = ""  # hidden by "forward" or "backward" of every micro-step, or by the "last" backward
     late: float = 1.0  # share that is never hidden
 
     @property
@@ -146,7 +138,7 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
     """All collectives of one optimizer step."""
     part, W, ep, a = shapes_by_part(model), plan.ranks, plan.ep_size, plan.micro_steps
     layers, config, found = model.moe_layers(), model.config, []
-    mine, replicas = split(part["experts"], ep), W // ep
+    mine, replicas = preflight.split(part["experts"], ep), W // ep
     if plan.parallel == "fsdp":
         found = fsdp_traffic(part, mine, plan, config.n_layer, len(layers))
     else:
@@ -216,20 +208,26 @@ def step_seconds(
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
     communication = sum(links.seconds(collective) for collective in collectives)
     whole = elements([shape for shapes in shapes_by_part(model).values() for shape in shapes])
-    updated = parameters_held(model, plan, plan.ranks) / whole / (plan.ranks if plan.zero_stage else 1)
+    updated = (
+        preflight.parameters_held(model, plan, plan.ranks) / whole / (plan.ranks if plan.zero_stage else 1)
+    )
     return a * micro + update * updated + waits, communication, waits
 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    config, count, part = model.config, parameters_held(model, plan, plan.ranks), shapes_by_part(model)
+    config, count, part = (
+        model.config,
+        preflight.parameters_held(model, plan, plan.ranks),
+        shapes_by_part(model),
+    )
     uses = {
         "parameters": 4 * count, "gradients": 4 * count,
         "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
-        "activations": memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"],
+        "activations": preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"],
     }  # fmt: skip
     if plan.parallel == "fsdp" and plan.ranks > 1:
-        mine = expert_elements(split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
+        mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
         outside = elements(part["outside"], plan.ranks)
         uses["gathered"] = 2 * block * plan.element + 4 * outside + 4 * max(block, outside)

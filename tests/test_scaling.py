@@ -220,7 +220,7 @@ def test_a_forecast_from_a_measured_step(capsys):
     [
         ("--layouts ddp,ep2", "layouts='ep2': choose of ddp, zero"),
         ("--size d13", "size='d13': choose of d4, d6"),
-        ("--size d4,d6", "this command takes one size"),
+        ("--size d4,d6", "size='d4,d6': choose of d4, d6"),
         ("--ranks 4,x", "ranks='4,x'"),
     ],
 )

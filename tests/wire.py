@@ -58,7 +58,7 @@ class Volume(TorchDispatchMode):
 
 
 def bytes_on_the_wire() -> int:
-    """Bytes that this process has sent through its TCP connections so far, without those sent again (Linux)."""
+    """Bytes that this process has sent through its TCP connections so far, each counted once (Linux)."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
