@@ -183,7 +183,8 @@ def test_the_two_first_commands_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize(
-    "script", ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
+    "script",
+    ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench.__main__", "llmc"],
 )
 def test_help_of_every_script_works(script, capsys):
     with pytest.raises(SystemExit) as end:
