@@ -17,7 +17,7 @@ from mixture_of_experts import MoE
 
 @torch.no_grad()
 def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
-    """For each layer, the experts without rows and without gradients in the step that `update_routers` closed.
+    """For each layer, the experts without rows or gradients in the step that `update_routers` closed.
 
     An expert may have a gradient without a counted row: tokens with ignored labels do not count in the usage.
     The result is the same on all ranks. Reads the counts on the host, and the gradients of experts without
