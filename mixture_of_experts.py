@@ -17,8 +17,7 @@ Stages 2 to 4 are in layers/experts.py. Experts have no capacity limit: no token
 output for a token depends only on its input for the same token. If ranks share the experts
 (training/expert_parallel.py), they exchange rows before stage 3 and results after it.
 
-Letters: B batch, T sequence length, C n_embd, N tokens = B*T, E experts, K experts per token, H expert
-hidden size, R routed rows = N*K.
+Letters: B batch, T length, C n_embd, N tokens = B*T, E experts, K experts per token, R routed rows = N*K.
 
 References: Shazeer et al. 2017 (arXiv 1701.06538), Switch Transformer (2101.03961), ST-MoE (2202.08906),
 loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
@@ -245,6 +244,7 @@ class MoE(nn.Module):
         K = self.num_experts_per_tok
         score, to_probabilities = ROUTER_SCORES[self.router_score]
         scores = score(logits)  # (N, E)
+        probs = to_probabilities(scores)  # (N, E)
         if self.force_balanced:
             index = (torch.arange(logits.shape[0] * K, device=logits.device) % self.num_experts).view(-1, K)
         else:
@@ -253,7 +253,7 @@ class MoE(nn.Module):
         weights = scores.gather(1, index)
         if K > 1 and self.norm_topk_prob:
             weights = normalize(weights)
-        return dispatch(index, weights, self.num_experts), to_probabilities(scores)
+        return dispatch(index, weights, self.num_experts), probs
 
     def measure(self, logits, probs, routing: Routing, token_mask, num_tokens) -> RouterAuxiliary:
         """Losses and sums over the tokens that count. Arguments as in `forward` and `route`.

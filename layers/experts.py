@@ -49,13 +49,17 @@ class Routing(NamedTuple):
     weight: Tensor  # (R,) fp32, the factor of each row in its token's output; differentiable
     ends: Tensor  # (E,) int32: expert e computes the rows from ends[e-1] to ends[e]
     order: Tensor  # (R,) int64, the slot of each row
-    position: Tensor  # (R,) int64, the row of each slot
     per_token: int | None  # K, or None where the number of rows per token varies
 
     def expert(self) -> Tensor:
         """The expert of each row, (R,) int64."""
         rows = torch.arange(self.token.shape[0], device=self.token.device)
         return torch.searchsorted(self.ends, rows, right=True)
+
+    def position(self) -> Tensor:
+        """The row of each slot, (R,) int64: the inverse of `order`."""
+        rows = torch.arange(self.order.shape[0], device=self.order.device)
+        return torch.empty_like(self.order).scatter_(0, self.order, rows)
 
     def counts(self) -> Tensor:
         """The number of rows of each expert, (E,) int64."""
@@ -80,16 +84,16 @@ class TakeRows(torch.autograd.Function):
     """x (N, D) -> x[token] (R, D). The gradient of a token is the sum over its rows: `combine`."""
 
     @staticmethod
-    def forward(ctx, x, token, order, position, per_token):
-        ctx.save_for_backward(token, order, position)
+    def forward(ctx, x, token, order, per_token):
+        ctx.save_for_backward(token, order)
         ctx.num_tokens, ctx.per_token = x.shape[0], per_token
         return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx, grad):
-        token, order, position = ctx.saved_tensors
-        routing = Routing(token, None, None, order, position, ctx.per_token)
-        return combine(grad, routing, ctx.num_tokens), None, None, None, None
+        token, order = ctx.saved_tensors
+        routing = Routing(token, None, None, order, ctx.per_token)
+        return combine(grad, routing, ctx.num_tokens), None, None, None
 
 
 def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | None = None) -> Routing:
@@ -98,20 +102,17 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     expert and weight (N, K) give each token K rows. If the number varies, expert, weight and token are (R,),
     token by token.
     """
-    K, R, device = expert.shape[-1] if token is None else None, expert.numel(), expert.device
-    slots = torch.arange(R, device=device)
-    # int16 sorts in a third of the time
-    sorted_expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # (R,)
-    experts = torch.arange(num_experts, device=device, dtype=torch.int16)
-    ends = torch.searchsorted(sorted_expert, experts, right=True).int()  # (E,)
-    position = torch.empty_like(order).scatter_(0, order, slots)  # (R,)
-    weight = Permute.apply(weight.reshape(-1), order, position)
-    return Routing(order // K if token is None else token[order], weight, ends, order, position, K)
+    K = expert.shape[1] if token is None else None
+    expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # int16 sorts in a third of the time
+    experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
+    ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
+    token = order // K if token is None else token[order]  # (R,)
+    return Routing(token, weight.reshape(-1).gather(0, order), ends, order, K)
 
 
 def take_rows(x: Tensor, routing: Routing) -> Tensor:
     """Each token's channels in all of its rows, x (N, D) -> (R, D)."""
-    return TakeRows.apply(x, routing.token, routing.order, routing.position, routing.per_token)
+    return TakeRows.apply(x, routing.token, routing.order, routing.per_token)
 
 
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
@@ -122,12 +123,12 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
-    shape = (num_tokens, routing.per_token, rows.shape[1])
-    rows = Permute.apply(rows, routing.position, routing.order).view(shape)  # (N, K, D)
+    position, shape = routing.position(), (num_tokens, routing.per_token, rows.shape[1])
+    rows = Permute.apply(rows, position, routing.order).view(shape)  # (N, K, D)
     if not weighted:
         return rows.sum(1, dtype=rows.dtype)  # without dtype, autocast on CUDA makes it fp32
-    weight = Permute.apply(routing.weight, routing.position, routing.order).to(rows.dtype)
-    return torch.bmm(weight.view(num_tokens, 1, -1), rows)[:, 0]
+    weight = routing.weight.gather(0, position).view(num_tokens, 1, -1)  # (N, 1, K)
+    return torch.bmm(weight.to(rows.dtype), rows)[:, 0]
 
 
 # -----------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
     routing, probs = layer.route(logits)
     slots = (
-        rows[routing.position].view(-1, routing.per_token) for rows in (routing.expert(), routing.weight)
+        rows[routing.position()].view(-1, routing.per_token) for rows in (routing.expert(), routing.weight)
     )
     return *slots, probs
 
@@ -225,7 +225,7 @@ def test_dispatch_of_a_hand_worked_example():
     routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
     assert routing.order.tolist() == routing.weight.tolist() == [1, 2, 0, 4, 3, 5]
     assert routing.token.tolist() == [0, 1, 0, 2, 1, 2] and routing.per_token == 2
-    assert routing.position.tolist() == [2, 0, 1, 4, 3, 5]
+    assert routing.position().tolist() == [2, 0, 1, 4, 3, 5]
     assert routing.expert().tolist() == [0, 0, 2, 2, 3, 3]
     assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
     assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]

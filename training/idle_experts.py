@@ -17,12 +17,11 @@ from mixture_of_experts import MoE
 
 @torch.no_grad()
 def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
-    """Of every layer the experts that the last optimizer step, closed by `update_routers`, gives nothing to
-    learn: no row that counts, and as tokens that do not count in the router's losses may yet have a gradient
-    (ignored labels do), no gradient either. The same on all ranks.
+    """For each layer, the experts without rows or gradients in the step that `update_routers` closed.
 
-    Reads the counts on the host; only where some are zero, the gradients of these experts. A collective
-    then, where ranks share the experts out (their counts are the same, so that all of them take part).
+    An expert may have a gradient without a counted row: tokens with ignored labels do not count in the usage.
+    The result is the same on all ranks. Reads the counts on the host, and the gradients of experts without
+    rows. If there are any and ranks share the experts, this is a collective.
     """
     layers = list(layers)
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
@@ -46,12 +45,11 @@ def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def freeze_idle_experts(layers: Iterable[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: `idle_experts` stay as they are.
+    """Around optimizer.step(), after `update_routers`: keep idle experts as they are. Yields their number.
 
-    AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
-    move them. Their weights and moments are copied and put back, which costs nothing while every expert is
-    busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
-    out, each rank looks after its part.
+    Otherwise AdamW changes them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings),
+    and old moments move them. Their weights and moments are saved before the step and restored after it. If
+    ranks share parameters, each restores its part. If no expert is idle, this only reads the counts.
     """
     layers, kept = list(layers), []
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
