@@ -12,7 +12,7 @@ training/checkpoints.py says what a checkpoint holds, and has the functions.
 import argparse
 import sys
 
-from huggingface.convert import export_folder
+from huggingface.export import export_folder
 from training.checkpoints import convert_checkpoint, load_checkpoint, load_model
 
 

@@ -7,6 +7,8 @@
     model = GPTLMHeadModel.from_pretrained("gpt2")                   # or a folder: GPT-2's, a Llama's, ours
     print(model.generate("Hello, I'm a language model,", max_length=50))
 
+huggingface/ has what else transformers expects of a model: generate, from_pretrained, saved folders.
+
 Letters in the trailing comments, here and in every other file:
     B batch    T sequence length    S keys a query can see (cache included)    C n_embd    V vocabulary
     nh query heads    nkv key/value heads    hs head size    N tokens = B * T
@@ -14,58 +16,45 @@ Letters in the trailing comments, here and in every other file:
 
 References:
     GPT-2, Radford et al. 2019; its parameter names and numbers are those of Hugging Face's modeling_gpt2.py
-    PaLM (FLOPs per token), arXiv 2204.02311 appendix B     RoPE, arXiv 2104.09864     GQA, arXiv 2305.13245
+    RMSNorm, arXiv 1910.07467     RoPE, arXiv 2104.09864     grouped queries (GQA), arXiv 2305.13245
     sliding windows, arXiv 2004.05150     QK norm, arXiv 2010.04245     logit soft-capping, arXiv 2408.00118
+    FLOPs per token, PaLM, arXiv 2204.02311 appendix B
 """
 
-import difflib
-import inspect
 import math
-import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import transformers.initialization as init  # its functions leave weights alone that were loaded from a file
 from huggingface_hub.dataclasses import strict
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-)
-from transformers.models.auto import modeling_auto
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from huggingface.callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
-from huggingface.convert import FOREIGN, decode_tokens, encode_prompt, fresh_statistics, load_foreign
-from huggingface.export_code import export_code
-from layers.attention import (
-    CausalSelfAttention,
-    LayerNorm,
-    RMSNorm,
-    build_masks,
-    build_norm,
-    rotary_angles,
-    upcast,
-)
-from layers.experts import MLP, Experts
+from huggingface.callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback  # noqa: F401
+from huggingface.configuration import CheckedConfig, setting
+from huggingface.generation import GPTGenerationMixin
+from huggingface.outputs import CACHE, GPTLMOutput
+from huggingface.pretrained import GPTPreTrainedModel
+from layers.attention import BlockMask, attention_reference, flex_window, fused_attention, upcast
+from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
-from mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
+from layers.mlp import ACTIVATIONS, MLP
+from layers.roles import parameter_groups
+from mixture_of_experts import (
+    BALANCE_LOSSES,
+    ROUTER_SCORES,
+    ExpertUsage,
+    MoE,
+    RouterAuxiliary,
+    expert_usage,
+    update_routers,
+)  # fmt: skip
 
-__all__ = [
-    "GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "GPTLMHeadModel", "LayerNorm", "MoE",
-    "MoEUsageLoggingCallback", "MoEUsageTensorBoardCallback", "RMSNorm",
-]  # fmt: skip
-
-# What transformers calls a cache of keys and values where it hands one over: from 5.24 on "cache", till then
-# past_key_values, as the callers of years do.
-CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
-
-# Peak dense bf16 FLOP/s by words of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
+# Peak dense bf16 FLOP/s by a word of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
 # without sparsity. The longer name stands first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
@@ -75,147 +64,80 @@ PEAK_FLOPS = {
 
 
 @strict
-class GPTConfig(PreTrainedConfig):
-    """Every setting of the architecture. Types are checked at every assignment, the rest in __post_init__.
+class GPTConfig(CheckedConfig):
+    """Every setting of the architecture. Types are checked at every assignment, the rest at construction.
 
     Raises ValueError, naming field and value, for combinations that make no sense and for unknown names.
     """
 
     model_type = "gpt_moe"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
+    code = __file__  # save_pretrained copies this file and those that it imports
     attribute_map = {  # noqa: RUF012 (names that transformers, lm_eval and PEFT look for)
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head",
-        "max_position_embeddings": "block_size",
-    }
+        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size",
+    }  # fmt: skip
 
-    block_size: int = 1024  # longest sequence
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float | int = 0.0
+    block_size: int = setting(1024, least=1)  # longest sequence
+    vocab_size: int = setting(50257, least=1)
+    n_layer: int = setting(12, least=1)
+    n_head: int = setting(12, least=1)
+    n_embd: int = setting(768, least=1)
+    dropout: float | int = setting(0.0, least=0, below=1)
     bias: bool = True  # in linear layers and layer norms
-    mlp_hidden_size: int | None = None  # of dense feed-forward layers; None = 4 * n_embd
+    mlp_hidden_size: int | None = setting(None, least=1)  # of dense feed-forward layers; None = 4 * n_embd
     # mixture of experts
     use_moe: bool = True
-    num_experts: int = 2
-    num_experts_per_tok: int = 1
-    moe_every: int = 1  # an MoE in every k-th block, counted from the last one
+    num_experts: int = setting(2, least=1, most=32_767)  # experts are sorted as int16
+    num_experts_per_tok: int = setting(1, least=1)
+    moe_every: int = setting(1, least=1)  # an MoE in every k-th block, counted from the last one
     moe_loss: bool = True
-    moe_loss_type: str = "load_balancing"
-    moe_loss_coef: float | int = 0.01
-    router_z_loss_coef: float | int = 0.0
-    router_score: str = "softmax"
+    moe_loss_type: str = setting("load_balancing", choices=tuple(BALANCE_LOSSES))
+    moe_loss_coef: float | int = setting(0.01, least=0)
+    router_z_loss_coef: float | int = setting(0.0, least=0)
+    router_score: str = setting("softmax", choices=tuple(ROUTER_SCORES))
     norm_topk_prob: bool = True  # for K > 1; with K = 1 the weight is always the probability itself
-    router_bias_update_rate: float | int = 0.0  # loss-free balancing when > 0
-    num_shared_experts: int = 0
-    expert_hidden_size: int | None = None  # None = 4 * n_embd
+    router_bias_update_rate: float | int = setting(0.0, least=0)  # loss-free balancing when > 0
+    num_shared_experts: int = setting(0, least=0)
+    expert_hidden_size: int | None = setting(None, least=1)  # None = 4 * n_embd
     # architecture
-    position: str = "learned"
-    rope_theta: float | int = 10000.0
-    n_kv_head: int | None = None  # None = n_head
-    sliding_window: int | None = None  # a query sees this many positions, its own included
-    global_every: int | None = None  # with a window: every k-th layer sees everything
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    activation: str = "gelu"  # the tanh form, as in GPT-2
+    position: str = setting("learned", choices=("learned", "rope"))
+    rope_theta: float | int = setting(10000.0, above=0)
+    n_kv_head: int | None = setting(None, least=1)  # None = n_head
+    sliding_window: int | None = setting(None, least=1)  # a query sees this many positions, its own included
+    global_every: int | None = setting(None, least=1)  # with a window: every k-th layer sees everything
+    norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = setting(1e-5, above=0)
+    activation: str = setting("gelu", choices=tuple(ACTIVATIONS))  # gelu: the tanh form, as in GPT-2
     qk_norm: bool = False
-    logit_softcap: float | int = 0.0
+    logit_softcap: float | int = setting(0.0, least=0)
     tie_word_embeddings: bool = True
-    init: str = "gpt2"  # zero_proj: projections into the residual stream begin at zero
+    init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: "bytes" or a name tiktoken knows
-    encoding_size: int | None = None  # ids from here up only pad vocab_size and are never generated
+    encoding_size: int | None = setting(None, least=1)  # ids from here up pad vocab_size, are never generated
     infer_step: int = 250  # kept for configurations of the original training script
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    CHOICES = {  # noqa: RUF012
-        "moe_loss_type": (
-            "load_balancing", "variance_penalty", "entropy_regularization", "diversity_regularization"
-        ),
-        "router_score": ("softmax", "sigmoid"),
-        "position": ("learned", "rope"),
-        "norm": ("layernorm", "rmsnorm"),
-        "activation": ("gelu", "relu2", "swiglu"),
-        "init": ("gpt2", "zero_proj"),
-    }  # fmt: skip
-
-    LEAST = {  # noqa: RUF012
-        "block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "dropout": 0,
-        "mlp_hidden_size": 1, "num_experts": 1, "num_experts_per_tok": 1, "moe_every": 1, "moe_loss_coef": 0,
-        "router_z_loss_coef": 0, "router_bias_update_rate": 0, "num_shared_experts": 0,
-        "expert_hidden_size": 1,
-        "n_kv_head": 1, "sliding_window": 1, "global_every": 1, "logit_softcap": 0, "encoding_size": 1,
-    }  # fmt: skip
-
     def __post_init__(self, **kwargs):
-        # Dictionaries that transformers wrote carry its version, and may carry another version's names;
-        # names that a person wrote are checked: an ignored typo trains the wrong model.
-        if self.transformers_version is None:
-            self._reject_unknown_names(kwargs)
         super().__post_init__(**kwargs)
-        for name, allowed in self.CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}={value}: must be a finite number")
-        for name, least in self.LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
-        for name in ("norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        if self.dropout >= 1:
-            raise ValueError(f"dropout={self.dropout}: must be below 1")
-        if self.n_embd % self.n_head != 0:
-            raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads")
-        if self.n_kv_head is not None and self.n_head % self.n_kv_head != 0:
-            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if self.position == "rope" and (self.n_embd // self.n_head) % 2 != 0:
-            raise ValueError(
-                f"position='rope' turns pairs of channels, but n_embd={self.n_embd} / n_head={self.n_head} "
-                f"gives heads of an odd size, {self.n_embd // self.n_head}"
-            )
-        if self.use_moe and self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
-            )
-        if self.num_experts > 32_767:
-            raise ValueError(f"num_experts={self.num_experts}: at most 32767, experts are sorted as int16")
+        C, nh, nkv = self.n_embd, self.n_head, self.n_kv_head
+        K, E = self.num_experts_per_tok, self.num_experts
+        if C % nh != 0:
+            raise ValueError(f"n_embd={C} does not divide into n_head={nh} heads")
+        if nkv is not None and nh % nkv != 0:
+            raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={nkv}")
+        if self.position == "rope" and C // nh % 2 != 0:
+            what = f"n_embd={C} / n_head={nh} gives heads of an odd size, {C // nh}"
+            raise ValueError(f"position='rope' turns pairs of channels, but {what}")
+        if self.use_moe and K > E:
+            raise ValueError(f"num_experts_per_tok={K} is more than num_experts={E}")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:
             raise ValueError(f"encoding_size={self.encoding_size} is more than vocab_size={self.vocab_size}")
-
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As transformers'; the model's calls it. The code goes along, so that the folder loads without this
-        project: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)."""
-        os.makedirs(save_directory, exist_ok=True)
-        export_code(save_directory, Path(__file__))
-        self.auto_map = {
-            "AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
-            "AutoModelForCausalLM": "model.GPTLMHeadModel",
-        }  # fmt: skip
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _reject_unknown_names(self, names: dict[str, Any]) -> None:
-        fields = set(self.__dataclass_fields__) | set(self.attribute_map)
-        known = fields | set(GenerationConfig._get_default_generation_params()) | {
-            "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
-            "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
-        }  # fmt: skip
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"GPTConfig has no field {name!r}{hint}")
 
     @property
     def layer_types(self) -> list[str]:
@@ -230,6 +152,119 @@ class GPTConfig(PreTrainedConfig):
         return self.use_moe and (self.n_layer - 1 - layer) % self.moe_every == 0
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation with an optional bias."""
+
+    def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if input.dtype == torch.float32:  # FSDP may have gathered the parameters in bf16
+            weight, bias = weight.float(), bias.float() if bias is not None else None
+        return F.layer_norm(input, weight.shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; statistics in fp32 as Llama does."""
+
+    def __init__(self, ndim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
+
+
+def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    """The norm that config.norm names, over the C channels."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return LayerNorm(config.n_embd, config.bias, config.norm_eps)
+
+
+def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
+
+    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). They are computed at every forward: a
+    buffer outside the state dict would hold garbage after transformers has loaded on the meta device.
+    """
+    channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
+    frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
+    angle = position_ids[:, None, :, None].float() * frequency  # (B, 1, T, hs/2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, hs)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
+    wide = upcast(x)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def build_masks(
+    config: GPTConfig, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
+) -> dict[str, Tensor | BlockMask | None]:
+    """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
+
+    attention_mask: 2-d (B, S), 0 = padding; 4-d; or the dictionary that generate() makes for static caches,
+    which is the result. position_ids: only those that a caller gave. flexible: windows may be a BlockMask.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    special = attention_mask is not None or past_key_values is not None or position_ids is not None
+    plain, T = not special and config._attn_implementation != "eager", x.size(1)
+    arguments = config, x, attention_mask, past_key_values, position_ids  # their names differ by version
+    masks = dict.fromkeys(config.layer_types)
+    if "full_attention" in masks and not plain:
+        masks["full_attention"] = create_causal_mask(*arguments)
+    if "sliding_attention" in masks and not (plain and T <= config.sliding_window):
+        mask = flex_window(config, T, x.device) if plain and flexible else None
+        masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments) if mask is None else mask
+    return masks
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention; grouped queries, RoPE, QK norm, windows and cache by configuration."""
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        self.config, self.layer, self.head_size = config, layer, config.n_embd // config.n_head
+        # rows of c_attn: all queries, then all keys, then all values (GPT-2's order)
+        self.kv_size = (config.n_kv_head or config.n_head) * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * self.kv_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+        past_key_values=None, output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
+        B, T, C = x.shape
+        parts = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
+        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer)  # (B, nkv, S, hs)
+        dropout = self.config.dropout if self.training else 0.0
+        if output_attentions or self.config._attn_implementation == "eager":
+            y, weight = attention_reference(q, k, v, mask, dropout)  # (B, nh, T, hs), (B, nh, T, S)
+        else:
+            y, weight = fused_attention(q, k, v, mask, dropout), None
+        y = F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.config.dropout, self.training)
+        return (y, weight) if output_attentions else y
+
+
 class Block(GradientCheckpointingLayer):
     """Transformer block: x + attention(norm(x)), then x + feed-forward(norm(x)), dense or MoE."""
 
@@ -242,21 +277,16 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
 
     def forward(
-        self,
-        x: torch.Tensor,  # (B, T, C)
-        mask: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        token_mask: torch.Tensor | None = None,  # (B, T), tokens that count in the router's statistics
-        num_tokens: torch.Tensor | int | None = None,
-        past_key_values=None,
-        output_attentions: bool = False,
-        return_auxiliary: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
+        token_mask: Tensor | None = None, num_tokens: Tensor | int | None = None, past_key_values=None,
+        output_attentions: bool = False, return_auxiliary: bool = False,
+    ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
         """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
 
-        Weights are None unless output_attentions. The report, in training and for an MoE only, is a
-        RouterAuxiliary. Whoever asks for it must accumulate() it: activation checkpointing runs this twice
-        and must count once. It is unpacked: reentrant checkpointing gives gradients to bare tensors only.
+        token_mask (B, T), num_tokens: as MoE's. The weights are None unless output_attentions. The report
+        exists in training and for an MoE only: the fields of a RouterAuxiliary one by one, because reentrant
+        checkpointing gives gradients to bare tensors only. The caller must accumulate() it: checkpointing
+        runs this forward twice.
         """
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
@@ -269,50 +299,20 @@ class Block(GradientCheckpointingLayer):
         return (x + y, weight, *(report or ())) if return_auxiliary else x + y
 
 
-@dataclass
-class GPTLMOutput(CausalLMOutputWithCrossAttentions):
-    """Hugging Face's output, and in training the parts of the loss: loss = cross_entropy + weighted others.
-
-    cross_entropy, balance_loss and z_loss are 0-dimensional; the latter two are sums over the MoE layers,
-    before their coefficients. All three are None in evaluation, where loss is the cross-entropy alone.
-    """
-
-    cross_entropy: torch.Tensor | None = None
-    balance_loss: torch.Tensor | None = None
-    z_loss: torch.Tensor | None = None
-
-    def loss_parts(self) -> torch.Tensor:
-        """(3,): cross-entropy, balance loss, z-loss, without gradient; 0 where the model has no such loss."""
-        parts = (self.cross_entropy, self.balance_loss, self.z_loss)
-        return torch.stack([self.loss.new_zeros(()) if part is None else part.detach() for part in parts])
-
-
-class GPT(PreTrainedModel, GenerationMixin):
+class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     """The transformer with its (tied) head. `forward` gives hidden states; with a target, logits and loss.
 
     `config` is a GPTConfig or the plain dictionary of one, as training checkpoints hold it.
     """
 
     config_class = GPTConfig
-    base_model_prefix = ""
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (accelerate leaves caches where they are)
-    _keep_in_fp32_modules_strict = ["mlp.gate", "router_bias"]  # noqa: RUF012 (when loaded with another dtype)
-    _supports_sdpa = True
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer then hands us num_items_in_batch and leaves the loss as it is
-    _gives_logits = False
-    # Rows of logits at a time in the loss, -1 for as many as pay. The outputs have no logits then, except in
-    # nanoGPT's pair. 0: all rows at once, and they are in the outputs.
+    # Rows of logits at a time in the loss, to save memory; -1: as many as pay. The outputs then have no
+    # logits, except in nanoGPT's pair. 0: all rows at once.
     loss_chunk = 0
 
     def __init__(self, config: GPTConfig | dict):
-        if isinstance(config, dict):
-            config = GPTConfig(**config)
         super().__init__(config)
-        # By this Trainer counts labels after the shift; else the loss it reports is (T-1)/T of the truth.
-        self.loss_type = "ForCausalLM"
+        config = self.config
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
@@ -320,7 +320,6 @@ class GPT(PreTrainedModel, GenerationMixin):
         self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer["ln_f"] = build_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._suppress_padding()
         for name, module in self.named_modules():
             if name.endswith("c_proj"):
                 module.into_residual = True  # for _init_weights, which is not told the name
@@ -328,74 +327,29 @@ class GPT(PreTrainedModel, GenerationMixin):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
         ]
+        self._suppress_padding()
         self.post_init()
 
-    def _suppress_padding(self) -> None:
-        """Never generate ids that only pad the vocabulary: whoever decoded one would get an error."""
-        size, generation = self.config.encoding_size, self.generation_config
-        if size is not None and size < self.config.vocab_size and generation.suppress_tokens is None:
-            generation.suppress_tokens = list(range(size, self.config.vocab_size))
-
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation, all of it: N(0, 0.02), projections into the residual stream 0.02/sqrt(2 L).
+        """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)).
 
-        With init="zero_proj" the latter begin at zero: every block is the identity at first.
-        Called for every module that has parameters or buffers of its own (not for others: transformers skips
-        them in code that is not its own). The functions of transformers.initialization leave loaded weights
-        alone.
+        With init="zero_proj" the latter begin at zero: every block is the identity at first. transformers
+        calls this for every module with parameters or buffers of its own.
         """
         residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=residual_std if hasattr(module, "into_residual") else 0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.02)
         elif isinstance(module, (LayerNorm, RMSNorm)):
             init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
         elif isinstance(module, Experts):
             init.normal_(module.c_fc, std=0.02)
             init.normal_(module.c_proj, std=residual_std)
-            if module.c_fc_bias is not None:
-                init.zeros_(module.c_fc_bias)
-                init.zeros_(module.c_proj_bias)
         elif isinstance(module, MoE):
             for name, value in module.initial_statistics().items():
                 init.copy_(getattr(module, name), value)
-
-    # --- embeddings, sizes ------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding, (V, C)."""
-        return self.transformer.wte
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the token embedding; if embeddings are tied, the head becomes the same matrix."""
-        self.transformer.wte = new_embeddings
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = new_embeddings.weight
-            self.lm_head.out_features = new_embeddings.num_embeddings
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As transformers', ties kept; where the size changes, every id counts as real text afterwards."""
-        old_size = self.config.vocab_size
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if self.config.vocab_size != old_size:
-            self.config.encoding_size = self.generation_config.suppress_tokens = None
-        return embeddings
-
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the longest sequence, dropping the position embeddings beyond it; ValueError if longer."""
-        if not 0 < block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size}: can only be cropped to 1..{self.config.block_size}")
-        self.config.block_size = block_size
-        if "wpe" in self.transformer:
-            self.transformer.wpe.weight = nn.Parameter(
-                self.transformer.wpe.weight[:block_size].detach().clone()
-            )
-            self.transformer.wpe.num_embeddings = block_size
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                init.zeros_(parameter)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; non_embedding leaves out look-up tables: positions, and tokens if untied."""
@@ -415,11 +369,10 @@ class GPT(PreTrainedModel, GenerationMixin):
         return count
 
     def flops_per_token(self, length: int | None = None) -> float:
-        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2). T is `length`, or
-        block_size.
+        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
 
-        N counts active parameters; a layer with a window counts the window in place of T. Causality is not
-        discounted, as in nanoGPT and llm.c, so figures compare with theirs.
+        T is `length` or block_size, or in a layer with a window the window; N counts active parameters.
+        Causality is not discounted, as in nanoGPT and llm.c, so figures compare with theirs.
         """
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
@@ -434,63 +387,110 @@ class GPT(PreTrainedModel, GenerationMixin):
         Relative to the device's peak in bf16 (PEAK_FLOPS); None where that is not known (CPU, unlisted GPUs).
         """
         if peak_flops is None and self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            whole = re.compile("|".join(rf"(?<!\w){re.escape(part)}(?!\w)" for part in PEAK_FLOPS))
-            found = whole.search(name)  # "L40" is no L4
-            peak_flops = PEAK_FLOPS[found[0]] if found else None
+            device = torch.cuda.get_device_name(self.device)
+            known = (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
+            peak_flops = next(known, None)
         if peak_flops is None:
             return None
         length = length or self.config.block_size
         return self.flops_per_token(length) * length * fwdbwd_per_iter / dt / peak_flops
-
-    # --- experts ----------------------------------------------------------------------------------------
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, first block first; empty for a dense model."""
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
     def update_routers(self, process_group=None) -> None:
-        """Tell the routers that an optimizer step is over: call it before training and after every step.
-
-        Reduces the step's routing statistics over all ranks (one collective), makes them the reference of
-        the balance losses and moves the biases of loss-free balancing. See mixture_of_experts.py.
-        """
+        """Tell the routers that an optimizer step is over: call it before training and after every step. It
+        reduces the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
-        """Each MoE layer's counts and loads since its last reset: all ranks' up to the last update_routers(),
-        since then this rank's, or with reduce=True all ranks' (a collective). reset: on this rank."""
+        """Each MoE layer's counts and loads since its last reset, of all ranks. Those since the last
+        update_routers() are this rank's alone, unless reduce=True (a collective). reset: on this rank."""
         usage = expert_usage(self.moe_layers(), reduce=reduce)
         for moe in self.moe_layers() if reset else ():
             moe.reset_usage_counts()
         return usage
 
-    # --- forward ----------------------------------------------------------------------------------------
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, S), 0 = padding
+        position_ids: torch.LongTensor | None = None,  # (B, T)
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
+        labels: torch.LongTensor | None = None,  # (B, T), unshifted, -100 is ignored
+        targets: torch.LongTensor | None = None,  # (B, T), shifted, -1 is ignored
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        cache=None,  # another name of past_key_values
+    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
+        """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
-    def _positions(self, x, padding, past_key_values) -> torch.Tensor:
-        """Positions (B or 1, T) of new tokens: after the cached ones, a row's padding not counted.
-
-        A left-padded row then equals the row alone. ValueError past block_size.
+        Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
+        return_dict=True). In training the loss includes the routers' losses.
+        logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
+        num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
+        loss is then this part's share, and the routers' losses weigh tokens as the cross-entropy does (those
+        with a target, over the step's number of targets), so that no sum depends on the cut.
+        ValueError for a sequence longer than block_size, and for arguments that exclude each other.
         """
-        T, past = x.size(1), past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past, int) and past + T > self.config.block_size:  # a static cache's length is a tensor
-            raise ValueError(f"{past + T} tokens are longer than block_size={self.config.block_size}")
-        if padding is not None:
-            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        return torch.arange(T, device=x.device)[None] + past
+        config = self.config
+        if cache is not None and past_key_values is not None:
+            raise ValueError("give past_key_values or cache, two names of the same, not both")
+        if labels is not None and targets is not None:
+            raise ValueError("give labels (unshifted) or targets (shifted), not both")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        as_pair, ignore_index = targets is not None and not return_dict, -1
+        if labels is not None:
+            targets, ignore_index = F.pad(labels[:, 1:], (0, 1), value=-100), -100
+        if targets is not None:
+            use_cache, logits_to_keep = False, 0
+        elif use_cache is None:
+            use_cache = config.use_cache and not self.training
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        in_parts = targets is not None and num_items_in_batch is not None
 
-    def _run(
-        self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-        output_attentions, output_hidden_states, counted, num_tokens,
-    ) -> tuple[BaseModelOutputWithPastAndCrossAttentions, list[RouterAuxiliary]]:  # fmt: skip
-        """Embed and run the blocks: the hidden states, and what each router reports of a training forward.
+        x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        hidden, extras, reports = self._transform(
+            x, attention_mask, position_ids, past_key_values if cache is None else cache,
+            use_cache, output_attentions, output_hidden_states,
+            counted=targets != ignore_index if in_parts else None,
+            num_tokens=num_items_in_batch if in_parts else None,
+        )  # fmt: skip
+        if targets is None and not self._gives_logits:
+            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, **extras)
+        else:
+            logits, losses = None, {}
+            # An adapter or quantisation may have replaced the head. linear_cross_entropy needs the bare one.
+            chunk = self.loss_chunk if type(self.lm_head) is nn.Linear and not as_pair else 0
+            if targets is None or not chunk:
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                logits = self._logits(hidden[:, kept])  # (B, T or kept, V)
+            if targets is not None:
+                losses = self._losses(hidden, logits, targets, ignore_index, num_items_in_batch, reports)
+            if as_pair:
+                return logits, losses["loss"]
+            output = GPTLMOutput(logits=logits, **losses, **extras)
+        as_dict = config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _transform(
+        self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
+        output_hidden_states, counted, num_tokens,
+    ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
+        """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
 
         counted (B, T) or None: the tokens in the routers' losses and statistics; padding never is.
         """
-        config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        config, T = self.config, x.size(1)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         if past_key_values is not None and self.training and self.is_gradient_checkpointing:
@@ -499,15 +499,19 @@ class GPT(PreTrainedModel, GenerationMixin):
         masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
         if padding is not None:
-            present = padding[:, -x.size(1) :].bool()  # (B, T)
+            present = padding[:, -T:].bool()  # (B, T)
             counted = present if counted is None else counted & present
         if position_ids is None:
-            position_ids = self._positions(x, padding, past_key_values)
-        rotary = None
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
+                raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
+            position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
+            if padding is not None:  # it is not counted, so that a left-padded row equals the row alone
+                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
         if config.position == "rope":
             rotary = rotary_angles(position_ids, config.n_embd // config.n_head, config.rope_theta)
         else:
-            x = x + self.transformer.wpe(position_ids)
+            rotary, x = None, x + self.transformer.wpe(position_ids)
         x = self.transformer.drop(x)
 
         hidden_states, attentions, reports = [x], [], []
@@ -523,196 +527,44 @@ class GPT(PreTrainedModel, GenerationMixin):
                 reports.append(RouterAuxiliary(*report))
                 block.mlp.accumulate(reports[-1])
         x = self.transformer.ln_f(x)
-        hidden_states[-1] = x  # as GPT-2 does, the last one is normalised
-        output = BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=x,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            **{CACHE: past_key_values if use_cache else None},
-        )
-        return output, reports
+        hidden_states[-1] = x  # the last one is normalised, as in GPT-2
+        extras = {
+            "hidden_states": tuple(hidden_states) if output_hidden_states else None,
+            "attentions": tuple(attentions) if output_attentions else None,
+            CACHE: past_key_values if use_cache else None,
+        }
+        return x, extras, reports
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,  # (B, T)
-        attention_mask: torch.Tensor | None = None,  # (B, S), 0 = padding
-        position_ids: torch.LongTensor | None = None,  # (B, T)
-        past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
-        labels: torch.LongTensor | None = None,  # (B, T), unshifted, -100 is ignored
-        targets: torch.LongTensor | None = None,  # (B, T), shifted, -1 is ignored
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        cache=None,  # another name of past_key_values
-    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
-        """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
-
-        Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
-        return_dict=True); in training the loss has the routers' losses in it.
-        logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
-        With loss_chunk, a loss comes without logits, whose memory it saves; nanoGPT's pair has them always.
-        num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part; the
-        loss is then this part's share. Tokens then weigh in the routers' losses as in the cross-entropy
-        (those with a target, over the step's number of targets), so that no sum depends on the cut.
-        ValueError for a sequence longer than block_size, for labels together with targets, for a cache by
-        both its names, and unless exactly one of input_ids and inputs_embeds is given.
-        """
-        config = self.config
-        if cache is not None:
-            if past_key_values is not None:
-                raise ValueError("give past_key_values or cache, two names of the same, not both")
-            past_key_values = cache
-        if labels is not None and targets is not None:
-            raise ValueError("give labels (unshifted) or targets (shifted), not both")
-        as_pair, ignore_index = targets is not None and not return_dict, -1
-        if labels is not None:
-            targets, ignore_index = F.pad(labels[:, 1:], (0, 1), value=-100), -100
-        if targets is not None:
-            use_cache, logits_to_keep = False, 0
-        elif use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        in_parts = targets is not None and num_items_in_batch is not None
-        output, reports = self._run(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states,
-            counted=targets != ignore_index if in_parts else None,
-            num_tokens=num_items_in_batch if in_parts else None,
-        )  # fmt: skip
-        if targets is not None or self._gives_logits:
-            hidden, logits, losses = output.last_hidden_state, None, {}
-            # Only a bare head is what its weight says: an adapter or quantisation would make it another one.
-            chunk = self.loss_chunk if type(self.lm_head) is nn.Linear and not as_pair else 0
-            if targets is None or not chunk:
-                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = self._logits(hidden[:, kept])  # (B, T or kept, V)
-            if targets is not None:
-                losses = self._losses(
-                    self._cross_entropy(hidden, logits, targets, ignore_index, num_items_in_batch), reports
-                )
-            if as_pair:
-                return logits, losses["loss"]
-            output = GPTLMOutput(
-                logits=logits,
-                hidden_states=output.hidden_states,
-                attentions=output.attentions,
-                **{CACHE: getattr(output, CACHE)},
-                **losses,
-            )
-        as_dict = config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
-
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> logits (B, T, V), soft-capped if configured (Gemma 2, arXiv 2408.00118)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def _cross_entropy(self, hidden, logits, targets, ignore_index, num_items) -> torch.Tensor:
-        """Cross-entropy on targets (B, T) in nats, of logits (B, T, V), or without them of hidden (B, T, C).
+    def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
+        """The loss on targets (B, T) and, in training, its parts.
 
-        A mean over the targets; with num_items their sum, divided by that number.
+        Cross-entropy in nats, of logits (B, T, V), or without them of hidden (B, T, C): a mean over the
+        targets; with num_items their sum, divided by that number. reports: the routers'.
         """
+        config = self.config
         if logits is None:
-            return linear_cross_entropy(
+            loss = linear_cross_entropy(
                 hidden, self.lm_head.weight, targets, ignore_index, num_items,
-                self.config.logit_softcap, self.loss_chunk,
+                config.logit_softcap, self.loss_chunk,
             )  # fmt: skip
-        loss = F.cross_entropy(
-            upcast(logits).view(-1, logits.size(-1)), targets.reshape(-1),
-            ignore_index=ignore_index, reduction="mean" if num_items is None else "sum",
-        )  # fmt: skip
-        return loss if num_items is None else loss / num_items
-
-    def _losses(self, loss: torch.Tensor, reports) -> dict[str, torch.Tensor]:
-        """The loss and, in training, the parts it consists of, from the cross-entropy and the routers."""
-        losses = {"loss": loss}
-        if self.training:
-            losses["cross_entropy"] = loss
+        else:
+            loss = F.cross_entropy(
+                upcast(logits).view(-1, logits.size(-1)), targets.reshape(-1),
+                ignore_index=ignore_index, reduction="mean" if num_items is None else "sum",
+            )  # fmt: skip
+            loss = loss if num_items is None else loss / num_items
+        losses = {"loss": loss, "cross_entropy": loss} if self.training else {"loss": loss}
         if reports:
             balance_loss = torch.stack([report.balance_loss for report in reports]).sum()
             z_loss = torch.stack([report.z_loss for report in reports]).sum()
-            loss = loss + self.config.moe_loss_coef * balance_loss + self.config.router_z_loss_coef * z_loss
+            loss = loss + config.moe_loss_coef * balance_loss + config.router_z_loss_coef * z_loss
             losses |= {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss}
         return losses
-
-    # --- text -------------------------------------------------------------------------------------------
-
-    def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
-    ) -> dict:
-        """As transformers', and a text that outgrows block_size is cropped to its last block_size tokens.
-
-        The cache is dropped then, because every position moves (nanoGPT's way, exact but slower per token).
-        """
-        for name in ("tokenizer", "assistant_tokenizer"):  # generate()'s, for stop_strings
-            kwargs.pop(name, None)
-        block_size, cache = self.config.block_size, kwargs.get(CACHE)
-        cached = cache.get_seq_length() if cache is not None else 0
-        if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            raise ValueError(
-                f"what inputs_embeds begin has reached block_size={block_size} positions, and without token "
-                "ids it cannot be cropped; generate fewer tokens"
-            )
-        if input_ids.size(1) > block_size:
-            input_ids = input_ids[:, -block_size:]
-            attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
-            kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
-        return super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-
-    def _assisted_decoding(self, *args, **kwargs):
-        """transformers' for assistant_model and prompt_lookup_num_tokens, which have to keep the cache."""
-        length, block_size = kwargs["generation_config"].max_length, self.config.block_size
-        if length > block_size:
-            raise ValueError(
-                f"assisted generation of up to {length} tokens would outgrow block_size={block_size}; lower "
-                "max_new_tokens or max_length, or generate without assistance"
-            )
-        return super()._assisted_decoding(*args, **kwargs)
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
-        """transformers' generate(); with a string, the text that continues it, prompt included.
-
-        A string is encoded with config.encoding; max_length and max_new_tokens count tokens, and a list of
-        texts comes back if num_return_sequences > 1. Runs in evaluation mode, whatever mode the model is in.
-        ValueError for a string that the model's vocabulary or encoding cannot hold.
-        """
-        modes = [(module, module.training) for module in self.modules()]  # a frozen part may have its own
-        self.eval()
-        # The same parameters as the class whose forward gives logits, without a compiled forward: the
-        # growing sequences of generation would make it compile again and again. (As copy.copy, which fails
-        # for the class that FSDP gives the model.)
-        # If accelerate has bound this model's own forward, that goes along: it shall give logits meanwhile.
-        self._gives_logits, gave = True, self._gives_logits
-        model = GPTLMHeadModel.__new__(GPTLMHeadModel)
-        model.__setstate__(self.__getstate__())
-        try:
-            if not isinstance(inputs, str):
-                return super(GPT, model).generate(inputs, *args, **kwargs)
-            ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)
-            end = self.generation_config.eos_token_id
-            kwargs = {
-                "attention_mask": torch.ones_like(ids),
-                "pad_token_id": end[0] if isinstance(end, list) else end,
-            } | kwargs
-            rows = super(GPT, model).generate(ids, *args, **kwargs)
-            texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
-            return texts[0] if len(texts) == 1 else texts
-        finally:
-            self._gives_logits = gave
-            for module, was_training in modes:
-                module.training = was_training
-
-    # --- training and files -----------------------------------------------------------------------------
 
     def configure_optimizers(
         self,
@@ -723,82 +575,18 @@ class GPT(PreTrainedModel, GenerationMixin):
         router_lr_mult: float = 1.0,
         expert_lr_mult: float = 1.0,
     ) -> torch.optim.AdamW:
-        """AdamW with weight decay by role: matrices and embeddings decay; biases and norms never do.
+        """AdamW with weight decay for matrices and embeddings, without it for biases and norms.
 
-        (Not by number of dimensions: the stacked biases of the experts have two.) Groups, as far as they are
-        not empty: rest, router, experts, each with and without decay. Every group carries "lr_mult", by
-        which a schedule multiplies its rate, and "name". Fused where the device has it.
+        layers/roles.py decides, by name, which parameter is which, and describes the groups. AdamW runs as
+        one fused kernel where torch has one.
         """
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                role = "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
-                decays = not (name.endswith("bias") or ".ln_" in name or "_norm." in name)
-                groups.setdefault((role, decays), []).append(parameter)
-        lr_mult = {"rest": 1.0, "router": router_lr_mult, "experts": expert_lr_mult}
-        param_groups = [
-            dict(
-                params=params, weight_decay=weight_decay if decays else 0.0, lr=learning_rate * lr_mult[role],
-                lr_mult=lr_mult[role], name=role if decays else f"{role} without decay",
-            )
-            for (role, decays), params in sorted(groups.items())
-        ]  # fmt: skip
-        fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(param_groups, lr=learning_rate, betas=betas, fused=fused)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
-        Llama, Qwen3, Qwen3-MoE or Mixtral.
-
-        Settings of GPTConfig may be given too (dropout=0.1). ValueError for one of another architecture, one
-        that lacks weights or, naming the field, that this model cannot express.
-        """
-        found = {}
-        if pretrained_model_name_or_path is not None and kwargs.get("config") is None:
-            hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-            given = {name: kwargs[name] for name in hub if name in kwargs}
-            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **given)
-        kind = found.get("model_type")
-        if kind not in (None, GPTConfig.model_type, *FOREIGN):
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: models of type {kind!r} cannot be read, only "
-                f"{GPTConfig.model_type}, {', '.join(FOREIGN)}"
-            )
-        if kind not in FOREIGN:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded)._suppress_padding()
-            return loaded
-        wants_info = kwargs.pop("output_loading_info", False)
-        ours = {name: kwargs.pop(name) for name in inspect.get_annotations(GPTConfig) if name in kwargs}
-        fields, weights, generation_config, info = load_foreign(
-            kind, pretrained_model_name_or_path, *args, **kwargs
+        groups = parameter_groups(
+            self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult
         )
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = cls(GPTConfig(**fields | ours))
-        model.load_state_dict(weights | fresh_statistics(model), assign=True)
-        model.tie_weights()
-        model.generation_config = generation_config
-        model.eval()
-        return (model, info) if wants_info else model
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 
 class GPTLMHeadModel(GPT):
     """GPT for generation and next-token prediction: `forward` gives logits. Its state dict is a GPT's."""
 
     _gives_logits = True
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head, (V, C)."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the head; if embeddings are tied, the token embedding becomes the same matrix."""
-        self.lm_head = new_embeddings
-        if self.config.tie_word_embeddings:
-            self.transformer.wte.weight = new_embeddings.weight
-            self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
-
-
-# By this list Trainer knows that labels want a shift when it smooths them.
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GPTConfig.model_type] = GPTLMHeadModel.__name__

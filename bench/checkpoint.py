@@ -14,7 +14,8 @@ import torch
 
 from bench.models import size_of
 from model import GPTConfig, GPTLMHeadModel
-from training.checkpoints import CheckpointWriter, load_checkpoint, verify_checkpoint
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import load_checkpoint, verify_checkpoint
 
 
 def bench_checkpoint(options) -> list[dict]:

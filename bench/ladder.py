@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from bench.measure import alternate, make_run, memory_bytes
-from fineweb import DistributedDataLoader, write_shard
 from layers.attention import prefer_backend
 from model import GPTConfig, GPTLMHeadModel
+from tokens.shards import DistributedDataLoader, write_shard
 from train_gpt_moe import train_step
 from training.muon import has_fast_bf16
 

@@ -18,8 +18,8 @@ import torch
 
 from bench.measure import one_process
 from bench.models import size_of
-from fineweb import prepare_demo
 from layers.attention import prefer_backend, synchronize
+from tokens.demo import prepare_demo
 from train_gpt_moe import parse_config, train, train_step
 from training import faults
 from training.setup import Run, open_log, set_up

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bench.measure import alternate, memory_bytes
-from layers.experts import MLP
+from layers.mlp import MLP
 from mixture_of_experts import MoE
 from model import GPTConfig
 

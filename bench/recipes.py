@@ -33,7 +33,8 @@ import torch.nn as nn
 
 from bench.measure import alternate, make_run
 from bench.nanogpt import NanoGPT
-from fineweb import find_shards, prepare_demo, read_shard
+from tokens.demo import prepare_demo
+from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model

@@ -3,13 +3,13 @@
     Trainer(..., callbacks=[MoEUsageLoggingCallback(logger=logging.getLogger("MoE"), log_interval=100)])
     Trainer(..., callbacks=[MoEUsageTensorBoardCallback(log_interval=100, tb_writer=SummaryWriter("runs"))])
 
-Either of them also tells the routers where an optimizer step ends, which the balance losses and loss-free
-balancing need (mixture_of_experts.py says why). Without one the balance losses are the textbook's, of each
-micro-batch alone, and loss-free balancing does nothing. What is reported are the rows routed to each expert
-in training, over all ranks, since the callback's last report; both callbacks may be used together.
+Both also tell the routers where an optimizer step ends, which the balance losses and loss-free balancing need
+(mixture_of_experts.py says why). Without a callback the balance losses are those of each micro-batch alone,
+and loss-free balancing does nothing. A report counts the rows routed to each expert in training, over all
+ranks, since this callback's last report. Both callbacks may be used together.
 
-TrainingArguments(label_smoothing_factor=...) leaves the loss to the Trainer, and with it goes without the
-balance losses: the callbacks refuse it for a model with experts.
+With TrainingArguments(label_smoothing_factor=...) the Trainer computes the loss itself, without the balance
+losses: the callbacks refuse it for a model with experts.
 """
 
 import logging

@@ -9,34 +9,35 @@ Experts`.
 Reference: https://huggingface.co/docs/transformers/custom_models
 """
 
-import re
+import ast
 from pathlib import Path
-
-IMPORT = re.compile(r"^([ \t]*from )(\.?)([\w.]+)( import )", re.MULTILINE)
 
 
 def export_code(folder: str | Path, start: Path) -> None:
     """Write the file `start` and every file that it imports, directly or not, into `folder`, side by side.
 
-    Files are looked for beside `start` and in the folders there; a copy that this function has made can be
-    copied again. ValueError if two of the files have the same name.
+    Imported files are looked for in the folder of `start` and the folders in it. A copy that this function
+    has made can be copied again. ValueError, before anything is written, if two files have the same name.
     """
-
-    def source(module: str) -> Path:
-        return start.parent.joinpath(*module.split(".")).with_suffix(".py")
-
-    def relative(match: re.Match) -> str:
-        before, _, module, after = match.groups()
-        return f"{before}.{module.split('.')[-1]}{after}" if source(module).is_file() else match[0]
-
-    waiting, copied = [start], {}
+    waiting, found, flat = [start], {}, {}
     while waiting:
         path = waiting.pop()
-        if copied.setdefault(path.name, path) != path:
-            raise ValueError(f"{path} and {copied[path.name]}: a flat folder cannot hold two {path.name}")
+        if found.setdefault(path.name, path) != path:
+            raise ValueError(f"{path} and {found[path.name]}: a flat folder cannot hold two {path.name}")
+        if path.name in flat:
+            continue
         code = path.read_text(encoding="utf-8")
-        found = {source(match[3]) for match in IMPORT.finditer(code)}
-        waiting += [file for file in found if file.is_file() and copied.get(file.name) != file]
-        target = Path(folder, path.name)
-        if not (target.exists() and target.samefile(path)):
-            target.write_text(IMPORT.sub(relative, code), encoding="utf-8")
+        lines = code.splitlines(keepends=True)
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                source = start.parent.joinpath(*node.module.split(".")).with_suffix(".py")
+                if source.is_file():
+                    waiting.append(source)
+                    line = lines[node.lineno - 1]
+                    before = "from " + "." * node.level + node.module
+                    lines[node.lineno - 1] = line.replace(before, f"from .{source.stem}", 1)
+        flat[path.name] = "".join(lines)
+    for name, code in flat.items():
+        target = Path(folder, name)
+        if not (target.exists() and target.samefile(found[name])):
+            target.write_text(code, encoding="utf-8")

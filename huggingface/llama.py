@@ -6,16 +6,14 @@
     export_folder(model, "my_qwen3", format="qwen3_moe")      # experts and qk_norm
     GPTLMHeadModel.from_pretrained("my_llama")                # any of them comes back
 
-Such a folder needs no code of ours, anywhere. Logits are equal, generation included; what only acts in
-training (dropout, the routers' losses) is not carried over. convert.py writes and reads the folders.
+Such a folder needs no code of ours, and gives equal logits. What acts in training only (dropout, the routers'
+losses) is not carried over.
 
-What is where: their query, key and value projections are the rows of our c_attn in this order, their gate and
-up projections those of c_fc; their stacked experts are ours. Rotary halves and the norm of queries and keys
-(one weight per channel of a head, before the rotation) are the same.
+The rows of our c_attn are their query, key and value projections, those of c_fc their gate and up ones.
+Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 we never
+do: the weight would be 1, and the router would get no gradient.
 
-Sources: names, shapes and routing of transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py
-and modeling_qwen3_moe.py. Mixtral always divides by the sum of a token's K weights; Qwen3 does so if
-norm_topk_prob. With K = 1 we never do: the weight would be 1, and the router without a gradient.
+Sources: transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py and modeling_qwen3_moe.py.
 """
 
 import logging
@@ -24,31 +22,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from huggingface.configuration import refuse
+
 logger = logging.getLogger(__name__)
 
 # Our formats, which are their model_type, and how their classes' names begin.
 FAMILY = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
 
-# Our weights, and theirs that they stack by rows. Those of a block stand behind transformer.h.{i} and
-# model.layers.{i}; every one without "experts" in it ends in .weight or .bias.
+# Our weights, and theirs that they stack by rows. INSIDE lists those of a block, transformer.h.{i} and
+# model.layers.{i}; every name without "experts" in it is followed by .weight or .bias.
 OUTSIDE = {
-    "transformer.wte.weight": "model.embed_tokens.weight",
-    "transformer.ln_f.weight": "model.norm.weight",
+    "transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
-}
+}  # fmt: skip
 INSIDE = {
     "ln_1": ("input_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_norm": ("self_attn.q_norm",),
-    "attn.k_norm": ("self_attn.k_norm",),
+    "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
     "attn.c_proj": ("self_attn.o_proj",),
     "ln_2": ("post_attention_layernorm",),
-    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.c_proj": ("mlp.down_proj",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",),
     "mlp.gate": ("mlp.gate",),
-    "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",),
-    "mlp.experts.c_proj": ("mlp.experts.down_proj",),
-}
+    "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",), "mlp.experts.c_proj": ("mlp.experts.down_proj",),
+}  # fmt: skip
 
 
 def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
@@ -62,19 +58,11 @@ def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], so: str) -> None:
-    """ValueError, naming field and value, if a field that is there has none of its allowed values."""
-    for name, allowed in only.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{what} {name}={value!r}{so.format(allowed[0])}")
-
-
 # -----------------------------------------------------------------------------
 # In
 
 
-def llama_config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our fields for a configuration of FAMILY; ValueError, naming the field, for what we cannot express."""
     kind, layers, this = config.model_type, config.num_hidden_layers, f"this {config.model_type} has"
     head_size = config.hidden_size // config.num_attention_heads
@@ -121,21 +109,27 @@ def named_encoding(config: PreTrainedConfig) -> str:
     return encoding or "unknown"
 
 
+def period(marked: list[bool], start: int) -> int | None:
+    """The k for which layer i is marked exactly if i - start is a multiple of k; None if there is none."""
+    for k in range(1, len(marked) + 1):
+        if marked == [(i - start) % k == 0 for i in range(len(marked))]:
+            return k
+    return None
+
+
 def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our sliding_window and global_every; ValueError for windows in other layers than ours could be in."""
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     if window is None or config.model_type == "llama":
         return {}
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    for every in (None, *range(1, layers + 1)):
-        if kinds == [
-            "full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(layers)
-        ]:
-            return dict(sliding_window=window, global_every=every)
-    raise ValueError(
-        f"this {config.model_type} has layer_types={kinds}; only full attention in every k-th layer, counted "
-        "from the first, can be loaded"
-    )
+    every = period([kind == "full_attention" for kind in kinds], start=-1)
+    if every is None and "full_attention" in kinds:
+        raise ValueError(
+            f"this {config.model_type} has layer_types={kinds}; only full attention in every k-th layer, "
+            "counted from the first, can be loaded"
+        )
+    return dict(sliding_window=window, global_every=every)
 
 
 def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -157,25 +151,25 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
         return fields | dict(expert_hidden_size=config.intermediate_size)
     step, dense = config.decoder_sparse_step, config.mlp_only_layers
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
-    for every in range(1, layers + 1):
-        if sparse == [(layers - 1 - i) % every == 0 for i in range(layers)]:
-            return fields | dict(expert_hidden_size=config.moe_intermediate_size, moe_every=every)
-    raise ValueError(
-        f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; only experts in every k-th "
-        "layer, counted from the last, can be loaded"
-    )
+    every = period(sparse, start=layers - 1)
+    if every is None:
+        raise ValueError(
+            f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; only experts in every "
+            "k-th layer, counted from the last, can be loaded"
+        )
+    return fields | dict(expert_hidden_size=config.moe_intermediate_size, moe_every=every)
 
 
-def from_llama_weights(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Their weights as ours. Takes them out of `weights`, so that not all are in memory twice."""
-    ours = {}
-    for name, parts in stacked_names(layers).items():
+def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Our fields and weights for a model of FAMILY; ValueError, naming the field, for what we lack."""
+    fields, weights, ours = config_fields(theirs.config), theirs.state_dict(), {}
+    for name, parts in stacked_names(fields["n_layer"]).items():
         if parts[0] in weights:
-            tensors = [weights.pop(part) for part in parts]
+            tensors = [weights[part] for part in parts]
             ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             if name.endswith("mlp.gate.weight"):
                 ours[name] = ours[name].float()  # routers compute, and are kept, in fp32
-    return ours
+    return fields, ours
 
 
 # -----------------------------------------------------------------------------
@@ -210,10 +204,7 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
         "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "logit_softcap": (0,),
         "use_moe": (experts,), "qk_norm": (kind in ("qwen3", "qwen3_moe"),),
     }  # fmt: skip
-    if kind != "llama":
-        only["bias"] = (False,)
-    if kind == "llama":
-        only["sliding_window"] = (None,)
+    only |= {"sliding_window": (None,)} if kind == "llama" else {"bias": (False,)}
     if experts:
         only |= {"global_every": (None,), "router_score": ("softmax",), "num_shared_experts": (0,)}
     if kind == "mixtral":
@@ -231,17 +222,16 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
 
 
 def older_names(config: PreTrainedConfig) -> dict[str, Any]:
-    """What else config.json needs: names that transformers 4 and others read, where transformers 5 writes
-    another. They would take their defaults for it, and compute other logits without a word."""
+    """What else config.json needs: names that transformers 4 and others read where transformers 5 writes
+    another. Without them those programs would take defaults, and compute other logits."""
     names = {"rope_theta": config.rope_parameters["rope_theta"]}
     return names | {"num_experts": config.num_experts} if config.model_type == "qwen3_moe" else names
 
 
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
     """What their configuration is made of; `encoding` is a note for the way back."""
-    dense, expert = (
-        size or 4 * config.n_embd for size in (config.mlp_hidden_size, config.expert_hidden_size)
-    )
+    dense = config.mlp_hidden_size or 4 * config.n_embd
+    expert = config.expert_hidden_size or 4 * config.n_embd
     arguments = dict(
         vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=dense,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
@@ -254,8 +244,8 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
     if kind == "llama":
         return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
     arguments |= dict(sliding_window=config.sliding_window)
+    windowed = config.sliding_window is not None
     if kind == "qwen3":
-        windowed = config.sliding_window is not None
         return arguments | dict(use_sliding_window=windowed, layer_types=config.layer_types)
     arguments |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
@@ -263,7 +253,7 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
     regular = config.n_layer % config.moe_every == 0  # then counting from the first layer comes to the same
     dense_layers = [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     return arguments | dict(
-        use_sliding_window=config.sliding_window is not None, moe_intermediate_size=expert,
+        use_sliding_window=windowed, moe_intermediate_size=expert,
         norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
         decoder_sparse_step=config.moe_every if regular else 1,
         mlp_only_layers=[] if regular else dense_layers,

@@ -14,8 +14,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from layers.attention import CausalSelfAttention, flex_window, rotary_angles, rotate, window_block_mask
-from model import CACHE, GPTConfig, GPTLMHeadModel
+from huggingface.outputs import CACHE
+from layers.attention import flex_window, window_block_mask
+from model import CausalSelfAttention, GPTConfig, GPTLMHeadModel, rotary_angles, rotate
 
 OPTIONS = {
     "rope": dict(position="rope"),

@@ -11,16 +11,18 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from layers.attention import (
+from huggingface.outputs import CACHE
+from layers.attention import attention_reference
+from model import (
     CausalSelfAttention,
+    GPTConfig,
+    GPTLMHeadModel,
     LayerNorm,
     RMSNorm,
-    attention_reference,
     build_norm,
     rotary_angles,
     rotate,
 )
-from model import CACHE, GPTConfig, GPTLMHeadModel
 
 OPTIONS = [
     dict(),

@@ -20,11 +20,11 @@ from conftest import ROOT
 import hellaswag
 from bench import __main__ as bench
 from bench import head, ladder, measure, models
-from fineweb import write_shard
 from layers import attention
 from layers.attention import BACKENDS, choose_backend, prefer_backend, time_backend
 from model import GPTConfig, GPTLMHeadModel
-from training.run_log import RunLog
+from tokens.shards import write_shard
+from training.log import RunLog
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 from huggingface import llama
-from huggingface.convert import encode_text, export_folder
+from huggingface.export import export_folder
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens.encodings import encode_text
 from train_gpt_moe import PRESETS
 from training import checkpoints as ckpt
 

@@ -6,19 +6,25 @@ Run: python -m pytest tests/test_huggingface.py
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_file
+from conftest import ROOT, shared_file
+from processes import flags, write_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
-from huggingface import convert
-from huggingface.convert import build_tokenizer, decode_tokens, encode_text, export_folder
+from huggingface import export
+from huggingface.export import export_folder
+from huggingface.export_code import export_code
+from huggingface.text import build_tokenizer, byte_characters, find_merges
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens.encodings import decode_tokens, encode_text
+from training.checkpoints import load_model
 
 ARCHITECTURES = {
     "learned, MoE": dict(),
@@ -291,10 +297,8 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
         assert tokenizer.decode(ids) == text
     # the merges found from the ranks are those of GPT-2's own file
     ranks = {gpt2_encoding.decode_single_token_bytes(i): i for i in range(50256)}
-    shown = convert.byte_characters()
-    found = [
-        " ".join("".join(shown[b] for b in part) for part in pair) for pair in convert.find_merges(ranks)
-    ]
+    shown = byte_characters()
+    found = [" ".join("".join(shown[b] for b in part) for part in pair) for pair in find_merges(ranks)]
     files = [path.read_text(encoding="utf-8") for path in shared_file("tiktoken_cache").iterdir()]
     original = next(text for text in files if text.startswith("#version"))
     assert found == original.strip().split("\n")[1:]
@@ -302,7 +306,7 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
 
 def test_an_encoding_that_nobody_knows_is_named():
     pytest.importorskip("tiktoken")
-    with pytest.raises(ValueError, match=r"encoding='unknown': how .* set encoding in its"):
+    with pytest.raises(ValueError, match=r"encoding='unknown' is unknown.*config\.json"):
         GPTLMHeadModel(tiny(encoding="unknown")).generate("Hi")
 
 
@@ -499,7 +503,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 found = {}
-*folders, saved = sys.argv[1:]
+*folders, saved, bare = sys.argv[1:]
 for folder in folders:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -523,6 +527,14 @@ model.save_pretrained(saved + " again")
 again = AutoModelForCausalLM.from_pretrained(saved + " again", trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(again(torch.arange(20)[None]).logits, model(torch.arange(20)[None]).logits)
+config = AutoConfig.from_pretrained(bare, trust_remote_code=True)  # config.save_pretrained() alone
+fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+config.save_pretrained(bare + " again")
+config = AutoConfig.from_pretrained(bare + " again", trust_remote_code=True)
+again = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+assert again.load_state_dict(fresh.state_dict()) and fresh.num_parameters() == again.num_parameters()
+with torch.no_grad():
+    assert torch.equal(again(torch.arange(20)[None]).logits, fresh(torch.arange(20)[None]).logits)
 print("RESULT" + json.dumps(found))
 """
 
@@ -552,7 +564,9 @@ def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding
         export_folder(model, folder)
     saved = byte_model(num_shared_experts=1)
     saved.save_pretrained(tmp_path / "saved")  # without export_folder
-    found = json.loads(run_elsewhere(ELSEWHERE, [*models, tmp_path / "saved"], tmp_path).split("RESULT")[1])
+    saved.config.save_pretrained(tmp_path / "config")
+    folders = [*models, tmp_path / "saved", tmp_path / "config"]
+    found = json.loads(run_elsewhere(ELSEWHERE, folders, tmp_path).split("RESULT")[1])
     for folder, model in models.items():
         there = found[folder]
         assert there["names"] == ["GPTConfig", "GPTLMHeadModel", "GPT"]
@@ -571,6 +585,65 @@ def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding
     assert torch.equal(again(tokens(V=257)).logits, saved(tokens(V=257)).logits)
 
 
+def test_code_is_exported_flat_and_again(tmp_path):
+    files = {
+        "start.py": '"""\nfrom other.b import y\n"""\nfrom os.path import join\nfrom layers.a import x\n',
+        "layers/a.py": "def f():\n    from other.b import (\n        y,\n    )\n\n\nx = f\n",
+        "other/b.py": "from start import nothing\ny = 1\n",
+    }
+    for name, code in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    for folder, start in (("one", tmp_path), ("two", tmp_path / "one")):
+        (tmp_path / folder).mkdir()
+        export_code(tmp_path / folder, start / "start.py")
+        copies = {path.name: path.read_text() for path in (tmp_path / folder).iterdir()}
+        assert copies == {
+            "start.py": files["start.py"].replace("\nfrom layers.a", "\nfrom .a"),  # the docstring stays
+            "a.py": files["layers/a.py"].replace("other.b", ".b"),
+            "b.py": files["other/b.py"].replace("start", ".start"),
+        }
+    (tmp_path / "other" / "a.py").write_text("")
+    (tmp_path / "other" / "b.py").write_text("from other.a import nothing\n")
+    (tmp_path / "three").mkdir()
+    with pytest.raises(ValueError, match=r"a flat folder cannot hold two a\.py"):
+        export_code(tmp_path / "three", tmp_path / "start.py")
+    assert not list((tmp_path / "three").iterdir())
+
+
+BEFORE_THE_REDESIGN = "83a183f"
+BEFORE = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import checkpoint, train_gpt_moe
+out, *flags = sys.argv[2:]
+assert train_gpt_moe.main(flags) == 0
+assert checkpoint.main(["export", out + "/log/model_00003.pt", out + "/folder"]) == 0
+model = checkpoint.load_model(out + "/log/model_00003.pt").eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(30)[None]).logits, out + "/logits.pt")
+"""
+
+
+def test_checkpoints_and_folders_of_before_the_redesign_load(tmp_path):
+    archive = ["git", "archive", "-o", str(tmp_path / "before.tar"), BEFORE_THE_REDESIGN]
+    if subprocess.run(archive, cwd=ROOT, capture_output=True).returncode != 0:
+        pytest.skip(f"git has no revision {BEFORE_THE_REDESIGN} here")
+    shutil.unpack_archive(tmp_path / "before.tar", tmp_path / "before")
+    shape = ["--max_steps", 3, "--num_experts", 4, "--num_shared_experts", 1, "--qk_norm", "True"]
+    arguments = flags(write_data(tmp_path / "data"), tmp_path / "log", *shape)
+    run_elsewhere(BEFORE, [tmp_path / "before", tmp_path, *arguments], tmp_path)
+    for model in (
+        load_model(tmp_path / "log" / "model_00003.pt"),
+        GPTLMHeadModel.from_pretrained(tmp_path / "folder"),
+    ):
+        assert model.config.num_experts == 4
+        with torch.no_grad():
+            logits = model.eval()(torch.arange(30)[None]).logits
+        assert torch.equal(logits, torch.load(tmp_path / "logits.pt"))
+
+
 def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypatch):
     """torch would replace operators of the same name, and ours would call freed memory."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -579,7 +652,8 @@ def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypat
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
     package = type(theirs).__module__.removesuffix(".model")
     for name, operator in (("experts", "expert_mlp"), ("linear_cross_entropy", "chunked")):
-        mine, other = (getattr(sys.modules[place], operator) for place in (name, f"{package}.{name}"))
+        places = (f"layers.{name}", f"{package}.{name}")
+        mine, other = (getattr(sys.modules[place], operator) for place in places)
         assert mine._opoverload.name() != other._opoverload.name()
     ids, losses = tokens(V=256), []
     for model in (ours, theirs, ours):
@@ -622,7 +696,7 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:  # a disk that fills up at the last file
         patch.setattr(
-            convert.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+            export.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
         )
         with pytest.raises(OSError, match="No space left"):
             export_folder(model, folder)

@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import checkpoint
 import fineweb
 import train_gpt_moe
-from fineweb import prepare_demo, write_shard
+from tokens.demo import prepare_demo
+from tokens.shards import write_shard
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import RandomBatch, make_run
 from bench.traffic import LAYOUTS, Collective, Plan
-from layers.experts import local
+from layers.sharding import local
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
 from training import parallel

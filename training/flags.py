@@ -1,10 +1,10 @@
-"""Settings as the fields of a dataclass: their flags, their bounds and choices, named sets of overrides.
+"""Settings as the fields of a dataclass: their flags, their limits, named sets of overrides.
 
     @dataclass
     class TrainConfig:
         B: int = setting(16, "sequences per micro-step", "--batch_size", least=1)
     config, given = parse_flags(TrainConfig, overrides, sys.argv[1:], "what the program does")
-    check_bounds(config)
+    check_limits(config)
 
 Parsing is transformers' HfArgumentParser's.
 """
@@ -14,35 +14,30 @@ import copy
 import dataclasses
 import difflib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from huggingface.configuration import check_setting
 
-def setting(
-    default: Any, help: str, *aliases: str, least: float | None = None, choices: Iterable = ()
-) -> Any:
+
+def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
 
-    least: the smallest value. choices: all allowed values, which the help text lists too.
+    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The
+    help text lists the choices.
     """
-    choices = tuple(choices)
-    if choices:
-        help += f": {', '.join(map(str, choices))}"
-    bounds = {"least": least, "choices": choices}
-    return HfArg(default=default, help=help, aliases=list(aliases), metadata={"bounds": bounds})
+    if "choices" in limits:
+        limits["choices"] = tuple(limits["choices"])
+        help += f": {', '.join(map(str, limits['choices']))}"
+    return HfArg(default=default, help=help, aliases=list(aliases), metadata={"limits": limits})
 
 
-def check_bounds(config: Any) -> None:
-    """ValueError, naming field and value, for a value below its field's least or not among its choices."""
+def check_limits(config: Any) -> None:
+    """ValueError, naming field and value, for a value outside its field's limits."""
     for field in dataclasses.fields(config):
-        value, bounds = getattr(config, field.name), field.metadata["bounds"]
-        least, choices = bounds["least"], bounds["choices"]
-        if value is not None and least is not None and not value >= least:
-            raise ValueError(f"{field.name}={value}: must be at least {least}")
-        if choices and value not in choices:
-            raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(map(str, choices))}")
+        check_setting(field.name, getattr(config, field.name), field.metadata["limits"])
 
 
 class FlagParser(HfArgumentParser):
@@ -54,9 +49,9 @@ class FlagParser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        """transformers hands all metadata to argparse, which does not know bounds."""
+        """transformers hands all metadata to argparse, which does not know limits."""
         field = copy.copy(field)
-        field.metadata = {name: value for name, value in field.metadata.items() if name != "bounds"}
+        field.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
         HfArgumentParser._parse_dataclass_field(parser, field)
 
     def _get_formatter(self) -> argparse.HelpFormatter:

@@ -1,0 +1,132 @@
+"""Folders for transformers: written whole, with tokenizer, in our format or a stock architecture's.
+
+    export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
+    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from dense GPT-2-style models
+    export_folder(model, "my_llama", format="llama")  # and stock Llama, Qwen3, Mixtral: llama.py
+
+A folder of format gpt_moe holds weights (safetensors), configuration, tokenizer and copies of the code files,
+so that it loads with trust_remote_code=True where this project is not installed. export.json in it lists the
+files that were written: a folder that holds anything else is never replaced.
+"""
+
+import copy
+import itertools
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from huggingface.gpt2 import to_gpt2
+from huggingface.llama import FAMILY, older_names, to_llama
+from huggingface.pretrained import FOREIGN, fresh_statistics
+from huggingface.text import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "export.json"
+
+
+def to_foreign(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The model as the architecture of FOREIGN that `kind` names, without rows that only pad the vocabulary
+    (from config.encoding_size up). ValueError, naming the field, for what it cannot express."""
+    config = model.config
+    vocab_size = config.encoding_size or config.vocab_size
+    theirs = to_gpt2(model, vocab_size) if kind == "gpt2" else to_llama(model, kind, vocab_size)
+    if vocab_size < config.vocab_size:
+        logger.warning(
+            f"the {config.vocab_size} rows of the embeddings are cut to the {vocab_size} tokens of the "
+            f"encoding {config.encoding!r}: the others only padded them"
+        )
+    return theirs
+
+
+def export_folder(
+    model: PreTrainedModel,
+    folder: str | Path,
+    format: str = "gpt_moe",
+    tokenizer: bool = True,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a folder that transformers loads; it appears complete or not at all.
+
+    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or for a model of transformers' own "gpt2", "llama",
+    "qwen3", "mixtral" or "qwen3_moe". tokenizer: add the files of the model's encoding, and make its
+    <|endoftext|> the token that ends a text unless the configuration names one. ValueError for what the
+    format cannot express, FileExistsError for a folder with other things.
+    """
+    folder = Path(folder).resolve()
+    if format not in ("gpt_moe", *FOREIGN):
+        raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
+    refuse_other_files(folder)
+    model = copy.copy(model)  # the same weights; the configuration becomes the folder's own
+    model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
+    words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
+    if words is not None:
+        if len(words) > model.config.vocab_size:
+            raise ValueError(
+                f"encoding={model.config.encoding!r} has {len(words)} tokens, but vocab_size="
+                f"{model.config.vocab_size}; name the right encoding, or export with --no-tokenizer "
+                "(tokenizer=False)"
+            )
+        for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
+            if getattr(config, f"{name}_token_id") is None:
+                setattr(config, f"{name}_token_id", words.eos_token_id)
+    weights = None
+    if format in FOREIGN:
+        model = to_foreign(model, format)
+    else:  # without the routers' statistics of training, but with their biases
+        fresh = fresh_statistics(model)
+        weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        model.save_pretrained(temporary, state_dict=weights, max_shard_size=max_shard_size)
+        if format in FAMILY:
+            path = temporary / "config.json"
+            settings = json.loads(path.read_text(encoding="utf-8")) | older_names(model.config)
+            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if words is not None:
+            words.save_pretrained(temporary)
+        manifest = {"format": format, "files": sorted([MANIFEST, *os.listdir(temporary)])}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def refuse_other_files(folder: Path) -> None:
+    """FileExistsError if there is something at `folder` that is neither empty nor an export of ours alone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder")
+    found = set(os.listdir(folder))
+    try:
+        known = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, TypeError, KeyError):
+        known = set()
+    if found - known:
+        raise FileExistsError(
+            f"{folder} holds {sorted(found - known)[0]!r}, which no export of ours wrote; nothing was "
+            "changed. Name a new or empty folder"
+        )
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`. What was there is removed afterwards, and put back if the renaming fails."""
+    old = folder.with_name(f"{new.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

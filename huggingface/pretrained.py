@@ -1,0 +1,138 @@
+"""What transformers, accelerate and Trainer expect of a model besides its forward: embeddings, loading."""
+
+import inspect
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from huggingface.gpt2 import from_gpt2
+from huggingface.llama import FAMILY, from_llama
+
+# model_type of the other architectures that can be read and written, and their classes in transformers.
+FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
+
+# Trainer shifts the labels that it smooths only for the models in this list of transformers.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"
+
+
+def fresh_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of all routers as in a new model, by their names in the state dict."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if hasattr(module, "initial_statistics")
+        for key, value in module.initial_statistics().items()
+    }
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    """Base class of a model with `transformer` (wte and perhaps wpe in it) and an `lm_head`."""
+
+    base_model_prefix = ""
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (accelerate does not move caches)
+    _keep_in_fp32_modules_strict = ["mlp.gate", "router_bias"]  # noqa: RUF012 (when loaded with another dtype)
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch and does not rescale the loss
+
+    def __init__(self, config: PreTrainedConfig | dict):
+        super().__init__(self.config_class(**config) if isinstance(config, dict) else config)
+        # Trainer then counts labels after the shift. Otherwise the loss it reports is (T-1)/T of the truth.
+        self.loss_type = "ForCausalLM"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
+        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
+        Llama, Qwen3, Qwen3-MoE or Mixtral.
+
+        Settings of GPTConfig may be given too (dropout=0.1). ValueError for one of another architecture, one
+        that lacks weights or, naming the field, that this model cannot express.
+        """
+        name, found, ours = pretrained_model_name_or_path, {}, cls.config_class
+        if name is not None and kwargs.get("config") is None:
+            hub = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+            given = {key: kwargs[key] for key in hub & kwargs.keys()}
+            found, _ = PreTrainedConfig.get_config_dict(name, **given)
+        kind = found.get("model_type")
+        if kind in FOREIGN:
+            return cls._from_foreign(kind, name, *args, **kwargs)
+        if kind not in (None, ours.model_type):
+            raise ValueError(
+                f"{name}: models of type {kind!r} cannot be read, only "
+                f"{ours.model_type}, {', '.join(FOREIGN)}"
+            )
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._suppress_padding()
+        return loaded
+
+    @classmethod
+    def _from_foreign(cls, kind: str, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
+        """A model of FOREIGN as one of ours; the arguments are those of transformers' from_pretrained."""
+        ours = {key: kwargs.pop(key) for key in inspect.get_annotations(cls.config_class) if key in kwargs}
+        theirs, info = getattr(transformers, FOREIGN[kind]).from_pretrained(
+            name, *args, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+        fields, weights = from_gpt2(theirs) if kind == "gpt2" else from_llama(theirs)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            model = cls(cls.config_class(**fields | ours))
+        model.load_state_dict(weights | fresh_statistics(model), assign=True)
+        model.tie_weights()
+        model.generation_config = theirs.generation_config
+        model.eval()
+        return (model, info) if output_loading_info else model
+
+    def _suppress_padding(self) -> None:
+        """Never generate ids from encoding_size up: they only pad the vocabulary, no text has them."""
+        size, generation = self.config.encoding_size, self.generation_config
+        if size is not None and size < self.config.vocab_size and generation.suppress_tokens is None:
+            generation.suppress_tokens = list(range(size, self.config.vocab_size))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, (V, C)."""
+        return self.transformer.wte
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        """Replace the token embedding; if embeddings are tied, the head becomes the same matrix."""
+        self.transformer.wte = new_embeddings
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = new_embeddings.weight
+            self.lm_head.out_features = new_embeddings.num_embeddings
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head, (V, C)."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head; if embeddings are tied, the token embedding becomes the same matrix."""
+        self.lm_head = new_embeddings
+        if self.config.tie_word_embeddings:
+            self.transformer.wte.weight = new_embeddings.weight
+            self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As transformers', ties kept. Where the size changes, every id counts as real text afterwards."""
+        old_size = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.vocab_size != old_size:
+            self.config.encoding_size = self.generation_config.suppress_tokens = None
+        return embeddings
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the longest sequence, dropping the position embeddings beyond it; ValueError if longer."""
+        if not 0 < block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size}: can only be cropped to 1..{self.config.block_size}")
+        self.config.block_size = block_size
+        if "wpe" in self.transformer:
+            wpe = self.transformer.wpe
+            wpe.weight, wpe.num_embeddings = (
+                nn.Parameter(wpe.weight[:block_size].detach().clone()),
+                block_size,
+            )
