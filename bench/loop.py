@@ -2,92 +2,87 @@
 
     python -m bench loop [--device cuda --size d12]
 
-Each turn is a real run of train_gpt_moe.py's loop with the demo's data, and by default with the demo's model.
-A step of the loop lasts from one line of metrics.jsonl to the next. After the run, train_step is called
-directly with the same model, optimizer and data. The difference between the two is the loop's own.
+A real run of train_gpt_moe.py's loop with the demo's data, and by default with the demo's model. Whenever the
+loop asks for a step, train_step is called twice. The first call's time, with all that the loop has done since
+the call before, is a step of the loop. The second call's time is a step without the loop. Both follow another
+train_step directly, so the device may be as far behind as it ever is.
 """
 
 import contextlib
 import io
-import json
 import tempfile
 import time
-from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from bench.measure import alternate, one_process
+from bench.measure import one_process
 from bench.models import size_of
-from layers.attention import prefer_backend
+from layers.attention import prefer_backend, synchronize
 from tokens.demo import prepare_demo
 from train_gpt_moe import parse_config, train, train_step
 from training import faults
 from training.setup import Run, open_log, set_up
 
-TURNS = 3
 SKIPPED = 5  # first steps, which are not measured: kernels and caches get ready in them
 
 
 def bench_loop(options) -> list[dict]:
-    """Medians of TURNS runs, each of 4 * rounds measured steps."""
-    steps = 4 * options.rounds + SKIPPED + 1
+    """Medians over 4 * rounds steps of the loop."""
     flags = f"""--preset demo --B {options.B} --T {options.T} --total_batch_size {options.B * options.T}
-        --max_steps {steps} --warmup_steps 1 --optimizer adamw --max_lr 1e-3 --min_lr 1e-4 --infer_step 0
-        --sample_every 0 --val_steps 1 --plot False --device {options.device} --dtype {options.dtype}
-        --use_compile {bool(options.compile)}""".split()
+        --max_steps {4 * options.rounds + SKIPPED} --warmup_steps 1 --optimizer adamw --max_lr 1e-3
+        --min_lr 1e-4 --infer_step 0 --sample_every 0 --val_steps 1 --plot False --device {options.device}
+        --dtype {options.dtype} --use_compile {bool(options.compile)}""".split()
     if options.size:
         fields = size_of(options.size) | dict(vocab_size=options.vocab_size)
         flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):
-            prepare_demo(f"{folder}/data")
-        flags += ["--data_dir", f"{folder}/data", "--log_dir"]
-        turns = [time_turn([*flags, f"{folder}/{turn}"], options.device) for turn in range(TURNS)]
-    whole, alone, passes = (median(times) for times in zip(*turns, strict=True))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        prepare_demo(f"{folder}/data")
+        steps = time_run(
+            [*flags, "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"], options.device
+        )
+    steps = steps[SKIPPED:]
+    whole, alone, passes = (median(seconds) for seconds in zip(*steps, strict=True))
     parts = {
         "a step of the loop": whole, "train_step alone": alone, "forward and backward alone": passes,
-        "the loop's own": median(loop - step for loop, step, _ in turns),
+        "the loop's own": median(step[0] - step[1] for step in steps),
     }  # fmt: skip
     return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
 
 
-def time_turn(flags: list[str], device: torch.device) -> tuple[float, float, float]:
-    """Median seconds of a step of the loop, of train_step alone, and of forward and backward alone."""
+def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float, float]]:
+    """For each step: seconds of a step of the loop, of train_step, and of forward and backward."""
     config, given = parse_config(flags)
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = set_up(config, given, one_process(device).world)
-        open_log(run)
-        with prefer_backend(config.attention_backend, device):
-            if train(run) != faults.OK:
-                raise ValueError("the run of the loop failed")
-    with open(Path(config.log_dir) / "metrics.jsonl") as file:
-        records = [json.loads(line) for line in file]
-    logged = [record["elapsed_s"] for record in records if "loss" in record]
-    with faults.collector_paused(), prefer_backend(config.attention_backend, device):
-        called = []
-        for step in range(config.max_steps):
-            train_step(run, step)  # waits for the device once, as it does in the loop
-            called.append(time.perf_counter())
-        passes = forward_and_backward_seconds(run, config.max_steps)
-    return median_step(logged), median_step(called), passes
+    run = set_up(config, given, one_process(device).world)
+    open_log(run)
+    found, now, last = [], time.perf_counter, time.perf_counter()
+
+    def timed_steps(run: Run, step: int) -> dict:
+        nonlocal last
+        record = train_step(run, step)  # waits for the device once, before the update
+        first = now()
+        train_step(run, step)
+        second = now()
+        synchronize(device)
+        begin = now()
+        forward_and_backward(run)
+        found.append((first - last, second - first, now() - begin))
+        train_step(run, step)  # leaves the device as busy as the loop finds it
+        last = now()
+        return record
+
+    with prefer_backend(config.attention_backend, device):
+        if train(run, timed_steps) != faults.OK:
+            raise ValueError("the run of the loop failed")
+    return found
 
 
-def median_step(marks: list[float]) -> float:
-    """Median seconds between the ends of two steps, without the first SKIPPED."""
-    return median(end - begin for begin, end in pairwise(marks[SKIPPED:]))
-
-
-def forward_and_backward_seconds(run: Run, rounds: int) -> float:
-    """Median seconds of the forward and backward pass of one micro-step."""
+def forward_and_backward(run: Run) -> None:
+    """The forward and backward passes of one micro-step, waited for; leaves no trace in the run."""
     x, y = run.train_loader.next_batch()  # (B, T), (B, T)
-
-    def forward_and_backward():
-        with run.autocast():
-            loss = run.parallel_model(x, targets=y, return_dict=True).loss
-        loss.backward()
-        run.optimizer.zero_grad(set_to_none=True)
-
-    (seconds,) = alternate({"": forward_and_backward}, run.layout.world.device, rounds, SKIPPED).values()
-    return seconds
+    with run.autocast():
+        loss = run.parallel_model(x, targets=y, return_dict=True).loss
+    loss.backward()
+    synchronize(run.layout.world.device)
+    faults.discard_routing(run.model)
+    run.optimizer.zero_grad(set_to_none=True)

@@ -208,19 +208,15 @@ def step_seconds(
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
     communication = sum(links.seconds(collective) for collective in collectives)
     whole = elements([shape for shapes in shapes_by_part(model).values() for shape in shapes])
-    updated = (
-        preflight.parameters_held(model, plan, plan.ranks) / whole / (plan.ranks if plan.zero_stage else 1)
-    )
+    kept = preflight.parameters_held(model, plan, plan.ranks)
+    updated = kept / whole / (plan.ranks if plan.zero_stage else 1)
     return a * micro + update * updated + waits, communication, waits
 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    config, count, part = (
-        model.config,
-        preflight.parameters_held(model, plan, plan.ranks),
-        shapes_by_part(model),
-    )
+    count, part = preflight.parameters_held(model, plan, plan.ranks), shapes_by_part(model)
+    config = model.config
     uses = {
         "parameters": 4 * count, "gradients": 4 * count,
         "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
