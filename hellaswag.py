@@ -6,24 +6,23 @@
     python hellaswag.py --model gpt2 --data my_val.jsonl --limit 100    # another file, its first questions
     torchrun --nproc_per_node=8 hellaswag.py --model log/model_19073.pt
 
-The model chooses among four endings the one to which it gives the highest probability (acc), or the highest
-per token or character (acc_norm). Two styles:
-    completion   the text as it stands; acc_norm per token; as in build-nanogpt
-    harness      as lm-evaluation-harness 0.4, zero-shot: "activity: context", WikiHow's [marks] taken out;
-                 acc_norm per character of the ending (a byte each in ASCII)
-A text longer than the model's block loses tokens on the left, for each ending as many as needed (as there).
+The model chooses the ending with the highest probability (acc), or the highest per token or character
+(acc_norm). A text longer than the model's block loses tokens on the left, for each ending as many as needed.
+    --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
+    --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
+                         as in lm-evaluation-harness 0.4, zero-shot
 
-Expected on the 10,042 validation questions, per cent, where published (standard errors are 0.44 to 0.50):
+Published results on the 10,042 validation questions, in per cent (standard errors are 0.44 to 0.50):
                                gpt2     gpt2-medium   gpt2-large   gpt2-xl
     completion   acc           28.59                                38.42    build-nanogpt, hellaswag.py
                  acc_norm      29.55       37.52         43.20      48.93    the same, and its play.ipynb
     harness      acc           28.92                                40.04    build-nanogpt, hellaswag.py
                  acc_norm      31.14                                50.89
 
-The plain method, `score_one_by_one`, runs four padded rows for every question and computes all their logits.
-`score_batched` finds the same numbers sooner: a question is ONE row, its context followed by the four
-endings; a mask hides these from each other, and positions restart for each. Rows of similar length share a
-batch, and only scored positions meet the head.
+The plain method, `score_one_by_one`, computes four padded rows for every question, and all their logits.
+`score_batched` finds the same numbers sooner. A question is ONE row: its context, then the four endings. A
+mask hides the endings from each other, and positions restart for each. Rows of similar length share a batch,
+and the head computes logits only where a token is scored.
 
 References: HellaSwag, arXiv 1905.07830, github.com/rowanz/hellaswag; github.com/karpathy/build-nanogpt;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py).
@@ -32,16 +31,11 @@ github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model
 import argparse
 import contextlib
 import functools
-import hashlib
-import http.client
 import itertools
-import json
 import math
 import re
-import secrets
 import sys
 import time
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,106 +46,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-DATA_DIR = Path(__file__).parent / "hellaswag"
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{}"
-# Bytes and SHA-256 of the files; tensorflow/datasets (url_checksums/hellaswag.txt) and huggingface/datasets
-# (datasets/hellaswag/dataset_infos.json) agree on them. The test file has no labels and cannot be scored.
-FILES = {
-    "train": (47496131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
-    "val": (12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
-}
+from tokens.encodings import encode_text, load_encoding
+from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
+
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
-Rows = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
+Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
 
 # -----------------------------------------------------------------------------
 # Questions
-
-
-class HellaSwagUnavailable(FileNotFoundError):
-    """The questions are not here and cannot be fetched; the message is one line."""
-
-
-def download(split: str = "val") -> Path:
-    """Path of a split's file; fetched into hellaswag/ beside this script if it is not there yet.
-
-    HellaSwagUnavailable if that fails; ValueError for a split that does not exist or has no labels.
-    """
-    if split not in FILES:
-        raise ValueError(f"split={split!r}: choose one of {', '.join(FILES)} (the test file has no labels)")
-    path = DATA_DIR / f"hellaswag_{split}.jsonl"
-    if path.exists():
-        return path
-    url, temporary = URL.format(path.name), path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        DATA_DIR.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
-        found = (len(content), hashlib.sha256(content).hexdigest())
-        if found != FILES[split]:
-            raise OSError(f"size and SHA-256 are {found}, expected {FILES[split]}")
-        temporary.write_bytes(content)
-        temporary.replace(path)  # the name appears with the whole file only, whoever else is downloading
-    except (OSError, http.client.HTTPException) as error:
-        get_it = f"get it by: curl --create-dirs -o {path} {url}"
-        raise HellaSwagUnavailable(f"no {path} and no download ({error}); {get_it}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iterator[dict]:
-    """The questions of a split, or of a file with a JSON object on each line, as checked dictionaries.
-
-    ValueError names file and line of a bad one; HellaSwagUnavailable if there is no file.
-    """
-    path = download(split) if data is None else Path(data)
-    try:
-        lines = open(path, "rb")
-    except OSError as error:
-        raise HellaSwagUnavailable(f"cannot read the questions in {path}: {error.strerror}") from error
-    with lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    example = check_example(json.loads(line.decode("utf-8")))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                yield example
-
-
-def check_example(example: object) -> dict:
-    """The example, its label an int (Hugging Face's copy has strings); ValueError, naming the field."""
-    if not isinstance(example, dict):
-        raise ValueError(f"expected a JSON object, found {example!a:.60}")
-    endings, label = example.get("endings"), example.get("label")
-    if not isinstance(endings, list) or len(endings) != 4:
-        raise ValueError(f"endings: expected a list of 4 texts, found {endings!a:.60}")
-    texts = {name: example.get(name) for name in ("ctx", "activity_label")}
-    texts |= {name: example[name] for name in ("ctx_a", "ctx_b") if name in example}
-    texts |= {f"endings[{i}]": ending for i, ending in enumerate(endings)}
-    for name, text in texts.items():
-        if not isinstance(text, str) or text != text.encode("utf-8", "ignore").decode("utf-8"):
-            raise ValueError(f"{name}: expected a text of whole characters, found {text!a:.60}")
-    if not example["ctx"]:
-        raise ValueError("ctx: expected a text to continue, found an empty one")
-    if str(label) not in ("0", "1", "2", "3"):
-        raise ValueError(f"label: expected 0, 1, 2 or 3, found {label!a:.60}")
-    return example | {"label": int(label)}
-
-
-def get_encoder(encoding: str) -> tuple[Callable[[str], list[int]], int]:
-    """Function from text to token ids, and the number of ids; "bytes", or a name that tiktoken knows."""
-    if encoding == "bytes":
-        return lambda text: list(text.encode("utf-8")), 256
-    import tiktoken
-
-    try:
-        encoder = tiktoken.get_encoding(encoding)
-    except OSError as error:
-        raise HellaSwagUnavailable(f"tiktoken cannot fetch encoding={encoding!r}: {error}") from error
-    return encoder.encode_ordinary, encoder.n_vocab
 
 
 def preprocess(text: str) -> str:
@@ -159,10 +62,9 @@ def preprocess(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def tokenize(
-    example: dict, encode: Callable, style: str
-) -> tuple[list[int], list[list[int]], list[int] | None]:
+def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[list[int]], list[int] | None]:
     """Tokens of the context and of the four endings; for the harness style also the endings' characters."""
+    encode = functools.partial(encode_text, name=encoding)
     if style == "completion":
         return encode(example["ctx"]), [encode(" " + ending) for ending in example["endings"]], None
     if style != "harness":
@@ -172,14 +74,14 @@ def tokenize(
         context = example["ctx_a"] + " " + example["ctx_b"].capitalize()
     context = preprocess(example["activity_label"] + ": " + context)
     choices = [preprocess(ending) for ending in example["endings"]]
-    # An ending is what the whole has beyond the context's tokens, and the context's last spaces are its own.
+    # An ending has the tokens of the whole text beyond the context's; spaces between the two belong to it.
     start = encode(context.rstrip())
     endings = [encode(context + " " + choice)[len(start) :] for choice in choices]
-    assert all(endings), "after a visible character, a space begins a token"
+    assert all(endings), "a space after a visible character begins a token"
     return start, endings, [len(choice) for choice in choices]
 
 
-def pad_rows(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (B, T) of contexts and endings, and mask (B, T), 1 on the endings; zeros fill up the right."""
     T = max(len(context) + len(ending) for context, ending in rows)
     tokens, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
@@ -190,14 +92,12 @@ def pad_rows(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
-def render_example(
-    example: dict, encoding: str = "gpt2", style: str = "completion"
-) -> tuple[dict, torch.Tensor, torch.Tensor, int]:
+def render_example(example: dict, encoding: str = "gpt2", style: str = "completion") -> tuple:
     """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label.
 
-    data holds label, ctx_tokens and ending_tokens as lists.
+    data is a dictionary of label, ctx_tokens and ending_tokens. Raises OSError without the encoding's files.
     """
-    context, endings, _ = tokenize(example, get_encoder(encoding)[0], style)
+    context, endings, _ = tokenize(example, encoding, style)
     data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
     return data, *pad_rows([(context, ending) for ending in endings]), example["label"]
 
@@ -205,19 +105,19 @@ def render_example(
 class Question(NamedTuple):
     """A question as the model will see it."""
 
-    rows: Rows  # one for each ending
+    rows: Pairs  # one for each ending
     norms: list[int]  # what acc_norm divides the endings' log-probabilities by
     label: int
     cropped: bool  # some row was longer than the model's block
     joined: bool  # ctx was not given in its two parts, ctx_a and ctx_b
 
 
-def build_question(example: dict, encode: Callable, style: str, block_size: int) -> Question:
+def build_question(example: dict, encoding: str, style: str, block_size: int) -> Question:
     """Tokenize and crop: a row has at most block_size + 1 tokens, of which the model sees all but the last.
 
-    The context keeps one token at least; of an ending longer than block_size only the end is scored.
+    The context keeps at least one token. Of an ending longer than block_size only its last tokens are scored.
     """
-    context, endings, characters = tokenize(example, encode, style)
+    context, endings, characters = tokenize(example, encoding, style)
     rows = []
     for ending in endings:
         row = (context + ending)[-(block_size + 1) :]
@@ -234,14 +134,17 @@ def load_questions(
 ) -> tuple[Question, ...]:
     """The first `limit` questions (None: all) of a file, for a model of that size.
 
-    mtime: when the file was changed; only there to have it read again then. Errors as iterate_examples, and
-    ValueError for a file without questions, another style, and an encoding with more ids than the model.
+    mtime: when the file was changed, so that a changed file is read again. Raises as iterate_examples does;
+    ValueError also for no questions, an unknown style, and an encoding with more ids than the model.
     """
-    encode, ids = get_encoder(encoding)
+    try:
+        ids = 256 if encoding == "bytes" else load_encoding(encoding).n_vocab
+    except OSError as error:
+        raise HellaSwagUnavailable(f"tiktoken cannot fetch encoding={encoding!r}: {error}") from error
     if ids > vocab_size:
         raise ValueError(f"encoding={encoding!r} has {ids} ids, the model only vocab_size={vocab_size}")
     examples = itertools.islice(iterate_examples(data=path), limit)
-    questions = tuple(build_question(example, encode, style, block_size) for example in examples)
+    questions = tuple(build_question(example, encoding, style, block_size) for example in examples)
     if not questions:
         raise ValueError(f"{path}: there are no questions in this file")
     return questions
@@ -253,8 +156,8 @@ def load_questions(
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    for attribute in ("_orig_mod", "module", "_orig_mod"):  # torch.compile may be inside DDP or around it
+        model = getattr(model, attribute, model)
     return model
 
 
@@ -265,17 +168,14 @@ def longest_input(config) -> int:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, nothing compiled; afterwards every module is in the mode it was in.
-
-    Not compiled, because another mode and other shapes would make torch.compile build further graphs.
-    """
+    """Eval mode, no gradients, no compiled code (it would be compiled again for these shapes)."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for module in in_training:
+        for module in in_training:  # model.train() would also reach modules that were in eval mode
             module.training = True
 
 
@@ -294,72 +194,74 @@ def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> t
     return torch.stack(losses)
 
 
-class Unit(NamedTuple):
-    """What becomes one row of a batch: a context and the endings that continue it."""
+class PackedRow(NamedTuple):
+    """One row of a batch: a context and the endings that continue it."""
 
     slot: int  # 4 * question + number of the first ending
     context: list[int]
-    endings: list[list[int]]
+    endings: Sequence[list[int]]
 
     def size(self) -> int:
         """Tokens in the row; the last token of an ending predicts nothing and stays out."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def split_into_units(questions: Sequence[Question], shared: bool) -> list[Unit]:
-    """A unit per question, or, where not shared or where contexts were cropped, per ending; longest first."""
-    units = []
+def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
+    """A row per question, or per ending if contexts are not shared or were cropped; the longest row first."""
+    rows = []
     for number, question in enumerate(questions):
+        contexts, endings = zip(*question.rows, strict=True)
         if shared and not question.cropped:
-            units.append(Unit(4 * number, question.rows[0][0], [ending for _, ending in question.rows]))
+            rows.append(PackedRow(4 * number, contexts[0], endings))
         else:
-            units += [Unit(4 * number + i, context, [end]) for i, (context, end) in enumerate(question.rows)]
-    return sorted(units, key=Unit.size, reverse=True)
+            rows += [PackedRow(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
+    return sorted(rows, key=PackedRow.size, reverse=True)
 
 
-def bucket(size: int) -> int:
+def round_length(size: int) -> int:
     """Round a length up, to a multiple of 16 or by less than an eighth, so that few shapes occur."""
     step = max(16, 2 ** (size - 1).bit_length() // 16)
     return -(-size // step) * step
 
 
-class Batch(NamedTuple):
-    """B units side by side, and the M tokens whose probabilities are wanted."""
+class PackedBatch(NamedTuple):
+    """B rows of equal length, and the M tokens whose probabilities are wanted."""
 
     tokens: torch.Tensor  # (B, T)
     positions: torch.Tensor  # (B, T) in the text: after the context they restart for every ending
     segments: torch.Tensor  # (B, T) 0 = context; 1, 2, ... = endings; -1 = padding
     scored: torch.Tensor  # (M,) which of the B*T positions predicts the token
     targets: torch.Tensor  # (M,) the token
-    slots: torch.Tensor  # (M,) the ending that it belongs to, numbered as Unit.slot
+    slots: torch.Tensor  # (M,) the ending that it belongs to, numbered as PackedRow.slot
 
 
-def build_batch(units: Sequence[Unit], T: int) -> Batch:
-    """Lay out units of at most T tokens each."""
+def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
+    """Lay out rows of at most T tokens each."""
     layout, scored, targets, slots = [], [], [], []
-    for row, unit in enumerate(units):
-        C = len(unit.context)
-        tokens, positions, segments = [*unit.context], [*range(C)], [0] * C
-        for i, ending in enumerate(unit.endings):
-            inner, first = len(ending) - 1, row * T + len(tokens)
-            scored += [row * T + C - 1, *range(first, first + inner)]  # the context predicts the first token
+    for number, row in enumerate(rows):
+        C = len(row.context)
+        tokens, positions, segments = [*row.context], [*range(C)], [0] * C
+        for i, ending in enumerate(row.endings):
+            inner, first = len(ending) - 1, number * T + len(tokens)
+            # The last token of the context predicts the first of the ending.
+            scored += [number * T + C - 1, *range(first, first + inner)]
             targets += ending
-            slots += [unit.slot + i] * len(ending)
+            slots += [row.slot + i] * len(ending)
             tokens += ending[:-1]
             positions += range(C, C + inner)
             segments += [i + 1] * inner
         padding = T - len(tokens)
         layout += tokens + [0] * padding + positions + [0] * padding + segments + [-1] * padding
-    # By way of numpy, which reads lists three times faster than torch does.
+    # numpy reads lists three times faster than torch does.
     layout, *rest = (torch.from_numpy(np.array(x)) for x in (layout, scored, targets, slots))
-    return Batch(*layout.view(-1, 3, T).unbind(1), *rest)
+    return PackedBatch(*layout.view(-1, 3, T).unbind(1), *rest)
 
 
-def attention_masks(batch: Batch, window: int | None) -> dict[str, torch.Tensor]:
+def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
 
-    A token sees what precedes it of the context and of its own ending; with a window only what is near in
-    the text, which is not what is near in the row. Padding sees itself at least, so that no row is empty.
+    A token sees what comes before it in the context and in its own ending. With a window it sees only what is
+    near in the text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
     """
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
@@ -371,16 +273,17 @@ def attention_masks(batch: Batch, window: int | None) -> dict[str, torch.Tensor]
     return masks
 
 
-def scored_logits(model: torch.nn.Module, batch: Batch, shared: bool) -> torch.Tensor:
-    """Logits (M, V) of the scored positions. In our own models the head is given no others."""
+def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> torch.Tensor:
+    """Logits (M, V) of the scored positions. In our own models the head computes no others."""
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
-    masks = attention_masks(batch, model.config.sliding_window)
+    inputs = dict(
+        attention_mask=attention_masks(batch, model.config.sliding_window), position_ids=batch.positions
+    )
     hook = model.lm_head.register_forward_pre_hook(
         lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # (B, T, C) -> (1, M, C)
     )
     try:
-        inputs = dict(attention_mask=masks, position_ids=batch.positions)
         output = model(batch.tokens, **inputs, use_cache=False, return_dict=True)
         # GPT stops before the head, GPTLMHeadModel after it.
         logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
@@ -394,30 +297,29 @@ def score_batched(
     rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:  # fmt: skip
-    """The losses of score_one_by_one, (n, 4) fp32 on the CPU; how, is said at the top of this file.
+    """The losses of score_one_by_one, (n, 4) fp32 on the CPU; the top of this file says how.
 
-    None as soon as interrupted(), which is asked before every forward and must answer all ranks alike.
-
-    Contexts are shared in our own models; another Hugging Face model gets one plain row per ending.
-    All ranks run equally many forwards of equal T, for in a sharded model they need each other.
+    Returns None as soon as interrupted() is true: it is called before every forward, and its answer must be
+    the same on all ranks. In our own models endings share their context; another Hugging Face model gets one
+    plain row per ending. All ranks run equally many forwards of equal T, because a sharded model needs that.
     """
     model = unwrap(model)
     device = torch.device(device or model.device)
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     shared = model.config.model_type == "gpt_moe"
-    units = split_into_units(questions, shared)
+    rows = pack_rows(questions, shared)
     losses = torch.zeros(4 * len(questions), device=device)
     with evaluating(model):
-        while units:
+        while rows:
             if interrupted():
                 return None
-            T = bucket(units[0].size())
+            T = round_length(rows[0].size())
             if not shared:
                 T = min(T, longest_input(model.config))
             B = max(1, budget // T)
-            chunk, units = units[: B * world_size], units[B * world_size :]
+            chunk, rows = rows[: B * world_size], rows[B * world_size :]
             mine = chunk[rank::world_size]
-            batch = Batch(*(x.to(device) for x in build_batch(mine or chunk[:1], T)))
+            batch = PackedBatch(*(x.to(device) for x in build_batch(mine or chunk[:1], T)))
             logits = scored_logits(model, batch, shared).float()
             loss = F.cross_entropy(logits, batch.targets, reduction="none")  # (M,)
             if mine:
@@ -453,9 +355,9 @@ class HellaSwagResult:
 
 
 def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResult:
-    """Choices and accuracies; of equal scores the first counts, as in numpy's argmax.
+    """Choices and accuracies. Of equal scores the first is chosen, as by numpy's argmax.
 
-    Standard error as in lm-evaluation-harness, a sample mean's: sqrt(p (1-p) / (n-1)); nan for n = 1.
+    Standard errors are a sample mean's, as in lm-evaluation-harness: sqrt(p (1-p) / (n-1)); nan if n = 1.
     """
     n, norms = len(questions), torch.tensor([question.norms for question in questions])
     chosen = [score.numpy().argmin(axis=1).tolist() for score in (losses, losses / norms)]
@@ -467,7 +369,7 @@ def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResul
 
 
 def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, device: torch.device) -> tuple:
-    """What load() returns. Rank 0 is first, so that only one downloads; if one fails, all raise."""
+    """What load() returns. Rank 0 calls it first, so only one rank downloads. If one fails, all raise."""
     questions, errors = (), []
     for my_turn in (rank == 0, rank != 0):
         if my_turn:
@@ -481,7 +383,7 @@ def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, dev
     if failed > 0:
         if not errors:
             raise HellaSwagUnavailable("another rank could not load the questions; it says why")
-        raise errors.pop()  # left here, it and this frame would keep each other alive, and the caller's model
+        raise errors.pop()  # in `errors` it would keep this frame and the caller's model alive
     return questions
 
 
@@ -493,13 +395,13 @@ def evaluate(
 ) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
 
-    model: ours, in DDP, FSDP2 or torch.compile or not, or another causal language model of Hugging Face.
+    model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: its tokens; None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a
     forward. rank, world_size: if above 1, all ranks call this alike and get the whole result. device: of
     the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16. interrupted:
-    asked now and then, with the same answer on all ranks; once it says True the result is None.
-    Raises HellaSwagUnavailable if there are no questions to be had, ValueError for bad ones (naming file
-    and line) and for arguments that make no sense.
+    called before every forward, with the same answer on all ranks; if it returns True, the result is None.
+    Raises HellaSwagUnavailable if the questions cannot be read or downloaded, ValueError for bad ones (naming
+    file and line) and for wrong arguments.
     """
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
@@ -514,8 +416,7 @@ def evaluate(
     def load() -> tuple[Question, ...]:
         path = download("val") if data is None else Path(data)
         mtime = path.stat().st_mtime_ns if path.exists() else 0
-        size = (longest_input(config), config.vocab_size)
-        return load_questions(path, limit, style, encoding, *size, mtime)
+        return load_questions(path, limit, style, encoding, longest_input(config), config.vocab_size, mtime)
 
     questions = load_on_all_ranks(load, rank, world_size, device)
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
@@ -527,7 +428,7 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate the model that the command line names; 0, or 2 for a bad model, data or setting."""
-    from training.checkpoints import load_model
+    from sample import load
     from training.parallel import start, stop
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -542,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         world = start(options.device)
-        model = load_model(options.model).to(world.device)
+        model = load(options.model).to(world.device)
         began = time.perf_counter()
         result = evaluate(
             model, options.data, options.limit, options.style, options.encoding, options.tokens_per_batch,
@@ -553,11 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
     except (OSError, ValueError) as error:
-        told = str(error)
-        if type(error) is OSError and not Path(options.model).exists():  # transformers', in two lines
-            told = f"{options.model}: no such file or folder (`ls -d log/model_*` lists those of a run), nor "
-            told += f"a model of the hub: {str(error).splitlines()[0]}"
-        print(f"hellaswag.py: {told}", file=sys.stderr)
+        print(f"hellaswag.py: {error}", file=sys.stderr)
         return 2
     finally:
         stop()

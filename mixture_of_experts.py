@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.experts import MLP, Experts, dispatch, held, local
+from layers.usage import STARVED_BELOW
 
 # Sums that outlive a forward are int64 in units of 2^-24. Adding them is exact, so they depend neither on the
 # order of micro-steps and ranks nor on a later model.bfloat16(). Room for 2^39 tokens.
@@ -347,7 +348,7 @@ class MoE(nn.Module):
         share = counts / rows
         load = share * self.num_experts
         entropy = (self.usage_entropy + step[:1])[0] / (FIXED_POINT * rows / self.num_experts_per_tok)
-        return ExpertUsage(counts, share, load.max(), (load < 0.1).float().mean(), entropy)
+        return ExpertUsage(counts, share, load.max(), (load < STARVED_BELOW).float().mean(), entropy)
 
     @torch.no_grad()
     def update_router(self, reduced: Tensor) -> None:

@@ -21,7 +21,6 @@ References:
     FLOPs per token, PaLM, arXiv 2204.02311 appendix B
 """
 
-import inspect
 import math
 import re
 
@@ -43,6 +42,7 @@ from huggingface.pretrained import GPTPreTrainedModel
 from layers.attention import BlockMask, attention_reference, flex_window, fused_attention, upcast
 from layers.experts import MLP, Experts
 from layers.linear_cross_entropy import linear_cross_entropy
+from layers.roles import parameter_groups
 from mixture_of_experts import ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 
 # Peak dense bf16 FLOP/s by a word of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
@@ -569,28 +569,15 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         router_lr_mult: float = 1.0,
         expert_lr_mult: float = 1.0,
     ) -> torch.optim.AdamW:
-        """AdamW with weight decay by role: matrices and embeddings decay; biases and norms never do.
+        """AdamW with weight decay for matrices and embeddings, without it for biases and norms.
 
-        (Not by number of dimensions: the stacked biases of the experts have two.) Groups, as far as they are
-        not empty: rest, router, experts, each with and without decay. Every group carries "lr_mult", by
-        which a schedule multiplies its rate, and "name". Fused where the device has it.
+        layers/roles.py decides, by name, which parameter is which, and describes the groups. AdamW runs as
+        one fused kernel where torch has one.
         """
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                role = "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
-                decays = not (name.endswith("bias") or ".ln_" in name or "_norm." in name)
-                groups.setdefault((role, decays), []).append(parameter)
-        lr_mult = {"rest": 1.0, "router": router_lr_mult, "experts": expert_lr_mult}
-        param_groups = [
-            dict(
-                params=params, weight_decay=weight_decay if decays else 0.0, lr=learning_rate * lr_mult[role],
-                lr_mult=lr_mult[role], name=role if decays else f"{role} without decay",
-            )
-            for (role, decays), params in sorted(groups.items())
-        ]  # fmt: skip
-        fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
-        return torch.optim.AdamW(param_groups, lr=learning_rate, betas=betas, fused=fused)
+        groups = parameter_groups(
+            self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult
+        )
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 
 class GPTLMHeadModel(GPT):

@@ -4,14 +4,15 @@
     python plot_log.py log/ --x tokens --format svg  # also --x time; svg and pdf are for print
     python plot_log.py dense/ moe/ --out both.png    # several runs over each other
 
-Reads metrics.jsonl (an object per step, headed by {"run": {"config": ...}}) or, where that is missing or
-empty, log.txt (`STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`, as build-nanogpt writes it). Panels
-without data are left out and unreadable lines are skipped with a warning, so a running or broken run is drawn
-as far as it goes.
-Colours: Okabe & Ito, https://jfly.uni-koeln.de/color/; runs differ in line and marker too, for print.
+Reads metrics.jsonl (one object per step after {"run": {"config": ...}}). If that is missing or empty, reads
+log.txt (`STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`, as build-nanogpt writes it). Panels without
+data are left out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn
+too. training/metrics.py says which number stands in which panel.
+Colours: Okabe & Ito, https://jfly.uni-koeln.de/color/; runs also differ in line and marker, for print.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -22,24 +23,21 @@ from pathlib import Path
 
 import numpy as np
 
+from layers.usage import STARVED_BELOW
+from tokens.files import write_atomically
+from training.metrics import METRICS, Metric
+
 # GPT-2 124M's loss on the validation shard of FineWeb-Edu 10B; length-normalised HellaSwag accuracy of GPT-2
-# 124M and of GPT-3 Small (zero-shot, from its paper, arXiv 2005.14165 appendix H). All three stand in the
+# 124M and of GPT-3 Small (zero-shot, from its paper, arXiv 2005.14165 appendix H). All three are in the
 # plotting cell of https://github.com/karpathy/build-nanogpt/blob/master/play.ipynb
 GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.294463, 0.337
 CHANCE = 0.25  # HellaSwag has four endings to choose from
-DEAD = 0.1  # an expert with less than this part of a fair share of the routed rows counts as dead
-PLAIN = {"train": "loss", "val": "val_loss", "hella": "hella_acc_norm"}  # log.txt's words for metrics.jsonl's
+LOG_WORDS = {metric.log_word: metric.name for metric in METRICS if metric.log_word}  # of log.txt
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")
+DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 GREY = "#595959"
 HEAT = ("#00263D", "#4F9CC4", "#FAFAF5", "#F0B64A", "#C65A00")  # load 0 (darkest in print too), 0.5 ... 2
-STACKS = {  # panel: its quantities, drawn one above the other
-    "Learning rate and gradient norm": {"lr": "learning rate", "norm": "gradient norm"},
-    "Throughput": {"tok_per_s": "tokens/s", "mfu": "MFU"},
-    "Expert balance": {"max_load": "max / mean load", "dead": "dead experts"},
-}
 STYLE = {
     **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.axisbelow": True},
@@ -48,12 +46,12 @@ STYLE = {
 
 
 @dataclass
-class Run:
-    """The log of one folder."""
+class LoggedRun:
+    """A run as its log tells it, and how its curves look."""
 
     name: str
-    config: dict = field(default_factory=dict)  # resolved configuration; empty for log.txt
-    rows: list[dict] = field(default_factory=list)  # an object per step, in the order of steps
+    config: dict = field(default_factory=dict)  # all settings; empty if read from log.txt
+    rows: list[dict] = field(default_factory=list)  # one record per step, sorted
     problems: list[str] = field(default_factory=list)
     x: np.ndarray | None = None  # (rows,) place on the horizontal axis, NaN where unknown
     line: dict = field(default_factory=dict)  # colour and line style
@@ -64,13 +62,13 @@ class Run:
         return np.array([row[key] if is_finite(row.get(key)) else np.nan for row in self.rows], dtype=float)
 
     def points(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """x and y, (points,) each, of the rows where both are known."""
+        """x and y of the rows where both are known, (points,) each."""
         y = self.column(key)
         known = np.isfinite(y) & np.isfinite(self.x)
         return self.x[known], y[known]
 
     def loads(self) -> tuple[np.ndarray, np.ndarray]:
-        """x (records,) and the experts' loads in fair shares (records, MoE layers, E), shaped as the last."""
+        """x (records,) and loads in fair shares (records, MoE layers, E), of records shaped like the last."""
         known = [i for i, row in enumerate(self.rows) if "load" in row and np.isfinite(self.x[i])]
         known = [i for i in known if self.rows[i]["load"].shape == self.rows[known[-1]]["load"].shape]
         return self.x[known], np.array([self.rows[i]["load"] for i in known])
@@ -80,19 +78,19 @@ class Run:
 
 
 def is_finite(value: object) -> bool:
-    """Whether `value` is a number that can be drawn (no NaN, no infinity, no bool)."""
+    """Whether `value` is a number that can be drawn: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def parse(line: str) -> dict:
-    """One line of metrics.jsonl or log.txt as {"run": config} or as a step's record.
+def parse_line(line: str) -> dict:
+    """A line of metrics.jsonl or log.txt as {"run": config} or as a step's record.
 
-    expert_load (shares) becomes `load` (in fair shares), `dead` and `max_load`. Raises ValueError, KeyError,
-    TypeError, AttributeError or OverflowError on any other line.
+    expert_load (shares) gives `load` (in fair shares) and, if they are not logged, `max_load` and `starved`.
+    Raises ValueError, KeyError, TypeError, AttributeError or OverflowError on any other line.
     """
     if line[0] != "{":
-        step, stream, value = line.split()
-        return {"step": int(step), PLAIN[stream]: float(value)}
+        step, word, value = line.split()
+        return {"step": int(step), LOG_WORDS[word]: float(value)}
     record = json.loads(line)
     if "run" in record:
         return {"run": dict(record["run"].get("config", {}))}
@@ -101,16 +99,17 @@ def parse(line: str) -> dict:
         if load.ndim != 2 or not np.isfinite(load).all():
             raise ValueError("expert_load is no table of layers x experts")
         load *= load.shape[1]
-        record = {"max_load": float(load.max())} | record | {"load": load, "dead": int((load < DEAD).sum())}
+        starved = float((load < STARVED_BELOW).mean())
+        record = {"max_load": float(load.max()), "starved": starved} | record | {"load": load}
     return record | {"step": int(record["step"])}
 
 
-def read_run(folder: str) -> Run:
-    """Read the log in `folder`; what is wrong in it is collected in `problems` rather than raised.
+def read_run(folder: str) -> LoggedRun:
+    """Read the log in `folder`; what is wrong in it is collected in `problems`.
 
-    Raises FileNotFoundError where the folder has neither metrics.jsonl nor log.txt.
+    Raises FileNotFoundError if the folder has neither metrics.jsonl nor log.txt.
     """
-    run = Run(Path(folder).resolve().name)
+    run = LoggedRun(Path(folder).resolve().name)
     found = [path for path in (Path(folder, "metrics.jsonl"), Path(folder, "log.txt")) if path.is_file()]
     if not found:
         raise FileNotFoundError(
@@ -122,14 +121,14 @@ def read_run(folder: str) -> Run:
         with open(path, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    record = parse(line)
+                    record = parse_line(line)
                 except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                     bad += [str(number)] if line.strip() else []
                     continue
                 if "run" in record:
                     run.config, restarted = record["run"], True
                     continue
-                if restarted:  # a run begun again or resumed replaces what was logged after its first step
+                if restarted:  # a resumed run replaces what was logged after its first step
                     rows = {step: row for step, row in rows.items() if step <= record["step"]}
                     restarted = False
                 rows.setdefault(record["step"], {}).update(record)
@@ -146,8 +145,8 @@ def read_run(folder: str) -> Run:
     return run
 
 
-def set_x(runs: list[Run], axis: str) -> str:
-    """Set every run's `x` for `axis` step, tokens or time; returns the label of the axis."""
+def set_x(runs: list[LoggedRun], axis: str) -> str:
+    """Set every run's `x` (axis: step, tokens or time); return the label of the axis."""
     for run in runs:
         run.x = run.column("elapsed_s" if axis == "time" else "step")
         if axis == "tokens":
@@ -159,9 +158,8 @@ def set_x(runs: list[Run], axis: str) -> str:
     if axis != "time":
         return {"step": "optimizer steps", "tokens": "training tokens"}[axis]
     longest = np.nanmax([0.0, *(x for run in runs for x in run.x)])
-    unit, seconds = [("seconds", 1), ("minutes", 60), ("hours", 3600)][
-        sum(longest > limit for limit in (150, 9000))
-    ]
+    units = (("seconds", 1), ("minutes", 60), ("hours", 3600))
+    unit, seconds = units[sum(longest > limit for limit in (150, 9000))]
     for run in runs:
         run.x = run.x / seconds
     return f"{unit} of training"
@@ -171,7 +169,7 @@ def set_x(runs: list[Run], axis: str) -> str:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred mean over 1/30 of the points, (n,) -> (n,); narrower at the start, where a loss falls fast."""
+    """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, as a loss falls fast."""
     i, n = np.arange(len(y)), len(y)
     half = np.minimum(i // 6, 1 + n // 60)
     end = np.minimum(i + half + 1, n)
@@ -187,15 +185,15 @@ def short(value: float, _position: object = None) -> str:
     return f"{value:.4g}"
 
 
-def heat() -> dict:
-    """How a load is coloured: a fair one white, none dark blue, twice the fair share or more orange."""
+def load_colours() -> dict:
+    """Colours of a load: dark blue for none, white for a fair share, orange for twice that or more."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return {"cmap": LinearSegmentedColormap.from_list("load", HEAT), "vmin": 0, "vmax": 2}
 
 
-def reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") -> None:
-    """A grey line at `y` to compare with; its name stands at the left (x = 0) or right end (x = 1)."""
+def draw_reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") -> None:
+    """Draw a grey line at `y` to compare with; `text` stands at its left (x = 0) or right end (x = 1)."""
     ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
     words = {"color": GREY, "fontsize": 9, "ha": "right" if x else "left", "va": va, "zorder": 5}
     words["bbox"] = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}
@@ -203,18 +201,18 @@ def reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") -> None
     ax.annotate(text, (x, y), shift, ("axes fraction", "data"), "offset points", **words)
 
 
-def draw_steps(ax, run: Run, key: str, **named: str) -> None:
-    """A quantity of every step: the values light, smoothed in the run's colour and line style."""
-    x, y = run.points(key)
+def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> None:
+    """Draw a metric's values light, and their smoothed curve in the run's colour and line style."""
+    x, y = run.points(name)
     ax.plot(x, y, color=run.line["color"], alpha=0.3, linewidth=0.6, marker="." if len(y) == 1 else None)
-    ax.plot(x, smooth(y), **run.line, **named)
+    ax.plot(x, smooth(y), **run.line, **more)
 
 
-def draw_loss(fig, cell, runs: list[Run], compare: bool) -> list:
-    """Training loss (see draw_steps), validation loss (markers), steps without a finite loss (crosses)."""
+def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool) -> list:
+    """Draw training loss (lines), validation loss (markers) and steps without a finite loss (crosses)."""
     ax, one, top = fig.add_subplot(cell), len(runs) == 1, []
     for run in runs:
-        draw_steps(ax, run, "loss", label="training (light: every step)")
+        draw_smoothed(ax, run, "loss", label="training (light: every step)")
         y = run.points("loss")[1]
         top += [*smooth(y)[len(y) // 50 :]]
         lost = [run.x[i] for i, row in enumerate(run.rows) if "loss" in row and not is_finite(row["loss"])]
@@ -227,97 +225,94 @@ def draw_loss(fig, cell, runs: list[Run], compare: bool) -> list:
             ax.plot(x, y, **line, **run.mark, markevery=1 + len(y) // 40, label="validation")
             top += [*y[y.argmin() :]]
     if compare:
-        reference(ax, GPT2_VAL_LOSS, f"GPT-2 124M on FineWeb-Edu, {GPT2_VAL_LOSS:.2f}", va="top")
+        draw_reference(ax, GPT2_VAL_LOSS, f"GPT-2 124M on FineWeb-Edu, {GPT2_VAL_LOSS:.2f}", va="top")
         top.append(GPT2_VAL_LOSS)
     low, high = ax.dataLim.y0, max(top, default=0)
-    if high > low:  # without the first steps, whose fall from ln(vocabulary) flattens all that follows
+    if high > low:  # cut off the fall of the first steps from ln(vocabulary); it would flatten the rest
         ax.set_ylim(low - 0.1 * (high - low), high + 0.06 * (high - low))
     if one:
         ax.legend(loc="upper right")
-    ax.set(title="Loss" if one else "Loss: training (lines), validation (markers)", ylabel="nats per token")
+    ax.set(title="Loss" if one else "Loss: training (lines), validation (markers)", ylabel=metrics[0].label)
     return [ax]
 
 
-def draw_hellaswag(fig, cell, runs: list[Run], compare: bool) -> list:
-    """HellaSwag accuracy: length-normalised (markers) and plain (dotted)."""
+def draw_hellaswag(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool) -> list:
+    """Draw HellaSwag accuracy: length-normalised (markers) and plain (dotted)."""
     ax = fig.add_subplot(cell)
     for run in runs:
         x, y = run.points("hella_acc_norm")
         ax.plot(x, y, **run.line, **run.mark, markevery=1 + len(y) // 25)
         x, y = run.points("hella_acc")
         ax.plot(x, y, color=run.line["color"], linestyle=":", linewidth=1.2)
-    reference(ax, CHANCE, "chance, 25%", x=1)
+    draw_reference(ax, CHANCE, "chance, 25%", x=1)
     if compare:
-        reference(ax, GPT2_HELLASWAG, f"GPT-2 124M, {GPT2_HELLASWAG:.1%}")
-        reference(ax, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG:.1%}")
+        draw_reference(ax, GPT2_HELLASWAG, f"GPT-2 124M, {GPT2_HELLASWAG:.1%}")
+        draw_reference(ax, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG:.1%}")
     ax.margins(y=0.1)
     ax.yaxis.set_major_formatter("{x:.0%}")
-    plain = any(len(run.points("hella_acc")[1]) for run in runs)
-    ax.set(title="HellaSwag", ylabel="acc_norm (dotted: acc)" if plain else "accuracy")
+    ax.set(title="HellaSwag", ylabel="acc_norm (dotted: acc)" if len(metrics) > 1 else metrics[0].label)
     return [ax]
 
 
-def draw_stack(fig, cell, runs: list[Run], title: str) -> list:
-    """The quantities of STACKS[title] above each other over one horizontal axis."""
+def draw_stack(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool) -> list:
+    """Draw the metrics of a panel above each other over one horizontal axis. `compare` is not used."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    keys = [key for key in STACKS[title] if any(len(run.points(key)[1]) for run in runs)]
     axes = []
-    for part, key in zip(cell.subgridspec(len(keys), 1, hspace=0.04), keys, strict=True):
+    for part, metric in zip(cell.subgridspec(len(metrics), 1, hspace=0.04), metrics, strict=True):
         ax = fig.add_subplot(part, sharex=axes[0] if axes else None)
         for run in runs:
-            if key in ("lr", "dead"):
-                ax.plot(*run.points(key), **run.line, drawstyle="steps-post" if key == "dead" else "default")
+            if metric.drawn == "smoothed":
+                draw_smoothed(ax, run, metric.name)
             else:
-                draw_steps(ax, run, key)
-        if key == "norm" and ax.dataLim.y0 > 0:
+                ax.plot(*run.points(metric.name), **run.line, drawstyle=metric.drawn)
+        if metric.log_scale and ax.dataLim.y0 > 0:
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_minor_locator(NullLocator())
         else:
-            floor = 1 if key == "max_load" else 0
-            ax.set_ylim(floor, 1.08 * max(ax.dataLim.y1, 1e-9, key in ("max_load", "dead")))
-            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=key == "dead"))
-        ax.yaxis.set_major_formatter("{x:.0%}" if key == "mfu" else short)
-        ax.tick_params(labelbottom=key == keys[-1])
-        ax.set_ylabel(STACKS[title][key], fontsize=9)
+            ax.set_ylim(metric.axis_low, 1.08 * max(ax.dataLim.y1, 1e-9, metric.axis_high))
+            ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_major_formatter((lambda y, _: f"{100 * y:.3g}%") if metric.percent else short)
+        ax.tick_params(labelbottom=metric is metrics[-1])
+        ax.set_ylabel(metric.label, fontsize=9)
         axes.append(ax)
-    axes[0].set_title(title)
+    axes[0].set_title(metrics[0].panel)
     return axes
 
 
-def draw_load(fig, cell, run: Run, title: str) -> list:
-    """Heat map layers x experts of the last known load; dead experts are crossed out."""
+def draw_load(fig, cell, run: LoggedRun, title: str) -> list:
+    """Draw a heat map, layers x experts, of the last known load; starved experts are crossed out."""
     ax, load = fig.add_subplot(cell), run.loads()[1][-1]  # (MoE layers, E)
-    image = ax.pcolormesh(load, **heat())
-    layer, expert = np.nonzero(load < DEAD)
-    for colour, width in (("black", 4), ("white", 1.8)):  # stands out from dark and from light neighbours
+    image = ax.pcolormesh(load, **load_colours())
+    layer, expert = np.nonzero(load < STARVED_BELOW)
+    for colour, width in (("black", 4), ("white", 1.8)):  # visible on dark and on light cells
         ax.plot(expert + 0.5, layer + 0.5, "x", color=colour, markersize=6 + width / 2, markeredgewidth=width)
     if load.shape[0] <= 16 and load.shape[1] <= 8:
         for (row, column), value in np.ndenumerate(load):
             words = {"ha": "center", "va": "center", "size": 8, "color": "white" if value < 0.3 else "black"}
-            ax.text(column + 0.5, row + 0.5, f"{value:.2f}" if value >= DEAD else "", **words)
+            ax.text(column + 0.5, row + 0.5, f"{value:.2f}" if value >= STARVED_BELOW else "", **words)
     rows, columns = (np.arange(0, size, 1 + size // 13) for size in load.shape)  # labels that fit
     ax.set_yticks(rows + 0.5, rows)
     ax.set_xticks(columns + 0.5, columns)
     step = max(row["step"] for row in run.rows if "load" in row)
     ax.set(title=f"{title} at step {step:,}", ylabel="MoE layer", ylim=(len(load), 0))
-    ax.set_xlabel("expert" + (f" (cross: dead, under {DEAD:.0%} of fair)" if len(expert) else ""))
+    ax.set_xlabel("expert" + (f" (cross: starved, under {STARVED_BELOW:.0%} of fair)" if len(expert) else ""))
     more = "max" if load.max() > 2 else "neither"
     fig.colorbar(image, ax=ax, label="fair share = 1", extend=more, pad=0.02)
     return []
 
 
-def draw_load_history(fig, cell, run: Run, title: str) -> list:
-    """Heat map of all loads: a row per expert, layer by layer, over x; those dead at the end get a cross."""
+def draw_load_history(fig, cell, run: LoggedRun, title: str) -> list:
+    """Draw a heat map of all loads over x, one row per expert; experts starved at the end get a cross."""
     ax, (x, loads) = fig.add_subplot(cell), run.loads()
     every = 1 + len(x) // 400  # 400 columns show all that can be seen
     x, loads = x[::-every][::-1], loads[::-every][::-1]
     layers, experts = loads.shape[1:]
     table = loads.reshape(len(x), -1).T  # (MoE layers * E, records)
-    ax.pcolormesh(x, np.arange(len(table)), table, shading="nearest", rasterized=True, **heat())
+    ax.pcolormesh(x, np.arange(len(table)), table, shading="nearest", rasterized=True, **load_colours())
     ax.hlines(np.arange(1, layers) * experts - 0.5, x[0], x[-1], color=GREY, linewidth=0.8)
-    for row in np.flatnonzero(table[:, -1] < DEAD):
+    for row in np.flatnonzero(table[:, -1] < STARVED_BELOW):
         ax.plot(1.012, row, "kx", transform=ax.get_yaxis_transform(), clip_on=False)
     shown = np.arange(0, layers, 1 + layers // 16)
     ax.set_yticks(shown * experts + (experts - 1) / 2, shown)
@@ -326,20 +321,20 @@ def draw_load_history(fig, cell, run: Run, title: str) -> list:
     return [ax]
 
 
-def panels(runs: list[Run], compare: bool) -> list[list[tuple[int, Callable]]]:
-    """Rows of (width in thirds, draw(fig, cell) -> axes over x), of what there is data for."""
-
-    def has(*keys: str) -> bool:
-        return any(len(run.points(key)[1]) for run in runs for key in keys)
-
-    chosen = [(2, partial(draw_loss, runs=runs, compare=compare))] if has("loss", "val_loss") else []
-    if has("hella_acc_norm", "hella_acc"):
-        chosen.append((1, partial(draw_hellaswag, runs=runs, compare=compare)))
-    chosen += [(1, partial(draw_stack, runs=runs, title=title)) for title in STACKS if has(*STACKS[title])]
+def panels(runs: list[LoggedRun], compare: bool) -> list[list[tuple[int, Callable]]]:
+    """The panels for which there is data, in rows of (width in thirds, draw(fig, cell) -> axes over x)."""
+    known = [m for m in METRICS if m.panel and any(len(run.points(m.name)[1]) for run in runs)]
+    chosen: list[tuple[int, Callable]] = []
+    for title in dict.fromkeys(metric.panel for metric in known):
+        metrics = [metric for metric in known if metric.panel == title]
+        draw = {"Loss": draw_loss, "HellaSwag": draw_hellaswag}.get(title, draw_stack)
+        chosen.append(
+            (2 if title == "Loss" else 1, partial(draw, runs=runs, metrics=metrics, compare=compare))
+        )
     routed = {run.name if len(runs) > 1 else "Expert load": run for run in runs if len(run.loads()[0])}
     chosen += [(1, partial(draw_load, run=run, title=title)) for title, run in routed.items()]
-    for title, run in routed.items():
-        if len(routed) == 1 and len(run.loads()[0]) > 1:
+    for title, run in routed.items() if len(routed) == 1 else ():
+        if len(run.loads()[0]) > 1:
             chosen.append((2, partial(draw_load_history, run=run, title=title)))
     rows = []
     for width, draw in chosen:
@@ -349,8 +344,8 @@ def panels(runs: list[Run], compare: bool) -> list[list[tuple[int, Callable]]]:
     return rows
 
 
-def headline(run: Run) -> str:
-    """Name, shape and last figures of a run, as far as they are known."""
+def headline(run: LoggedRun) -> str:
+    """A run's name, size and last results, as far as they are known."""
     c, words = run.config, [run.name]
     if c.get("n_layer") and c.get("n_embd"):
         words.append(f"{c['n_layer']} layers of width {c['n_embd']}")
@@ -362,32 +357,27 @@ def headline(run: Run) -> str:
     return "  ·  ".join(words)
 
 
-def write(fig, out: Path) -> None:
-    """Save `fig` under a temporary name, then rename: whoever looks at `out` sees a whole picture."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    try:
-        fig.savefig(unfinished)
-        if out.suffix == ".png":  # 256 colours are enough and take a third of the bytes
-            from PIL import Image  # matplotlib itself needs it
+def save_picture(fig, out: Path) -> None:
+    """Save `fig` in the format of `out`'s ending; the file appears whole or not at all."""
+    picture = io.BytesIO()
+    fig.savefig(picture, format=out.suffix[1:])
+    if out.suffix == ".png":  # 256 colours are enough and take a third of the bytes
+        from PIL import Image  # a dependency of matplotlib
 
-            with Image.open(unfinished) as image:
-                small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-            small.save(unfinished, optimize=True)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        small = Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        small.save(picture := io.BytesIO(), "png", optimize=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda file: file.write(picture.getvalue()))
 
 
 def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     """Draw the logs in `folders` over each other into the file `out` (.png, .svg or .pdf); returns `out`.
 
-    `x` is step, tokens or time. The file appears whole or not at all. Logs that are damaged, or cannot be
-    drawn over `x`, are named in one warning on stderr. Raises FileNotFoundError for a folder without a log,
-    ValueError for an unknown `x` or format, or an `x` that no log has.
+    x: step, tokens or time. One warning on stderr names all logs that are damaged or lack `x`. Raises
+    FileNotFoundError for a folder without a log, ValueError for an unknown `x` or format, or one in no log.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # without pyplot: no window, no figure kept alive, Agg for png
+    from matplotlib.figure import Figure  # pyplot would open windows and keep figures alive
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -399,7 +389,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     label, names, problems = set_x(runs, x), [run.name for run in runs], []
     for i, (run, folder) in enumerate(zip(runs, folders, strict=True)):
         name = run.name if names.count(run.name) == 1 else os.path.normpath(folder)
-        run.name = name.replace("$", r"\$")  # otherwise the start of a formula
+        run.name = name.replace("$", r"\$")  # a bare $ would begin a formula
         run.line = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4], "linewidth": 1.6}
         run.mark = {"marker": MARKERS[i % 5], "markersize": 4.5, "markerfacecolor": "white"}
         problems += [f"{folder}: {problem}" for problem in run.problems]
@@ -407,7 +397,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
         raise ValueError("; ".join(problems))
     if problems:
         print(f"plot_log: warning: {'; '.join(problems)}", file=sys.stderr)
-    # Only losses over GPT-2's vocabulary (50257, perhaps padded) compare with GPT-2's.
+    # Losses can be compared with GPT-2's only over its vocabulary (50257, perhaps padded).
     sizes = [run.config.get("vocab_size") for run in runs]
     grid = panels(runs, compare=all(is_finite(size) and 50257 <= size <= 51200 for size in sizes))
     with rc_context(STYLE):
@@ -426,18 +416,18 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
         else:
             keys = [Line2D([], [], **run.line, **run.mark, label=headline(run)) for run in runs]
             fig.legend(handles=keys, loc="outside upper left", handlelength=4)
-        write(fig, Path(out))
+        save_picture(fig, Path(out))
     return out
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 where a folder has no log or an argument is wrong."""
+    """The command line; returns the exit code: 2 if a folder has no log or an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="log/", help="folders of runs")
     parser.add_argument("--x", choices=("step", "tokens", "time"), default="step", help="the horizontal axis")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--out", help="file to write (default: training.png in the first folder)")
-    target.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="its format alone")
+    target.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="format of training.*")
     args = parser.parse_args(arguments)
     out = args.out or str(Path(args.folders[0], f"training.{args.format}"))
     try:

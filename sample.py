@@ -18,10 +18,10 @@ from training.parallel import choose_device
 
 
 def load(source: str) -> GPTLMHeadModel:
-    """load_model's, able to begin a text without a prompt; one line about a name that stands for nothing."""
+    """The model of that name, able to begin a text without a prompt. Raises FileNotFoundError if none."""
     try:
         model = load_model(source)
-    except OSError as error:  # transformers', whose hub is asked for whatever is not here
+    except OSError as error:  # transformers raises it, after it has asked the hub
         if os.path.exists(source) or isinstance(error, FileNotFoundError):
             raise
         raise FileNotFoundError(
@@ -29,13 +29,13 @@ def load(source: str) -> GPTLMHeadModel:
             f"model that Hugging Face's hub could give: {str(error).strip().splitlines()[0]}"
         ) from error
     end = model.config.eos_token_id
-    if model.config.bos_token_id is None and isinstance(end, int):  # of old, checkpoints named no other
+    if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
         model.config.bos_token_id = end
     return model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the samples; exit code 2, with a message, for a model that cannot be loaded or a bad setting."""
+    """Print the samples. Returns 0, or 2 for a model that cannot be loaded or a bad setting."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="log/model_XXXXX.pt, or log/latest for the newest in log")
@@ -56,17 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
-    with contextlib.suppress(AttributeError, OSError):  # not every stdout can be told
-        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that it does not have
+    with contextlib.suppress(AttributeError, OSError):  # sys.stdout may be another kind of object
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal does not have
     torch.manual_seed(options.seed)
-    how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
-    if options.temperature == 0:
-        how = dict(do_sample=False)
+    how = dict(do_sample=False)
+    if options.temperature > 0:
+        how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
     try:
         for number in range(1, options.num_samples + 1):
             print(f"--- sample {number}")
             print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how), flush=True)
-    except BrokenPipeError:  # of `sample.py ... | head`
+    except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:  # a prompt that the model has no tokens for
         print(f"sample.py: {error}", file=sys.stderr)

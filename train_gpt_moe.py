@@ -36,11 +36,11 @@ from mixture_of_experts import idle_experts_spared
 from training import faults, parallel
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
+from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from training.progress import Progress
-from training.run_log import expert_load, peak_memory
 from training.run_saver import RunSaver
 from training.setup import Run, open_log, set_up
+from training.terminal import Terminal
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -244,7 +244,7 @@ def train_step(run: Run, step: int) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = record["lr"] * group["lr_mult"]
         model.update_routers()
-        if layout.world.is_master and model.moe_layers():
+        if layout.world.is_master:
             record |= expert_load(model)  # read it now, before the device is busy again
         with idle_experts_spared(model.moe_layers(), optimizer):
             optimizer.step()
@@ -257,7 +257,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
     """Train for max_steps steps, and visit the end once more to save and evaluate. Returns the exit code."""
     config, log, signals = run.config, run.log, run.signals
     step, val_loss = run.resumed.get("step", 0), run.resumed.get("val_loss")
-    terminal = Progress(config, step, run.layout.world.is_master)
+    terminal = Terminal(config, step, run.layout.world.is_master)
     saver = RunSaver(run, terminal.say)
     run.start_clock(terminal.say)
     run.model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
@@ -282,7 +282,8 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 continue
             val_loss = measured.get("val_loss", val_loss)
             if log:
-                log.evaluation(step, measured, run.model if run.trains else None, last_step)
+                load = expert_load(run.model) if run.trains and step > 0 else {}
+                log.evaluation(step, measured, load.get("expert_load"), run.elapsed() if last_step else None)
             if last_step:
                 saver.retry_until_saved()
                 break
@@ -337,12 +338,14 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
     return record
 
 
-def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, terminal: Progress) -> int:
+def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, terminal: Terminal) -> int:
     """After the last step: the picture, what the run ended with, the exit code."""
     run.layout.world.barrier()  # launchers stop all processes as soon as one has ended
     is_master, newest = run.layout.world.is_master, saver.newest()
     if is_master and run.config.plot:
-        terminal.say(run.log.draw_last())
+        problem = run.log.draw(wait=True)
+        hint = f"WARNING: no picture: {problem}; python plot_log.py {run.config.log_dir} draws it"
+        terminal.say(hint if problem else f"picture         {run.config.log_dir}/training.png")
     if run.diagnosis:
         text = (
             f"stopped at step {step}: {run.health.in_a_row} steps in a row without a finite loss and gradient"

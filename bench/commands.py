@@ -49,7 +49,8 @@ from layers.experts import MLP
 from layers.linear_cross_entropy import linear_cross_entropy
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
-from training.checkpoints import CheckpointWriter, load_checkpoint, verify_checkpoint
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import load_checkpoint, verify_checkpoint
 from training.parallel import choose_device
 
 MOE_SIZES = ((4096, 256, 8, 2, 1024), (2048, 768, 8, 2, 3072), (4096, 384, 64, 8, 192))  # tokens, C, E, K, H
@@ -407,7 +408,7 @@ def loop_times(folder: str, steps: int, B: int, T: int, collector: str) -> dict[
     """
     import train_gpt_moe
     from training import parallel
-    from training.run_log import RunLog
+    from training.log import RunLog
 
     spent, collections = defaultdict(list), []
     places = {
@@ -455,7 +456,7 @@ def step_times(folder: str, steps: int, B: int, T: int, device: torch.device, mo
     """
     import train_gpt_moe
     from bench.measure import synchronize
-    from training.run_log import RunLog
+    from training.log import RunLog
 
     marks, log, train, measured = [], RunLog.step, train_gpt_moe.train, steps - 1 - SKIPPED
 

@@ -22,7 +22,7 @@ from llmc import files
 from training import faults
 from training.flags import setting
 from training.optimizers import learning_rate
-from training.progress import tell
+from training.terminal import tell
 
 
 @dataclass

@@ -24,14 +24,12 @@ from processes import equal, full_disk
 
 import checkpoint
 from model import GPT, GPTConfig, GPTLMHeadModel
+from training import archives, checkpoint_writer
 from training import checkpoints as ckpt
-from training.checkpoints import (
-    CheckpointError,
-    CheckpointWriter,
-    load_checkpoint,
-    load_newest,
-    save_checkpoint,
-)
+from training.archives import CheckpointError
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
+from training.upcycle import upcycle
 
 
 def small(step: int = 3, **more) -> dict:
@@ -134,7 +132,7 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, keep_last=1, say=said.append)
     writer.save(small(1))
     writer.wait()
-    save = ckpt.save_checkpoint
+    save = checkpoint_writer.save_checkpoint
 
     def damage(checkpoint, folder):
         path = save(checkpoint, folder)
@@ -143,7 +141,7 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
         path.write_bytes(content)
         return path
 
-    monkeypatch.setattr(ckpt, "save_checkpoint", damage)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", damage)
     writer.save(small(2))
     assert isinstance(writer.wait(), CheckpointError) and "CHECKPOINT NOT WRITTEN" in said[-1]
     assert load_newest(tmp_path, said.append)[0].name == "model_00001.pt"
@@ -201,21 +199,22 @@ def test_buffers_are_used_again_and_those_of_freed_tensors_are_not_kept(tmp_path
 
 def test_a_failed_save_is_told_at_once_and_the_next_one_succeeds(tmp_path):
     said = []
-    writer = CheckpointWriter(tmp_path, say=said.append)
+    writer = CheckpointWriter(tmp_path, say=said.append, retry_s=0)
     writer.save(small(1))
-    assert writer.wait() is None
+    assert writer.wait() is None and not writer.wants_retry()
     with full_disk(1000):
         writer.save(small(2))
         error = writer.wait()
     assert isinstance(error, OSError) and "step 2: WARNING: CHECKPOINT NOT WRITTEN" in said[-1]
     assert "model_00001.pt" in said[-1] and load_newest(tmp_path)[0].name == "model_00001.pt"
-    assert writer.error is not None
+    assert writer.error is not None and writer.wants_retry()
     may_write = threading.Event()
     writer.save(small(3), before=may_write.wait)
-    assert writer.error is not None  # of the last save that has come to an end
+    assert writer.error is not None  # of the last save that has ended
+    assert not writer.wants_retry()  # the retry is being written
     may_write.set()
     assert writer.wait() is None and load_newest(tmp_path)[0].name == "model_00003.pt"
-    assert writer.error is None
+    assert writer.error is None and not writer.wants_retry()
 
 
 def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
@@ -469,11 +468,11 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(good, tmp_path):
 
 def test_a_newer_format_is_never_passed_over(tmp_path, monkeypatch):
     save_checkpoint(small(1), tmp_path)
-    monkeypatch.setattr(ckpt, "FORMAT", 2)
+    monkeypatch.setattr(ckpt, "CHECKPOINT_FORMAT", 2)
     save_checkpoint(small(2), tmp_path)
     monkeypatch.undo()
     with pytest.raises(
-        ckpt.NewerFormatError, match=r"made by a newer version: its format is 2.* up to 1; update"
+        archives.NewerFormatError, match=r"made by a newer version: its format is 2.* up to 1; update"
     ):
         load_newest(tmp_path)
 
@@ -524,7 +523,7 @@ def test_upcycling_changes_no_logit(score, K, norm, activation):
     moe = tiny_config(
         num_experts=8, num_experts_per_tok=K, router_score=score, norm_topk_prob=norm, activation=activation
     )
-    model = ckpt.upcycle(dense, moe).eval()
+    model = upcycle(dense, moe).eval()
     tokens = torch.randint(64, (4, 16))
     wanted = dense(input_ids=tokens).logits
     torch.testing.assert_close(
@@ -544,7 +543,7 @@ def test_upcycled_experts_are_in_use_at_once_and_part_ways():
         torch.manual_seed(seed)
         for parameter in dense.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-        model = ckpt.upcycle(dense, tiny_config(num_experts=8, num_experts_per_tok=2)).train()
+        model = upcycle(dense, tiny_config(num_experts=8, num_experts_per_tok=2)).train()
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         model.update_routers()
         for _ in range(20):
@@ -562,7 +561,7 @@ def test_upcycled_experts_are_in_use_at_once_and_part_ways():
 
 def test_upcycling_every_other_layer_and_what_it_refuses():
     dense = dense_model()
-    mixed = ckpt.upcycle(dense, tiny_config(num_experts=4, moe_every=2)).eval()
+    mixed = upcycle(dense, tiny_config(num_experts=4, moe_every=2)).eval()
     assert len(mixed.moe_layers()) == 1
     tokens = torch.randint(64, (2, 16))
     torch.testing.assert_close(
@@ -576,7 +575,7 @@ def test_upcycling_every_other_layer_and_what_it_refuses():
     }
     for message, (source, fields) in refused.items():
         with pytest.raises(ValueError, match=message):
-            ckpt.upcycle(source, tiny_config(num_experts=4, **fields))
+            upcycle(source, tiny_config(num_experts=4, **fields))
 
 
 def test_a_checkpoint_of_another_model_is_named_as_such(tmp_path):

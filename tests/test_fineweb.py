@@ -31,8 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from fineweb import DistributedDataLoader, Job, build, read_shard, write_shard
-from tokens import shards, sources
+from fineweb import DataConfig, build
+from tokens import demo, encodings, shards, sources
+from tokens.shards import DistributedDataLoader, find_shards, read_meta, read_shard, write_shard
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 
@@ -51,7 +52,7 @@ def make_shards(folder: Path, lengths: list[int], below: int = 50257) -> list[np
 def run(source: Path, out: Path, **flags) -> dict:
     """fineweb.build with settings for small texts."""
     defaults = {"encoding": "bytes", "val_tokens": 100, "workers": 1}
-    return build(Job(source=str(source), out=str(out), **{**defaults, **flags}))
+    return build(DataConfig(source=str(source), out=str(out), **{**defaults, **flags}))
 
 
 def command(source: Path, out: Path, **flags) -> list[str]:
@@ -76,27 +77,27 @@ def stream_of(folder: Path) -> list[int]:
 
 def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    encoding = fineweb.get_encoding("bytes")
+    encoding = encodings.get_encoding("bytes")
     text = "naïve 😀\n\n\ttab<|endoftext|>" + "long line " * 200
-    assert fineweb.encode(encoding, text).tolist() == list(text.encode())
+    assert encodings.encode(encoding, text).tolist() == list(text.encode())
     assert encoding.decode(list(text.encode())) == text
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
 
 
 def test_special_tokens_in_a_text_are_ordinary(gpt2_encoding):
-    ids = fineweb.encode(gpt2_encoding, "a<|endoftext|>b")
+    ids = encodings.encode(gpt2_encoding, "a<|endoftext|>b")
     assert ids.dtype == np.uint16 and 50256 not in ids
     assert ids.tolist() == gpt2_encoding.encode_ordinary("a<|endoftext|>b")
 
 
 def test_endless_whitespace_does_not_crash_tiktoken(gpt2_encoding):
     text = "a" + " " * 1_300_000 + "b"
-    assert gpt2_encoding.decode(fineweb.encode(gpt2_encoding, text).tolist()) == text
+    assert gpt2_encoding.decode(encodings.encode(gpt2_encoding, text).tolist()) == text
 
 
 def test_unknown_encoding_is_named_with_what_was_meant():
     with pytest.raises(ValueError, match=r"encoding='gtp2' is unknown \(did you mean 'gpt2'"):
-        fineweb.get_encoding("gtp2")
+        encodings.get_encoding("gtp2")
 
 
 def test_encoding_without_network_names_the_two_ways_out(monkeypatch):
@@ -105,16 +106,28 @@ def test_encoding_without_network_names_the_two_ways_out(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match=r"'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"):
-        fineweb.get_encoding("p50k_base")
+        encodings.get_encoding("p50k_base")
 
 
 def test_encoding_whose_ids_do_not_fit_is_refused(monkeypatch):
     big = tiktoken.Encoding(
-        "big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={fineweb.EOT: 1 << 16}
+        "big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={encodings.EOT: 1 << 16}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: big)
     with pytest.raises(ValueError, match=r"'cl100k_base' has 65537 ids.*uint16.*use gpt2"):
-        fineweb.get_encoding("cl100k_base")
+        encodings.get_encoding("cl100k_base")
+
+
+def test_text_of_a_model(gpt2_encoding, monkeypatch):
+    text = "naïve 😀 <|endoftext|>"
+    ids = encodings.encode_text(text, "gpt2")
+    assert ids == gpt2_encoding.encode_ordinary(text)
+    assert encodings.decode_tokens([*ids, 50256, 50300], "gpt2") == text  # special and unknown: left out
+    with pytest.raises(ValueError, match=r"encoding='unknown' is unknown; .*config\.json"):
+        encodings.decode_tokens(ids, "unknown")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # not installed, as where an exported folder may lie
+    ids = encodings.encode_text(text, "bytes")
+    assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -281,22 +294,22 @@ def test_find_shards_knows_the_names_of_other_projects(tmp_path):
     names += ["edufineweb_train_000001.npy", "train.bin", "val.bin", "train_000000.bin.12.tmp", "meta.json"]
     for name in names:
         (tmp_path / name).write_bytes(b"\x01\x00")
-    found = [Path(path).name for path in fineweb.find_shards(tmp_path, "train")]
+    found = [Path(path).name for path in find_shards(tmp_path, "train")]
     assert found == sorted(n for n in names if "train" in n and not n.endswith("tmp"))
-    assert len(fineweb.find_shards(tmp_path, "val")) == 2
-    assert len(fineweb.find_shards(tmp_path / "fineweb_train_*.bin")) == 2
+    assert len(find_shards(tmp_path, "val")) == 2
+    assert len(find_shards(tmp_path / "fineweb_train_*.bin")) == 2
 
 
 def test_missing_data_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data: .*nowhere.*--demo"):
-        fineweb.find_shards(tmp_path / "nowhere")
+        find_shards(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no train shard .* 0 shards .*python fineweb\.py --out"):
-        fineweb.find_shards(tmp_path)
+        find_shards(tmp_path)
     write_shard(tmp_path / "train_000000.bin", make_tokens(9))
     with pytest.raises(
         FileNotFoundError, match=r"no val shard \(val_\*\.bin\) among the 1 shards.*--val_tokens"
     ):
-        fineweb.find_shards(tmp_path, "val")
+        find_shards(tmp_path, "val")
     with pytest.raises(FileNotFoundError, match="no data"):
         DistributedDataLoader(tmp_path / "*.none", B=1, T=4)
     with pytest.raises(FileNotFoundError, match="no data"):
@@ -308,19 +321,19 @@ META = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "shards": {
 
 def test_read_meta(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data folder"):
-        fineweb.read_meta(tmp_path / "none")
+        read_meta(tmp_path / "none")
     with pytest.warns(UserWarning, match=r"no meta\.json .* GPT-2's"):
-        assert fineweb.read_meta(tmp_path)["vocab_size"] == 50257
+        assert read_meta(tmp_path)["vocab_size"] == 50257
     for part in range(2):
         meta = META | {"tokens": {"train": 10 + part, "val": 5 * (1 - part)}}
         (tmp_path / f"meta_p{part:04d}.json").write_text(json.dumps(meta))
-    assert fineweb.read_meta(tmp_path)["tokens"] == {"train": 21, "val": 5}
+    assert read_meta(tmp_path)["tokens"] == {"train": 21, "val": 5}
     (tmp_path / "meta_p0001.json").write_text(json.dumps(META | {"tokens": {}, "complete": False}))
     with pytest.warns(UserWarning, match="unfinished"):
-        fineweb.read_meta(tmp_path)
+        read_meta(tmp_path)
     (tmp_path / "meta_p0001.json").write_text(json.dumps(META | {"tokens": {}, "encoding": "bytes"}))
     with pytest.raises(ValueError, match=r"encoding is 'gpt2' in .*p0000.* but 'bytes' in .*p0001"):
-        fineweb.read_meta(tmp_path)
+        read_meta(tmp_path)
     for damaged in (
         "{",
         "[]",
@@ -332,14 +345,14 @@ def test_read_meta(tmp_path):
     ):
         (tmp_path / "meta_p0001.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"meta_p0001\.json is damaged"):
-            fineweb.read_meta(tmp_path)
+            read_meta(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # LOADER
 
 
-def take(loader: DistributedDataLoader, n: int) -> torch.Tensor:
+def next_tokens(loader: DistributedDataLoader, n: int) -> torch.Tensor:
     return torch.cat([torch.cat(loader.next_batch(), dim=1) for _ in range(n)])
 
 
@@ -368,7 +381,7 @@ def test_three_formats_give_the_same_first_ten_batches(tmp_path):
         tokens.tofile(tmp_path / "bare" / f"train_{i}.bin")
     for shuffle in (True, False):
         first, *others = [
-            take(DistributedDataLoader(tmp_path / kind, B=3, T=16, shuffle=shuffle), 10)
+            next_tokens(DistributedDataLoader(tmp_path / kind, B=3, T=16, shuffle=shuffle), 10)
             for kind in ("llmc", "numpy", "bare")
         ]
         assert all(torch.equal(first, other) for other in others)
@@ -381,24 +394,24 @@ def test_every_epoch_has_every_sample_once_in_its_own_order(tmp_path):
     assert loader.samples_per_epoch == len(windows) == 10 + 5 + 1 + 19
     epochs = []
     for _ in range(3):
-        rows = take(loader, 7)
+        rows = next_tokens(loader, 7)
         epochs.append([[*row[:10], row[-1]] for row in rows.tolist()])
         assert sorted(epochs[-1]) == windows
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = DistributedDataLoader(tmp_path, B=5, T=10, seed=7)
-    assert [[*row[:10], row[-1]] for row in take(other, 7).tolist()] != epochs[0]
+    assert [[*row[:10], row[-1]] for row in next_tokens(other, 7).tolist()] != epochs[0]
 
 
 def test_any_ranks_batch_and_accumulation_read_the_same_stream(tmp_path):
     make_shards(tmp_path, [301, 99, 250])
-    expected = take(DistributedDataLoader(tmp_path, B=12, T=7), 20)  # across epochs
+    expected = next_tokens(DistributedDataLoader(tmp_path, B=12, T=7), 20)  # across epochs
     for world_size, B in ((1, 1), (1, 4), (2, 6), (3, 2), (4, 1)):
         ranks = [
             DistributedDataLoader(tmp_path, B=B, T=7, rank=r, world_size=world_size)
             for r in range(world_size)
         ]
         calls = 240 // (B * world_size)
-        stream = torch.cat([take(loader, 1) for _ in range(calls) for loader in ranks])
+        stream = torch.cat([next_tokens(loader, 1) for _ in range(calls) for loader in ranks])
         assert torch.equal(stream, expected), (world_size, B)
 
 
@@ -420,26 +433,29 @@ class LlmcOrder:
 @pytest.mark.parametrize("lengths", [[129], [128 + 64, 65, 400], [321, 320, 319]])
 def test_sequential_order_is_llmcs(tmp_path, lengths):
     shards = make_shards(tmp_path, lengths)
-    reference = take(LlmcOrder(shards, 4, 16), 40)
-    assert torch.equal(take(DistributedDataLoader(tmp_path, B=4, T=16, shuffle=False), 40), reference)
+    reference = next_tokens(LlmcOrder(shards, 4, 16), 40)
+    assert torch.equal(next_tokens(DistributedDataLoader(tmp_path, B=4, T=16, shuffle=False), 40), reference)
     ranks = [
         DistributedDataLoader(tmp_path, B=2, T=16, rank=r, world_size=2, shuffle=False) for r in range(2)
     ]
-    assert torch.equal(torch.cat([take(loader, 1) for _ in range(40) for loader in ranks]), reference)
+    assert torch.equal(torch.cat([next_tokens(loader, 1) for _ in range(40) for loader in ranks]), reference)
 
 
 @settings(max_examples=60)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(n, key):
-    keys = np.random.SeedSequence(key).generate_state(shards.ROUNDS, np.uint64)
-    assert sorted(fineweb.permute(np.arange(n), n, keys).tolist()) == list(range(n))
+    keys = np.random.SeedSequence(key).generate_state(shards.FEISTEL_ROUNDS, np.uint64)
+    assert sorted(shards.permute(np.arange(n), n, keys).tolist()) == list(range(n))
 
 
 @pytest.mark.parametrize("n", [7, 1000, 10**7])
 def test_permute_is_even(n):
     """Over many keys each place is reached equally often, and neighbours do not stay neighbours."""
-    keys = [np.random.SeedSequence([1337, e]).generate_state(shards.ROUNDS, np.uint64) for e in range(2000)]
-    places = np.array([fineweb.permute(np.array([0, 1, n - 1]), n, k) for k in keys])  # (2000, 3)
+    keys = [
+        np.random.SeedSequence([1337, e]).generate_state(shards.FEISTEL_ROUNDS, np.uint64)
+        for e in range(2000)
+    ]
+    places = np.array([shards.permute(np.array([0, 1, n - 1]), n, k) for k in keys])  # (2000, 3)
     counts = np.array([np.bincount(places[:, i] * 7 // n, minlength=7) for i in range(3)])
     chi2 = ((counts - 2000 / 7) ** 2 / (2000 / 7)).sum(axis=1)
     assert (chi2 < 27.9).all(), chi2  # 6 degrees of freedom: exceeded once in 10,000
@@ -449,9 +465,9 @@ def test_permute_is_even(n):
 
 def test_resume_goes_on_exactly_on_any_ranks(tmp_path):
     make_shards(tmp_path, [301, 99, 250])
-    stream = take(DistributedDataLoader(tmp_path, B=1, T=7), 300)
+    stream = next_tokens(DistributedDataLoader(tmp_path, B=1, T=7), 300)
     loader = DistributedDataLoader(tmp_path, B=5, T=7, prefetch=3)
-    take(loader, 4)
+    next_tokens(loader, 4)
     state = json.loads(json.dumps(loader.state_dict()))
     assert state["position"] == 20  # handed out; more has been prefetched
     for world_size, B in ((1, 5), (2, 3), (4, 7)):
@@ -460,9 +476,9 @@ def test_resume_goes_on_exactly_on_any_ranks(tmp_path):
             for r in range(world_size)
         ]
         for rank in ranks:
-            take(rank, 2)
+            next_tokens(rank, 2)
             rank.load_state_dict(state)
-        rest = torch.cat([take(loader, 1) for _ in range(5) for loader in ranks])
+        rest = torch.cat([next_tokens(loader, 1) for _ in range(5) for loader in ranks])
         assert torch.equal(rest, stream[20 : 20 + len(rest)])
         assert ranks[0].state_dict()["position"] == 20 + len(rest)
 
@@ -497,9 +513,9 @@ def test_resume_on_another_stream_is_refused_by_field_and_values(tmp_path):
 def test_reset_starts_over(tmp_path):
     make_shards(tmp_path, [300])
     loader = DistributedDataLoader(tmp_path, B=2, T=8, shuffle=False)
-    first = take(loader, 5)
+    first = next_tokens(loader, 5)
     loader.reset()
-    assert loader.state_dict()["position"] == 0 and torch.equal(take(loader, 5), first)
+    assert loader.state_dict()["position"] == 0 and torch.equal(next_tokens(loader, 5), first)
 
 
 def test_too_little_data_says_how_much_is_needed_and_there(tmp_path):
@@ -526,7 +542,7 @@ def test_token_outside_the_vocabulary_is_located(tmp_path):
     tokens[77] = 257
     write_shard(tmp_path / "train_000000.bin", tokens)
     loader = DistributedDataLoader(tmp_path, B=2, T=10, vocab_size=257, shuffle=False)
-    take(loader, 3)
+    next_tokens(loader, 3)
     for _ in range(2):  # and again, rather than going on behind it
         with pytest.raises(
             ValueError, match=r"train_000000\.bin: token 257 at offset 77 .*vocab_size=257.*encoding"
@@ -543,7 +559,7 @@ def test_a_shard_that_goes_away_is_reported(tmp_path, monkeypatch):
     loader.next_batch()
     os.unlink(tmp_path / "train_000001.bin")
     with pytest.raises(FileNotFoundError, match=r"train_000001\.bin"):
-        take(loader, 9)
+        next_tokens(loader, 9)
 
 
 @linux
@@ -553,7 +569,7 @@ def test_many_shards_take_few_file_descriptors(tmp_path, monkeypatch):
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     loader = DistributedDataLoader(tmp_path, B=25, T=8)
-    take(loader, 8)
+    next_tokens(loader, 8)
     assert len(os.listdir("/proc/self/fd")) < before + 15  # and not 50: 4 maps, and what is being read ahead
 
 
@@ -620,9 +636,9 @@ def test_batches_for_a_gpu_are_uploaded_ahead_and_waited_for_there(tmp_path, mon
 
 def test_demo_corpus(tmp_path, capsys, monkeypatch):
     imported = set(sys.modules)
-    documents = list(fineweb.demo_documents())
-    monkeypatch.setattr(fineweb, "demo_documents", lambda: iter(documents))
-    meta = fineweb.prepare_demo(tmp_path)
+    documents = list(demo.demo_documents())
+    monkeypatch.setattr(demo, "demo_documents", lambda: iter(documents))
+    meta = demo.prepare_demo(tmp_path)
     assert not {"antigravity", "this", "turtle", "pydoc_data.topics"} & (set(sys.modules) - imported)
     assert "documents" in capsys.readouterr().out
     train, val = (bytes(read_shard(tmp_path / f"{s}_000000.bin").astype(np.uint8)) for s in ("train", "val"))
@@ -636,25 +652,23 @@ def test_demo_corpus(tmp_path, capsys, monkeypatch):
     known, held_out = set(runs(train)), runs(val)
     assert sum(run in known for run in held_out) < 0.01 * len(held_out)  # no twins across the split
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert fineweb.prepare_demo(tmp_path) == meta == fineweb.read_meta(tmp_path)
+    assert demo.prepare_demo(tmp_path) == meta == read_meta(tmp_path)
     assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     meta_path = tmp_path / "meta.json"
     content = meta_path.read_text()
     meta_path.write_text(content.replace(f"Python {sys.version.split()[0]}", "Python 3.10.1"))
-    assert fineweb.prepare_demo(tmp_path)["source"] == "demo corpus of Python 3.10.1"  # copied from elsewhere
+    assert demo.prepare_demo(tmp_path)["source"] == "demo corpus of Python 3.10.1"  # copied from elsewhere
     assert times == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {
         "meta.json": times["meta.json"]
     }
     meta_path.write_text(content)
     os.truncate(tmp_path / "train_000000.bin", 5000)  # is made again
     before = read_shard(tmp_path / "val_000000.bin").tobytes()
-    assert (
-        fineweb.prepare_demo(tmp_path) == meta and read_shard(tmp_path / "val_000000.bin").tobytes() == before
-    )
+    assert demo.prepare_demo(tmp_path) == meta and read_shard(tmp_path / "val_000000.bin").tobytes() == before
     assert bytes(read_shard(tmp_path / "train_000000.bin").astype(np.uint8)) == train
     with pytest.raises(ValueError, match=r"made with encoding='bytes'.* now encoding='gpt2'"):
         shared_file("tiktoken_cache")
-        fineweb.prepare_demo(tmp_path, "gpt2")
+        demo.prepare_demo(tmp_path, "gpt2")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -704,7 +718,7 @@ def test_formats(tmp_path, name):
     assert (meta["documents"], meta["empty"], meta["replaced"]) == (7, 2, 0)
     assert meta["tokens"] == {"val": 30, "train": len(EXPECTED) - 30} and meta["source"] == name
     assert len(read_shard(tmp_path / "out" / "train_000001.bin")) == 50  # the long document runs over
-    assert fineweb.read_meta(tmp_path / "out") == meta
+    assert read_meta(tmp_path / "out") == meta
 
 
 def test_folder_of_everything(tmp_path):
@@ -726,12 +740,12 @@ def test_cutting_a_text_does_not_change_its_tokens(tmp_path, monkeypatch, name):
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     monkeypatch.setattr(sources, "TASK_CHARS", 37)
     run(tmp_path / "a.txt", tmp_path / "out", encoding=name)
-    encoding = fineweb.get_encoding(name)
+    encoding = encodings.get_encoding(name)
     assert stream_of(tmp_path / "out") == [encoding.eot_token, *encoding.encode_ordinary(text)]
     cuts = list(sources.read_txt(str(tmp_path / "a.txt"), 0))
-    assert len(cuts) > 300 and cuts[-1][1] == len(text.encode())
-    rest = sources.read_txt(str(tmp_path / "a.txt"), cuts[99][1])
-    assert "".join(piece[2] for piece in cuts[100:]) == "".join(piece[2] for piece in rest)
+    assert len(cuts) > 300 and cuts[-1][2]["at"] == len(text.encode())
+    rest = sources.read_txt(str(tmp_path / "a.txt"), cuts[99][2]["at"])
+    assert "".join(piece[1] for piece in cuts[100:]) == "".join(piece[1] for piece in rest)
 
 
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
@@ -797,11 +811,11 @@ def test_parts_share_the_documents_and_a_folder(tmp_path):
     write_source(tmp_path / "a.jsonl.gz", documents)
     for part in (2, 0, 1):
         run(tmp_path / "a.jsonl.gz", tmp_path / "out", num_parts=3, part=part, shard_size=150, val_tokens=50)
-    train = [Path(p).name for p in fineweb.find_shards(tmp_path / "out", "train")]
+    train = [Path(p).name for p in find_shards(tmp_path / "out", "train")]
     assert len(train) > 6 and {re.sub(r"\d{6}", "N", name) for name in train} == {
         f"train_p{part:04d}_N.bin" for part in range(3)
     }
-    assert [Path(p).name for p in fineweb.find_shards(tmp_path / "out", "val")] == ["val_p0000_000000.bin"]
+    assert [Path(p).name for p in find_shards(tmp_path / "out", "val")] == ["val_p0000_000000.bin"]
     found = []
     for part in range(3):
         files = sorted((tmp_path / "out").glob(f"val_p{part:04d}*")) + sorted(
@@ -810,7 +824,7 @@ def test_parts_share_the_documents_and_a_folder(tmp_path):
         raw = np.concatenate([read_shard(path) for path in files])
         found += ["".join(map(chr, d)) for d in np.split(raw, np.flatnonzero(raw == 256))[1:]]
     assert sorted(d[1:] for d in found) == sorted(documents)
-    meta = fineweb.read_meta(tmp_path / "out")
+    meta = read_meta(tmp_path / "out")
     assert meta["complete"] and sum(meta["tokens"].values()) == sum(len(d) + 1 for d in documents)
     with pytest.raises(ValueError, match=r"too small \(part 40 of 41\): 0 documents, 0 tokens; no text"):
         run(tmp_path / "a.jsonl.gz", tmp_path / "empty", num_parts=41, part=40)
@@ -871,7 +885,7 @@ def test_text_columns_that_are_dictionaries_and_archives_without_a_byte(tmp_path
     parquet.write_table(
         pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet", row_group_size=3
     )
-    found = [text for _, _, text, _ in sources.read_parquet(str(tmp_path / "a.parquet"), 0, "text")]
+    found = [text for _, text, _ in sources.read_parquet(str(tmp_path / "a.parquet"), 0, "text")]
     assert found == ["first", "", "sécond", "first"]
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz is empty, which no compressed file is"):
@@ -997,7 +1011,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"source='a\.jsonl' .* now source='b\.jsonl'"):
         run(tmp_path / "b.jsonl", tmp_path / "out")
     with pytest.raises(ValueError, match=r"source='a\.jsonl' .* now source='demo corpus"):
-        fineweb.prepare_demo(tmp_path / "out")
+        demo.prepare_demo(tmp_path / "out")
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": "grown"}\n')
     with pytest.raises(ValueError, match=r"source_bytes=.* now source_bytes="):
@@ -1049,7 +1063,7 @@ def test_wrong_settings_are_named(tmp_path, flags, message):
     flags = {name: str(tmp_path / "other") if value == "other" else value for name, value in flags.items()}
     defaults = {"source": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "encoding": "bytes"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        build(Job(**{**defaults, **flags}))
+        build(DataConfig(**{**defaults, **flags}))
 
 
 def wait_for_shards(out: Path, process: subprocess.Popen, more_than: int = 0) -> None:

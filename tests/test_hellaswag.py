@@ -8,6 +8,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import random
 import statistics
 import urllib.error
@@ -25,6 +26,7 @@ from processes import finish, start_ranks
 import hellaswag
 from hellaswag import HellaSwagUnavailable, build_question, evaluate, iterate_examples, render_example
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens import hellaswag_files
 from training import parallel
 
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
@@ -73,8 +75,7 @@ def make_model(model_class=GPTLMHeadModel, **fields):
 def plain_losses(model, path, style="completion"):
     """What score_one_by_one says of all questions in a file."""
     examples = iterate_examples(data=path)
-    encode = hellaswag.get_encoder("bytes")[0]
-    questions = [build_question(e, encode, style, hellaswag.longest_input(model.config)) for e in examples]
+    questions = [build_question(e, "bytes", style, hellaswag.longest_input(model.config)) for e in examples]
     return hellaswag.score_one_by_one(model, questions)
 
 
@@ -203,9 +204,9 @@ def test_encoding_and_arguments_are_checked(write):
 
 @given(st.integers(1, 5000))
 def test_few_lengths_of_rows(size):
-    rounded = hellaswag.bucket(size)
+    rounded = hellaswag.round_length(size)
     assert size <= rounded < max(size + 16, 1.125 * size)
-    assert len({hellaswag.bucket(n) for n in range(1, 1025)}) <= 32
+    assert len({hellaswag.round_length(n) for n in range(1, 1025)}) <= 32
 
 
 # --- around the model -----------------------------------------------------------------------------------
@@ -267,9 +268,7 @@ def test_ranks_share_the_questions_and_run_equally_many_forwards(world_size, wri
     """Every rank's part computed here, one after the other; their sum is what all_reduce would give."""
     model, path = make_model(block_size=70), write(make_examples(11))
     whole = evaluate(model, path).losses
-    questions = [
-        build_question(e, hellaswag.get_encoder("bytes")[0], "completion", 70) for e in make_examples(11)
-    ]
+    questions = [build_question(e, "bytes", "completion", 70) for e in make_examples(11)]
     shapes, parts = [], []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
     for rank in range(world_size):
@@ -366,7 +365,7 @@ def test_render_example_is_build_nanogpts(gpt2_encoding):
 def test_harness_style_by_hand(fields, context, endings):
     """Worked out by hand from lm-evaluation-harness's process_docs and _encode_pair."""
     example = dict(ctx="unused", activity_label="Roofing", label=0, endings=["a", "b", "c", "d"]) | fields
-    start, rest, characters = hellaswag.tokenize(example, lambda text: list(text.encode()), "harness")
+    start, rest, characters = hellaswag.tokenize(example, "bytes", "harness")
     assert bytes(start).decode() == context
     assert [bytes(ending).decode() for ending in rest] == endings
     assert characters == [len(hellaswag.preprocess(ending)) for ending in example["endings"]]
@@ -477,7 +476,7 @@ def test_any_file_is_read_or_refused(lines, style, block, write):
         return
     for example in examples:
         assert example["label"] in range(4) and len(example["endings"]) == 4
-        question = build_question(example, hellaswag.get_encoder("bytes")[0], style, block)
+        question = build_question(example, "bytes", style, block)
         for context, ending in question.rows:
             assert context and ending and len(context) + len(ending) <= block + 1
 
@@ -497,9 +496,11 @@ def server(monkeypatch, tmp_path):
             raise state["content"]
         return io.BytesIO(state["content"])
 
-    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(hellaswag, "DATA_DIR", tmp_path / "hellaswag")
-    monkeypatch.setattr(hellaswag, "FILES", {"val": (len(content), hashlib.sha256(content).hexdigest())})
+    monkeypatch.setattr(hellaswag_files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(hellaswag_files, "DATA_DIR", tmp_path / "hellaswag")
+    monkeypatch.setattr(
+        hellaswag_files, "HELLASWAG_FILES", {"val": (len(content), hashlib.sha256(content).hexdigest())}
+    )
     return state
 
 
@@ -525,10 +526,10 @@ def test_a_failed_download_is_one_clear_line_and_leaves_nothing(answer, server, 
 
 
 def test_a_full_disk_leaves_nothing_either(server, tmp_path, monkeypatch):
-    def replace(self, target):
+    def replace(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hellaswag.Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(HellaSwagUnavailable, match="No space left"):
         hellaswag.download()
     assert list((tmp_path / "hellaswag").iterdir()) == []

@@ -38,7 +38,7 @@ from mixture_of_experts import (
 )
 from model import GPTConfig, GPTLMHeadModel
 from training import parallel
-from training.run_log import expert_load
+from training.log import expert_load
 
 
 def make_config(**overrides) -> SimpleNamespace:

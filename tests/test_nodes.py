@@ -20,7 +20,7 @@ from conftest import ROOT
 from processes import finish, flags, free_port, same_run, start_ranks, wait_for, write_data
 
 import train_gpt_moe
-from training import parallel, watch
+from training import heartbeat, parallel
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # So long that a kill after a few steps comes before the end, however late it is.
@@ -29,10 +29,10 @@ LONG = ["--B", 2, "--max_steps", 50_000, "--checkpoint_every", 0]
 
 
 def main(arguments: list[str]) -> int:
-    """What `start(..., script="test_nodes")` runs: a training whose ranks have little patience, but more than
-    a busy machine keeps a process waiting."""
-    watch.BEAT, watch.PATIENCE, watch.SUSPICION = 0.2, 6.0, 3.0
-    watch.GRACE = float(os.environ["GRACE"])
+    """What `start(..., script="test_nodes")` runs: a training with short timeouts of heartbeats, but longer
+    than a busy machine keeps a process waiting."""
+    heartbeat.INTERVAL, heartbeat.HEARTBEAT_TIMEOUT, heartbeat.TIMEOUT_AFTER_ERROR = 0.2, 6.0, 3.0
+    heartbeat.EXIT_TIMEOUT = float(os.environ["EXIT_TIMEOUT"])
     return train_gpt_moe.main(arguments)
 
 
@@ -152,8 +152,8 @@ def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
     """Processes started by hand, without a launcher that would end the others. Rank 0 has the store."""
     more = [*LONG, "--total_batch_size", 192]
     arguments = flags(data, tmp_path / "log", *more)
-    grace = dict(GRACE="120")  # nobody hangs, and a slow end is no wrong one
-    ranks = start_ranks(3, arguments, tmp_path / "out", script="test_nodes", environment=grace)
+    timeout = dict(EXIT_TIMEOUT="120")  # nobody hangs, and a slow end is no wrong one
+    ranks = start_ranks(3, arguments, tmp_path / "out", script="test_nodes", environment=timeout)
     wait_for(tmp_path / "log" / "log.txt", 6)
     ranks[lost].kill()
     others = [rank for number, rank in enumerate(ranks) if number != lost]
@@ -167,8 +167,8 @@ def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
 def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
     """A stopped process is to the other what a machine without network is: no error ever arrives."""
     arguments = flags(data, tmp_path / "log", *LONG)
-    grace = dict(GRACE="1")
-    ranks = start_ranks(2, arguments, tmp_path / "out", script="test_nodes", environment=grace)
+    timeout = dict(EXIT_TIMEOUT="1")
+    ranks = start_ranks(2, arguments, tmp_path / "out", script="test_nodes", environment=timeout)
     wait_for(tmp_path / "log" / "log.txt", 6)
     os.kill(ranks[frozen].pid, signal.SIGSTOP)
     try:
@@ -181,47 +181,49 @@ def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
 
 
 @pytest.fixture
-def watches(monkeypatch):
-    """Four ranks' watches in this process, with little patience."""
-    monkeypatch.setattr(watch, "BEAT", 0.05)
-    monkeypatch.setattr(watch, "PATIENCE", 2.0)
-    monkeypatch.setattr(watch, "SUSPICION", 2.0)
-    monkeypatch.setattr(watch, "GRACE", 600.0)  # or they would end this process, which is the tests'
+def heartbeats(monkeypatch):
+    """Four ranks' heartbeats in this process, with short timeouts."""
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_TIMEOUT", 2.0)
+    monkeypatch.setattr(heartbeat, "TIMEOUT_AFTER_ERROR", 2.0)
+    monkeypatch.setattr(heartbeat, "EXIT_TIMEOUT", 600.0)  # a timeout would end this process
     host = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     connect = lambda: dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)  # noqa: E731
-    watches = [watch.Watch(rank, 4, connect()) for rank in range(4)]
-    for one in watches:
+    heartbeats = [heartbeat.Heartbeat(rank, 4, connect()) for rank in range(4)]
+    for one in heartbeats:
         one.start()
-    yield watches
-    for one in watches:
+    yield heartbeats
+    for one in heartbeats:
         one.stop()
 
 
-def test_whoever_takes_leave_is_not_missed(watches):
-    watches[2].stop(leaves=True)
-    time.sleep(4)  # twice what patience is
-    assert [one.lost for one in watches] == [""] * 4
-    assert watches[1].suspect() == ""  # an error of another kind: all are alive
+def test_a_rank_that_has_finished_is_not_missed(heartbeats):
+    heartbeats[2].stop(finished=True)
+    time.sleep(4)  # twice the timeout
+    assert [one.lost for one in heartbeats] == [""] * 4
+    assert heartbeats[1].lost_after_error() == ""  # an error of another kind: all are alive
 
 
-def test_leaving_after_the_rank_that_has_the_store():
+def test_finishing_after_the_rank_that_has_the_store():
     host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    last = watch.Watch(0, 1, dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False))
+    last = heartbeat.Heartbeat(
+        0, 1, dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)
+    )
     last.start()
     del host
-    last.stop(leaves=True)
+    last.stop(finished=True)
     assert last.lost == ""
 
 
-def test_all_learn_who_is_lost(watches):
-    for one in watches[2:]:  # both at the same beat, as with a machine
+def test_all_learn_who_is_lost(heartbeats):
+    for one in heartbeats[2:]:  # both at the same time, as with a machine
         one.stopped.set()
-    for one in watches[2:]:
+    for one in heartbeats[2:]:
         one.stop()
-    assert watches[0].found.wait(60) and watches[1].found.wait(60)
+    assert heartbeats[0].found.wait(60) and heartbeats[1].found.wait(60)
     place = f"(process {os.getpid()} on {socket.gethostname()})"
-    assert watches[0].lost == watches[1].lost == watches[1].suspect()
-    assert watches[0].lost.startswith(f"rank 2 {place}, rank 3 {place} are lost")
+    assert heartbeats[0].lost == heartbeats[1].lost == heartbeats[1].lost_after_error()
+    assert heartbeats[0].lost.startswith(f"rank 2 {place}, rank 3 {place} are lost")
 
 
 # ---------------------------------------------------------------------------- environment
@@ -257,6 +259,6 @@ def test_a_port_that_is_taken_and_a_rank_that_does_not_come(monkeypatch):
         taken.bind(("localhost", 0))
         taken.listen()
         with pytest.raises(ValueError, match=r"rank 0 has not met rank 0 at .* free on rank 0's machine"):
-            parallel.meet(0, 2, "localhost", taken.getsockname()[1])
+            parallel.rendezvous(0, 2, "localhost", taken.getsockname()[1])
     with pytest.raises(ValueError, match="rank 1 of WORLD_SIZE=2 has not come; start as many processes"):
-        parallel.meet(0, 2, "localhost", free_port())
+        parallel.rendezvous(0, 2, "localhost", free_port())

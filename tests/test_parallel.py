@@ -17,7 +17,8 @@ from layers.experts import local
 from mixture_of_experts import idle_experts_spared
 from training import checkpoints as ckpt
 from training import expert_parallel, muon, parallel
-from training.setup import build_model, build_optimizer, check_config, place_model
+from training.optimizers import build_optimizer
+from training.setup import build_model, check_config, place_model
 
 META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 STEPS, SEQUENCES, T = 5, 8, 16

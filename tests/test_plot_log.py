@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import plot_log
+from tokens import files
+from training.metrics import METRICS, Metric
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def fake_log(
     folder: Path, steps: int, experts: int = 8, vocab: int | None = 50304, seed: int = 0, hella: bool = True
 ) -> Path:
-    """A metrics.jsonl like a real run's; expert 2 of layer 1 dies half-way. No experts: a dense model."""
+    """A metrics.jsonl like a real run's; expert 2 of layer 1 starves half-way. No experts: a dense model."""
     rng, layers, elapsed, batch = np.random.default_rng(seed), 4, 0.0, 524288
     config = {"total_batch_size": batch, "vocab_size": vocab, "n_layer": layers, "n_embd": 768}
     config |= {"use_moe": experts > 0, "num_experts": experts, "num_experts_per_tok": 2}
@@ -64,7 +66,7 @@ def fake_log(
 def drawn(monkeypatch):
     """draw(folders, x="step") -> {panel title up to a colon: axes} and the figure, without writing a file."""
     figures = []
-    monkeypatch.setattr(plot_log, "write", lambda fig, out: figures.append(fig))
+    monkeypatch.setattr(plot_log, "save_picture", lambda fig, out: figures.append(fig))
 
     def draw(*folders, x="step"):
         plot_log.plot_runs([str(folder) for folder in folders], "unused.png", x)
@@ -107,18 +109,19 @@ def test_vector_formats(tmp_path, form, magic):
 
 
 def test_a_failing_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
     folder = fake_log(tmp_path / "log", steps=20)
     out = folder / "training.png"
     out.write_bytes(b"old")
 
-    def break_off(self, target, **_):
-        Path(target).write_bytes(b"half")
-        assert out.read_bytes() == b"old"  # not touched while the new one is being written
-        raise OSError("disk full")
+    def break_off(path, write):
+        def write_half(file):
+            write(file)
+            assert out.read_bytes() == b"old"  # not touched while the new one is being written
+            raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", break_off)
+        files.write_atomically(path, write_half)
+
+    monkeypatch.setattr(plot_log, "write_atomically", break_off)
     with pytest.raises(OSError, match="disk full"):
         plot_log.plot_runs([str(folder)], str(out))
     assert out.read_bytes() == b"old" and sorted(os.listdir(folder)) == ["metrics.jsonl", "training.png"]
@@ -171,11 +174,19 @@ def test_import_is_light_and_keeps_out_of_the_way(tmp_path):
 
 def test_all_panels_of_a_moe_run(tmp_path, drawn):
     axes, fig = drawn(fake_log(tmp_path / "moe", steps=400))
-    titles = ["Loss", "HellaSwag", *plot_log.STACKS, "Expert load at step 400"]
+    titles = ["Loss", "HellaSwag", "Learning rate and gradient norm", "Throughput", "Expert balance"]
+    titles.append("Expert load at step 400")
     titles.append("Expert load over time, a row per expert")
     assert [title for title in axes if title] == titles
     labels = {ax.get_ylabel() for ax in fig.axes}
-    assert {"learning rate", "gradient norm", "tokens/s", "MFU", "max / mean load", "dead experts"} <= labels
+    assert {
+        "learning rate",
+        "gradient norm",
+        "tokens/s",
+        "MFU",
+        "max / mean load",
+        "starved experts",
+    } <= labels
     title = fig.get_suptitle()
     assert (
         "moe" in title and "8 experts, 2 active" in title and "step 400" in title and "HellaSwag 3" in title
@@ -199,6 +210,18 @@ def test_curves_are_the_logs_numbers(tmp_path, drawn):
     )
     low, high = axes["Loss"].get_ylim()
     assert low < raw[:, 1].min() and validation[1:, 1].max() < high < 10  # the first steps' fall is cut
+
+
+def test_a_row_of_the_table_is_a_curve(tmp_path, drawn, monkeypatch):
+    """One row shows another number of the record: in a panel of its own, or in one that is there."""
+    rows = (
+        Metric("ms", "ms per step", panel="Time"),
+        Metric("z_loss", "router z-loss", panel="Expert balance"),
+    )
+    monkeypatch.setattr(plot_log, "METRICS", METRICS + rows)
+    axes, fig = drawn(fake_log(tmp_path / "log", steps=40))
+    assert len(axes["Time"].lines[0].get_xdata()) == 40
+    assert "router z-loss" in [ax.get_ylabel() for ax in fig.axes]
 
 
 @pytest.mark.parametrize("x", ["tokens", "time"])
@@ -257,26 +280,26 @@ def test_reference_lines_need_a_known_vocabulary_in_every_run(tmp_path, drawn):
     assert "GPT-2" not in texts_of(drawn(unknown)[0]["Loss"])
 
 
-def test_dead_experts_are_marked(tmp_path, drawn):
+def test_starved_experts_are_marked(tmp_path, drawn):
     axes, fig = drawn(fake_log(tmp_path / "log", steps=400))
     now = axes["Expert load at step 400"]
     for cross in now.lines:
         np.testing.assert_array_equal(
             cross.get_xydata(), [[2.5, 1.5]]
         )  # expert 2 of layer 1, middle of its cell
-    assert "dead" in now.get_xlabel() and len(texts_of(now).split(" | ")) == 32
+    assert "starved" in now.get_xlabel() and len(texts_of(now).split(" | ")) == 32
     history = axes["Expert load over time, a row per expert"]
     assert [line.get_ydata() for line in history.lines] == [[1 * 8 + 2]]
-    dead = next(ax for ax in fig.axes if ax.get_ylabel() == "dead experts").lines[0].get_ydata()
-    assert dead[-1] == 1 and dead[len(dead) // 2 - 2] == 0
+    starved = next(ax for ax in fig.axes if ax.get_ylabel() == "starved experts").lines[0].get_ydata()
+    assert starved[-1] == 1 / 32 and starved[len(starved) // 2 - 2] == 0  # this log has expert_load alone
 
 
 def test_every_panel_has_room(tmp_path, drawn):
-    """Whether experts are dead or not, and with any number of runs: the layout gives no panel a sliver."""
+    """Whether experts are starved or not, and with any number of runs: the layout gives no panel a sliver."""
     healthy = fake_log(tmp_path / "healthy", steps=20)
     lines = (healthy / "metrics.jsonl").read_text().splitlines()
     (healthy / "metrics.jsonl").write_text("\n".join(lines[:9]))
-    for folders in ([healthy], [fake_log(tmp_path / "dead", steps=20)], [healthy, tmp_path / "dead"]):
+    for folders in ([healthy], [fake_log(tmp_path / "starved", steps=20)], [healthy, tmp_path / "starved"]):
         axes, fig = drawn(*folders)
         fig.draw_without_rendering()
         for ax in axes.values():

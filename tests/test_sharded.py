@@ -5,7 +5,6 @@ Run: python -m pytest tests/test_sharded.py
 tests/test_parallel.py has folders that many processes have written.
 """
 
-import copy
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import equal, full_disk
 from test_checkpoint import little_memory
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -31,7 +31,8 @@ import checkpoint
 from model import GPTConfig, GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import sharded
-from training.checkpoints import CheckpointError
+from training.archives import CHECKPOINT_FORMAT, CheckpointError, NewerFormatError
+from training.checkpoint_writer import CheckpointWriter
 
 
 def content(step: int = 5, tied: bool = True) -> dict:
@@ -49,7 +50,7 @@ def content(step: int = 5, tied: bool = True) -> dict:
     return {
         "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict(),
         "step": step, "val_loss": 3.5, "loader": {"position": 7}, "rng": torch.get_rng_state(),
-        "health": {}, "elapsed_s": 1.0, "train_config": {"T": 8}, "format": sharded.FORMAT,
+        "health": {}, "elapsed_s": 1.0, "train_config": {"T": 8}, "format": CHECKPOINT_FORMAT,
     }  # fmt: skip
 
 
@@ -57,8 +58,8 @@ class Alone:
     """CheckpointWriter of a single process that writes folders."""
 
     def __new__(cls, folder, **more):
-        writer = ckpt.CheckpointWriter(folder, **more)
-        writer.saver = sharded.Saver(None, folder)
+        writer = CheckpointWriter(folder, **more)
+        writer.saver = sharded.Saver(None)
         return writer
 
 
@@ -144,9 +145,13 @@ def test_damage_is_found(saved, name):
 
 def forge(path, change) -> None:
     """Change the index, and its checksum with it."""
-    index = sharded.read_index(path)
+    index = index_of(path)
     change(index)
     write_index(path, index)
+
+
+def index_of(path) -> dict:
+    return json.loads(json.loads((path / "index.json").read_text())["index"])
 
 
 def write_index(path, index: dict) -> None:
@@ -156,7 +161,7 @@ def write_index(path, index: dict) -> None:
 
 def test_a_forged_folder_runs_no_code_and_leads_nowhere(saved, tmp_path):
     path, state = saved
-    index = sharded.read_index(path)
+    index = index_of(path)
 
     class Evil:
         def __reduce__(self):
@@ -169,7 +174,7 @@ def test_a_forged_folder_runs_no_code_and_leads_nowhere(saved, tmp_path):
     assert equal(ckpt.load_checkpoint(path), state)
     (tmp_path / "secret").write_bytes(b"")
     forge(path, outside)
-    with pytest.raises(CheckpointError, match=r"index\.json: .*'\.\./secret' is no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"index\.json: .*'\.\./secret' is missing or is no file"):
         ckpt.load_checkpoint(path)
     write_index(path, index)
     torch.save(Evil(), path / "rest.pt")
@@ -182,25 +187,25 @@ def wte(index: dict) -> dict:
 
 
 FORGERIES = {
-    "it lacks files, tensors or format": lambda index: index.pop("tensors"),
-    r"it lacks rest\.pt": lambda index: index["files"].pop("rest.pt"),
-    "'/etc/passwd' is no file": lambda index: index["files"].update({"/etc/passwd": [1, 1]}),
+    "it lacks one of files, tensors": lambda index: index.pop("tensors"),
+    r"'rest\.pt' is missing": lambda index: index["files"].pop("rest.pt"),
+    "'/etc/passwd' is missing or is no file": lambda index: index["files"].update({"/etc/passwd": [1, 1]}),
+    r"rest\.pt.*: size or checksum is wrong": lambda index: index["files"].update({"rest.pt": []}),
     "does not fit into '/etc/passwd'": lambda index: wte(index)["parts"][0].__setitem__(2, "/etc/passwd"),
-    "'model' is no tensor": lambda index: index["tensors"].update(model=wte(index)),
+    "it is of another index.json": lambda index: index["tensors"].update(load=wte(index)),
     "there is no dtype 'load'": lambda index: wte(index).update(dtype="load"),
-    "there is no dtype 'qint8'": lambda index: wte(index).update(dtype="qint8"),
     "no tensor can be read from byte .* it is no torch.int32": lambda index: wte(index).update(dtype="int32"),
     "it lacks 'shape'": lambda index: wte(index).pop("shape"),
-    "there are 4224 elements of 4240": lambda index: wte(index).update(shape=[265, 16]),
-    "goes beyond its shape": lambda index: wte(index).update(shape=[16, 264]),
-    "there are 0 elements of 4224": lambda index: wte(index).update(parts=[]),
-    "there are 8448 elements of 4224": lambda index: wte(index).update(parts=2 * wte(index)["parts"]),
-    "no counts": lambda index: wte(index)["parts"][0].__setitem__(3, -1),
-    r"does not fit into '__0_0\.distcp'": lambda index: wte(index)["parts"][0].__setitem__(3, 10**9),
+    "do not fill its shape .265, 16. exactly": lambda index: wte(index).update(shape=[265, 16]),
+    "do not fill its shape .16, 264. exactly": lambda index: wte(index).update(shape=[16, 264]),
+    "do not fill its shape .264, 16. exactly": lambda index: wte(index).update(parts=[]),
+    "do not fill .* exactly once": lambda index: wte(index).update(parts=2 * wte(index)["parts"]),
+    "no tensor can be read from byte -1": lambda index: wte(index)["parts"][0].__setitem__(3, -1),
+    r"__0_0\.distcp: .* the file is cut off": lambda index: wte(index)["parts"][0].__setitem__(3, 10**9),
     "a part of .* does not fit into": lambda index: wte(index)["parts"][0].__setitem__(4, 5),
-    "no tensor can be read from byte": lambda index: wte(index)["parts"][0].__setitem__(3, 5),
-    "not of one checkpoint": lambda index: index["tensors"].update({"optimizer.99.exp_avg": wte(index)}),
-    "are not of one": lambda index: index["tensors"].pop("model.transformer.wte.weight"),
+    "no tensor can be read from byte 5": lambda index: wte(index)["parts"][0].__setitem__(3, 5),
+    "another index.json: it lacks 99": lambda index: index["tensors"].update({"optimizer.99.m": wte(index)}),
+    "another index.json: it lacks .*wte": lambda index: index["tensors"].pop("model.transformer.wte.weight"),
 }
 
 
@@ -214,16 +219,22 @@ def test_a_forged_index_is_refused(saved, capsys, message):
     assert checkpoint.main(["verify", str(path)]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_parts_that_overlap_are_refused_though_their_sizes_add_up():
-    boxes = [[(0, 2), (0, 4)], [(2, 4), (0, 2)], [(2, 4), (2, 4)]]
-    sharded.check_cover("x", [4, 4], boxes)
-    sharded.check_cover("x", [], [[]])
-    sharded.check_cover("x", [0, 3], [])
-    for wrong in ([(1, 3), (2, 4)], [(0, 2), (2, 4)]):
-        with pytest.raises(ValueError, match="parts of x overlap"):
-            sharded.check_cover("x", [4, 4], [*boxes[:2], wrong])
-    with pytest.raises(ValueError, match="of x there are 12 elements of 16"):
-        sharded.check_cover("x", [4, 4], boxes[:2])
+def test_parts_that_overlap_or_leave_a_gap_are_refused_though_their_sizes_add_up():
+    def check(shape, *parts):  # each (offsets, sizes)
+        chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in parts]
+        sharded.check_grid("x", torch.Size(shape), chunks)
+
+    cells = [((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (3, 2)), ((2, 2), (3, 2))]
+    check([5, 4], *cells)
+    check([], ((), ()))
+    wrong = [
+        ([4, 4], ((0, 0), (3, 4)), ((2, 0), (1, 4))), ([4, 4], ((0, 0), (3, 4)), ((4, 0), (1, 4))),
+        ([5, 4], *cells[:3], cells[2]), ([5, 4], *cells[:3]), ([5], ((0, 0), (5, 1))), ([], ((0,), (1,))),
+        ([-2, -3], ((0, 0), (-2, 3))), ([5, 4],), ([],), ([4], ((1,), (4,))), ([4], ((0,), (4, 1))),
+    ]  # fmt: skip
+    for shape, *parts in wrong:
+        with pytest.raises(ValueError, match="the parts of x do not fill its shape"):
+            check(shape, *parts)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +243,7 @@ def tiny(tmp_path_factory) -> tuple[dict[str, bytes], dict]:
     moments = {"step": torch.tensor(2.0), "exp_avg": torch.randn(4, 3)}
     state = {
         "model": {"a": torch.randn(4, 3), "b": torch.arange(3), "c": torch.tensor(1.5)},
-        "config": {"n_layer": 1}, "step": 5, "format": sharded.FORMAT,
+        "config": {"n_layer": 1}, "step": 5, "format": CHECKPOINT_FORMAT,
         "optimizer": {"state": {0: moments}, "param_groups": [{"params": [0]}]},
     }  # fmt: skip
     path = tmp_path_factory.mktemp("tiny") / "model_00005"
@@ -296,7 +307,7 @@ def test_any_other_index_is_refused_or_gives_the_right_tensors(tiny, tmp_path, d
     """One to three places of it hold something else, or nothing, and its checksum is right."""
     files, truth = tiny
     path = put(tmp_path / "model_00005", files)
-    index = copy.deepcopy(sharded.read_index(path))
+    index = index_of(path)
     for _ in range(data.draw(st.integers(1, 3))):
         *way, key = data.draw(st.sampled_from(places(index)[1:]))
         inner = index
@@ -320,8 +331,8 @@ def test_any_other_index_is_refused_or_gives_the_right_tensors(tiny, tmp_path, d
 
 def test_a_newer_format_is_named(saved):
     path, _ = saved
-    forge(path, lambda index: index.update(format=sharded.FORMAT + 1))
-    with pytest.raises(ckpt.NewerFormatError, match="update the program"):
+    forge(path, lambda index: index.update(format=CHECKPOINT_FORMAT + 1))
+    with pytest.raises(NewerFormatError, match="update the program"):
         ckpt.load_newest(path.parent)
 
 
@@ -370,7 +381,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     bad["model"]["transformer.wte.weight"][3, 3] = float("nan")
     writer.save(bad)
     assert isinstance(writer.wait(), CheckpointError) and "NOT WRITTEN" in said[-1]
-    assert "step 2 is not saved: model.transformer.wte.weight is not finite on rank 0" in said[-1]
+    assert "step 2 is not saved: model.transformer.wte.weight is not finite" in said[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "model_00001"]
     assert writer.error is not None
     writer.save(content(3))
@@ -431,7 +442,7 @@ def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
     mesh, seen, said = init_device_mesh("cpu", (2,)), [], []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = {"model": {"a": weight, "b": torch.ones(7)}, "config": {}}
-    writer = ckpt.CheckpointWriter(folder, keep_last=9, say=said.append, rank=rank, savers=dist.group.WORLD)
+    writer = CheckpointWriter(folder, keep_last=9, say=said.append, rank=rank, savers=dist.group.WORLD)
     writer.retry_s = 0
 
     def save(step: int, here: bool, before=lambda: None, sick: float = 0.0) -> None:
@@ -492,7 +503,7 @@ def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
     errors = [error for _, error, _ in seen[0]]
     assert "rank 1: [Errno 27] File too large" in errors[1] and "File too large" in errors[2]
     assert "No space left" in errors[4] and "rank 1: " in errors[6] and "can't allocate memory" in errors[6]
-    assert errors[5] == "step 6 is not saved: model.a is not finite on rank 1"
+    assert errors[5] == "rank 1: step 6 is not saved: model.a is not finite"
     assert sorted(path.name for path in tmp_path.glob("*model*")) == [
         "model_00001", "model_00004", "model_00008",
     ]  # fmt: skip

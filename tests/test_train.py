@@ -4,6 +4,8 @@ presets.
 Run: python -m pytest tests/test_train.py
 """
 
+import dataclasses
+import importlib.util
 import json
 import math
 import subprocess
@@ -19,6 +21,7 @@ import train_gpt_moe
 from fineweb import prepare_demo
 from model import GPT, GPTLMHeadModel
 from train_gpt_moe import PRESETS, TrainConfig, parse_config
+from training import parallel
 from training.optimizers import learning_rate
 from training.setup import check_config
 
@@ -179,8 +182,6 @@ def test_flags_win_over_presets_and_aliases_are_fields():
 
 
 def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
-    from training import parallel
-
     world = parallel.World(0, 0, 3, torch.device("cpu"))
     assert check_config(TrainConfig(B=4, T=8, total_batch_size=192), world) == 2
     with pytest.raises(
@@ -191,8 +192,6 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
 
 @pytest.mark.parametrize(("steps", "expected"), [(30, 3), (5, 0), (40, 4), (41, 40), (0, 40)])
 def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
-    from training import parallel
-
     world, said = parallel.World(0, 0, 1, torch.device("cpu")), []
     config, given = parse_config(["--preset", "demo", "--max_steps", str(steps)])
     check_config(config, world, given, said.append)
@@ -241,3 +240,39 @@ def test_starting_weights_from_a_checkpoint(finished, demo_data, tmp_path):
         "--data_dir", demo_data, "--log_dir", tmp_path, "--B", 16, "--init_from", log_dir / "model_00005.pt"
     )
     assert losses(tmp_path, "val")[0] == pytest.approx(losses(log_dir, "val")[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "edited", "flag"),
+    [
+        ("max_lr: float = setting(6e-4,", "max_lr: float = setting(1e-3,", "--max_lr=1e-3"),
+        ("max_steps: int = setting(19073,", "max_steps: int = setting(100,", "--max_steps=100"),
+        ("T: int = setting(1024,", "T: int = setting(512,", "--T=512"),
+        ("num_experts: int = setting(2,", "num_experts: int = setting(8,", "--num_experts=8"),
+        ("seed: int = setting(1337,", "seed: int = setting(7,", "--seed=7"),
+    ],
+)
+def test_an_edited_constant_behaves_like_a_flag(tmp_path, line, edited, flag):
+    """What follows from a setting (min_lr from max_lr, the warmup from max_steps) follows an edit, too."""
+    code = (ROOT / "train_gpt_moe.py").read_text(encoding="utf-8")
+    assert code.count(line) == 1
+    (tmp_path / "edited_script.py").write_text(code.replace(line, edited), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_script", tmp_path / "edited_script.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up there
+    spec.loader.exec_module(script)
+    world, configs = parallel.World(0, 0, 1, torch.device("cpu")), []
+    for module, arguments in ((script, []), (train_gpt_moe, [flag])):
+        config, given = module.parse_config(arguments)
+        check_config(config, world, given, lambda text: None)
+        configs.append(dataclasses.asdict(config))
+    assert configs[0] == configs[1] != dataclasses.asdict(TrainConfig())
+    assert configs[0]["min_lr"] == pytest.approx(configs[0]["max_lr"] / 10)
+
+
+def test_min_lr_follows_max_lr_unless_it_is_given():
+    world = parallel.World(0, 0, 1, torch.device("cpu"))
+    for flags, expected in ([], 6e-5), (["--max_lr=1e-3"], 1e-4), (["--min_lr=1e-5"], 1e-5):
+        config, given = parse_config(flags)
+        check_config(config, world, given)
+        assert config.min_lr == expected

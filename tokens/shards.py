@@ -1,6 +1,7 @@
-"""Tokens on disk and in batches: encodings, the shard format, and the loader that reads it.
+"""Tokens on disk and in batches: the shard format, and the loader that reads it.
 
-fineweb.py makes shards, and hands on all that is here.
+    loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
+    x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
 A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32
 (magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another,
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import functools
 import glob
 import hashlib
@@ -25,61 +25,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import tiktoken
 
 from tokens.files import write_atomically
 
 if TYPE_CHECKING:
-    import torch  # imported only where it is used: the tokenising processes start far sooner without it
+    import torch  # the methods import it: the tokenising processes start far sooner without it
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256
-EOT = "<|endoftext|>"
-MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,999 spaces in a row
-OPEN_SHARDS = 256  # memory maps a loader keeps; each takes a file descriptor, often limited to 1,024
-ROUNDS = 6  # of the Feistel network that shuffles
-
-# ----------------------------------------------------------------------------------------------------------
-# ENCODINGS
-
-
-@functools.cache
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding `name`: "bytes" (256 bytes and <|endoftext|> = 256, needs no files) or one of tiktoken's.
-
-    Raises ValueError if it is unknown, its files cannot be had, or its ids do not fit a shard's uint16.
-    """
-    if name == "bytes":
-        # With no merges, pieces of any size give the same ids; lines are fast.
-        pieces, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
-    known = ["bytes", *tiktoken.list_encoding_names()]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"encoding={name!r} is unknown{hint}; there are {', '.join(known)}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except OSError as error:
-        raise ValueError(
-            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}); without network "
-            "let TIKTOKEN_CACHE_DIR name a folder where tiktoken has put them before, or use --encoding bytes"
-        ) from error
-    if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
-        raise ValueError(
-            f"encoding={name!r} has {encoding.n_vocab} ids; a shard's uint16 takes 65536, {EOT} among them: "
-            "use gpt2, r50k_base, p50k_base or bytes"
-        )
-    return encoding
-
-
-def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of `text`, uint16; what looks like a special token in it is ordinary text."""
-    parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
-    ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-    return np.concatenate(ids).astype(np.uint16)
-
+OPEN_SHARDS = 256  # memory maps that a loader keeps; each takes a file descriptor, often limited to 1,024
+FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 # ----------------------------------------------------------------------------------------------------------
 # SHARDS
@@ -98,10 +54,10 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, uint16: to be converted before torch sees them.
+    """The tokens of a shard, memory-mapped, uint16 (which must be converted before torch gets them).
 
-    The first bytes tell its format: llm.c's, numpy's .npy (build-nanogpt), or else headerless uint16
-    (nanoGPT). Raises FileNotFoundError, or ValueError for whatever is not a whole shard.
+    Its first bytes tell the format: llm.c's, or numpy's .npy (build-nanogpt), otherwise headerless uint16
+    (nanoGPT). Raises FileNotFoundError, or ValueError if the file is not a whole shard.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -122,11 +78,9 @@ def read_shard(path: str | os.PathLike) -> np.memmap:
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     if size != start + 2 * count:
-        what = "truncated" if size < start + 2 * count else "padded"
-        raise ValueError(
-            f"{path} is {what}: header and {count} tokens take {start + 2 * count} bytes, it has {size}; "
-            + _rebuild(path)
-        )
+        wrong, need = "truncated" if size < start + 2 * count else "padded", start + 2 * count
+        sizes = f"header and {count} tokens take {need} bytes, it has {size}"
+        raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
@@ -150,16 +104,15 @@ def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
 
 
 def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
-    """Raise ValueError if a file without a header is something else than bare tokens."""
+    """Raise ValueError if a file without a header is something other than bare tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-    kind = next((kind for start, kind in signatures.items() if head.startswith(start)), None)
-    why = f"it is {kind}" if kind else None
+    why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
     if magic == MAGIC:
         why = f"it is truncated within its header, at {len(head)} bytes"
-    # llm.c's magic numbers are dates, which as uint16 are no tokens of GPT-2; its headers end in zeros.
+    # llm.c's magic numbers are dates; read as uint16, these are no tokens of GPT-2. Its headers end in zeros.
     elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
         why = f"it has magic number {magic} instead of {MAGIC}"
-    # Tokens soon have a control character among their bytes; text has none.
+    # Text has no control characters. The bytes of tokens soon have one.
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
             if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
@@ -169,9 +122,9 @@ def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
 
 
 def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
-    """Shards in reading order: in a folder those with `split` in their names; else all that match a pattern.
+    """Shards in reading order: those of a folder with `split` in their names, or all that match a pattern.
 
-    Knows the names of llm.c, build-nanogpt and nanoGPT too (fineweb_train_000001.bin, train.bin, ...).
+    The names of llm.c, build-nanogpt and nanoGPT are found too (fineweb_train_000001.bin, train.bin, ...).
     Raises FileNotFoundError that says what is missing and how to make it.
     """
     where = os.fspath(where)
@@ -193,23 +146,8 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
     return paths
 
 
-def count_tokens(path: str) -> int:
-    """Tokens in a shard; 0 if it is missing or damaged."""
-    try:
-        return len(read_shard(path))
-    except (FileNotFoundError, ValueError):
-        return 0
-
-
-def describe(encoding: tiktoken.Encoding, shards: dict[str, int], complete: bool) -> dict:
-    """What every meta.json says; `shards` is the number of tokens by file name."""
-    counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
-    vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
-    return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
-
-
 def load_metas(folder: str) -> dict[str, dict]:
-    """Path -> content of a folder's meta.json, or each machine's meta_p0000.json, ... Raises ValueError."""
+    """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json). Raises ValueError."""
     metas = {}
     kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
     names = "meta.json", "meta_p[0-9]*.json"
@@ -228,15 +166,14 @@ def load_metas(folder: str) -> dict[str, dict]:
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """meta.json of a data folder: "encoding", "vocab_size", "eot_token", "tokens" by split, "source", ...
 
-    pattern: of the shards, if they may lie elsewhere; then the folder is that of the first of them.
-    Where several machines wrote the shards, their counts are added up. A folder without it is taken to be
-    GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for a damaged or contradictory file.
+    pattern: if given, the folder is that of the first shard that matches it.
+    If several machines wrote the shards, their token counts are added. Without meta.json the tokens are taken
+    to be GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
     """
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"there is no data folder {folder}; make it: `python fineweb.py --out {folder}`"
-        )
+        make_it = f"make it: `python fineweb.py --out {folder}`"
+        raise FileNotFoundError(f"there is no data folder {folder}; {make_it}")
     metas = load_metas(folder)
     if not metas:
         warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
@@ -258,11 +195,11 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where the permutation of range(n) that `keys`, (rounds,) uint64, choose sends each of `index`, (k,).
+    """Images of `index`, (k,), under the permutation of range(n) that `keys`, (rounds,) uint64, select.
 
-    A Feistel network on just enough bits for n, walked until it lands below n (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002), mixed by the finaliser of MurmurHash3. A table would cost each rank
-    80 MB and a second an epoch for 10 billion tokens; this needs no memory and knows every epoch at once.
+    It is a Feistel network on just enough bits for n, applied again until the result is below n (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser.
+    A table of the permutation would cost each rank 80 MB and a second an epoch for 10 billion tokens.
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -280,37 +217,29 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 class DistributedDataLoader:
-    """Endless batches of a data set, the same stream for any number of ranks, any B and any accumulation.
+    """Endless batches of a data set: the same stream for any number of ranks, any B and any accumulation.
 
-    A sample is a window of T tokens and the one after it; windows do not overlap and stay inside their shard,
-    so up to T tokens at a shard's end are unused. Each call, made on all ranks, consumes the next
-    B * world_size samples, of which rank r takes the r-th B.
+    A sample is a window of T tokens and the token after it. Windows do not overlap and stay in their shard:
+    up to T tokens at the end of a shard are unused. All ranks call next_batch() equally often. Each call
+    consumes the next B * world_size samples, of which rank r takes the r-th B.
 
     pattern     glob pattern, folder (its train shards) or list of files
-    shuffle     True: in each epoch every sample comes once, in an order that is a pure function of (T, seed,
-                epoch) and of the shards' lengths.
-                False: llm.c's order, batch after batch through each shard, whose rest is skipped when it is
-                too short for a batch of all ranks and one token; after the last shard comes the first.
-                (llm.c's ranks leave a shard each by their own position, here they leave it together.)
+    shuffle     True: each epoch has every sample once, in an order that depends only on T, seed, the number
+                of the epoch and the lengths of the shards.
+                False: llm.c's order, batch after batch through each shard. If the rest of a shard is too
+                short for a batch of all ranks and one token, it is skipped. The last shard is followed by
+                the first. (llm.c's ranks leave a shard each at its own position; here all leave it together.)
     vocab_size  every token read must be below it
-    prefetch    batches that a background thread keeps ready, on CUDA in the GPU's memory
+    prefetch    number of batches that a background thread keeps ready, in the GPU's memory if device is CUDA
 
-    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for none.
+    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for no data.
     """
 
     def __init__(
-        self,
-        pattern: str | os.PathLike | Sequence[str],
-        B: int,
-        T: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        seed: int = 1337,
-        device: str | torch.device = "cpu",
-        vocab_size: int | None = None,
-        prefetch: int = 2,
-    ):
+        self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0, world_size: int = 1,
+        shuffle: bool = True, seed: int = 1337, device: str | torch.device = "cpu",
+        vocab_size: int | None = None, prefetch: int = 2,
+    ):  # fmt: skip
         import torch
 
         for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
@@ -331,9 +260,8 @@ class DistributedDataLoader:
         for path in self.files:
             tokens = read_shard(path)
             lengths.append(len(tokens))
-            digest.update(
-                len(tokens).to_bytes(8, "little") + tokens[:256].tobytes() + tokens[-256:].tobytes()
-            )
+            ends = tokens[:256].tobytes() + tokens[-256:].tobytes()
+            digest.update(len(tokens).to_bytes(8, "little") + ends)
         group = B * world_size
         samples = (np.array(lengths) - 1) // T  # (files,)
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
@@ -351,19 +279,20 @@ class DistributedDataLoader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._upload = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._batches: deque[Future] = deque()
-        self.position = 0  # global samples handed out, to all ranks together
+        self.position = 0  # samples handed out so far, to all ranks together
 
     def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of its first token) of a sample: where to look up the text of a strange batch."""
-        file, offset = self._locate(np.array([global_sample]))
-        return self.files[file[0]], int(offset[0])
+        """(file, offset of its first token) of a sample, for looking up the text of a strange batch."""
+        (file,), (offset,) = self._locate(np.array([global_sample]))
+        return self.files[file], int(offset)
 
     def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the file, offset of the first token) of global samples, (k,) int64."""
+        """(number of the file, offset of the first token) of each of the samples `index`, (k,) int64."""
         epochs, index = np.divmod(index, self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
-                keys = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
+                seeds = np.random.SeedSequence([self.seed, int(epoch)])
+                keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
                 index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
         file = np.searchsorted(self._ends, index, side="right")
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
@@ -371,7 +300,7 @@ class DistributedDataLoader:
     def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Inputs and targets of this rank's batch at a position, (2, B, T) int64.
 
-        With CUDA they are on their way to the GPU, and the event tells when they have arrived.
+        With CUDA the copy to the GPU has only begun; the event is recorded when it is done.
         """
         import torch
 
@@ -383,21 +312,21 @@ class DistributedDataLoader:
                 at = int(np.argmax(row >= self.vocab_size))
                 raise ValueError(
                     f"{self.files[file]}: token {row[at]} at offset {start + at} is not below vocab_size="
-                    f"{self.vocab_size}: the shard is damaged or of another encoding than the model; "
+                    f"{self.vocab_size}: the shard is damaged, or its encoding is not the model's; "
                     + _rebuild(self.files[file])
                 )
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
         if self._upload is None:
             return batch, None
-        torch.cuda.set_device(self.device)  # of this thread: pinning would otherwise wake up GPU 0
-        with torch.cuda.stream(self._upload):  # beside the training, which goes on meanwhile
+        torch.cuda.set_device(self.device)  # for this thread; otherwise pinning would initialise GPU 0
+        with torch.cuda.stream(self._upload):  # training runs on in its own stream meanwhile
             batch = batch.pin_memory().to(self.device, non_blocking=True)
             return batch, self._upload.record_event()
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y), each (B, T) int64 on the device, y one token later than x.
+        """(x, y), each (B, T) int64 on the device; y is one token later than x.
 
-        Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone; the position
+        Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone. The position
         then stays where it was.
         """
         import torch
@@ -414,7 +343,7 @@ class DistributedDataLoader:
         if arrived is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_event(arrived)  # the GPU waits, not this process
-            batch.record_stream(training)  # its memory is free again when the training is done with it
+            batch.record_stream(training)  # torch reuses the memory only when `training` is done with it
         x, y = batch.to(self.device)
         return x, y
 
@@ -425,15 +354,15 @@ class DistributedDataLoader:
         self.position = position
 
     def reset(self) -> None:
-        """Start over, as before each validation."""
+        """Start from the first sample again, as before each validation."""
         self._seek(0)
 
     def state_dict(self) -> dict:
-        """What has been handed out (not what has been prefetched), and what identifies the stream."""
+        """The position (prefetched batches do not count), and what identifies the stream."""
         return {"position": self.position, **self._stream}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, by whatever number of ranks. Raises ValueError on another stream."""
+        """Go on where `state` was taken, on any number of ranks. Raises ValueError for another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
                 raise ValueError(

@@ -1,16 +1,16 @@
-"""Documents out of files and datasets, for fineweb.py: readers that can stop anywhere and go on from there.
+"""Readers of documents, for fineweb.py. Reading can stop anywhere and go on from there.
 
-    files = find_files("corpus/")                            # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
-    place = dict(START)                                      # how far reading has come; goes into meta.json
-    for begins, text in read_local(job, files, place): ...   # job: what fineweb.py was told, a Job
+    position = dict(START_POSITION)  # how far reading has come; kept in meta.json
+    pieces = read_files(find_files("corpus/"), "text", position)
+    for begins, text in select(pieces, config, position): ...
 
-A reader yields pieces of text, (whether one begins a document, text), and keeps `place` at what it has
-yielded: a reader that starts from a copy of it repeats nothing and leaves nothing out.
+A document comes in pieces; `begins` says whether a piece is its first. `position` stays at the last piece
+that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out. (Local files are
+not read by `datasets`: it refuses invalid UTF-8, and its errors do not name the line.)
 """
 
 from __future__ import annotations
 
-import codecs
 import io
 import json
 import os
@@ -19,23 +19,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-TASK_CHARS = 1 << 19  # text handed to a worker at a time: some 30 ms of work
-
-# How far reading has come.
-START = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
+TASK_CHARS = 1 << 19  # characters handed to a tokenising process at a time: some 30 ms of work
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+LETTER_BEFORE_SPACE = re.compile(rb".*[A-Za-z](?=[ \n])", re.DOTALL)  # up to the last such place
+# Number of the file; what is done of it (bytes of .txt, lines of .jsonl, rows of .parquet); bytes read of all
+# files; documents seen, those of this part, the empty ones of these; invalid characters replaced.
+START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
+Pieces = Iterator[tuple[bool, str, dict]]  # begins, text, what changes in the position
 
 
 def decode(raw: bytes | bytearray) -> str:
-    """UTF-8, without its byte order mark; invalid bytes become surrogate escapes, for clean() to count."""
-    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    """UTF-8 without its byte order mark. Invalid bytes become surrogate escapes, for replace_invalid."""
+    return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
-def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
-    """(begins the document, bytes read, text, bytes read) of pieces of a .txt file, which is one document.
+def read_txt(path: str, at: int, field: str = "") -> Pieces:
+    """Pieces of a .txt file from byte `at` on. The whole file is one document.
 
-    It is cut so that it need not fit into memory and yet has the tokens of the whole: between an ASCII letter
-    and a space or line feed, across which none of tiktoken's encodings has a token or looks back. Where there
-    is no such place it is not cut.
+    It need not fit into memory. The pieces have the tokens of the whole: cuts are only made between an ASCII
+    letter and a space or line feed, where all of tiktoken's encodings begin a token without looking back.
     """
     with open(path, "rb") as file:
         file.seek(at)
@@ -43,25 +45,22 @@ def read_txt(path: str, at: int) -> Iterator[tuple[bool, int, str, int]]:
         while chunk := file.read(TASK_CHARS):
             fresh = max(1, len(held))
             held += chunk
-            for end in range(len(held) - 1, fresh - 1, -1):
-                if held[end] in b" \n" and held[end - 1 : end].isalpha():
-                    at += end
-                    yield begins, at, decode(held[:end]), at
-                    begins = False
-                    del held[:end]
-                    break
+            if cut := LETTER_BEFORE_SPACE.match(held, fresh - 1):
+                at += cut.end()
+                yield begins, decode(held[: cut.end()]), {"at": at, "read": at}
+                begins = False
+                del held[: cut.end()]
         if held or begins:
-            at += len(held)
-            yield begins, at, decode(held), at
+            yield begins, decode(held), {"at": at + len(held), "read": at + len(held)}
 
 
-def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
-    """(True, lines read, text, bytes read) of the lines of a .jsonl, .jsonl.gz or .jsonl.zst file."""
+def read_jsonl(path: str, at: int, field: str) -> Pieces:
+    """The lines after the first `at` of a .jsonl, .jsonl.gz or .jsonl.zst file: one document each."""
     with open(path, "rb") as file:
         lines = file
-        if not path.endswith(".jsonl") and os.path.getsize(path) == 0:
-            raise ValueError(f"{path} is empty, which no compressed file is")
         if not path.endswith(".jsonl"):
+            if os.path.getsize(path) == 0:
+                raise ValueError(f"{path} is empty, which no compressed file is")
             import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
             kind = "gzip" if path.endswith(".gz") else "zstd"
@@ -73,54 +72,41 @@ def read_jsonl(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, 
                     record = json.loads(decode(line))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not a JSON object ({error})") from error
-                yield True, number, text_of(record, name, where), file.tell()
+                yield True, text_of(record, field, where), {"at": number, "read": file.tell()}
 
 
-def read_parquet(path: str, at: int, name: str) -> Iterator[tuple[bool, int, str, int]]:
-    """(True, rows read, text, bytes read) of the rows of a .parquet file."""
+def read_parquet(path: str, at: int, field: str) -> Pieces:
+    """The rows after the first `at` of a .parquet file: one document each."""
     import pyarrow
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as table:
-        text_of(dict.fromkeys(table.schema_arrow.names), name, path)
-        kind = table.schema_arrow.field(name).type
+        text_of(dict.fromkeys(table.schema_arrow.names), field, path)
+        kind = table.schema_arrow.field(field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if kind not in (pyarrow.string(), pyarrow.large_string()):
-            raise ValueError(f"{path}: the field {name!r} is not text")
-        row, size = 0, os.path.getsize(path)
-        for group in range(table.num_row_groups):
-            count = table.metadata.row_group(group).num_rows
-            if row + count <= at:
-                row += count
-                continue
-            for batch in table.iter_batches(1000, [group], [name]):
-                # By way of text: a dictionary becomes nothing else. To bytes, for text that is no UTF-8.
-                for raw in batch.column(0).cast(kind).cast(pyarrow.large_binary()).to_pylist():
-                    row += 1
-                    if row > at:
-                        yield True, row, decode(raw or b""), size * row // table.metadata.num_rows
+            raise ValueError(f"{path}: the field {field!r} is not text")
+        size, batches = os.path.getsize(path), table.iter_batches(1000, columns=[field])
+        # A dictionary's values can only be cast to text. Bytes, because the text may be invalid UTF-8.
+        columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
+        for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
+            if row > at:
+                yield True, decode(raw or b""), {"at": row, "read": size * row // table.metadata.num_rows}
 
 
-def text_of(record: object, name: str, where: str) -> str:
-    """The text in a record. Raises ValueError that names the fields there are."""
+def text_of(record: object, field: str, where: str) -> str:
+    """The text in a record. Raises ValueError that names the fields the record has."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: {type(record).__name__} instead of an object with the field {name!r}")
-    if name not in record:
-        raise ValueError(f"{where}: no field {name!r}, only {', '.join(map(repr, record))}; see --text_field")
-    if not isinstance(record[name], str | None):
-        raise ValueError(f"{where}: the field {name!r} holds {type(record[name]).__name__}, not text")
-    return record[name] or ""
+        raise ValueError(f"{where}: {type(record).__name__} instead of an object with the field {field!r}")
+    if field not in record:
+        there = ", ".join(map(repr, record))
+        raise ValueError(f"{where}: no field {field!r}, only {there}; see --text_field")
+    if not isinstance(record[field], str | None):
+        raise ValueError(f"{where}: the field {field!r} holds {type(record[field]).__name__}, not text")
+    return record[field] or ""
 
 
-def take(job: Any, place: dict) -> bool:
-    """Count a document; whether it is this part's."""
-    mine = place["seen"] % job.num_parts == job.part
-    place["seen"] += 1
-    place["documents"] += mine
-    return mine
-
-
-def clean(text: str, place: dict) -> str:
+def replace_invalid(text: str, position: dict) -> str:
     """`text` with U+FFFD, counted, for invalid UTF-8 (read as surrogate escapes) and lone surrogates."""
     try:
         text.encode()
@@ -128,94 +114,77 @@ def clean(text: str, place: dict) -> str:
         known = text.count("\ufffd")
         text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        place["replaced"] += text.count("\ufffd") - known
+        position["replaced"] += text.count("\ufffd") - known
     return text
 
 
 def find_files(path: str) -> list[str]:
-    """The file itself, or the files of text in a folder and below it, each folder once, hidden ones left out.
-
-    Raises ValueError if there are none.
-    """
-    suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+    """The file itself, or all files of text in and below a folder but hidden ones. ValueError if none."""
     found, seen = [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        here = os.path.realpath(folder)
-        if here in seen:  # a link may lead to a folder above it, and round and round
+        real = os.path.realpath(folder)
+        if real in seen:  # links can lead to a folder again, and in circles
             folders.clear()
             continue
-        seen.add(here)
-        folders[:] = sorted(name for name in folders if name[0] != ".")  # which of two names is taken
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine visits the same ones
         found += [os.path.join(folder, name) for name in names if name[0] != "."]
-    files = sorted(file for file in found if file.endswith(suffixes) and os.path.isfile(file))
+    files = sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
     if not files:
-        raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(suffixes)}")
+        raise ValueError(f"source={path!r} is not, and does not hold, a file named {', '.join(SUFFIXES)}")
     return files
 
 
-def read_local(job: Any, files: list[str], place: dict) -> Iterator[tuple[bool, str]]:
-    """(begins a document, text) from `place` on, which is kept at what has been yielded.
-
-    Raises ValueError naming file and line for what cannot be read.
-    """
-    mine, before = True, sum(map(os.path.getsize, files[: place["file"]]))
-    for path in files[place["file"] :]:
-        if path.endswith(".txt"):
-            pieces = read_txt(path, place["at"])
-        else:
-            read = read_parquet if path.endswith(".parquet") else read_jsonl
-            pieces = read(path, place["at"], job.text_field)
+def read_files(files: list[str], field: str, position: dict) -> Pieces:
+    """The documents of the files, from `position` on. Raises ValueError that names the file and its line."""
+    first, start = position["file"], position["at"]
+    before = sum(map(os.path.getsize, files[:first]))
+    for number, path in enumerate(files[first:], first):
+        reader = {".txt": read_txt, ".parquet": read_parquet}.get(os.path.splitext(path)[1], read_jsonl)
         try:
-            for begins, at, text, read_bytes in pieces:
-                if begins:
-                    if place["documents"] == job.limit_docs:
-                        return
-                    mine = take(job, place)
-                place["at"], place["read"] = at, before + read_bytes
-                if not mine:
-                    continue
-                text = clean(text, place)
-                if begins and not text.strip():
-                    place["empty"] += 1
-                else:
-                    yield begins, text
+            for begins, text, done in reader(path, start, field):
+                yield begins, text, {"file": number, "at": done["at"], "read": before + done["read"]}
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's do not name the file
             if path in str(error):
                 raise
             raise ValueError(f"{path} cannot be read: {error}") from error
-        before += os.path.getsize(path)
-        place["file"], place["at"] = place["file"] + 1, 0
+        before, start = before + os.path.getsize(path), 0
 
 
-def read_hub(job: Any, place: dict) -> tuple[Iterator[tuple[bool, str]], int | None]:
-    """As read_local, streaming a dataset of the Hub; and how many documents it has, where that is known.
+def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
+    """The documents of a streamed dataset of the Hub, how many there are (None: unknown), config for select.
 
-    With several parts each takes its own of the dataset's files if there are enough, so that nothing is
-    downloaded twice, and else every num_parts-th document. Raises OSError (no such dataset, no network) or
-    ValueError (no such subset, split or field).
+    If the dataset has at least num_parts files, each part reads its own files and downloads nothing else.
+    Raises OSError (no such dataset, no network) or ValueError (no such subset, split or field).
     """
     import datasets
 
-    where = {"split": job.split, "revision": job.revision}
-    data = datasets.load_dataset(job.source, job.subset, **where, streaming=True)
-    splits = data.info.splits or {}
-    total = splits[job.split].num_examples // job.num_parts if job.split in splits else None
-    if job.num_parts > 1 and data.num_shards >= job.num_parts:
-        data = data.shard(job.num_parts, job.part)
-        job = replace(job, num_parts=1, part=0)
-    if "hub" in place:
-        data.load_state_dict(place["hub"])
+    split, revision = config.split, config.revision
+    data = datasets.load_dataset(config.source, config.subset, split=split, revision=revision, streaming=True)
+    total = getattr((data.info.splits or {}).get(split), "num_examples", None)
+    if config.num_parts > 1 and data.num_shards >= config.num_parts:
+        data = data.shard(config.num_parts, config.part)
+        config = replace(config, num_parts=1, part=0)
+    if "hub" in position:
+        data.load_state_dict(position["hub"])
+    texts = ((text_of(record, config.text_field, config.source), data.state_dict()) for record in data)
+    return ((True, text, {"hub": state}) for text, state in texts), total, config
 
-    def stream() -> Iterator[tuple[bool, str]]:
-        for record in data:
-            if place["documents"] == job.limit_docs:
+
+def select(pieces: Pieces, config: Any, position: dict) -> Iterator[tuple[bool, str]]:
+    """(begins, text) of every num_parts-th document, up to limit_docs. Keeps `position` and its counts."""
+    ours = True  # a position inside a document is always inside one of this part
+    for begins, text, changes in pieces:
+        if begins:
+            if position["documents"] == config.limit_docs:
                 return
-            mine = take(job, place)
-            place["hub"], place["read"] = data.state_dict(), place["documents"]
-            text = clean(text_of(record, job.text_field, job.source), place) if mine else ""
-            if text.strip():
-                yield True, text
+            ours = position["seen"] % config.num_parts == config.part
+            position["seen"] += 1
+            position["documents"] += ours
+        position.update(changes)
+        if ours:
+            text = replace_invalid(text, position)
+            if begins and not text.strip():
+                position["empty"] += 1
             else:
-                place["empty"] += mine
-
-    return stream(), total
+                yield begins, text

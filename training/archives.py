@@ -1,76 +1,86 @@
-"""The files that checkpoints consist of: written whole or not at all, read without trust in what they hold.
+"""The files that checkpoints consist of: read without trust in what they hold, checked before they are saved.
 
-    write_atomically(path, lambda file: torch.save(state, file))
-    with open(path, "rb") as file:
-        state = load_archive(file)      # every checksum compared first; no pickle is executed
+    with reading(path, "not a checkpoint"), open(path, "rb") as file:
+        state = load_archive(file)      # compares every CRC-32 first; executes no pickle
 
-checkpoint.py writes a checkpoint as one of them, sharded.py as a folder of several.
+A checkpoint is one zip archive of torch.save (checkpoints.py), or a folder with several (sharded.py).
 
-References: the zip format, https://pkware.com/appnote; torch.load's weights_only,
+References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
 
+import contextlib
 import errno
+import io
 import os
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from layers.experts import local
+
+CHECKPOINT_FORMAT = 1  # of files and folders alike
+
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, is damaged, or was made by a newer version."""
+    """A file is no checkpoint of ours, is damaged, or was made by a newer version."""
 
 
 class NewerFormatError(CheckpointError):
-    """A checkpoint made by a newer version of this program."""
+    """A checkpoint was made by a newer version of this program."""
 
 
 class NotFiniteError(CheckpointError):
-    """Values that are infinite or NaN, in what was to be saved."""
+    """A tensor that was to be saved holds NaN or an infinite value."""
 
 
-# ---------------------------------------------------------------------------- FILES
+def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
+    """NotFiniteError if a value is NaN or infinite; of a DTensor, this rank's part is checked."""
+    for name, tensor in tensors.items():
+        tensor = local(tensor)
+        if tensor.is_floating_point() and tensor.numel() > 0:
+            smallest, largest = tensor.aminmax()  # NaN if any value is; isfinite() would allocate a mask
+            if not (smallest.isfinite() and largest.isfinite()):
+                raise NotFiniteError(f"step {step} is not saved: {name} is not finite")
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint of either form. A folder loses its name first, so that none is ever half there."""
+    """Delete a checkpoint, if it exists. A folder is renamed first: no half of it has a checkpoint's name."""
     if path.is_dir():
-        condemned = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(condemned, ignore_errors=True)
-        os.rename(path, condemned)
-        shutil.rmtree(condemned, ignore_errors=True)
+        renamed = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.rename(path, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def size_and_checksum(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file."""
+def size_and_checksum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32 of a file."""
     size = checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return size, checksum
-
-
-# ---------------------------------------------------------------------------- DAMAGE
+    return [size, checksum]
 
 
 def check_archive(file: BinaryIO) -> None:
-    """Compare all of a zip archive, as torch.save makes them, with its checksums.
+    """Compare everything in a zip archive that torch.save wrote with the archive's checksums.
 
-    ValueError, or one of the many errors that a damaged archive provokes: `judge` tells what to make of it.
+    Raises ValueError or one of the many errors that a damaged archive provokes: use it inside `reading`.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 17)))
-    file.read()  # where the disk does not answer here, zipfile would say that this is no archive
+    file.read()  # raises the disk's own error; zipfile would replace it by "not a zip file"
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            # torch reads nothing into a tensor that is marked as a folder, and leaves in it what memory held.
-            # It compresses nothing; an entry that says it is compressed may want any amount of memory.
+            # torch leaves a tensor uninitialised if its entry is marked as a folder. torch.save compresses
+            # nothing; an entry that claims to be compressed could ask for any amount of memory.
             if entry.external_attr & 16 or entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"kind of {entry.filename!r} is wrong")
         damaged = archive.testzip()
@@ -79,32 +89,66 @@ def check_archive(file: BinaryIO) -> None:
 
 
 def load_archive(file: BinaryIO) -> Any:
-    """What torch.save has put into the archive, whose checksums are compared first. As check_archive."""
+    """What torch.save wrote, with tensors on the CPU. check_archive runs first; its errors are raised."""
     check_archive(file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short; the CPU's allocator has no type of error for that."""
+def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in the archive at this place of a file. CheckpointError if it is damaged or another one."""
+    with reading(file, f"no tensor can be read from byte {start} on"), open(file, "rb") as stream:
+        if start + length > os.fstat(stream.fileno()).st_size:
+            raise ValueError("the file is cut off")
+        stream.seek(start)
+        tensor = load_archive(io.BytesIO(stream.read(length)))
+        plain = (
+            type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        )
+        if not plain or (tensor.shape, tensor.dtype) != (shape, dtype):
+            raise ValueError(f"it is no {dtype} tensor of shape {list(shape)}")
+    return tensor
+
+
+def check_content(path: Path, checkpoint: Any, **kinds: type) -> None:
+    """CheckpointError unless it is a dictionary with entries of these types and a format that we know."""
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kinds[k]) for k in kinds):
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train_gpt_moe.py: it lacks one of {', '.join(kinds)}"
+        )
+    made = checkpoint.get("format", CHECKPOINT_FORMAT)
+    if not isinstance(made, int) or made > CHECKPOINT_FORMAT:
+        raise NewerFormatError(
+            f"{path}: made by a newer version: its format is {made!r}, this one reads up to "
+            f"{CHECKPOINT_FORMAT}; update the program"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch's CPU allocator has no exception type for that, only a message."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def judge(error: Exception, file: Path, text: str) -> Exception:
-    """What to raise for an error that reading the file has met: CheckpointError where the file is to blame.
+@contextlib.contextmanager
+def reading(file: Path, problem: str) -> Iterator[None]:
+    """Replace any error of the block, which reads `file`, by one that says whether the file is to blame.
 
-    OSError naming the file where the machine is: no memory, no permission, a disk that does not answer. The
-    file may be good then, and to go on from an older one would lose work.
+    CheckpointError, with `problem`, if it is. OSError if the machine is: no memory, no permission, a disk
+    that does not answer. The file may be good then, and resuming from an older one would lose work.
     """
-    if isinstance(error, CheckpointError):
-        return error
-    if out_of_memory(error):
-        why = str(error).splitlines()[0] if str(error) else "MemoryError"
-        return OSError(errno.ENOMEM, f"no memory to read it, free some and try again ({why})", str(file))
-    # A place that a damaged file says something is at may be none (EINVAL).
-    of_the_file = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
-    if isinstance(error, OSError) and error.errno not in of_the_file:
-        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(file))
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
-    return CheckpointError(f"{file}: {text}: {reason}. Use an earlier one")
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            why = str(error).splitlines()[0] if str(error) else "MemoryError"
+            text = f"no memory to read it, free some and try again ({why})"
+            raise OSError(errno.ENOMEM, text, str(file)) from error
+        # EINVAL: a damaged file gave an offset that does not exist.
+        of_the_file = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
+        if isinstance(error, OSError) and error.errno not in of_the_file:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(file)) from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        raise CheckpointError(f"{file}: {problem}: {reason}. Use an earlier one") from error

@@ -1,34 +1,28 @@
-"""Training checkpoints: save, check, find, load; begin a run from them or from other weights.
+"""Training checkpoints: save, verify, find, load; begin or resume a run from them.
 
-A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its safe default
-(weights_only=True):
-    model         state dict of GPT / GPTLMHeadModel (they are the same), tensors on the CPU
+A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its default weights_only=True:
+    model         state dict of GPT and GPTLMHeadModel (they are the same)
     config        GPTConfig.to_dict(): GPT(checkpoint["config"]) accepts it
     step          number of optimizer steps done
     val_loss      last validation loss before this step, nats per token, or None
-    optimizer     its state dict; loader: position in the data; rng: torch's state; train_config: all settings
-    elapsed_s     seconds trained so far; health: bad steps, the loss's mean; scaler: float16's; world_size;
-                  format: 1
+    optimizer, loader, rng    state dicts of optimizer and data loader; torch's random state
+    train_config  all settings of the run
+    elapsed_s, health, scaler, world_size, format    seconds trained so far; bad steps, the loss's mean;
+                  float16's loss scale; number of processes; 1
 
-A file appears under its name only when it is whole: it is written beside it, fsynced, renamed, and the folder
-is fsynced. A kill, a crash or a full disk at any byte leaves the checkpoints there were. The file is a zip
-archive with a CRC-32 for every tensor, which is compared before anything is loaded (torch.load alone does not
-look at it): any change of up to 32 bits in a row is found, and others with a probability of 1 - 2**-32.
-log/latest holds the name of the newest checkpoint; it never names one that is not there. Where no rank holds
-the whole model (--parallel fsdp, --ep_size), a checkpoint is a folder log/model_XXXXX of the same content:
-sharded.py. Everything here takes either.
-
-Reference: the zip format, https://pkware.com/appnote (CRC-32, 4.4.7).
+A file is written under a temporary name, fsynced and renamed, and the folder is fsynced: a kill, a crash or a
+full disk at any byte leaves the older checkpoints as they were. Every tensor has a CRC-32, which is compared
+before anything is loaded (torch.load alone ignores it): any change of up to 32 bits in a row is found, others
+with a probability of 1 - 2**-32. log/latest holds the name of the newest checkpoint. Where no rank holds the
+whole model (--parallel fsdp, --ep_size), a checkpoint is a folder log/model_XXXXX with the same content
+(sharded.py). Every function here takes either.
 """
 
 import dataclasses
 import inspect
 import os
 import re
-import threading
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +32,39 @@ from model import GPTConfig, GPTLMHeadModel
 from tokens.files import write_atomically
 from training import sharded
 from training.archives import (
+    CHECKPOINT_FORMAT,
     CheckpointError,
     NewerFormatError,
-    NotFiniteError,
     check_archive,
-    judge,
-    out_of_memory,
+    check_content,
+    check_finite,
+    is_out_of_memory,
+    reading,
     remove,
 )
-from training.sharded import FORMAT
+from training.parallel import like
 from training.upcycle import upcycle
 
-NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file, or without the ending a folder
+CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the ending, a folder
 
 # ---------------------------------------------------------------------------- WRITE
 
 
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it.
+    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path.
 
-    OSError if it cannot be written; CheckpointError if a value in it is not finite: such a file would only
-    push out good ones.
+    OSError if it cannot be written; NotFiniteError if a value is not finite, because such a file would only
+    displace good ones.
     """
-    for name, tensor in named_tensors(checkpoint):
-        if not sharded.finite(tensor):
-            raise NotFiniteError(f"step {checkpoint['step']} is not saved: {name} is not finite")
+    check_finite(checkpoint["step"], dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
-    write_atomically(path, lambda file: torch.save({**checkpoint, "format": FORMAT}, file))
+    write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))
     return path
 
 
 def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    """All tensors in nested dictionaries, lists and tuples, with their paths."""
+    """All tensors in nested dictionaries, lists and tuples, each with its keys joined by dots."""
     if torch.is_tensor(value):
         return [(name, value)]
     if isinstance(value, (list, tuple)):
@@ -80,149 +74,15 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete all but the newest `keep_last` (0: delete none) and multiples of `keep_every` steps; which."""
+    """Delete all but the newest `keep_last` (0: delete none) and multiples of `keep_every` steps.
+
+    Returns the deleted ones.
+    """
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
     for path in old:
         remove(path)
     return old
-
-
-class CheckpointWriter:
-    """Writes the checkpoints of a run in a thread, so that training waits only for a copy of its state.
-
-        writer = CheckpointWriter("log", keep_last=3)
-        writer.save(checkpoint)     # returns after the copy; the next save waits for this one to be written
-        error = writer.wait()       # the last save's exception, or None
-
-    A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves the
-    checkpoints there were, and does not stop the training; wants_retry() says when to try again. Old ones are
-    deleted (prune_checkpoints) only after the new one has been read back and found good.
-
-    rank, savers: where rank 0 alone has all that is saved, the other ranks' save() does nothing; with a
-    process group for it (Layout.savers) all ranks save together, each its part, to a folder (sharded.py), and
-    a save succeeds on all or fails on all, of which the threads learn a moment apart. On CUDA the copy for a
-    single file goes to pinned memory, which is kept for the next.
-    """
-
-    def __init__(
-        self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
-        rank: int = 0, savers: Any = None, retry_s: float = 60,
-    ):  # fmt: skip
-        self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
-        self.rank = rank
-        self.saver = sharded.Saver(savers, self.folder) if savers is not None else None
-        self.path: Path | None = None  # the newest checkpoint that was written
-        self.error: Exception | None = None  # of the last save
-        self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
-        self.seconds = 0.0  # that the last save took in the thread
-        self._buffers: dict[tuple, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
-
-    def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
-        """Start writing; before() runs first, in the thread. Returns the seconds training stood still."""
-        begin = self.tried_at = time.perf_counter()
-        self.wait()
-        if self.saver is None and self.rank != 0:
-            return 0.0
-        try:
-            if self.saver is not None:
-                write = partial(self.saver.commit, self.saver.stage(checkpoint))
-            else:
-                used: dict[tuple, torch.Tensor] = {}
-                write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
-                self._buffers = used
-        except Exception as error:  # as of those that arise in the thread
-            self._failed(checkpoint["step"], error)
-            return time.perf_counter() - begin
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        pause = time.perf_counter() - begin
-        self._thread = threading.Thread(
-            target=self._write, args=(checkpoint["step"], write, before, pause), name="checkpoint"
-        )
-        self._thread.start()
-        return pause
-
-    def wait(self) -> Exception | None:
-        """Wait until what is being written is on the disk; the exception of the last save, or None."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        return self.error
-
-    def wants_retry(self) -> bool:
-        """Whether the last save failed, as on a full disk, and there was no other for retry_s seconds."""
-        return self._may_succeed() and time.perf_counter() - self.tried_at > self.retry_s
-
-    def _may_succeed(self) -> bool:
-        return self.error is not None and not isinstance(self.error, NotFiniteError)
-
-    def wants_last_retry(self, stop: bool) -> bool:
-        """After a run's last save, whether to save once more, for which this has waited until retry_s seconds
-        have gone by. Not if `stop`, nor more than ten times."""
-        self.wait()
-        if stop or self.tries_left == 0 or not self._may_succeed():
-            return False
-        self.tries_left -= 1
-        left = self.retry_s - (time.perf_counter() - self.tried_at)
-        self.say(f"without it the run is lost: make room in {self.folder}; next try in {max(left, 0):.0f} s")
-        time.sleep(max(left, 0))
-        return True
-
-    def _copy(self, value: Any, used: dict) -> Any:
-        """`value` with its tensors copied to the host, into the buffers of the last time where they fit.
-
-        Tensors that are the same memory (tied embeddings) share a copy, so that the file has them once.
-        """
-        if torch.is_tensor(value):
-            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            if key not in used:
-                buffer = self._buffers.get(key)
-                if buffer is None:
-                    buffer = torch.empty_like(
-                        value, device="cpu", pin_memory=value.is_cuda, requires_grad=False
-                    )
-                used[key] = buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-            return used[key]
-        if isinstance(value, dict):
-            return {key: self._copy(inner, used) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(inner, used) for inner in value)
-        return value
-
-    def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
-        begin = time.perf_counter()
-        together = self.saver.together if self.saver is not None else lambda work: work()
-        try:
-            together(before)
-            path = write()
-            together(partial(self._accept, path))
-        except Exception as error:  # whatever it is, training goes on
-            return self._failed(step, error)
-        self.path, self.error = path, None
-        self.seconds = time.perf_counter() - begin
-        took = f"{self.seconds:.2f} s, training paused {1000 * pause:.0f} ms"
-        if self.rank == 0:
-            size = sum(file.stat().st_size for file in (path, *path.glob("*")) if file.is_file())
-            self.say(f"step {step}: saved {self.path} ({size / 1e6:.0f} MB in {took})")
-
-    def _accept(self, path: Path) -> None:
-        if self.saver is not None and self.rank == 0:
-            write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
-        if self.keep_last > 0 and self.rank == 0:
-            verify_checkpoint(path)
-            prune_checkpoints(self.folder, self.keep_last, self.keep_every)
-
-    def _failed(self, step: int, error: Exception) -> None:
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
-        self.error = error
-        try:
-            last = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
-        except OSError:  # the disk may be why it failed
-            last = "unknown"
-        text = str(error) or repr(error)
-        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {text}. Training goes on; newest: {last}")
 
 
 # ---------------------------------------------------------------------------- READ
@@ -231,21 +91,19 @@ class CheckpointWriter:
 def verify_checkpoint(path: str | Path) -> None:
     """Read all of a checkpoint and compare it with its checksums.
 
-    CheckpointError: it is damaged; FileNotFoundError; another OSError, naming the file, if it cannot be read
-    for want of memory or permission, or because of the disk: that says nothing against it.
+    CheckpointError: it is damaged; FileNotFoundError; another OSError, naming the file, if memory, permission
+    or the disk is the problem: the checkpoint may be good.
     """
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
     try:
-        with open(path, "rb") as file:
-            check_archive(file)
+        file = open(path, "rb")
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows those there are"
-        ) from None
-    except Exception as error:  # whatever a damaged archive provokes: BadZipFile, zlib.error, struct.error
-        raise judge(error, path, "not a checkpoint, or damaged, or cut off") from error
+        text = f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows those there are"
+        raise FileNotFoundError(text) from None
+    with reading(path, "not a checkpoint, or damaged, or cut off"), file:
+        check_archive(file)
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -255,55 +113,47 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(NAME.fullmatch(path.name)[1])
+    return int(CHECKPOINT_NAME.fullmatch(path.name)[1])
 
 
 def follow_latest(path: str | Path) -> Path:
     """The path itself, or for log/latest the checkpoint it names. CheckpointError if it names none."""
     path = Path(path)
-    if (path / "latest").is_file() and not (path / sharded.INDEX).is_file():
+    if (path / "latest").is_file() and not (path / sharded.INDEX_FILE).is_file():
         raise CheckpointError(f"{path} is the folder of a run; its newest checkpoint is {path / 'latest'}")
     if path.name != "latest" or not path.is_file():
         return path
     name = path.read_bytes().decode(errors="replace").strip()
-    if not NAME.fullmatch(name):  # a name out of a file is no path before it looks like ours
+    if not CHECKPOINT_NAME.fullmatch(name):  # such as ../../etc/passwd
         raise CheckpointError(f"{path} holds {name[:40]!r}, no checkpoint's name; give the checkpoint itself")
     return path.with_name(name)
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The verified dictionary, tensors on the CPU; of log/latest that of the checkpoint it names.
+    """The checkpoint, verified, tensors on the CPU. log/latest stands for the checkpoint it names.
 
-    Of a folder, whole=False gives all but the weights and moments, which `restore` reads, each rank its part;
-    trusted=True: without reading the folder's files, which another rank has verified. CheckpointError says
-    what is wrong with the file; FileNotFoundError, OSError as in verify_checkpoint.
+    whole=False: of a folder, all but weights and moments; `restore` then reads this rank's part of them.
+    trusted=True: another rank has verified the folder. Raises the errors of verify_checkpoint.
     """
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
     if path.is_dir():
         return sharded.load(path) if whole else sharded.read_rest(path)
-    try:
-        with open(path, "rb") as file:  # by its name, torch would hide the system's errors
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets a foreign file in many ways
-        raise judge(error, path, "torch.load cannot read it safely") from error
-    kinds = {"model": dict, "config": dict, "step": int}
-    if not isinstance(checkpoint, dict) or any(
-        not isinstance(checkpoint.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise CheckpointError(f"{path}: not a checkpoint of train_gpt_moe.py: it lacks model, config or step")
-    sharded.check_format(path, checkpoint.get("format", FORMAT))
+    # torch.load with the name of a file would hide the system's errors.
+    with reading(path, "torch.load cannot read it safely"), open(path, "rb") as file:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    check_content(path, checkpoint, model=dict, config=dict, step=int)
     return checkpoint
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """All checkpoints in the folder, newest (most steps) first; they may be damaged.
 
-    OSError if the folder is there but cannot be read: glob would find nothing in it.
+    OSError if the folder exists but cannot be read (glob would return nothing).
     """
     try:
-        found = [Path(folder, name) for name in os.listdir(folder) if NAME.fullmatch(name)]
+        found = [Path(folder, name) for name in os.listdir(folder) if CHECKPOINT_NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [path for path in found if path.is_dir() != (path.suffix == ".pt")]
@@ -312,10 +162,9 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
-    whole: as in load_checkpoint.
 
-    NewerFormatError, and OSError as in verify_checkpoint: to go on from an older checkpoint because this
-    program is old, or memory is short, or the disk does not answer now, would lose work.
+    NewerFormatError and OSError end the search: an older checkpoint must not be taken because this program is
+    old, memory is short or the disk does not answer.
     """
     for path in list_checkpoints(folder):
         try:
@@ -329,25 +178,24 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 # ---------------------------------------------------------------------------- RESUME
 
-# A resumed run keeps all settings that are not given anew, except these: where things are, what it runs on.
-NOT_KEPT = {
+# A resumed run keeps all settings that no flag sets, except these: where things are, what it runs on.
+SETTINGS_NOT_KEPT = {
     "preset", "log_dir", "resume", "init_from", "device", "parallel", "zero_stage", "ep_size",
     "activation_checkpointing",
 }  # fmt: skip
-# Settings that cannot change in the middle of a run: the stream of samples, the optimizer's state, ...
-FIXED = {"T", "seed", "shuffle", "optimizer"}
-# ... and the architecture, except what touches nothing that has been learned.
+# Fields of the architecture that may change, because no learned weight depends on them.
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
 }  # fmt: skip
-FIXED |= set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
+# A run cannot change these: the order of samples, the optimizer's state, the architecture.
+FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 
 def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to go on from: `resume`, or if "auto" the newest good one in log_dir.
+    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest good one in log_dir.
 
-    (None, None) to start afresh. All ranks take the one that the first has found: others may see an older
-    state of a shared disk. CheckpointError, FileNotFoundError.
+    (None, None) to start afresh. All ranks take the one that rank 0 has found, because others may see an
+    older state of a shared disk. CheckpointError, FileNotFoundError.
     """
     if not resume:
         return None, None
@@ -365,10 +213,10 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
 
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
-    """Make the settings of a resumed run those of its checkpoint, but for flags, where these may change them.
+    """Give a resumed run the settings of its checkpoint, except those that a flag sets and may change.
 
     config: the run's dataclass, changed in place; given: the settings that flags have set. CheckpointError if
-    the checkpoint holds no run; ValueError for a flag that would make it another run.
+    the checkpoint holds no run; ValueError for a flag that a resumed run cannot change.
     """
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
@@ -376,7 +224,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             f"{path}: no {', '.join(sorted(missing))} in it: weights to begin a new run with (--init_from), "
             "not a run to go on with (--resume)"
         )
-    saved = state["train_config"] | {name: state["config"][name] for name in FIXED & state["config"].keys()}
+    kept = FIXED_SETTINGS & state["config"].keys()
+    saved = state["train_config"] | {name: state["config"][name] for name in kept}
     for name in ("parallel", "zero_stage", "ep_size", "activation_checkpointing"):
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
@@ -384,14 +233,14 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     unlike = []
     for field in dataclasses.fields(config):
         name, now = field.name, getattr(config, field.name)
-        if name in NOT_KEPT or name not in saved:
+        if name in SETTINGS_NOT_KEPT or name not in saved:
             continue
         derived = name in ("block_size", "vocab_size") and now <= 0
         if name not in given or derived:
             setattr(config, name, saved[name])
-            if now != saved[name] and name not in FIXED:
+            if now != saved[name] and name not in FIXED_SETTINGS:
                 unlike.append(f"{name}={saved[name]!r}")
-        elif now != saved[name] and name in FIXED:
+        elif now != saved[name] and name in FIXED_SETTINGS:
             raise ValueError(
                 f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away, "
                 f"or start another run from these weights (--init_from {path})"
@@ -407,34 +256,56 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         )
 
 
+def load_shards(rest: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer) -> dict:
+    """A folder's checkpoint without its tensors becomes one with them; of DTensors, with this rank's part."""
+    path = Path(rest["folder"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in model.state_dict().items()}
+    if rest["config"].get("tie_word_embeddings"):
+        targets.pop("model.lm_head.weight")
+    for name, stored in sharded.read_index(path)[1].state_dict_metadata.items():
+        if name.startswith("optimizer."):
+            parameter = parameters[int(name.split(".")[1])]
+            targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype).detach()
+    sharded.load_tensors(path, targets)
+    return sharded.insert_tensors(targets, rest)
+
+
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
-    """Put weights, moments, routers' statistics, position in the data and random state where they were.
+    """Restore weights, moments, routers' statistics, position in the data and random state.
 
     ValueError, naming what differs, if the data or the architecture is another one; what torch raises if
-    memory is short. Learning rate, weight decay and the like stay those the optimizer was made with: flags
+    memory is short. Learning rate, weight decay and the like stay as the optimizer was built, because flags
     may have changed them.
     """
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         if "folder" in state:
-            state = sharded.read_parts(state, model, optimizer)
-        model.load_state_dict(sharded.cut_weights(state["model"], model))
-        optimizer.load_state_dict(sharded.cut_moments(state["optimizer"], optimizer))
+            state = load_shards(state, model, optimizer)
+        own = model.state_dict()  # `like` takes this rank's part of whole tensors
+        weights = {name: like(v, own[name]) if name in own else v for name, v in state["model"].items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {
+            number: {k: like(v, parameters[number]) if torch.is_tensor(v) else v for k, v in values.items()}
+            for number, values in state["optimizer"]["state"].items()
+        }
+        model.load_state_dict(weights)
+        optimizer.load_state_dict({**state["optimizer"], "state": moments})
     except (RuntimeError, KeyError, IndexError) as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
-    if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the one inside has this rank's share
+    if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the inner optimizer has this rank's share
         optimizer.state.clear()  # a second copy of the moments
         optimizer = optimizer.optim
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
-            moments = optimizer.state.get(parameter, {})
-            if "step" in moments:  # may be on the CPU (ZeRO, or not fused when it was saved): refused on CUDA
-                moments["step"] = moments["step"].to(parameter.device)
+            values = optimizer.state.get(parameter, {})
+            if "step" in values:  # on the CPU if ZeRO or an unfused optimizer saved it; CUDA refuses that
+                values["step"] = values["step"].to(parameter.device)
     torch.set_rng_state(state["rng"])
 
 
@@ -442,12 +313,12 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
 
 
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
-    """A model to train with the weights of `init_from`, which load_model knows; with experts, each a copy of
-    the MLP, if use_moe=True was asked for and it has none.
+    """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
-    The architecture is that of init_from. fields: what GPTConfig would be made of without it; given: those of
-    them that flags have set, which may not contradict it, but for dropout, the losses' weights, a shorter
-    block_size, and what upcycling needs. ValueError naming the field and both values.
+    A dense model is upcycled if use_moe=True was given. fields: the GPTConfig fields of a run without
+    init_from; given: the fields that flags have set. ValueError, naming field and values, for a flag that
+    contradicts the architecture: only dropout, the losses' weights, a shorter block_size and what upcycling
+    needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
@@ -495,7 +366,7 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
         model = GPTLMHeadModel(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
     except Exception as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         message = " ".join(str(error).split())
         raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
@@ -505,11 +376,10 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
 def load_model(source: str | Path) -> GPTLMHeadModel:
     """A model from a checkpoint file, a folder (any that from_pretrained knows) or a hub name such as "gpt2".
 
-    Evaluation mode, CPU. CheckpointError, FileNotFoundError; what transformers raises for a bad folder or
-    name.
+    Evaluation mode, CPU. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name.
     """
     path = Path(source)  # without a slash at the end
-    ours = any((path / name).is_file() for name in (sharded.INDEX, "latest"))
+    ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
     if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
         return model_from_checkpoint(load_checkpoint(source))
     return GPTLMHeadModel.from_pretrained(str(source)).eval()

@@ -20,7 +20,7 @@ def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
     """If `measures`: val_loss, hella_acc and hella_acc_norm, as far as the run has them. If `samples`: a
-    sample's text, as "sample". Prints them through `terminal` (training/progress.py).
+    sample's text, as "sample". Prints them through `terminal` (training/terminal.py).
 
     None as soon as interrupted(), which gives all ranks the same answer: a run that is told to stop saves
     instead of evaluating.

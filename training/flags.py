@@ -25,8 +25,8 @@ from huggingface.configuration import check_setting
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
 
-    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The help
-    text lists the choices.
+    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The
+    help text lists the choices.
     """
     if "choices" in limits:
         limits["choices"] = tuple(limits["choices"])

@@ -1,18 +1,19 @@
-"""Muon for the matrices of the blocks, AdamW for everything else, in one optimizer with one state dict.
+"""Muon for the matrices of the blocks and AdamW for all other parameters, as one optimizer.
 
     optimizer = configure_muon(model, 0.1, learning_rate=1e-2, betas=(0.9, 0.95), device_type="cuda")
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
-directions by the same amount. Newton-Schulz iterations find it with matrix products alone.
+directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
 
-Whose is what: the projections of attention and feed-forward layers and the stacked experts are Muon's, each
-expert a matrix by itself, and so are the parts of packed projections (queries, keys, values; swiglu's gate
-and up). Embeddings, head, routers, norms and biases are AdamW's: looked up row by row, or no matrices.
-Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Times
-0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have, so that both halves share learning rate, schedule and
-weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled as AdamW's is: w -= lr * weight_decay * w.
-Many processes: with gradients averaged, each process orthogonalises its share of the matrices, and all gather
-the results. The work that is split is 5 iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c.
+Parameters: Muon updates the projections of attention and feed-forward layers and the stacked experts. Each
+expert is a matrix of its own, and so are queries, keys and values, which share one parameter, and swiglu's
+gate and up projection. AdamW updates embeddings, head, routers, norms and biases (layers/roles.py).
+Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
+0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Both halves therefore share learning rate, schedule
+and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as AdamW's: w -= lr * weight_decay * w.
+Many processes: gradients are averaged before. Each process orthogonalises its share of the matrices, and an
+all-gather gives all processes the results. The shared work is 5 iterations of 4 r r c + 2 r r r FLOPs per
+matrix, r <= c.
 
 Letters: n matrices of r rows and c columns; E experts, C n_embd, H expert hidden size.
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
@@ -20,19 +21,20 @@ AdamW, arXiv 1711.05101.
 """
 
 import functools
-import inspect
 import math
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from layers.experts import local
+from layers.roles import parameter_groups
 
-# Of a x + b x^3 + c x^5: five rounds of it drive singular values of 0.003 .. 1 to 0.7 .. 1.2. Jordan's.
+# Coefficients of a x + b x^3 + c x^5. Five rounds drive singular values of 0.003 .. 1 to 0.7 .. 1.2 (Jordan).
 QUINTIC = (3.4445, -4.7750, 2.0315)
-ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in units of the learning rate; Moonlight's
+ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in units of the learning rate (Moonlight)
 
 
 @functools.cache
@@ -46,26 +48,40 @@ def has_fast_bf16(device_type: str) -> bool:
 def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearly orthogonal matrices with the singular vectors of `matrices` (n, r, c), r <= c; zeros stay zeros.
 
-    Computed in the dtype that comes in; bf16 is exact enough, since singular values end between 0.7 and 1.2.
+    Computed in the dtype of `matrices`. bf16 is exact enough: singular values only end between 0.7 and 1.2.
     """
     a, b, c = QUINTIC
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-12)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT  # (n, r, r)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
+        x = torch.baddbmm(x, gram, x, beta=a)  # (n, r, c)
     return x
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with method="muon" and method="adamw", each with its own lr and weight_decay.
+def shared_newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """newton_schulz of (n, r, c), divided among the processes; all processes get the same bits."""
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if size == 1:
+        return newton_schulz(matrices, steps)
+    share = math.ceil(len(matrices) / size)
+    mine = matrices[dist.get_rank() * share :][:share]
+    padded = matrices.new_zeros(share, *matrices.shape[1:])  # the last ranks may have fewer, or none
+    padded[: len(mine)] = newton_schulz(mine, steps)
+    gathered = matrices.new_empty(size * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return gathered[: len(matrices)]
 
-    A Muon group also says row_blocks: None, or the row counts of the matrices that its parameters stack
-    (dimension -2); and replicated: whether all processes hold the same parameters and so share the work.
-    A matrix whose gradient is exactly zero (an expert that no token chose) is left as it is: orthogonalised,
-    the remains of its momentum would count as much as a real gradient.
-    ValueError for Muon parameters that are not 2- or 3-dimensional, or that are replicated and yet sharded
-    (DTensor); of others that are, each process has whole matrices.
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Parameter groups with method="muon" or method="adamw", each with its own lr and weight_decay.
+
+    A Muon group also has row_blocks: the row counts of the matrices that each parameter stacks along
+    dimension -2, or None if it is one matrix; and replicated: whether all processes hold the same parameters
+    and therefore share the work.
+    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise the rest
+    of its momentum, once orthogonalised, would move it as far as a real gradient does.
+    ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
     """
 
     def __init__(
@@ -73,18 +89,17 @@ class MuonAdamW(torch.optim.Optimizer):
         steps: int = 5, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, fused: bool = False,
     ):  # fmt: skip
         muon = dict(momentum=momentum, steps=steps, row_blocks=None, replicated=True)
-        own = {"muon": muon, "adamw": dict(betas=betas, eps=eps, fused=fused)}
+        defaults = {"muon": muon, "adamw": dict(betas=betas, eps=eps, fused=fused)}
         for group in param_groups:
-            if group.get("method") not in own:
+            if group.get("method") not in defaults:
                 raise ValueError(f"method={group.get('method')!r} of a group: choose muon or adamw")
-        groups = [own[group["method"]] | group for group in param_groups]
+        groups = [defaults[group["method"]] | group for group in param_groups]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
         for group in self.param_groups:
-            for parameter in group["params"]:
-                whole = group["method"] == "adamw" or not group["replicated"]
-                if type(parameter.data).__name__ == "DTensor" and not whole:
+            for parameter in group["params"] if group["method"] == "muon" else []:
+                if group["replicated"] and isinstance(parameter.data, DTensor):
                     raise ValueError("Muon needs whole matrices, but these are sharded; use optimizer=adamw")
-                if group["method"] == "muon" and parameter.dim() not in (2, 3):
+                if parameter.dim() not in (2, 3):
                     raise ValueError(
                         f"Muon is for matrices, alone or stacked, not for shape {tuple(parameter.shape)}"
                     )
@@ -103,8 +118,8 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:
-        """All matrices of one shape together: one batched product in place of many small ones."""
-        piles: dict[tuple, list[tuple]] = {}
+        """Matrices of one shape are stacked: one batched product instead of many small ones."""
+        stacks: dict[tuple, list[tuple]] = {}
         for group in groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -115,15 +130,14 @@ class MuonAdamW(torch.optim.Optimizer):
                     weight, grad, update = (t if t.dim() == 3 else t[None] for t in (weight, grad, update))
                     alive = (grad != 0).any(-1, keepdim=True).any(-2, keepdim=True)  # (n, 1, 1)
                     update = update.mT if update.size(-2) > update.size(-1) else update  # (n, r, c), r <= c
-                    alike = (*update.shape[1:], update.dtype, group["steps"], group["replicated"])
-                    piles.setdefault(alike, []).append((weight, alive, update, group))
-        for (_, columns, _, steps, replicated), pile in piles.items():
-            updates = torch.cat([update for _, _, update, _ in pile])  # (n, r, c)
+                    key = (*update.shape[1:], update.dtype, group["steps"], group["replicated"])
+                    stacks.setdefault(key, []).append((weight, alive, update, group))
+        for (_, columns, _, steps, replicated), stack in stacks.items():
+            updates = torch.cat([update for _, _, update, _ in stack])  # (n, r, c)
             updates = (shared_newton_schulz if replicated else newton_schulz)(updates, steps)
             updates *= ADAMW_RMS * math.sqrt(columns)
-            for (weight, alive, _, group), update in zip(
-                pile, updates.split([len(weight) for weight, *_ in pile]), strict=True
-            ):
+            counts = [len(weight) for weight, *_ in stack]
+            for (weight, alive, _, group), update in zip(stack, updates.split(counts), strict=True):
                 update = update if update.shape == weight.shape else update.mT
                 update = update.to(weight.dtype) + group["weight_decay"] * weight
                 weight.sub_(alive * update, alpha=group["lr"])
@@ -143,9 +157,8 @@ class MuonAdamW(torch.optim.Optimizer):
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in params:
             if not self.state[parameter]:
-                device = parameter.device if group["fused"] else "cpu"
                 self.state[parameter].update(
-                    step=torch.zeros((), device=device),
+                    step=torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
                     exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter),
                 )  # fmt: skip
         states = [self.state[parameter] for parameter in params]
@@ -158,7 +171,7 @@ class MuonAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's; ValueError for the state of another optimizer, or of another division into groups."""
+        """As torch's; ValueError for the state of another optimizer or of other parameter groups."""
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
@@ -169,72 +182,37 @@ class MuonAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def shared_newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """newton_schulz of (n, r, c), the matrices dealt out over the processes; the same bits come to all."""
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if size == 1:
-        return newton_schulz(matrices, steps)
-    share = math.ceil(len(matrices) / size)
-    mine = matrices[dist.get_rank() * share :][:share]
-    padded = matrices.new_zeros(share, *matrices.shape[1:])  # the last ranks may have fewer, or none
-    padded[: len(mine)] = newton_schulz(mine, steps)
-    gathered = matrices.new_empty(size * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    return gathered[: len(matrices)]
-
-
 def configure_muon(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
     momentum: float = 0.95, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
     expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT. As model.configure_optimizers: decay for matrices and embeddings, never for biases
-    and norms; groups carry "lr_mult", by which a schedule multiplies its rate, and "name".
+    """MuonAdamW for a GPT; the arguments are those of GPT.configure_optimizers, and two more.
 
-    expert_parallel: each process holds experts of its own, and orthogonalises them alone.
+    expert_parallel: each process holds other experts and orthogonalises them alone.
     """
-    lr_mult = {"router": router_lr_mult, "experts": expert_lr_mult}
-    groups: dict[str, dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        role = "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
-        decays = not (name.endswith("bias") or ".ln_" in name or "_norm." in name)
+
+    def details(name, parameter, role):
+        if not role.is_matrix:
+            return "", dict(method="adamw")
         blocks = row_blocks(name, parameter, model.config)
-        matrix = name.startswith("transformer.h.") and decays and role != "router"
-        title = role + (" matrices" if matrix else "" if decays else " without decay")
-        title += f" in blocks of {blocks} rows" if matrix and blocks else ""
-        group = groups.setdefault(title, dict(params=[], name=title, lr_mult=lr_mult.get(role, 1.0)))
-        group["params"].append(parameter)
-        group["weight_decay"] = weight_decay if decays else 0.0
-        group["lr"] = learning_rate * group["lr_mult"]
-        group["method"] = "muon" if matrix else "adamw"
-        if matrix:
-            group |= dict(row_blocks=blocks, replicated=not (expert_parallel and role == "experts"))
-    fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(adamw).parameters
-    ordered = [groups[title] for title in sorted(groups)]
-    return MuonAdamW(ordered, learning_rate, weight_decay, momentum, betas=betas, fused=fused)
+        alone = expert_parallel and role.lr_group == "experts"
+        ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
+        return ending, dict(method="muon", row_blocks=blocks, replicated=not alone)
+
+    groups = parameter_groups(
+        model.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult, details
+    )
+    groups.sort(key=lambda group: group["name"])
+    fused = device_type in ("cuda", "cpu")
+    return MuonAdamW(groups, learning_rate, weight_decay, momentum, betas=betas, fused=fused)
 
 
 def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
-    """Row counts of the matrices packed into a parameter: q, k, v; swiglu's gate and up. None: it is one."""
+    """Row counts of the matrices in a parameter: q, k, v; swiglu's gate and up. None if it is one matrix."""
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]
     if config.activation == "swiglu" and name.endswith(("c_fc.weight", "experts.c_fc")):
         return [parameter.size(-2) // 2] * 2
     return None
-
-
-def check_muon(parallel: str = "ddp", zero_stage: int = 0) -> None:
-    """ValueError for ways to run in which no process holds whole matrices and whole optimizer states."""
-    if parallel not in ("none", "ddp"):
-        raise ValueError(
-            f"optimizer=muon needs whole matrices, but parallel={parallel}; use --parallel ddp, or "
-            "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
-        )
-    if zero_stage > 0:
-        raise ValueError(
-            f"optimizer=muon needs whole states, but zero_stage={zero_stage}; use --zero_stage 0, or "
-            "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
-        )

@@ -1,73 +1,84 @@
-"""Optimizers and schedules by name."""
+"""Optimizers and learning-rate schedules: one row each, from which settings are checked and runs are built.
+
+A new optimizer needs its class and a row in OPTIMIZERS; a new schedule needs a row in SCHEDULES.
+`config` is train_gpt_moe.py's TrainConfig throughout.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from model import Block, GPTConfig, GPTLMHeadModel
-from training.muon import check_muon, configure_muon
+from model import GPTLMHeadModel
+from training.muon import configure_muon
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "wsd")
-
-
-def check_optimizer(config) -> None:
-    """ValueError for an optimizer that cannot work in this layout."""
-    if config.optimizer == "muon":
-        check_muon(config.parallel, config.zero_stage)
+# ---------------------------------------------------------------------------- OPTIMIZERS
 
 
-def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on the CPU) of all parameters and buffers, as GPTLMHeadModel(config) has them after
-    torch.manual_seed(seed), but never more than one module's at a time.
+class OptimizerRow(NamedTuple):
+    """How an optimizer is built, and the layouts that it cannot work with."""
 
-    The same numbers, because the same random numbers are drawn in the same order: those that the modules'
-    constructors draw and _init_weights replaces (they are drawn here and dropped), then those that stay.
-    """
-    torch.manual_seed(seed)
-    torch.nn.Embedding(config.vocab_size, config.n_embd)
-    if config.position == "learned":
-        torch.nn.Embedding(config.block_size, config.n_embd)
-    for layer in range(config.n_layer):
-        Block(config, layer)
-    torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
-    with torch.device("meta"):
-        model = GPTLMHeadModel(config)
-    names = {module: name for name, module in model.named_modules()}
-
-    def inner_first(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        for child in module.children():
-            yield from inner_first(child)
-        yield module
-
-    for module in inner_first(model):  # transformers' order
-        module.to_empty(device="cpu", recurse=False)
-        model._init_weights(module)
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        yield from ((f"{names[module]}.{name}", tensor.detach()) for name, tensor in own)
-        module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+    build: Callable  # (model, settings that all optimizers share, config) -> torch.optim.Optimizer
+    refuses: dict  # {(field of config, value): (what the optimizer needs instead, flag that helps)}
 
 
-def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
-    """AdamW for everything, or Muon for the matrices and AdamW for the rest."""
-    settings = (config.weight_decay, config.max_lr, (config.beta1, config.beta2), model.device.type)
-    multiples = dict(router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult)
-    if config.optimizer == "muon":
-        return configure_muon(model, *settings, **multiples, expert_parallel=config.ep_size > 1)
-    return model.configure_optimizers(*settings, **multiples)
+OPTIMIZERS = {
+    "adamw": OptimizerRow(lambda model, shared, config: model.configure_optimizers(**shared), {}),
+    "muon": OptimizerRow(
+        lambda model, shared, config: configure_muon(model, **shared, expert_parallel=config.ep_size > 1),
+        {
+            ("parallel", "fsdp"): ("whole matrices", "--parallel ddp"),
+            ("zero_stage", 1): ("whole states", "--zero_stage 0"),
+        },
+    ),
+}
+
+# ---------------------------------------------------------------------------- SCHEDULES
+# Between warmup and max_steps the learning rate is min_lr + share * (max_lr - min_lr).
+
+
+def cosine(step: int, config) -> float:
+    """The share falls from 1 to 0 as half a cosine (GPT-3, arXiv 2005.14165, appendix B)."""
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def wsd(step: int, config) -> float:
+    """The share is 1, and falls linearly to 0 in the last wsd_decay_frac of all steps (arXiv 2404.06395)."""
+    decay = min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
+    return (config.max_steps - step) / max(1.0, decay)
+
+
+SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, wsd)}
 
 
 def learning_rate(step: int, config) -> float:
-    """Linear warmup to max_lr, then down to min_lr at max_steps: half a cosine (GPT-3, appendix B), or with
-    schedule="wsd" constant until the last wsd_decay_frac of all steps (all after the warmup at most), then
-    linear (arXiv 2404.06395)."""
+    """The learning rate of a step: linear warmup to max_lr, then the schedule down to min_lr at max_steps."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
-    if config.schedule == "wsd":
-        decay = min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
-        share = (config.max_steps - step) / max(1.0, decay)
-    else:
-        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        share = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    share = SCHEDULES[config.schedule](step, config)
     return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
+
+
+# ---------------------------------------------------------------------------- BUILDING
+
+
+def check_optimizer(config) -> None:
+    """ValueError if the chosen optimizer cannot work with the chosen layout."""
+    for (field, value), (needs, flag) in OPTIMIZERS[config.optimizer].refuses.items():
+        if getattr(config, field) == value:
+            raise ValueError(
+                f"optimizer={config.optimizer} needs {needs}, but {field}={value}; use {flag}, or "
+                "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
+            )
+
+
+def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
+    """The optimizer that config.optimizer names, for a model that already lies on its device."""
+    shared = dict(
+        weight_decay=config.weight_decay, learning_rate=config.max_lr, betas=(config.beta1, config.beta2),
+        device_type=model.device.type,
+        router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
+    )  # fmt: skip
+    return OPTIMIZERS[config.optimizer].build(model, shared, config)

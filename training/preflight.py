@@ -1,8 +1,8 @@
-"""What a run will need, told before its first step: parameters, tokens, epochs, memory.
+"""What a run will need, printed before its first step: parameters, tokens, epochs, memory.
 
 Used by train_gpt_moe.py. The memory of the activations is an estimate, good to about a quarter for the models
-of model.py: what autograd keeps of each token in every block, and the logits, which are the peak of small
-models.
+of model.py. It counts what autograd keeps of each token in every block, and the logits, which make the peak
+of small models. `size` is the bytes of a number in the dtype of the matrix products; letters as in model.py.
 """
 
 import math
@@ -13,39 +13,26 @@ import torch.nn as nn
 
 from layers.experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
 from layers.linear_cross_entropy import rows_per_chunk
+from layers.roles import role_of
 from model import GPTLMHeadModel
 
-REPEATS_THAT_HURT = (
-    4  # epochs; beyond it repeated data is worth little (Muennighoff et al., arXiv 2305.16264)
-)
+REPEATS_THAT_HURT = 4  # epochs; more are worth little (Muennighoff et al., arXiv 2305.16264)
 
 
 def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
     """Number of parameters of each part; a head that is tied to the embeddings counts as embeddings."""
     parts = dict.fromkeys(("embeddings", "head", "attention", "dense MLP", "experts", "routers", "norms"), 0)
     for name, parameter in model.named_parameters():
-        if ".ln_" in name or "_norm." in name:
-            part = "norms"
-        elif ".attn." in name:
-            part = "attention"
-        elif ".gate." in name:
-            part = "routers"
-        elif ".experts." in name or ".shared." in name:
-            part = "experts"
-        elif ".mlp." in name:
-            part = "dense MLP"
-        else:
-            part = "head" if name.startswith("lm_head") else "embeddings"
-        parts[part] += parameter.numel()
+        parts[role_of(name).part] += parameter.numel()
     return {part: count for part, count in parts.items() if count}
 
 
 def shapes_by_part(model: nn.Module) -> dict[str, list[torch.Size]]:
     """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them."""
     shapes = {"experts": [], "gates": [], "blocks": [], "outside": []}
+    part_of = {"experts": "experts", "router": "gates", "rest": "blocks"}
     for name, parameter in model.named_parameters():
-        block = (".gate." in name and "gates") or (".experts." in name and "experts") or "blocks"
-        shapes[block if ".h." in name else "outside"].append(parameter.shape)
+        shapes[part_of[role_of(name).lr_group] if ".h." in name else "outside"].append(parameter.shape)
     return shapes
 
 
@@ -60,10 +47,8 @@ def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
 
 
 def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
-    """Elements of stacked experts that fsdp cuts into parts, padding where it has to (parallel.shard)."""
-    return sum(
-        math.prod(shape) if dimension_to_cut(shape, ranks) else elements([shape], ranks) for shape in shapes
-    )
+    """Elements of stacked experts that FSDP cuts into parts, padded where it has to (parallel.shard)."""
+    return sum(math.prod(s) if dimension_to_cut(s, ranks) else elements([s], ranks) for s in shapes)
 
 
 def parameters_held(model: nn.Module, config, world_size: int) -> int:
@@ -76,61 +61,62 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
 
 
 def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
-    """Bytes per pair of query and key, and head, that a layer keeps for its backward, and those in passing.
+    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile.
 
-    (0, 0) for fused kernels. Attention written out keeps its weights in fp32, and in the dtype of the product
-    with the values; dropout, its mask and what it leaves. CPUs have no fused kernel with dropout, and what
-    stands in works in fp32.
+    (0, 0) for fused kernels. Eager attention keeps its weights in fp32 and in the dtype of the product with
+    the values, and with dropout also the mask and the result. CPUs have no fused kernel with dropout; torch's
+    substitute computes in fp32.
     """
     if shape._attn_implementation == "eager":
-        mask = 1 if device_type == "cuda" else size
-        dropout = mask + size if shape.dropout else 0
+        dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
     return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)
 
 
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
-    """Bytes per token that a block keeps for its backward, attention's weights apart; size: of its products'
-    numbers."""
-    C, wide = shape.n_embd, 2 if shape.activation == "swiglu" else 1
+    """Bytes per token that a block keeps for its backward pass, without attention's weights."""
+    C, wide, on_cuda = shape.n_embd, 2 if shape.activation == "swiglu" else 1, device_type == "cuda"
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
-    kept = 2 * 4 * C + size * (2 * C + C + kv + 2 * C)
-    if shape.dropout:  # two masks, which CUDA has as booleans
-        kept += 2 * C * (1 if device_type == "cuda" else size)
+    needs = {
+        "inputs and outputs of both norms": (4 + size) * 2 * C,
+        "queries, keys, values": size * (C + kv),
+        "output of attention": size * 2 * C,
+        "two dropout masks": 2 * C * (1 if on_cuda else size) if shape.dropout else 0,
+    }
     if not shape.is_moe_layer(layer):
-        return kept + size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
+        needs["hidden values"] = size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
+        return sum(needs.values())
     H, K = shape.expert_hidden_size or 4 * C, shape.num_experts_per_tok
-    kept += K * size * H * wide + 4 * 4 * shape.num_experts
-    if device_type == "cuda":  # grouped_mm keeps the activation, weighted too, and rows of C
-        kept += K * size * (2 * H + 2 * C)
+    needs["hidden values of K experts, and the router"] = K * size * H * wide + 4 * 4 * shape.num_experts
+    if on_cuda:
+        needs["grouped_mm: activations, weighted too, and rows of C"] = K * size * (2 * H + 2 * C)
     elif C < KEEP_ACTIVATION_BELOW:
-        kept += K * size * H
-    return kept + size * 2 * (wide + 1) * H * shape.num_shared_experts
+        needs["loop: activations"] = K * size * H
+    needs["shared experts"] = size * 2 * (wide + 1) * H * shape.num_shared_experts
+    return sum(needs.values())
 
 
 def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trains: bool) -> int:
-    """Bytes of the loss head at its peak, for N tokens: logits, and in fp32 what comes of them."""
+    """Bytes of the loss head at its peak, for N tokens."""
     V, C = shape.vocab_size, shape.n_embd
-    if not loss_chunk:  # logits, log-softmax, two gradients at once; or logits, in fp32, too, and log-softmax
-        return N * V * (size + 3 * 4 if trains else size + 4 + (4 if size < 4 else 0))
+    copy = size if size < 4 else 0  # logits as the product gave them, besides those in fp32
+    if not loss_chunk:  # logits and in fp32: log-softmax and two gradients; or a copy and log-softmax
+        return N * V * (size + 3 * 4 if trains else size + 4 + (4 if copy else 0))
+    logits = 4 + copy + (4 if device_type == "cuda" else 0)  # on CUDA logsumexp makes another copy
     rows = rows_per_chunk(N, V, loss_chunk, device_type)
-    logits = 4 + (size if size < 4 else 0)  # in fp32, and as the product gave them
-    if device_type == "cuda":
-        logits += 4  # within logsumexp
     return logits * rows * V + (4 * (N * C + V * C) if trains else 0)
 
 
 def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
-    """Bytes of what a micro-step of (B, T) makes, at its peak; config as in memory_estimate."""
+    """Bytes of the activations of a micro-step of (B, T) at their peak; config as in memory_estimate."""
     shape, device_type, trains = model.config, model.device.type, not getattr(config, "inference_only", False)
     size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
     pairs = N * config.T * shape.n_head
     kept, passing = attention_bytes(shape, size, device_type)
-    mask = 4 * N * config.T if shape._attn_implementation == "eager" else 0
     blocks = [N * block_bytes(shape, layer, size, device_type) for layer in range(shape.n_layer)]
     head = head_bytes(shape, N, size, config.loss_chunk, device_type, trains)
-    stream = 4 * N * C + mask
-    if not trains:  # nothing is kept: a block and the head are not there together
+    stream = 4 * N * C + (4 * N * config.T if shape._attn_implementation == "eager" else 0)  # and the mask
+    if not trains:  # nothing is kept: memory holds either one block or the head
         return stream + max(max(blocks) + 2 * 4 * pairs * (kept > 0), head)
     layers = [block + kept * pairs for block in blocks]
     if config.activation_checkpointing == "block":
@@ -141,13 +127,9 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
     """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). config: TrainConfig.
 
-    Parameters, gradients and the two moments are fp32; fsdp shares them all between the ranks, zero_stage=1
-    the moments, ep_size the experts. A block keeps, per token, its norms' inputs (fp32) and, in the dtype of
-    the matrix products, the norms' outputs, q, k, v, attention's output and the hidden values of the
-    feed-forward (for each of the K experts), and attention that is not fused its T x T weights; with
-    activation_checkpointing its input, and one block all. The head has the logits and, in fp32, their
-    log-softmax and two gradients at once; with loss_chunk only of so many rows, and gradients of its input
-    and weight besides. With inference_only there are neither gradients nor moments, and nothing is kept.
+    Parameters, gradients and the two moments are fp32. FSDP divides all of them among the ranks, zero_stage=1
+    the moments, ep_size the experts. With activation_checkpointing a block keeps its input alone, and one
+    block at a time everything. With inference_only there are no gradients and no moments.
     """
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     return {
@@ -159,7 +141,7 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory the device has in all; None where that cannot be told."""
+    """Bytes of memory that the device has in all; None where torch and the system do not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -177,19 +159,17 @@ def preflight(
     seen = f"seen {epochs:.2f} times"
     if config.overfit_single_batch:
         epochs, seen = 0.0, f"the same {config.total_batch_size:,} of them at every step"
-    parts = ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items())
     memory = memory_estimate(model, config, dtype, world.size)
     need, have = sum(memory.values()), device_memory(model.device)
     uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
-    share = f" of {have / 2**30:.1f}" if have else ""
     batch = f"{accumulation} micro-steps x B {config.B} x T {config.T} x {world.size} processes"
     rows = {
         "parameters": f"{model.get_num_params(False):,}, {model.get_num_active_params():,} active per token",
-        "": parts,
+        "": ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items()),
         "data": f"{num_tokens:,} tokens, {seen}",
         "step": f"{config.total_batch_size:,} tokens = {batch}",
         "steps": f"{config.max_steps:,}, {config.max_steps * config.total_batch_size:,} tokens in all",
-        "memory": f"about {need / 2**30:.2f}{share} GiB: {uses}",
+        "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else ""),
     }
     warnings = []

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from training import faults, parallel
-from training.checkpoints import CheckpointWriter, list_checkpoints
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import list_checkpoints
 
 
 class RunSaver:

@@ -21,12 +21,14 @@ from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import faults, parallel
+from training.compile import check_compiler, compile_blocks
 from training.evaluation import cannot_sample, evaluates_at
 from training.flags import check_limits
-from training.optimizers import build_optimizer, check_optimizer, initial_weights
+from training.fsdp_init import initial_weights
+from training.log import RunLog, run_record
+from training.optimizers import build_optimizer, check_optimizer
 from training.preflight import preflight
-from training.progress import tell
-from training.run_log import RunLog, run_record
+from training.terminal import tell
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Run:
         self.started = time.perf_counter() - self.resumed.get("elapsed_s", 0.0)
         self.say = say
         if self.log:
-            self.log.say, self.log.elapsed = say, self.elapsed
+            self.log.say = say
 
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -96,7 +98,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world, None if state else given, print0)
     if config.use_compile:
-        parallel.check_compiler(world.device)
+        check_compiler(world.device)
     meta = read_data(config, world, print0)
     train_loader, val_loader = build_loaders(config, world, meta)
     dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
@@ -121,7 +123,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         model.set_attn_implementation("eager")
     agree_on_backend(config, model, world, dtype, print0)
     if config.use_compile:
-        parallel.compile_blocks(model, layout)
+        compile_blocks(model, layout)
     return Run(
         config, layout, model, optimizer, train_loader, accumulation, dtype, val_loader, resumed, path,
         hellaswag=config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data)),
@@ -135,9 +137,14 @@ def open_log(run: Run) -> None:
     world.barrier()  # all ranks have read what they need: the master may now move an old run's files
     if world.is_master:
         first_step = run.resumed.get("step", 0)
-        again = evaluates_at(first_step, config)
         run.log = RunLog(
-            Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb, again, tell
+            Path(config.log_dir),
+            run.resumed_from,
+            first_step,
+            config.tensorboard,
+            config.wandb,
+            evaluates_first=evaluates_at(first_step, config),
+            say=tell,
         )
         run.log.record({"run": run_record(config, model, world, first_step)})
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens

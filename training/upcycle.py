@@ -13,28 +13,25 @@ from model import GPTConfig, GPTLMHeadModel
 
 @torch.no_grad()
 def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
-    """A dense model as a Mixture-of-Experts: every expert a copy of the MLP, logits unchanged at first
-    (1e-5).
+    """A Mixture-of-Experts in which every expert is a copy of the dense model's MLP: equal logits (to 1e-5).
 
-    Sparse Upcycling, arXiv 2212.05055. Where the weights of the chosen K sum to 1 the router begins as in any
-    model. Where they do not (K = 1, or norm_topk_prob=False) all scores must be equal: the router's weights
-    are almost zero, and the copies scaled by the inverse of that sum. Such a router is all alike until it has
-    learned, and experts come into use slowly: on bytes of English (8 experts of 2 layers, 64 channels, lr
-    1e-4, five seeds) 5.6 were idle in steps 1-40 and 4.5 in steps 161-200 at K = 1. At K = 2 it was 2.4 and
-    0.0: prefer that. What breaks the symmetry: each expert sees other tokens, so their gradients differ from
-    the first step on.
-    ValueError for a model that is no dense one, or an expert size that is not the MLP's.
+    Where the weights of the chosen K experts sum to 1, the router begins as in any new model. Where they do
+    not (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and
+    the copies are scaled by the inverse of the sum. Such a router spreads tokens slowly: with 8 experts, 5.6
+    were idle in steps 1-40 and 4.5 in steps 161-200 at K = 1; at K = 2, with sums of 1, 2.4 and 0.0. Prefer K
+    = 2. The copies part ways because each sees other tokens, so their gradients differ from step 1 on.
+    ValueError for a model that has experts, or an expert size that is not the MLP's.
     """
     if dense.config.use_moe:
         raise ValueError(
-            "init_from: the model has experts already (use_moe=True); only dense ones are upcycled"
+            "init_from: the model has experts already (use_moe=True); upcycling needs a dense one"
         )
     model = GPTLMHeadModel(config)
     source, target = dense.state_dict(), model.state_dict()
     E, K = config.num_experts, config.num_experts_per_tok
     scale = router_scale = 1.0
     if K == 1 or not config.norm_topk_prob:
-        # the inverse of the sum of K equal scores: 1/E each for softmax, 1/2 each for sigmoid
+        # K equal scores are 1/E each for softmax, 1/2 each for sigmoid
         scale, router_scale = (E if config.router_score == "softmax" else 2) / K, 1e-7 / 0.02
     if config.num_shared_experts > 0:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""What a run shows: live line, plain lines, expert heat map, time to go; silence of all other ranks.
+"""What a run shows in the terminal: live line, plain lines, heat map, time to go. Other ranks are silent.
 
-Run: python -m pytest tests/test_progress.py
+Run: python -m pytest tests/test_terminal.py
 """
 
 import io
@@ -13,10 +13,12 @@ from processes import TINY, finish, start_ranks
 
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
-from training.progress import LEVELS, Progress, duration, heat_map, live_line, step_line
+from training import terminal
+from training.metrics import METRICS, Metric
+from training.terminal import LEVELS, Terminal, duration, heat_map, live_line, step_line
 
 
-class Terminal(io.StringIO):
+class Screen(io.StringIO):
     """A stream that says it is a terminal."""
 
     encoding = "utf-8"
@@ -33,20 +35,34 @@ def record(step: int, **more) -> dict:
 def test_live_line_has_everything_that_is_known():
     full = record(11, max_load=1.234, bad_steps=2)
     text = "12/500 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46% | max load 1.23 | bad steps 2"
-    assert live_line(full, 500, 3.1) == text
-    assert live_line(record(0, mfu=None), 500, None) == "1/500 | loss 3.250 | 4,096 tok/s"
+    assert live_line(full | {"val_loss": 3.1, "hella_acc_norm": 0.25}, 500) == text
+    assert live_line(record(0, mfu=None), 500) == "1/500 | loss 3.250 | 4,096 tok/s"
+
+
+def test_step_line_has_everything_but_an_unknown_utilisation():
+    text = "step    11/500 | loss 3.2500 | lr 1.000e-03 | norm 1.500 | 250.0 ms | 4,096 tok/s"
+    assert step_line(record(11, max_load=1.2, bad_steps=2, val_loss=3.1), 500) == text + " | mfu 45.6%"
+    assert step_line(record(11, mfu=None), 500) == text
+    zeros = "step     0/500 | loss nan | lr 0.000e+00 | norm 0.000 | 250.0 ms | 4,096 tok/s | mfu 0.0%"
+    assert step_line(record(0, loss=float("nan"), lr=0.0, norm=0.0, mfu=0.0), 500) == zeros
+
+
+def test_a_row_of_the_table_shows_another_number(monkeypatch):
+    row = Metric("memory", "GiB at most", live="{:.1f} GiB", line="memory {:.2f} GiB")
+    monkeypatch.setattr(terminal, "METRICS", (*METRICS, row))
+    assert live_line(record(11, memory=7.25), 500).endswith(" | mfu 46% | 7.2 GiB")
+    assert step_line(record(11, memory=7.25), 500).endswith(" | mfu 45.6% | memory 7.25 GiB")
 
 
 def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    shown = Progress(TrainConfig(max_steps=40, log_every=1), 0, is_master=True)
-    assert shown.watched
-    for step in range(20):
-        shown.step(record(step, val_loss=3.1) if step == 5 else record(step))
-    shown.bar.refresh()
-    shown.say("step 20: validation loss 3.0")
-    shown.close()
+    monkeypatch.setattr(sys, "stderr", Screen())
+    monkeypatch.setattr(sys, "stdout", Screen())
+    with Terminal(TrainConfig(max_steps=40, log_every=1), 0, is_master=True) as shown:
+        assert shown.watched
+        for step in range(20):
+            shown.step(record(step, val_loss=3.1) if step == 5 else record(step))
+        shown.bar.refresh()
+        shown.say("step 20: validation loss 3.0")
     drawn = sys.stderr.getvalue()
     assert "20/40 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46%" in drawn and "ETA 00:0" in drawn
     text = sys.stdout.getvalue()
@@ -57,8 +73,8 @@ def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch):
 def test_a_file_gets_every_line_whatever_the_other_stream_is(name, monkeypatch, capsys):
     """`python train_gpt_moe.py > out.txt` in a terminal, and 2> err.txt."""
     other = "stderr" if name == "stdout" else "stdout"
-    monkeypatch.setattr(sys, other, Terminal())
-    shown = Progress(TrainConfig(max_steps=3, log_every=1), 0, is_master=True)
+    monkeypatch.setattr(sys, other, Screen())
+    shown = Terminal(TrainConfig(max_steps=3, log_every=1), 0, is_master=True)
     for step in range(3):
         shown.step(record(step))
     shown.close()
@@ -66,11 +82,11 @@ def test_a_file_gets_every_line_whatever_the_other_stream_is(name, monkeypatch, 
     assert not shown.watched and text.count("| lr ") == 3
     assert name == "stderr" or sys.stderr.getvalue() == ""
     monkeypatch.setattr(sys, other, None)  # as of pythonw
-    assert not Progress(TrainConfig(max_steps=3), 0, is_master=True).watched
+    assert not Terminal(TrainConfig(max_steps=3), 0, is_master=True).watched
 
 
 def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
-    shown = Progress(TrainConfig(max_steps=40, log_every=10), 0, is_master=True)
+    shown = Terminal(TrainConfig(max_steps=40, log_every=10), 0, is_master=True)
     assert not shown.watched
     for step in range(40):
         shown.step(record(step, ms=9000.0 if step < 3 else 250.0))  # the first ones compile
@@ -88,7 +104,7 @@ def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
 @pytest.mark.parametrize("steps", [2, 7, 19, 20, 21, 60])
 def test_the_average_is_llmcs(steps):
     """Of its train_gpt2.py: the timings of the steps > 0 and > num_iterations - 20."""
-    shown = Progress(TrainConfig(max_steps=steps, log_every=100), 0, is_master=False)
+    shown = Terminal(TrainConfig(max_steps=steps, log_every=100), 0, is_master=False)
     timings = []
     for step in range(steps):
         shown.step(record(step, ms=100.0 + step))
@@ -98,14 +114,14 @@ def test_the_average_is_llmcs(steps):
 
 
 def test_the_average_of_a_single_step_and_of_none():
-    shown = Progress(TrainConfig(max_steps=1), 0, is_master=False)
+    shown = Terminal(TrainConfig(max_steps=1), 0, is_master=False)
     assert shown.average_ms() == (0, 0.0)
     shown.step(record(0, ms=7.0))
     assert shown.average_ms() == (1, 7.0)
 
 
 def test_other_ranks_are_silent(capsys):
-    shown = Progress(TrainConfig(max_steps=2), 0, is_master=False)
+    shown = Terminal(TrainConfig(max_steps=2), 0, is_master=False)
     shown.say("text")
     shown.step(record(0))
     shown.experts(1, GPTLMHeadModel(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)))
@@ -155,7 +171,7 @@ def test_expert_rows_come_with_the_step(capsys):
     idx = torch.randint(0, 16, (2, 8))
     model.train()(idx, targets=idx)
     model.update_routers()
-    shown = Progress(TrainConfig(max_steps=2), 0, is_master=True)
+    shown = Terminal(TrainConfig(max_steps=2), 0, is_master=True)
     shown.experts(0, model)
     shown.experts(250, model)
     lines = capsys.readouterr().out.splitlines()

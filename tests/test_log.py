@@ -1,10 +1,11 @@
 """A run's files read back: TensorBoard events, metrics, main.log, the picture drawn meanwhile, wandb.
 
-Run: python -m pytest tests/test_run_log.py
+Run: python -m pytest tests/test_log.py
 """
 
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -17,7 +18,9 @@ from test_hellaswag import make_examples
 import train_gpt_moe
 from fineweb import prepare_demo
 from model import GPTLMHeadModel
-from training import evaluation
+from training import evaluation, log
+from training.log import RunLog
+from training.metrics import METRICS, Metric
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,45 @@ def test_main_log_has_every_line_once_after_a_resume(data, finished, tmp_path, m
 def test_the_picture_is_drawn_during_the_run(finished):
     with Image.open(finished / "training.png") as image:  # --plot is off: nothing is drawn at the end
         assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
+
+
+def test_the_last_picture_is_waited_for_and_a_failure_is_told(tmp_path, monkeypatch):
+    opened, said = RunLog(tmp_path, None, 0, tensorboard=False), []
+    opened.say = said.append
+    opened.step({"step": 0, "loss": float("nan")})
+    opened.step({"step": 1, "loss": 5.0})
+    assert opened.close()
+    assert opened.draw(wait=True) == "" and (tmp_path / "training.png").stat().st_size > 500
+    assert said[-1].startswith("plot_log: warning: ") and "1 of 2 steps have no finite loss" in said[-1]
+    shutil.rmtree(tmp_path)
+    assert opened.draw(wait=True).startswith(f"{tmp_path}: no metrics.jsonl and no log.txt in this folder")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
+    assert "No such file" in opened.draw(wait=True) and "No such file" in opened.draw()
+
+
+def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
+    """Lines and histograms before a step; after the last step a record, too. A new row has a curve."""
+    row = Metric("val_bpb", "bits per byte", curve="loss/bpb", evaluated=True, log_word="bpb")
+    monkeypatch.setattr(log, "METRICS", (*METRICS, row))
+    opened = RunLog(tmp_path, None, 0, tensorboard=True)
+    measured = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_bpb": 1.125}
+    opened.evaluation(0, {}, expert_load=[[0.5, 0.5]], elapsed_s=0.5)  # nothing was measured
+    opened.evaluation(1, {}, sample="Return")
+    opened.evaluation(2, measured, expert_load=[[0.5, 0.5]])
+    opened.step({"step": 2, "loss": 3.5})
+    opened.evaluation(3, measured, elapsed_s=9.5)
+    assert opened.close()
+    kinds = {"val": "3.250000", "hella": "0.500000", "bpb": "1.125000"}
+    lines = [f"{step} {word} {value}" for step in (2, 3) for word, value in kinds.items()]
+    assert (tmp_path / "log.txt").read_text().splitlines() == [*lines[:3], "2 train 3.500000", *lines[3:]]
+    text = "s:2 tel:3.250000\ns:2 eval:0.500000\ns:2 trl:3.500000\ns:3 tel:3.250000\ns:3 eval:0.500000\n"
+    assert (tmp_path / "main.log").read_text() == text
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"step": 2, "loss": 3.5}, {"step": 3, "elapsed_s": 9.5, **measured}]
+    events = read_events(tmp_path)
+    assert [event.value for event in events.Scalars("loss/bpb")] == [1.125]
+    assert [event.step for event in events.Histograms("expert_load/layer_0")] == [2]
+    assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
 
 def pretend_wandb(monkeypatch, init) -> None:

@@ -1,0 +1,153 @@
+"""Tokens into shards: what a killed process has written is kept, and writing goes on after it.
+
+    writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
+    position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
+    writer.add(tokens, position, skip)
+    meta = writer.finish(position, "book.txt")
+
+Here `tokens` are those of the text from `position` on, of which the first `skip` are in shards already.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tokens.encodings import get_encoding
+from tokens.files import write_atomically
+from tokens.shards import load_metas, read_shard, write_shard
+from tokens.sources import START_POSITION
+
+
+def count_tokens(path: str) -> int:
+    """Tokens in a shard; 0 if it is missing or damaged."""
+    try:
+        return len(read_shard(path))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def is_complete(folder: str, meta: dict) -> bool:
+    """Whether a meta.json is final and all the shards it lists are whole."""
+    shards = meta.get("shards", {})
+    whole = (count_tokens(os.path.join(folder, name)) == n for name, n in shards.items())
+    return meta.get("complete", False) and all(whole)
+
+
+def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
+    """What every meta.json says; `shards` is the number of tokens by file name."""
+    counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
+    vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
+    return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
+
+
+class ShardWriter:
+    """Cuts a stream of tokens into shards, and notes in meta.json where in the source each of them begins.
+
+    Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
+    shard is known after any kill. Without meta.json everything is read again, and must equal what is there. A
+    shard is written only when more tokens follow: a source that is too small leaves nothing behind.
+
+    settings: "source", "encoding" and whatever else decides which tokens come out; meta.json keeps them. With
+    "part" and "num_parts" several machines write into one folder, and part 0 writes the validation shard.
+
+    Raises ValueError if the folder holds other data.
+    """
+
+    def __init__(self, folder: str, settings: dict):
+        self.folder, self.settings, self.encoding = folder, settings, get_encoding(settings["encoding"])
+        self.part, self.num_parts = settings.get("part", 0), settings.get("num_parts", 1)
+        self.prefix = f"p{self.part:04d}_" if self.num_parts > 1 else ""
+        os.makedirs(folder, exist_ok=True)
+        self.meta_path = os.path.join(folder, f"meta_{self.prefix}"[:-1] + ".json")
+        metas = load_metas(folder)
+        for path, meta in metas.items():
+            for name, value in settings.items():
+                other = (meta | meta.get("settings", {})).get(name)
+                if other != value and (name != "part" or path == self.meta_path):
+                    raise ValueError(
+                        f"{folder} was made with {name}={other!r} ({path}), but now {name}={value!r}: give "
+                        "the settings it was made with, or another --out, or delete the folder"
+                    )
+        ours = re.compile(r"(train|val)_(p\d{4}_)?\d{6}\.bin")
+        shards = [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]
+        if foreign := [name for name in shards if not ours.fullmatch(name)]:
+            raise ValueError(f"{folder} holds {foreign[0]}, which is not of this data: give another --out")
+        self.old = metas.get(self.meta_path, {})
+        for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
+            for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
+                os.unlink(temporary)  # a killed process has left it
+        self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
+
+    def path(self, n: int) -> str:
+        """File of the n-th shard."""
+        split, number = ("val", n) if n < self.val_shards else ("train", n - self.val_shards)
+        return os.path.join(self.folder, f"{split}_{self.prefix}{number:06d}.bin")
+
+    def size(self, n: int) -> int:
+        """Tokens of the n-th shard, unless it is the last."""
+        return self.val_tokens if n < self.val_shards else self.shard_size
+
+    def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
+        """(position to read on from, tokens to skip there) of the first shard that is missing or damaged."""
+        self.val_tokens, self.shard_size = val_tokens, shard_size
+        self.val_shards = int(self.part == 0 and val_tokens > 0)
+        self.buffer = np.empty(max(self.size(0), shard_size), dtype=np.uint16)
+        starts = self.old.get("places", {})
+        while count_tokens(self.path(self.n)) == self.size(self.n):
+            self.n += 1
+        if str(self.n) not in starts:
+            self.n = 0
+        self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
+        self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
+        return dict(self.start[0]), self.start[1]
+
+    def add(self, tokens: np.ndarray, position: dict, used: int) -> None:
+        """Append tokens[used:]; `position` is where tokens[0] was read."""
+        while used < len(tokens):
+            if self.filled == self.size(self.n):
+                self._flush([position, used])
+            count = min(len(tokens) - used, self.size(self.n) - self.filled)
+            self.buffer[self.filled : self.filled + count] = tokens[used : used + count]
+            self.filled, used = self.filled + count, used + count
+
+    def finish(self, position: dict, source: str) -> dict:
+        """Write the last shard and the final meta.json; return it. Raises ValueError for too little text."""
+        if self.n == 0 and (self.val_shards or not self.filled):
+            need = "no text"
+            if self.val_shards:
+                need = f"validation takes val_tokens={self.val_tokens}, pass less"
+            raise ValueError(
+                f"source={source!r} is too small (part {self.part} of {self.num_parts}): "
+                f"{position['documents']} documents, {self.filled} tokens; {need}"
+            )
+        self._flush(None)
+        counts = {name: position[name] for name in ("documents", "empty", "replaced")}
+        meta = self._write_meta(counts, complete=True)
+        tokens = ", ".join(f"{n:,} {split} tokens" for split, n in meta["tokens"].items())
+        print(f"{self.folder}: {tokens}; " + ", ".join(f"{name}: {n:,}" for name, n in counts.items()))
+        return meta
+
+    def _flush(self, following: list | None) -> None:
+        path, tokens = self.path(self.n), self.buffer[: self.filled]
+        if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
+            raise ValueError(f"{path} holds other tokens, and no meta.json says why: give another --out")
+        if following:
+            self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
+        write_shard(path, tokens)
+        tqdm.write(f"{path}: {self.filled:,} tokens")
+        self.done[os.path.basename(path)] = self.filled
+        self.n, self.filled, self.start = self.n + 1, 0, following
+
+    def _write_meta(self, more: dict, complete: bool) -> dict:
+        meta = describe(self.encoding, self.done, complete)
+        meta |= {"source": self.settings["source"], **more, "settings": self.settings}
+        text = json.dumps(meta, indent=1).encode()
+        write_atomically(self.meta_path, lambda file: file.write(text))
+        return meta

@@ -1,0 +1,168 @@
+"""Writes the checkpoints of a run in a background thread.
+
+writer = CheckpointWriter("log", keep_last=3)
+writer.save(checkpoint)     # returns after copying; the next save waits until this one is written
+error = writer.wait()       # the exception of the last save, or None
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokens.files import write_atomically
+from training import sharded
+from training.archives import NotFiniteError
+from training.checkpoints import (
+    checkpoint_path,
+    list_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+
+class CheckpointWriter:
+    """Saves checkpoints in a thread, so that training waits only while its state is copied.
+
+    A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves older
+    checkpoints alone and does not stop the training; wants_retry() says when to try again. Old checkpoints
+    are deleted (prune_checkpoints) only after the new one has been read back and found good.
+
+    rank, savers: without `savers`, rank 0 holds everything that is saved, and save() does nothing on other
+    ranks. With `savers`, a process group of their own, all ranks save together to a folder (sharded.py). Such
+    a save succeeds on all ranks or fails on all; their threads learn of it a moment apart.
+    """
+
+    def __init__(
+        self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
+        rank: int = 0, savers: Any = None, retry_s: float = 60,
+    ):  # fmt: skip
+        self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
+        self.rank = rank
+        self.saver = sharded.Saver(savers) if savers is not None else None
+        self.path: Path | None = None  # the newest checkpoint that this object has written
+        self.error: Exception | None = None  # of the last save that ended
+        self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
+        self.seconds = 0.0  # that the last save took in the thread
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
+        """Start writing; the thread calls before() first. Returns the seconds that training stood still."""
+        begin = self.tried_at = time.perf_counter()
+        self.wait()
+        if self.saver is None and self.rank != 0:
+            return 0.0
+        try:
+            if self.saver is not None:
+                path = checkpoint_path(self.folder, checkpoint["step"]).with_suffix("")
+                write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
+            else:
+                used: dict[tuple, torch.Tensor] = {}
+                write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
+                self._buffers = used
+        except Exception as error:  # handled like an error in the thread
+            self._report_failure(checkpoint["step"], error)
+            return time.perf_counter() - begin
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies from the GPU are asynchronous
+        pause = time.perf_counter() - begin
+        arguments = (checkpoint["step"], write, before, pause)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+        return pause
+
+    def wait(self) -> Exception | None:
+        """Wait until the last save has ended; returns its exception, or None."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.error
+
+    def wants_retry(self) -> bool:
+        """Whether the last save failed, may succeed now, and began more than retry_s seconds ago.
+
+        False while a save is being written: its outcome is not known yet.
+        """
+        is_saving = self._thread is not None and self._thread.is_alive()
+        waited = time.perf_counter() - self.tried_at > self.retry_s
+        return not is_saving and self._is_retryable() and waited
+
+    def _is_retryable(self) -> bool:
+        return self.error is not None and not isinstance(self.error, NotFiniteError)
+
+    def wants_last_retry(self, stop: bool) -> bool:
+        """After the last save of a run: whether to save once more. Waits until retry_s seconds have passed.
+
+        False if `stop`, and after ten tries.
+        """
+        self.wait()
+        if stop or self.tries_left == 0 or not self._is_retryable():
+            return False
+        self.tries_left -= 1
+        left = max(self.retry_s - (time.perf_counter() - self.tried_at), 0)
+        self.say(f"without it the run is lost: make room in {self.folder}; next try in {left:.0f} s")
+        time.sleep(left)
+        return True
+
+    def _copy(self, value: Any, used: dict) -> Any:
+        """`value` with its tensors copied to the host, into the buffers of the last save where they fit.
+
+        Tensors that share memory (tied embeddings) share a copy, so the file holds them once. Buffers for
+        CUDA tensors are pinned.
+        """
+        if torch.is_tensor(value):
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+            if key not in used:
+                buffer = self._buffers.get(key)
+                if buffer is None:
+                    pin = value.is_cuda
+                    buffer = torch.empty_like(value, device="cpu", pin_memory=pin, requires_grad=False)
+                used[key] = buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+            return used[key]
+        if isinstance(value, dict):
+            return {key: self._copy(inner, used) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(inner, used) for inner in value)
+        return value
+
+    def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
+        begin = time.perf_counter()
+        together = self.saver.together if self.saver is not None else lambda work: work()
+        try:
+            together(before)
+            path = write()
+            together(partial(self._accept, path))
+        except Exception as error:  # training goes on, whatever the error is
+            return self._report_failure(step, error)
+        self.path, self.error = path, None
+        self.seconds = time.perf_counter() - begin
+        if self.rank == 0:
+            size = sum(file.stat().st_size for file in (path, *path.glob("*")) if file.is_file())
+            took = f"{self.seconds:.2f} s, training paused {1000 * pause:.0f} ms"
+            self.say(f"step {step}: saved {path} ({size / 1e6:.0f} MB in {took})")
+
+    def _accept(self, path: Path) -> None:
+        """On rank 0: point `latest` at a new folder; read the checkpoint back before old ones are deleted."""
+        if self.rank != 0:
+            return
+        if self.saver is not None:
+            write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
+        if self.keep_last > 0:
+            verify_checkpoint(path)
+            prune_checkpoints(self.folder, self.keep_last, self.keep_every)
+
+    def _report_failure(self, step: int, error: Exception) -> None:
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
+        self.error = error
+        try:
+            newest = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+        except OSError:  # the disk may be the reason for the failure
+            newest = "unknown"
+        text = str(error) or repr(error)
+        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {text}. Training goes on; newest: {newest}")

@@ -1,0 +1,80 @@
+"""Initial weights for FSDP, one tensor at a time, so that no process ever holds a whole model.
+
+    for name, tensor in initial_weights(config, seed): ...    # GPTLMHeadModel(config)'s, bit for bit
+
+The model's constructor runs once on fake tensors, which have a shape but no memory. A Recorder notes every
+operator that writes to a tensor, and the state of the random number generator before it. Each tensor is then
+made by running its own operators again from these states, so the order of the modules does not matter.
+
+References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode,
+https://dev-discuss.pytorch.org/t/what-and-why-is-torch-dispatch/557
+"""
+
+from collections.abc import Iterator
+
+import torch
+from huggingface.convert import fresh_statistics
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPTConfig, GPTLMHeadModel
+
+aten = torch.ops.aten
+# These replace everything in a tensor, so what was written before need not be run again.
+OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators that write to fake tensors, and draws the random numbers that they would draw.
+
+    RuntimeError for what could not be repeated: a write to a part of a tensor, and a new tensor that is
+    random from the start (torch.randn).
+    """
+
+    def __init__(self):
+        super().__init__()
+        # storage's address -> [(tensor, generator state before, operator, its other arguments), ...]
+        self.writes: dict[int, list[tuple]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self._record(func, args[0], args[1:], kwargs)
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{func} draws random numbers for a new tensor; draw them in place instead")
+        return func(*args, **kwargs)
+
+    def _record(self, func, tensor: torch.Tensor, args: tuple, kwargs: dict) -> None:
+        storage = tensor.untyped_storage()
+        if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
+            raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
+        past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
+        self.writes[storage._cdata] = [*past, (tensor, torch.get_rng_state(), func, args, kwargs)]
+        if torch.Tag.nondeterministic_seeded in func.tags:  # advances the generator as on the CPU
+            with unset_fake_temporarily():
+                func(torch.empty(tensor.shape, dtype=tensor.dtype), *args, **kwargs)
+
+    def repeat(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The parameter or buffer called `name` with its values, on the CPU. RuntimeError if it has none."""
+        writes = self.writes.get(tensor.untyped_storage()._cdata, [])
+        if not writes or any(isinstance(argument, torch.Tensor) for write in writes for argument in write[3]):
+            raise RuntimeError(f"{name}: no initialisation of it has been recorded that could be repeated")
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for _, state, func, args, kwargs in writes:
+            torch.set_rng_state(state)
+            func(made, *args, **kwargs)
+        return made
+
+
+def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor on the CPU) of all parameters and buffers, equal bit for bit to GPTLMHeadModel(config)'s
+    after torch.manual_seed(seed). At the end the generator is where that constructor would leave it.
+
+    RuntimeError, naming the tensor, for one whose initialisation cannot be run again."""
+    torch.manual_seed(seed)
+    with FakeTensorMode(), Recorder() as recorder:
+        model = GPTLMHeadModel(config)
+    end, statistics = torch.get_rng_state(), fresh_statistics(model)  # computed, not drawn
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        yield name, statistics[name] if name in statistics else recorder.repeat(name, tensor)
+    torch.set_rng_state(end)

@@ -1,0 +1,132 @@
+"""Heartbeats: the ranks of a run notice that one of them is lost, and end with its name instead of waiting.
+
+Used by parallel.py. Without heartbeats gloo's collectives fail at once when a process dies, but name an
+address and no rank. NCCL's may wait until their timeout, and all do when a machine loses its power or its
+network. Launchers see the processes of their own machine only.
+
+Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
+"""
+
+import contextlib
+import itertools
+import os
+import socket
+import sys
+import threading
+
+import torch.distributed as dist
+
+INTERVAL = 1.0  # seconds between two heartbeats of a rank
+HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
+TIMEOUT_AFTER_ERROR = 5.0  # the same once a collective has failed on some rank
+EXIT_TIMEOUT = 10.0  # seconds that a process has to end by itself once a rank is lost
+MOST_NAMED = 8  # how many lost ranks a message names
+
+
+class Heartbeat:
+    """This rank's heartbeat, and its check of other ranks' heartbeats.
+
+        heartbeat = Heartbeat(rank, size, store)    # a connection to the store that nothing else uses
+        heartbeat.start()
+        heartbeat.lost_after_error()                # a collective has failed: which ranks are lost, or ""
+        heartbeat.stop(finished=True)               # at the end; the others do not miss a rank that finished
+
+    One thread increases a counter in the store every INTERVAL seconds. On rank 0 it reads the counters of all
+    ranks and writes to the store who is lost; on other ranks it reads that, and rank 0's counter. A second
+    thread notices when the store does not answer the first, because the machine of the store may be lost. A
+    timeout is counted in checks, not in seconds, so that a process that was suspended does not take others
+    for lost. Once a rank is lost, the process has EXIT_TIMEOUT seconds to end, and a checkpoint that is being
+    written is finished first. A process that hangs longer is ended with exit code 1.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store):
+        self.rank, self.store = rank, store
+        self.others = list(range(1, size)) if rank == 0 else [0]
+        self.last_seen = dict.fromkeys(self.others, b"")  # the last counter that was read
+        self.missed = dict.fromkeys(self.others, 0)  # checks since it changed
+        self.error_seen = False
+        self.unanswered = 0  # intervals that the store has not answered
+        self.lost = ""  # a sentence that names the lost ranks
+        self.found, self.stopped = threading.Event(), threading.Event()
+        store.set(f"process {rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        store.set(f"heartbeat {rank}", "0")
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._guard)]
+
+    def start(self) -> None:
+        """Start the threads, after all ranks have made their Heartbeat."""
+        self.store_host = f"rank 0 ({self.store.get('process 0').decode()}) or the launcher beside it"
+        for thread in self.threads:
+            thread.start()
+
+    def lost_after_error(self) -> str:
+        """After a collective has failed: a sentence that names the lost ranks, or "" if all are alive."""
+        self.error_seen = True
+        self.found.wait(2 * TIMEOUT_AFTER_ERROR + 3 * INTERVAL)
+        if self.lost and self.rank == 0:
+            self.stopped.wait(3 * INTERVAL)  # others read it, in a store that may end with rank 0
+        return self.lost
+
+    def stop(self, finished: bool = False) -> None:
+        """Stop the threads; finished: tell the others that this rank has ended as it should."""
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(3 * INTERVAL)  # the interpreter must not end while a thread is inside torch
+        if finished and not self.lost and not self.threads[0].is_alive():
+            with contextlib.suppress(dist.DistError):  # the rank with the store may have ended before
+                self.store.set(f"heartbeat {self.rank}", "finished")
+
+    def _beat(self) -> None:
+        try:
+            for count in itertools.count(1):
+                if self.stopped.wait(INTERVAL):
+                    return
+                lost = self._beat_and_check(count)
+                self.unanswered = 0
+                if lost:
+                    self._report(lost)
+                    return
+        except dist.DistError:  # the process that had the store is gone
+            if not self.stopped.wait(0 if self.error_seen else TIMEOUT_AFTER_ERROR):
+                self._report(self.store_host)
+
+    def _beat_and_check(self, count: int) -> str:
+        if self.store.check(["lost"]):
+            return self.store.get("lost").decode()
+        self.store.set(f"heartbeat {self.rank}", str(count))
+        if self.error_seen:
+            self.store.set("error", "")
+        timeout = TIMEOUT_AFTER_ERROR if self.store.check(["error"]) else HEARTBEAT_TIMEOUT
+        for other, counter in zip(self.others, self._read("heartbeat", self.others), strict=True):
+            alive = counter != self.last_seen[other] or counter == b"finished"
+            self.missed[other] = 0 if alive else self.missed[other] + 1
+            self.last_seen[other] = counter
+        most = max(self.missed.values(), default=0)
+        if most * INTERVAL <= timeout:
+            return ""
+        silent = [other for other in self.others if self.missed[other] >= most - 2]  # all of a lost machine
+        processes = self._read("process", silent[:MOST_NAMED])
+        names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
+        more = [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
+        self.store.set("lost", ", ".join(names + more))
+        return ", ".join(names + more)
+
+    def _read(self, key: str, ranks: list[int]) -> list[bytes]:
+        return self.store.multi_get([f"{key} {rank}" for rank in ranks]) if ranks else []
+
+    def _report(self, lost: str) -> None:
+        verb = "are" if ", " in lost else "is"
+        self.lost = f"{lost} {verb} lost: no sign of life any more; what it printed last may say why"
+        self.found.set()
+
+    def _guard(self) -> None:
+        while not self.found.is_set() and not self.stopped.wait(INTERVAL):
+            self.unanswered += 1
+            if self.unanswered * INTERVAL > (TIMEOUT_AFTER_ERROR if self.error_seen else HEARTBEAT_TIMEOUT):
+                self._report(self.store_host)
+        if self.stopped.wait(EXIT_TIMEOUT):
+            return
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":  # checkpoints.py's thread, which writes a checkpoint
+                thread.join(10 * HEARTBEAT_TIMEOUT)
+        print(f"{self.lost}. Rank {self.rank} would wait for ever and ends", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,317 @@
+"""The files that a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard's events in tb/.
+
+    log = RunLog(Path("log"), None, first_step=0, tensorboard=True)
+    log.record({"run": run_record(config, model, world, first_step=0)})
+    log.evaluation(250, {"val_loss": 3.29}, sample="Hello")     # what was measured before step 250
+    log.step(record)                                            # what step 250 measured
+    log.close()
+
+log.txt has lines `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`. main.log has llm.c's lines `s:STEP
+trl:LOSS`, `s:STEP tel:LOSS`, `s:STEP eval:ACC`. metrics.jsonl has one JSON object per line: {"run": {...}} at
+the start and at each resume, and one per step with everything measured; null stands for NaN and infinities.
+training/metrics.py says which number goes where; plot_log.py draws them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import transformers
+
+from layers.usage import STARVED_BELOW
+from tokens.files import write_atomically
+from training.metrics import METRICS
+from training.run_folder import LOG_FILES, claim_folder, drop_repeated_lines, move_old_files
+
+try:
+    import resource
+except ImportError:  # Windows does not have it
+    resource = None
+
+PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
+
+
+class RunLog:
+    """The files of a run; only the master rank has one.
+
+    Every line reaches the operating system at once. If a disk is full, lines wait in memory until there is
+    room, and the training goes on. The folder stays locked until close(). Files of an earlier run are moved
+    into a folder old_DATE. A resumed run first drops the lines of steps that it will do again, and a last
+    line that a kill has cut, so that every step appears once.
+
+    resumed: the checkpoint that the run continues; None for a new run. first_step: its step, or 0.
+    wandb: send the curves and samples to Weights & Biases too; if that fails, the run only warns.
+    evaluates_first: the run evaluates before its first step. If it does not, what an earlier, finished run
+    measured there stays in the files.
+    say: prints a line. ValueError if another run has the folder or wandb is not installed; OSError if the
+    folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, wandb: bool = False,
+        evaluates_first: bool = True, say: Callable = print,
+    ):  # fmt: skip
+        self.folder, self.say = folder, say
+        self.drawing: subprocess.Popen | None = None
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb=True, but it is not installed; pip install wandb")
+        self.lock = claim_folder(folder)
+        moved_to = move_old_files(folder, resumed)
+        if moved_to:
+            say(f"moved the files of an earlier run in {folder} to {moved_to}")
+        self.files: dict[str, BinaryIO] = {}
+        self.unwritten = {name: bytearray() for name in LOG_FILES}
+        self.writing = threading.Lock()  # the thread that saves checkpoints calls sync()
+        self.disk_is_full = False
+        for name in LOG_FILES:
+            drop_repeated_lines(folder / name, first_step, evaluates_first)
+            self.files[name] = open(folder / name, "ab", buffering=0)
+        self.wandb: Any = self._try_wandb(start_wandb, folder, resumed is not None) if wandb else None
+        self.tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            for line in (folder / "metrics.jsonl").read_text().splitlines() if not evaluates_first else ():
+                record = json.loads(line)
+                if record.get("step") == first_step:  # purge_step has hidden the last evaluation's points
+                    self._add_points(record)
+
+    def record(self, values: dict) -> None:
+        """Write one object of metrics.jsonl. If it has a step, its numbers also go to the curves."""
+        self._append("metrics.jsonl", json.dumps(json_safe(values), allow_nan=False))
+        if "step" in values:
+            self._add_points(values)
+
+    def step(self, record: dict) -> None:
+        """Write the record of a training step into all files."""
+        self.record(record)
+        self.measurement(record["step"], "train", record["loss"])
+
+    def evaluation(
+        self, step: int, measured: dict, expert_load: list[list[float]] | None = None,
+        elapsed_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """Write what was measured between two steps into all files, and take the sample out of `measured`.
+
+        measured: numbers by name and a text "sample", perhaps nothing. expert_load: as in `experts`; it is
+        written only beside measured numbers. elapsed_s: given only after the last step, when the numbers need
+        a record of their own; before any other step, the caller adds them to its record.
+        """
+        if sample := measured.pop("sample", ""):
+            self.sample(step, sample)
+        for metric in METRICS:
+            if metric.evaluated and metric.log_word and metric.name in measured:
+                self.measurement(step, metric.log_word, measured[metric.name])
+        if measured and expert_load is not None:
+            self.experts(step, expert_load)
+        if measured and elapsed_s is not None:
+            self.record({"step": step, "elapsed_s": elapsed_s, **measured})
+
+    def measurement(self, step: int, word: str, value: float) -> None:
+        """Write a number's line in log.txt and main.log. word: its `log_word`."""
+        self._append("log.txt", f"{step} {word} {value:.6f}")
+        for metric in METRICS:
+            if metric.log_word == word and metric.llmc_word:
+                self._append("main.log", f"s:{step} {metric.llmc_word}:{value:.6f}")
+
+    def sample(self, step: int, text: str) -> None:
+        """Write a sampled text for TensorBoard and Weights & Biases."""
+        markdown = "    " + text.replace("\n", "\n    ")  # four spaces keep Markdown from formatting the text
+        self._tensorboard("add_text", "sample", markdown, step)
+        self._send(step, {"sample": text})
+
+    def experts(self, step: int, load: list[list[float]]) -> None:
+        """Write a TensorBoard histogram of the experts' loads per MoE layer, in fair shares.
+
+        load (MoE layers, E): each expert's share of the routed rows; 1/E is fair.
+        """
+        for layer, share in enumerate(load):
+            fair = len(share) * np.array(share)
+            if np.isfinite(fair).all():
+                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
+
+    def draw(self, wait: bool = False) -> str:
+        """Draw training.png in another process, unless the last picture is still being drawn. Never raises.
+
+        wait: wait for a picture of all that is logged by now, and return why there is none ("" if there is).
+        """
+        command = [sys.executable, str(PLOT_LOG), str(self.folder)]
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        try:
+            if not wait:
+                if self.drawing is None or self.drawing.poll() is not None:
+                    self.drawing = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
+                return ""
+            if self.drawing is not None:
+                self.drawing.wait()
+            done = subprocess.run(command, **pipes, stderr=subprocess.PIPE, errors="replace")
+        except OSError as error:
+            return str(error)
+        lines = done.stderr.splitlines()
+        if done.returncode != 0:
+            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {done.returncode}"
+        for line in lines:
+            if line.startswith("plot_log: "):
+                self.say(line)
+        return ""
+
+    def _add_points(self, record: dict) -> None:
+        points = {m.curve: record[m.name] for m in METRICS if m.curve and record.get(m.name) is not None}
+        for curve, value in points.items():
+            self._tensorboard("add_scalar", curve, value, record["step"])
+        self._send(record["step"], points)
+
+    def _send(self, step: int, values: dict) -> None:
+        if self.wandb is not None:
+            self._try_wandb(self.wandb.log, values, step)
+
+    def _try_wandb(self, call: Callable, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:  # no login, no network, or anything else: the training goes on
+            reason = " ".join(str(error).split()) or repr(error)
+            self.say(f"WARNING: wandb gets nothing (more) of this run: {reason}; metrics.jsonl has it all")
+            self.wandb = None
+
+    def _tensorboard(self, method: str, *arguments: Any) -> None:
+        try:
+            if self.tensorboard is not None:
+                getattr(self.tensorboard, method)(*arguments)
+        except OSError as error:
+            why = f"{error}; metrics.jsonl has everything"
+            self.say(f"WARNING: no more TensorBoard events of this run: {why}")
+            self.tensorboard = None
+
+    def _append(self, name: str, line: str) -> None:
+        with self.writing:
+            self.unwritten[name] += line.encode() + b"\n"
+            try:
+                self._write()
+                self.disk_is_full = False
+            except OSError as error:
+                if not self.disk_is_full:
+                    text = f"{name} cannot be written: {error}; its lines wait until there is room"
+                    self.say(f"WARNING: {text}")
+                self.disk_is_full = True
+
+    def _write(self) -> None:
+        for name, waiting in self.unwritten.items():
+            while waiting:
+                written = self.files[name].write(waiting)
+                del waiting[:written]
+
+    def sync(self) -> None:
+        """Make all lines durable; a checkpoint calls this before it is written. OSError if that fails."""
+        with self.writing:
+            self._write()
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        self._tensorboard("flush")
+
+    def close(self) -> bool:
+        """Close all files and unlock the folder. False if not everything could be written."""
+        if self.drawing is not None:
+            self.drawing.wait()
+        if self.wandb is not None:
+            self._try_wandb(self.wandb.finish)
+        try:
+            self.sync()
+            self._tensorboard("close")
+            return True
+        except OSError as error:
+            self.say(f"WARNING: the last lines of the log files could not be written: {error}")
+            return False
+        finally:
+            for file in (*self.files.values(), self.lock):
+                file.close()
+
+
+def start_wandb(folder: Path, resumed: bool):
+    """Start the folder's run in Weights & Biases, or continue it if `resumed`."""
+    import wandb
+
+    file, known = folder / "wandb_id", None
+    if resumed and file.is_file():
+        known = file.read_text().strip()
+    run = wandb.init(project="gpt-moe", name=folder.resolve().name, dir=str(folder), id=known, resume="allow")
+    write_atomically(file, lambda out: out.write(run.id.encode()))
+    return run
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: json_safe(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_record(config, model, world, first_step: int) -> dict:
+    """What a run is: settings, git revision, versions, machine. It holds no environment variables."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()
+    return {
+        "config": dataclasses.asdict(config) | {"vocab_size": model.config.vocab_size},
+        "model": model.config.to_diff_dict(),
+        "parameters": model.get_num_params(False),
+        "active_parameters": model.get_num_active_params(),
+        "world_size": world.size,
+        "first_step": first_step,
+        "git": revision,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "transformers": transformers.__version__, "cuda": torch.version.cuda,
+        },
+        "device": f"{world.device.type} {device}".strip(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def expert_load(model) -> dict:
+    """How the last optimizer step used the experts, over all ranks.
+
+    expert_load (MoE layers, E): each expert's share of the routed rows. max_load: the largest load, in fair
+    shares. starved: fraction of the experts that are starved. router_entropy: entropy of the routing
+    probabilities in nats, mean over the layers; NaN before the first step of this process. A dense model has
+    none of these.
+    """
+    if not model.moe_layers():
+        return {}
+    found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
+    # One transfer to the host for all layers.
+    read = torch.stack([torch.cat((counts.float(), entropy[None])) for counts, entropy in found]).cpu()
+    counts, entropy = read[:, :-1].double(), read[:, -1]  # (MoE layers, E), (MoE layers,)
+    share = counts / counts.sum(1, keepdim=True)
+    load = share * share.size(1)
+    return {
+        "expert_load": share.tolist(), "max_load": load.max().item(),
+        "starved": (load < STARVED_BELOW).double().mean().item(), "router_entropy": entropy.mean().item(),
+    }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of the CUDA allocator, or else of this process; 0 where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB

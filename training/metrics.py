@@ -1,0 +1,64 @@
+"""The numbers that a run measures: one row each says how and where they are shown.
+
+A step's record, one object of metrics.jsonl, holds these numbers by name. To show another number of the
+record, add a row. training/log.py reads the rows for log.txt, main.log, TensorBoard and Weights & Biases,
+training/terminal.py for the live line and the step line, plot_log.py for the picture.
+This file imports nothing heavy, so that plot_log.py starts fast.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured number. Where a text is empty, the number does not appear in that place."""
+
+    name: str  # key in metrics.jsonl
+    label: str  # what it is, or its unit; the picture's axis shows it
+    curve: str = ""  # name in TensorBoard and Weights & Biases; the part before the slash is the page
+    live: str = ""  # format in the terminal's live line
+    line: str = ""  # format in the terminal's step line
+    hidden: float | None = None  # the terminal does not show this value
+    evaluated: bool = False  # measured by evaluations: the live line shows the newest value
+    log_word: str = ""  # its lines in log.txt are `STEP WORD VALUE`
+    llmc_word: str = ""  # its lines in main.log, llm.c's format, are `s:STEP WORD:VALUE`
+    panel: str = ""  # title of its panel in the picture; panels and their curves stand in the order of rows
+    drawn: str = (
+        "smoothed"  # or matplotlib's drawstyle: "default" (lines), "steps-post" (holds until the next)
+    )
+    log_scale: bool = False
+    percent: bool = False  # the axis shows 0.5 as 50%
+    axis_low: float = 0.0  # where the axis begins
+    axis_high: float = 0.0  # the axis reaches at least this value
+
+    def is_shown(self, record: dict) -> bool:
+        """Whether the record has a value that the terminal shows."""
+        return record.get(self.name) not in (None, self.hidden)
+
+
+SCHEDULE, SPEED, BALANCE = "Learning rate and gradient norm", "Throughput", "Expert balance"
+
+METRICS = (
+    Metric("loss", "nats per token", "loss/train", "loss {:.3f}", "loss {:.4f}",
+           log_word="train", llmc_word="trl", panel="Loss"),
+    Metric("val_loss", "nats per token", "loss/val", "val {:.3f}",
+           evaluated=True, log_word="val", llmc_word="tel", panel="Loss"),
+    Metric("hella_acc_norm", "accuracy", "hellaswag",
+           evaluated=True, log_word="hella", llmc_word="eval", panel="HellaSwag"),
+    Metric("hella_acc", "accuracy", "hellaswag_plain", evaluated=True, panel="HellaSwag"),
+    Metric("balance_loss", "balance loss, sum of layers", "loss/balance"),
+    Metric("z_loss", "router z-loss, sum of layers", "loss/z"),
+    Metric("lr", "learning rate", "lr", line="lr {:.3e}", panel=SCHEDULE, drawn="default"),
+    Metric("norm", "gradient norm", "norm", line="norm {:.3f}", panel=SCHEDULE, log_scale=True),
+    Metric("ms", "milliseconds", line="{:.1f} ms"),
+    Metric("tok_per_s", "tokens/s", "tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
+    Metric("mfu", "MFU", "mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
+    Metric("max_load", "max / mean load", "max_load", "max load {:.2f}",
+           panel=BALANCE, axis_low=1, axis_high=1),
+    Metric("starved", "starved experts", "starved",
+           panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
+    Metric("router_entropy", "nats", "router_entropy"),
+    Metric("memory", "GiB at most", "memory_gib"),
+    Metric("elapsed_s", "seconds since the start"),
+    Metric("bad_steps", "steps without an update so far", live="bad steps {}", hidden=0),
+)  # fmt: skip
