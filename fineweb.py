@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from tokens import sources
 from tokens.demo import prepare_demo
-from tokens.encodings import encode_pieces, get_encoding  # noqa: F401 (public imports)
-from tokens.shard_writer import ShardWriter, describe, is_complete  # noqa: F401
-from tokens.shards import DistributedDataLoader, find_shards, read_meta, read_shard, write_shard  # noqa: F401
+from tokens.encodings import encode_pieces
+from tokens.shard_writer import ShardWriter, is_complete
+from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 

@@ -5,17 +5,17 @@
     loss = task_loss + 0.01 * layer.get_auxiliary_loss()
     update_routers([layer])                  # once per optimizer step, before its first forward
 
-A token passes five stages, in the order of `MoE.forward`:
+A forward pass has five stages, in the order of `MoE.forward`:
 
-    1. route     fp32 logits -> scores -> the K experts of every token, their weights    Router, MoE.choose
-    2. dispatch  sort the R = N*K routed rows by expert                                  dispatch
-    3. experts   one MLP per group of rows; stacked parameters, three engines            Experts
-    4. combine   a token's output is the weighted sum of its K rows                      Experts
-    5. account   balance loss, z-loss and usage of the tokens that count                 MoE.measure
+    1. route     score all experts for each token, choose K of them, weigh these             Router, MoE.route
+    2. dispatch  make one row per token and chosen expert; sort rows by expert               dispatch
+    3. experts   run each expert, an MLP, on its rows                                        Experts
+    4. combine   add up each token's rows, times their weights                               Experts
+    5. account   compute balance loss, z-loss and usage from the tokens that count           MoE.measure
 
-Stages 2 to 4 are in experts.py. There is no capacity: no token is dropped, and no token's output depends on
-another token. Where ranks share the experts (expert_parallel.py), an exchange of rows stands between 2 and 3,
-and the way back after 3.
+Stages 2 to 4 are in layers/experts.py. Experts have no capacity limit: no token is dropped, and this layer's
+output for a token depends only on its input for the same token. If ranks share the experts
+(training/expert_parallel.py), they exchange rows before stage 3 and results after it.
 
 Letters: B batch, T sequence length, C n_embd, N tokens = B*T, E experts, K experts per token, H expert
 hidden size, R routed rows = N*K.
@@ -24,10 +24,8 @@ References: Shazeer et al. 2017 (arXiv 1701.06538), Switch Transformer (2101.039
 loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
 """
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -35,52 +33,46 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.experts import MLP, Experts, dispatch, held, local
+from layers.experts import Experts, Routing, dispatch
+from layers.mlp import MLP
 from layers.usage import STARVED_BELOW
 
-# Sums that outlive a forward are int64 in units of 2^-24. Adding them is exact, so they depend neither on the
-# order of micro-steps and ranks nor on a later model.bfloat16(). Room for 2^39 tokens.
+# Sums that outlive a forward are int64, in units of 2^-24. Integer addition is exact: neither the order of
+# micro-steps and ranks matters, nor a later model.bfloat16(). There is room for 2^39 tokens.
 FIXED_POINT = 2.0**24
 
 # -----------------------------------------------------------------------------
 # Balance losses
 #
-# Functions of means over tokens: P = mean p_t (E,), M = mean p_t p_t^T (E, E), and f (E,), the experts'
-# fractions of the routed rows; p_t (E,) are token t's probabilities. How they are used: MoE.balance_loss.
+# p_t (E,) are token t's probabilities. Means over tokens: P = mean p_t (E,), M = mean p_t p_t^T (E, E).
+# f (E,): each expert's fraction of the rows. A new loss is a function and its row in BALANCE_LOSSES.
 
 
 def load_balancing(P: Tensor, f: Tensor) -> Tensor:
-    """E * sum_e f_e P_e (Switch Transformer, eq. 4). f sums to 1 whatever K is, and carries no gradient.
-
+    """E * sum_e f_e P_e (Switch Transformer, eq. 4). f sums to 1 whatever K is, and has no gradient.
     1 at perfect balance, E when one expert gets everything; below 1 only where f and P disagree.
     """
     return P.shape[0] * (f * P).sum()
 
 
 def variance_penalty(P: Tensor) -> Tensor:
-    """Squared coefficient of variation Var(P) / mean(P)^2 (Shazeer 2017, eq. 6-7): E * sum_e P_e^2 - 1, as P
-    sums to 1.
-
+    """Squared coefficient of variation, Var(P) / mean(P)^2 = E * sum_e P_e^2 - 1 (Shazeer 2017, eq. 6-7).
     0 at perfect balance, E - 1 when one expert gets everything.
     """
     return P.shape[0] * P.square().sum() - 1
 
 
 def entropy_regularization(P: Tensor) -> Tensor:
-    """log E minus the entropy of P, log E + sum_e P_e log P_e: the divergence of P from uniform, in nats.
-
+    """log E + sum_e P_e log P_e: the KL divergence of P from uniform, in nats.
     0 at perfect balance, log E when one expert gets everything.
     """
     return math.log(P.shape[0]) + (P * P.clamp_min(1e-12).log()).sum()
 
 
 def diversity_regularization(M: Tensor) -> Tensor:
-    """Mean over i != j of M_ij^2 / (M_ii M_jj): the squared cosine between the probabilities of experts i
-    and j, each seen as a vector over the tokens.
-
-    0 when no two experts share a token (so at perfect balance with a sure router), 1 when all experts have
-    proportional probabilities, as in a router that has learnt nothing; 0 for a single expert. It asks for
-    different experts rather than equal loads, and so evens the loads out less than the others do.
+    """Mean over i != j of M_ij^2 / (M_ii M_jj), the squared cosine between the probabilities of experts i and
+    j, each a vector over tokens. It asks for different experts, not equal loads, and so balances loads less.
+    0 when no two experts share a token or for one expert, 1 when all experts' probabilities are proportional.
     """
     E = M.shape[0]
     squares = M.diagonal().clamp_min(1e-12)  # (E,)
@@ -88,24 +80,46 @@ def diversity_regularization(M: Tensor) -> Tensor:
     return (cosines.sum() - cosines.diagonal().sum()) / max(E * (E - 1), 1)
 
 
-LOSSES = {
-    loss.__name__: loss
-    for loss in (load_balancing, variance_penalty, entropy_regularization, diversity_regularization)
+class BalanceLoss(NamedTuple):
+    """A balance loss: function(P), or function(M) if of_products; with a second argument f if takes_f."""
+
+    function: Callable
+    of_products: bool = False
+    takes_f: bool = False
+
+
+BALANCE_LOSSES = {
+    "load_balancing": BalanceLoss(load_balancing, takes_f=True),
+    "variance_penalty": BalanceLoss(variance_penalty),
+    "entropy_regularization": BalanceLoss(entropy_regularization),
+    "diversity_regularization": BalanceLoss(diversity_regularization, of_products=True),
 }
 
 # -----------------------------------------------------------------------------
 # Router and layer
 
 
+def normalize(scores: Tensor) -> Tensor:
+    """Scores (N, ...) divided by their sum."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
+# Each row: logits (N, E) -> scores, which choose and weigh experts; scores -> probabilities, for the losses.
+ROUTER_SCORES = {
+    "softmax": (lambda logits: logits.softmax(-1), lambda scores: scores),
+    "sigmoid": (torch.sigmoid, normalize),  # DeepSeek-V3
+}
+
+
 class Router(nn.Linear):
-    """One logit per expert, (N, C) -> (N, E), in fp32 (or a wider input's dtype) whatever autocast says: bf16
-    logits change the chosen experts of 2-3% of the tokens. (TF32 where other fp32 products are, too.)"""
+    """One logit per expert, (N, C) -> (N, E), in fp32 or a wider input's dtype, also under autocast: bf16
+    logits change the experts of 2-3% of the tokens. (It is TF32 where other fp32 products are.)"""
 
     def __init__(self, n_embd: int, num_experts: int):
         super().__init__(n_embd, num_experts, bias=False)
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02: nearly equal scores, so that all experts begin with tokens."""
+        """Normal with standard deviation 0.02: scores begin nearly equal, so every expert gets tokens."""
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +143,7 @@ class ExpertUsage(NamedTuple):
     counts: Tensor  # (E,) int64, routed rows
     share: Tensor  # (E,) fractions of them
     max_load: Tensor  # () largest over mean count: 1 is perfect, E/K the worst
-    starved: Tensor  # () fraction of the experts with less than 10% of a fair share
+    starved: Tensor  # () fraction of the experts that are starved
     entropy: Tensor  # () entropy of the routing probabilities in nats, mean over tokens
 
 
@@ -139,9 +153,9 @@ class MoE(nn.Module):
     Buffers, all in the state dict:
       router_bias (E,)    loss-free balancing: added to the scores for the choice, never in the weights
       usage_counts (E,), usage_entropy (1,)    since the last reset, all ranks, up to the last update_router
-      step_totals         of this rank since then: entropy, counts (E,) for the usage; counts, p or p p^T for
-                          the update. Differs between ranks: keep it out of DDP's broadcast (per_rank_buffers)
-      reference_totals    counts (E,) and p or p p^T of the last finished step, all ranks
+      step_totals         this rank's since then: entropy and counts (E,), for the usage; counts and the sum
+                          of p or p p^T, for update_router. DDP must not broadcast it (per_rank_buffers)
+      reference_totals    counts (E,) and the sum of p or p p^T of the last finished step, all ranks
     """
 
     per_rank_buffers = ("step_totals",)
@@ -151,16 +165,14 @@ class MoE(nn.Module):
         E, K, C = config.num_experts, config.num_experts_per_tok, config.n_embd
         if not 1 <= K <= E:
             raise ValueError(f"num_experts_per_tok={K} must lie between 1 and num_experts={E}")
-        if config.moe_loss_type not in LOSSES:
-            raise ValueError(
-                f"moe_loss_type={config.moe_loss_type!r} is unknown; use one of {', '.join(LOSSES)}"
-            )
-        if config.router_score not in ("softmax", "sigmoid"):
-            raise ValueError(f"router_score={config.router_score!r} is unknown; use 'softmax' or 'sigmoid'")
+        for name, table in (("moe_loss_type", BALANCE_LOSSES), ("router_score", ROUTER_SCORES)):
+            if (value := getattr(config, name)) not in table:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(table)}")
         self.num_experts, self.num_experts_per_tok = E, K
         self.router_score, self.norm_topk_prob = config.router_score, config.norm_topk_prob
         self.router_bias_update_rate = config.router_bias_update_rate
         self.loss_type = config.moe_loss_type if config.moe_loss else None
+        self.sums_products = config.moe_loss and BALANCE_LOSSES[config.moe_loss_type].of_products
         self.force_balanced = False  # benchmarks only: token n goes to experts n*K, n*K + 1, ... modulo E
         self.gate = Router(C, E)
         self.experts = Experts(config)
@@ -176,15 +188,14 @@ class MoE(nn.Module):
 
     def initial_statistics(self) -> dict[str, Tensor]:
         """The buffers of a layer that has seen nothing; the reference is E tokens in perfect balance."""
-        E, integer = self.num_experts, torch.int64
-        perfect = torch.eye(E) if self.loss_type == "diversity_regularization" else torch.ones(E)
-        perfect = (perfect.flatten() * FIXED_POINT).to(integer)
+        E, K, integer = self.num_experts, self.num_experts_per_tok, torch.int64
+        balanced = (torch.eye(E).flatten() if self.sums_products else torch.ones(E)) * FIXED_POINT
         return {
             "router_bias": torch.zeros(E),
             "usage_counts": torch.zeros(E, dtype=integer),
             "usage_entropy": torch.zeros(1, dtype=integer),
-            "step_totals": torch.zeros(1 + 2 * E + perfect.numel(), dtype=integer),
-            "reference_totals": torch.cat((torch.full((E,), self.num_experts_per_tok), perfect)),
+            "step_totals": torch.zeros(1 + 2 * E + balanced.numel(), dtype=integer),
+            "reference_totals": torch.cat((torch.full((E,), K), balanced.long())),
         }
 
     def __getstate__(self):
@@ -196,54 +207,44 @@ class MoE(nn.Module):
         """x (B, T, C) -> y (B, T, C), or with return_auxiliary (y, auxiliary).
 
         token_mask (B, T), bool or 0/1: the tokens that count in losses and usage; None: all.
-        num_tokens, a number, or a tensor where it varies (a compiler specialises on numbers): divisor of the
-        auxiliary losses where this call is a part of a step, so that the parts add up to the step's loss;
-        None: the tokens that count here. Where gradients are averaged over W ranks, pass the step's tokens
-        on all ranks divided by W.
-        return_auxiliary: hand out what must be given to `accumulate` once, outside of any checkpointed
-        region, whose recomputation would count it twice. Otherwise the layer does so itself. In evaluation
-        nothing is measured or stored, and auxiliary is None. Raises ValueError where token_mask does not fit.
+        num_tokens: divisor of the auxiliary losses; None: the tokens that count here. For a part of a step
+        pass the step's tokens, so that the parts' losses add up (if gradients are averaged over W ranks: all
+        ranks' tokens / W); as a tensor if it varies, because torch.compile specialises on numbers.
+        return_auxiliary: the caller passes auxiliary to `accumulate`, once, outside of checkpointed regions,
+        which run twice. Otherwise the layer does it. In evaluation auxiliary is None and nothing is stored.
+        ValueError if token_mask has the wrong shape.
         """
         B, T, C = x.shape
         if token_mask is not None and token_mask.shape != (B, T):
             raise ValueError(f"token_mask has shape {tuple(token_mask.shape)}, but x has (B, T) = {(B, T)}")
         tokens = x.reshape(B * T, C)  # (N, C)
         logits = self.gate(tokens)  # (N, E)
-        index, weights, probs = self.choose(logits)
-        order, ends = dispatch(index, self.num_experts)
+        routing, probs = self.route(logits)
         if self.exchange is None:
-            y, shared = self.experts(tokens, weights, order, ends), self.run_shared(x)
+            y, shared = self.experts(tokens, routing), self.run_shared(x)
         else:
-            y, shared = self.exchange(self.experts, tokens, weights, order, ends, lambda: self.run_shared(x))
+            y, shared = self.exchange(self.experts, tokens, routing, lambda: self.run_shared(x))
         y = self.dropout(y.view(B, T, C))
         if shared is not None:
             y = y + shared
-        auxiliary = None
-        if self.training:
-            auxiliary = self.measure(logits, probs, order, ends, token_mask, num_tokens)
-        if return_auxiliary:
-            return y, auxiliary
-        if auxiliary is not None:
+        auxiliary = self.measure(logits, probs, routing, token_mask, num_tokens) if self.training else None
+        if auxiliary is not None and not return_auxiliary:
             self.accumulate(auxiliary)
-        return y
+        return (y, auxiliary) if return_auxiliary else y
 
     def run_shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' output for x (B, T, C), which every token gets; None without any."""
         return None if self.shared is None else self.shared(x)
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits (N, E) -> expert index (N, K), weights (N, K), routing probabilities (N, E).
+    def route(self, logits: Tensor) -> tuple[Routing, Tensor]:
+        """logits (N, E) -> routing, probabilities (N, E).
 
-        Sigmoid scores over their sum are the probabilities of the losses, as in DeepSeek-V3. With K = 1 the
-        weight is the score: renormalised it would be 1, and the router without gradient. Equal scores go to
-        the lower index (topk promises no order). NaN logits give NaN weights and so NaN outputs.
+        With K = 1 the weight is the score itself: normalised it would be 1, and the router would get no
+        gradient. Of equal scores the lower index wins (topk promises no order). NaN logits give NaN weights.
         """
         K = self.num_experts_per_tok
-        if self.router_score == "softmax":
-            scores = probs = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid()
-            probs = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        score, to_probabilities = ROUTER_SCORES[self.router_score]
+        scores = score(logits)  # (N, E)
         if self.force_balanced:
             index = (torch.arange(logits.shape[0] * K, device=logits.device) % self.num_experts).view(-1, K)
         else:
@@ -251,30 +252,28 @@ class MoE(nn.Module):
             index = choice.sort(dim=-1, descending=True, stable=True).indices[:, :K]
         weights = scores.gather(1, index)
         if K > 1 and self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return index, weights, probs
+            weights = normalize(weights)
+        return dispatch(index, weights, self.num_experts), to_probabilities(scores)
 
-    def measure(self, logits, probs, order, ends, token_mask, num_tokens) -> RouterAuxiliary:
-        """Losses and sums over the tokens that count. Arguments as in `forward`, `choose` and `dispatch`.
+    def measure(self, logits, probs, routing: Routing, token_mask, num_tokens) -> RouterAuxiliary:
+        """Losses and sums over the tokens that count. Arguments as in `forward` and `route`.
 
-        z-loss: mean over tokens of (log sum_e exp(logit_e))^2, keeps the logits small (ST-MoE, eq. 5).
+        z-loss: mean over tokens of (log sum_e exp(logit_e))^2. It keeps logits small (ST-MoE, eq. 5).
         """
         if token_mask is None:
             counted = logits.new_ones(logits.shape[0])  # (N,)
-            counts = ends.long().diff(prepend=ends.new_zeros(1))  # (E,)
+            counts = routing.counts()  # (E,)
         else:
             counted = token_mask.reshape(-1).to(logits.dtype)
-            running = token_mask.reshape(-1).long()[order // self.num_experts_per_tok].cumsum(0)  # (R,)
-            counts = F.pad(running, (1, 0))[ends].diff(prepend=running.new_zeros(1))
+            running = token_mask.reshape(-1).long()[routing.token].cumsum(0)  # (R,)
+            counts = F.pad(running, (1, 0))[routing.ends].diff(prepend=running.new_zeros(1))
         n = counted.sum()
         divisor = n.clamp_min(1) if num_tokens is None else num_tokens
         with torch.autocast(logits.device.type, enabled=False):
             z_loss = counted @ logits.logsumexp(-1).square() / divisor
             entropy = -(counted @ torch.special.xlogy(probs, probs).detach().sum(-1))
-            if self.loss_type == "diversity_regularization":
-                sums = (probs * counted[:, None]).t() @ probs  # (E, E)
-            else:
-                sums = counted @ probs  # (E,)
+            weighted = (probs * counted[:, None]).t() if self.sums_products else counted
+            sums = weighted @ probs  # (E, E) or (E,)
             balance_loss = self.balance_loss(sums, counts, n, divisor)
         sums = torch.cat((entropy[None], sums.detach().flatten()))
         return RouterAuxiliary(balance_loss, z_loss, counts, sums)
@@ -282,30 +281,34 @@ class MoE(nn.Module):
     def balance_loss(self, sums: Tensor, counts: Tensor, n: Tensor, divisor) -> Tensor:
         """This call's part of the balance loss, from the sums of p (E,) or p p^T (E, E) over its n tokens.
 
-        A loss L(s) of the mean s over the tokens of a step is not the mean of the losses of the step's parts,
-        and its gradient is not the mean of theirs. Where `update_router` is in use the layer therefore takes
-        the first-order expansion at s_ref, the mean over the whole previous step on all ranks, detached:
+        A loss L(s) of a step's mean s is not the mean of its parts' losses, nor is its gradient the mean of
+        theirs. If `update_router` is in use, the layer therefore computes the first-order expansion at s_ref,
+        the mean over the previous step on all ranks, detached, with that step's f:
 
             L(s_ref) + <grad L(s_ref), s - s_ref>
 
-        This is linear in tokens: micro-steps and ranks add up exactly. (It may come out slightly negative.)
-        load_balancing is linear in P as it is, with the previous step's f. The first s_ref is perfect
-        balance. Where `update_router` is never called, s_ref is this call's own mean, detached: then value
-        and gradient are those of L itself, the textbook loss of one batch.
+        It is linear in tokens: micro-steps and ranks add up exactly. It may be slightly negative. The first
+        s_ref is perfect balance. If `update_router` is never called, s_ref is this call's own mean, detached:
+        value and gradient are then those of L, the textbook loss of one batch.
         """
         if self.loss_type is None:
             return sums.new_zeros(())
         if self.step_managed:
             counts, reference = self.reference_totals.split([self.num_experts, sums.numel()])
-            tokens = counts.sum().clamp_min(1) / self.num_experts_per_tok
+            tokens = self.tokens_of(counts.sum().clamp_min(1))
             reference = reference.to(sums.dtype).view_as(sums) / (FIXED_POINT * tokens)
         else:
             reference = sums.detach() / n.clamp_min(1)
-        loss = LOSSES[self.loss_type]
-        if loss is load_balancing:
-            loss = functools.partial(loss, f=counts.to(sums.dtype) / counts.sum().clamp_min(1))
-        value, change = torch.func.jvp(loss, (reference,), ((sums - n * reference) / divisor,))
+        loss = BALANCE_LOSSES[self.loss_type]
+        f = [counts.to(sums.dtype) / counts.sum().clamp_min(1)] if loss.takes_f else []
+        value, change = torch.func.jvp(
+            lambda mean: loss.function(mean, *f), (reference,), ((sums - n * reference) / divisor,)
+        )
         return (value * (n / divisor) + change).to(sums.dtype)
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """How many tokens these rows belong to."""
+        return rows / self.num_experts_per_tok
 
     @torch.no_grad()
     def accumulate(self, auxiliary: RouterAuxiliary) -> None:
@@ -319,44 +322,40 @@ class MoE(nn.Module):
         return self.router_bias.new_zeros(()) if self._auxiliary_loss is None else self._auxiliary_loss
 
     def get_usage_counts(self) -> Tensor:
-        """Rows routed to each expert in training since the last reset, (E,) int64: of all ranks up to the
-        last update_router, since then of this rank; `expert_usage` reduces these as well."""
+        """Rows of each expert in training since the last reset, (E,) int64; of an open step, this rank's."""
         return self.usage_counts + self.step_totals[1 : 1 + self.num_experts]
 
     def reset_usage_counts(self) -> None:
-        """Start counting afresh, without a trace in the training: the update has totals of its own."""
+        """Set the usage to zero. Training is not affected: update_router has totals of its own."""
         for totals in (self.usage_counts, self.usage_entropy, self.step_totals[: 1 + self.num_experts]):
             totals.zero_()
 
     def last_step_counts(self) -> Tensor:
-        """Rows routed to each expert in the last finished optimizer step on all ranks, (E,) int64."""
+        """Rows of each expert in the last finished optimizer step on all ranks, (E,) int64."""
         return self.reference_totals[: self.num_experts].clone()
 
     def last_step_entropy(self) -> Tensor:
-        """Entropy () of the routing probabilities in that step in nats, mean over its tokens; NaN until this
-        process has finished a step: it is in no state dict."""
+        """Entropy () of the probabilities in that step, nats, mean over tokens; NaN before the first."""
         if self._last_usage is None:
             return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
         step = self._last_usage.to(self.usage_counts.device)
-        return step[0] / (FIXED_POINT * step[1:].sum() / self.num_experts_per_tok)
+        return step[0] / self.tokens_of(FIXED_POINT * step[1:].sum())
 
     def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
-        """Usage since the last reset. step_totals: the buffer of this name summed over ranks; None: as is."""
+        """Usage since the last reset. step_totals: that buffer, summed over ranks; None: this rank's."""
         step = self.step_totals if step_totals is None else step_totals
         counts = self.usage_counts + step[1 : 1 + self.num_experts]
         rows = counts.sum().clamp_min(1)
         share = counts / rows
         load = share * self.num_experts
-        entropy = (self.usage_entropy + step[:1])[0] / (FIXED_POINT * rows / self.num_experts_per_tok)
+        entropy = (self.usage_entropy + step[:1])[0] / self.tokens_of(FIXED_POINT * rows)
         return ExpertUsage(counts, share, load.max(), (load < STARVED_BELOW).float().mean(), entropy)
 
     @torch.no_grad()
     def update_router(self, reduced: Tensor) -> None:
-        """Close an optimizer step, given its `step_totals` summed over the ranks: add to the usage, renew the
-        reference of the balance loss, move the router bias by rate * sign(mean count - count) (2408.15664).
-
-        Without any token since the last call nothing changes: calling it twice does no harm.
-        """
+        """Close an optimizer step, given `step_totals` summed over ranks: add to the usage, renew the balance
+        loss's reference, move the router bias by rate * sign(mean count - count) (2408.15664). A second call
+        with no token in between changes nothing."""
         E = self.num_experts
         self._last_usage = reduced[: 1 + E].clone()
         self.usage_entropy += reduced[:1]
@@ -385,10 +384,9 @@ def _reduced_totals(layers: list[MoE], process_group, reduce: bool) -> tuple[Ten
 
 
 def update_routers(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> None:
-    """Mark the boundary between two optimizer steps: closes the step in every layer, with all ranks' totals.
+    """Close the optimizer step in every layer, with all ranks' totals (reduce=False: this rank's).
 
-    To be called on every rank before the first forward of each step, the very first included, and never
-    between the micro-steps of one. reduce=False leaves out the collective that several ranks take part in.
+    Every rank must call it before the first forward of each step, also the first, never between micro-steps.
     """
     layers = list(layers)
     for layer, totals in zip(layers, _reduced_totals(layers, process_group, reduce), strict=True):
@@ -396,60 +394,7 @@ def update_routers(layers: Iterable[MoE], process_group=None, reduce: bool = Tru
 
 
 def expert_usage(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> list[ExpertUsage]:
-    """Usage of every layer since its last reset on all ranks. A collective, as above; changes nothing."""
+    """Usage of every layer since its last reset on all ranks: a collective, which changes nothing."""
     layers = list(layers)
     totals = _reduced_totals(layers, process_group, reduce)
     return [layer.usage_statistics(step) for layer, step in zip(layers, totals, strict=True)]
-
-
-@torch.no_grad()
-def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
-    """Of every layer the experts that the last optimizer step, closed by `update_routers`, gives nothing to
-    learn: no row that counts, and as tokens that do not count in the router's losses may yet have a gradient
-    (ignored labels do), no gradient either. The same on all ranks.
-
-    Reads the counts on the host; only where some are zero, the gradients of these experts. A collective
-    then, where ranks share the experts out (their counts are the same, so that all of them take part).
-    """
-    layers = list(layers)
-    counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
-    idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
-    if not any(idle):
-        return idle
-    learns = layers[0].usage_counts.new_zeros(len(layers), len(counts[0]))  # (layers, E)
-    for number, layer in enumerate(layers):
-        for parameter in layer.experts.parameters():
-            rows = held(parameter)[0]
-            mine = [e for e in idle[number] if e in rows]
-            if mine and parameter.grad is not None:
-                grad = local(parameter.grad)[[rows.index(e) for e in mine]]
-                learns[number, mine] += (grad != 0).flatten(1).any(1)
-    mesh = getattr(next(layers[0].experts.parameters()), "device_mesh", None)
-    for group in mesh.get_all_groups() if mesh is not None else ():
-        dist.all_reduce(learns, group=group)
-    learns = learns.tolist()
-    return [[e for e in experts if not learns[number][e]] for number, experts in enumerate(idle)]
-
-
-@contextlib.contextmanager
-def idle_experts_spared(layers: Iterable[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: `idle_experts` stay as they are.
-
-    AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
-    move them. Their weights and moments are copied and put back, which costs nothing while every expert is
-    busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
-    out, each rank looks after its part.
-    """
-    layers, kept = list(layers), []
-    states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
-    idle = idle_experts(layers)
-    for layer, experts in zip(layers, idle, strict=True):
-        for parameter in layer.experts.parameters() if experts else ():
-            rows = held(parameter)[0]
-            moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
-            for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
-                mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]
-                kept += [(row, row.clone()) for row in mine]
-    yield sum(map(len, idle))
-    for place, value in kept:
-        place.copy_(value)

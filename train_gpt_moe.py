@@ -32,10 +32,10 @@ import torch
 
 from layers.attention import BACKENDS, prefer_backend
 from llmc import trainer as llmc
-from mixture_of_experts import idle_experts_spared
 from training import faults, parallel
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
+from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.run_saver import RunSaver
@@ -246,7 +246,7 @@ def train_step(run: Run, step: int) -> dict:
         model.update_routers()
         if layout.world.is_master:
             record |= expert_load(model)  # read it now, before the device is busy again
-        with idle_experts_spared(model.moe_layers(), optimizer):
+        with freeze_idle_experts(model.moe_layers(), optimizer):
             optimizer.step()
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)

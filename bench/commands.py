@@ -45,8 +45,8 @@ from bench.measure import PICTURES, alternate, in_words, load_nanogpt, memory_by
 from bench.recipes import moe_pays, time_to_loss
 from bench.scaling import add_flags, bench_scale
 from fineweb import prepare_demo
-from layers.experts import MLP
 from layers.linear_cross_entropy import linear_cross_entropy
+from layers.mlp import MLP
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
 from training.checkpoint_writer import CheckpointWriter

@@ -57,7 +57,7 @@ def training_step(
     next_batch: Callable | None = None,
 ) -> Callable:  # fmt: skip
     """A function that does one optimizer step: forward, backward, clip, update; as the training loop does,
-    but for idle_experts_spared, which only reads the counts while every expert is busy.
+    but for freeze_idle_experts, which only reads the counts while every expert is busy.
 
     optimizer: AdamW where it is None. next_batch() -> x, y (B, T) each; random tokens, always the same, where
     it is None.

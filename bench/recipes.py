@@ -32,8 +32,8 @@ import torch.nn as nn
 
 from bench.measure import alternate, load_nanogpt
 from fineweb import find_shards, prepare_demo, read_shard
-from mixture_of_experts import idle_experts_spared
 from train_gpt_moe import PRESETS, TrainConfig
+from training.idle_experts import freeze_idle_experts
 from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model
 
@@ -126,7 +126,7 @@ class Contender:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         if self.ours:
             self.model.update_routers()
-            with idle_experts_spared(self.model.moe_layers(), self.optimizer):
+            with freeze_idle_experts(self.model.moe_layers(), self.optimizer):
                 self.optimizer.step()
         else:
             self.optimizer.step()

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import alternate
 from bench.traffic import LAYOUTS, Collective, Links, Plan, forecast, held, meta_model, step_seconds, traffic
-from layers.experts import local
+from layers.sharding import local
 from model import GPTConfig, GPTLMHeadModel
 from training import parallel
 

@@ -4,7 +4,8 @@ import torch
 from transformers import GenerationMixin
 
 from huggingface.outputs import CACHE
-from huggingface.text import decode_tokens, encode_prompt
+from huggingface.text import encode_prompt
+from tokens.encodings import decode_tokens
 
 
 class GPTGenerationMixin(GenerationMixin):

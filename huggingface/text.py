@@ -4,43 +4,11 @@ Sources: byte pair encoding, arXiv 1508.07909; GPT-2's characters for bytes, git
 src/encoder.py.
 """
 
-import importlib
 import itertools
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
-
-
-def encode_text(text: str, encoding: str) -> list[int]:
-    """Token ids of plain text; special tokens in it are treated as text. fineweb.py has the encodings."""
-    if encoding == "bytes":
-        return list(text.encode("utf-8"))
-    return tiktoken_encoding(encoding).encode_ordinary(text)
-
-
-def tiktoken_encoding(name: str):
-    """tiktoken's encoding of that name. ValueError for a name it does not have; OSError without its files.
-
-    Loaded by name, because transformers wants all that the files of an exported folder import, though bytes
-    and the folder's own tokenizer do without.
-    """
-    tiktoken = importlib.import_module("tiktoken")
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(
-            f"encoding={name!r}: how this model's text becomes tokens is not known; set encoding in its "
-            f"config.json: bytes, {', '.join(tiktoken.list_encoding_names())}"
-        )
-    return tiktoken.get_encoding(name)
-
-
-def decode_tokens(ids: list[int], encoding: str) -> str:
-    """Text of token ids; bytes that are no UTF-8 become U+FFFD, special and unknown tokens are left out."""
-    if encoding == "bytes":
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-    encoder = tiktoken_encoding(encoding)
-    special = {encoder.encode_single_token(token) for token in encoder.special_tokens_set}
-    return encoder.decode([i for i in ids if i < encoder.n_vocab and i not in special])
+from tokens.encodings import EOT, encode_text, load_encoding
 
 
 def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
@@ -71,7 +39,7 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
-        encoder = tiktoken_encoding(encoding)
+        encoder = load_encoding(encoding)
         end = encoder.eot_token
         ranks = {encoder.decode_single_token_bytes(i): i for i in range(encoder.n_vocab) if i != end}
     else:
@@ -83,7 +51,7 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
     return GPT2TokenizerFast(
-        vocab=vocab | {END_OF_TEXT: end}, merges=merges, model_max_length=block_size, padding_side="left"
+        vocab=vocab | {EOT: end}, merges=merges, model_max_length=block_size, padding_side="left"
     )
 
 

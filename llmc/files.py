@@ -80,9 +80,10 @@ import numpy as np
 import tiktoken
 import torch
 
-from fineweb import get_encoding, read_shard
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens.encodings import get_encoding
 from tokens.files import write_atomically
+from tokens.shards import read_shard
 from training.checkpoints import load_model
 
 HEADER_BYTES = 1024

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fineweb import DistributedDataLoader
 from llmc import files
+from tokens.shards import DistributedDataLoader
 from training import faults
 from training.flags import setting
 from training.optimizers import learning_rate

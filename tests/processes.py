@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fineweb
+from tokens import shards
+from tokens.encodings import get_encoding
+from tokens.shard_writer import describe
 from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -105,11 +107,11 @@ def made_up_text() -> str:
 def write_data(folder: str | Path) -> str:
     """Write the made-up text as training and validation shards of bytes; returns the folder's name."""
     os.makedirs(folder)
-    tokens, shards = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16), {}
+    tokens, sizes = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16), {}
     for name, part in (("train_000000.bin", tokens[:-20000]), ("val_000000.bin", tokens[-20000:])):
-        fineweb.write_shard(os.path.join(folder, name), part)
-        shards[name] = len(part)
-    meta = fineweb.describe(fineweb.get_encoding("bytes"), shards, complete=True)
+        shards.write_shard(os.path.join(folder, name), part)
+        sizes[name] = len(part)
+    meta = describe(get_encoding("bytes"), sizes, complete=True)
     Path(folder, "meta.json").write_text(json.dumps(meta))
     return str(folder)
 

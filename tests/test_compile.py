@@ -10,7 +10,7 @@ from processes import finish, flags, start_ranks, write_data
 from test_train import TINY, losses
 
 import train_gpt_moe
-from fineweb import prepare_demo
+from tokens.demo import prepare_demo
 
 pytestmark = needs_compiler
 

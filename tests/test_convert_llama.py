@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 from huggingface import llama
 from huggingface.export import export_folder
-from huggingface.text import encode_text
 from model import GPT, GPTConfig, GPTLMHeadModel
+from tokens.encodings import encode_text
 from train_gpt_moe import PRESETS
 from training import checkpoints as ckpt
 

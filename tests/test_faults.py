@@ -40,8 +40,8 @@ from test_hellaswag import make_examples
 
 import hellaswag
 import train_gpt_moe
-from fineweb import DistributedDataLoader, read_shard, write_shard
 from model import GPTLMHeadModel
+from tokens.shards import DistributedDataLoader, read_shard, write_shard
 from training import checkpoint_writer, evaluation, faults, parallel
 from training import checkpoints as ckpt
 from training.checkpoint_writer import CheckpointWriter

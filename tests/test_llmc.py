@@ -13,9 +13,10 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-import fineweb
 from llmc import files as llmc
 from model import GPTConfig, GPTLMHeadModel
+from tokens import shards
+from tokens.encodings import get_encoding
 
 GPT2 = dict(use_moe=False, block_size=12, vocab_size=384, encoding_size=300, n_layer=3, n_head=2, n_embd=16)
 
@@ -404,7 +405,7 @@ def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
 
 
 def test_tokenizer_of_bytes_and_others(tmp_path):
-    check_tokenizer(fineweb.get_encoding("bytes"), tmp_path / "bytes.bin")
+    check_tokenizer(get_encoding("bytes"), tmp_path / "bytes.bin")
     long = {bytes([i]): i for i in range(256)} | {b"x" * 255: 256}
     check_tokenizer(small_encoding({"<|endoftext|>": 257}, long), tmp_path / "long.bin")
     too_long = {bytes([i]): i for i in range(256)} | {b"x" * 256: 256}
@@ -420,7 +421,7 @@ def test_tokenizer_of_bytes_and_others(tmp_path):
 
 def test_damaged_tokenizers_are_refused(tmp_path):
     path = tmp_path / "t.bin"
-    llmc.write_tokenizer(fineweb.get_encoding("bytes"), path)
+    llmc.write_tokenizer(get_encoding("bytes"), path)
     raw = path.read_bytes()
     for contents in (raw[:-1], raw[:1500], raw + b"\1a", raw[:12] + b"\1\1\0\0" + raw[16:]):
         path.write_bytes(contents)
@@ -435,8 +436,8 @@ def test_shards_as_llmc_writes_them(tmp_path):
     header[:3] = 20240520, 1, len(tokens)
     theirs, ours = tmp_path / "tiny_shakespeare_val.bin", tmp_path / "ours.bin"
     theirs.write_bytes(header.tobytes() + tokens.tobytes())
-    np.testing.assert_array_equal(fineweb.read_shard(theirs), tokens)
-    fineweb.write_shard(ours, tokens)
+    np.testing.assert_array_equal(shards.read_shard(theirs), tokens)
+    shards.write_shard(ours, tokens)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -473,7 +474,7 @@ def test_command_line(tmp_path, capsys):
     checkpoint, out = tmp_path / "model_00007.pt", tmp_path / "new" / "llmc"
     torch.save({"model": model.state_dict(), "config": model.config.to_dict(), "step": 7}, checkpoint)
     tokens = np.random.default_rng(0).integers(0, 257, 100).astype(np.uint16)
-    fineweb.write_shard(tmp_path / "shard.bin", tokens)
+    shards.write_shard(tmp_path / "shard.bin", tokens)
 
     source = ["--checkpoint", str(checkpoint), "--out", str(out)]
     assert llmc.main(["export", *source]) == 0
@@ -504,7 +505,7 @@ def test_command_line_says_what_is_wrong(tmp_path, capsys):
         model = GPTLMHeadModel(GPTConfig(**(GPT2 | {"use_moe": use_moe})))
         torch.save({"model": model.state_dict(), "config": model.config.to_dict(), "step": 1}, path)
     shard, out = tmp_path / "shard.bin", tmp_path / "out"
-    fineweb.write_shard(shard, np.full(20, 299, dtype=np.uint16))
+    shards.write_shard(shard, np.full(20, 299, dtype=np.uint16))
     state = ["state", "--checkpoint", dense, "--out", out, "--data", shard]
     for arguments, message in (
         (["export", "--checkpoint", moe, "--out", out], "use_moe=True"),

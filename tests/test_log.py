@@ -16,8 +16,8 @@ from processes import TINY
 from test_hellaswag import make_examples
 
 import train_gpt_moe
-from fineweb import prepare_demo
 from model import GPTLMHeadModel
+from tokens.demo import prepare_demo
 from training import evaluation, log
 from training.log import RunLog
 from training.metrics import METRICS, Metric

@@ -7,16 +7,18 @@ The processes of a test are started once and try one layout after another (main,
 
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from processes import finish, flags, metrics, start, start_ranks, wait_for, write_data
 
 import train_gpt_moe
-from layers.experts import local
-from mixture_of_experts import idle_experts_spared
+from layers.sharding import local
 from training import checkpoints as ckpt
-from training import expert_parallel, muon, parallel
+from training import muon, parallel
+from training.expert_parallel import AllToAll
+from training.idle_experts import freeze_idle_experts
 from training.optimizers import build_optimizer
 from training.setup import build_model, check_config, place_model
 
@@ -99,7 +101,7 @@ def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict
             group["lr"] = 3e-3 * (step + 1) / STEPS * group["lr_mult"]
             group["eps"] = 1e-4  # else AdamW turns what rounding leaves of a zero gradient into steps
         model.update_routers()
-        with idle_experts_spared(model.moe_layers(), optimizer) as idle:
+        with freeze_idle_experts(model.moe_layers(), optimizer) as idle:
             optimizer.step()
         assert idle == 1
         optimizer.zero_grad(set_to_none=True)
@@ -136,10 +138,10 @@ def order_of_work(world: parallel.World) -> list[str]:
     moe.shared.register_forward_pre_hook(lambda *args: events.append("shared"))
     moe.shared.c_proj.weight.register_hook(lambda grad: events.append("shared"))
     moe.experts.c_fc.register_hook(lambda grad: events.append("experts"))
-    begin, end = expert_parallel.Trip.begin, expert_parallel.Trip.end
-    expert_parallel.Trip.begin, expert_parallel.Trip.end = noted("leave", begin), noted("arrive", end)
-    moe(x).sum().backward()
-    expert_parallel.Trip.begin, expert_parallel.Trip.end = begin, end
+    with mock.patch.multiple(
+        AllToAll, start=noted("start", AllToAll.start), wait=noted("wait", AllToAll.wait)
+    ):
+        moe(x).sum().backward()
     return events
 
 
@@ -269,8 +271,8 @@ def test_any_layout_reads_what_any_layout_has_saved(folder, name, source):
 
 def test_shared_experts_work_while_rows_are_under_way(folder):
     events = torch.load(folder / "experts" / "result")["events"]
-    forward = ["leave", "shared", "arrive", "experts", "leave", "arrive"]
-    backward = ["leave", "arrive", "experts", "leave", "shared", "arrive"]
+    forward = ["start", "shared", "wait", "experts", "start", "wait"]
+    backward = ["start", "wait", "experts", "start", "shared", "wait"]
     assert events == forward + backward
 
 

@@ -26,7 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import checkpoint
 import fineweb
 import train_gpt_moe
-from fineweb import prepare_demo, write_shard
+from tokens.demo import prepare_demo
+from tokens.shards import write_shard
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ from processes import (
 )  # fmt: skip
 
 import train_gpt_moe
-from fineweb import read_shard, write_shard
+from tokens.shards import read_shard, write_shard
 from training import checkpoints as ckpt
 from training import run_folder
 from training.log import RunLog

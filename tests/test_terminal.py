@@ -131,7 +131,7 @@ def test_other_ranks_are_silent(capsys):
 
 
 def test_two_ranks_say_everything_once(tmp_path):
-    from fineweb import prepare_demo
+    from tokens.demo import prepare_demo
 
     prepare_demo(str(tmp_path / "data"))
     flags = [*TINY, "--data_dir", tmp_path / "data", "--log_dir", tmp_path / "run", "--max_steps", 4]

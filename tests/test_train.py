@@ -18,8 +18,8 @@ from processes import finish, start_ranks
 
 import sample
 import train_gpt_moe
-from fineweb import prepare_demo
 from model import GPT, GPTLMHeadModel
+from tokens.demo import prepare_demo
 from train_gpt_moe import PRESETS, TrainConfig, parse_config
 from training import parallel
 from training.optimizers import learning_rate

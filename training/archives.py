@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from layers.experts import local
+from layers.sharding import local
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
 

@@ -1,21 +1,20 @@
-"""Expert parallelism: ranks share the experts of a layer, and send each other the rows routed to them.
+"""Expert parallelism: ranks share the experts of a layer, and send each other the rows of these experts.
 
     moe.exchange = Exchange(group)      # parallel.py does it: --ep_size n
 
-Of a group of W ranks, each holds E/W experts of every layer, and has tokens of its own. Between the stages
+Each of the W ranks of a group holds E/W experts of every layer, and has tokens of its own. Between the stages
 "dispatch" and "experts" of mixture_of_experts.py:
 
-    1. the rows, sorted by expert and so by the rank that holds it, go there: an all-to-all in which every
-       pair of ranks exchanges as many rows as were routed (the numbers are exchanged first)
-    2. each rank sorts what has arrived by its experts, and runs these
-    3. the results go back the same way, and are weighted and added where the tokens came from
+    1. an all-to-all sends each row to the rank of its expert, after a small one that exchanges the counts
+    2. each rank sorts the rows that it received by expert, and runs its experts on them
+    3. a second all-to-all sends the results back, where they are weighted and added up
 
-Dropless as in one process, and the same numbers. While rows are under way the shared experts are computed, in
-the backward pass as well. Per layer, forward and backward each move 2 R C elements away from a rank, of which
-the share (W-1)/W leaves it.
+No token is dropped, and the numbers are those of one process. While the first all-to-all is in flight, the
+layer computes the shared experts, in the backward pass too. Forward and backward each send 2 R C elements per
+layer from a rank, of which (W-1)/W go to other ranks.
 
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
-Letters as in mixture_of_experts.py: M rows, R = M*K routed rows, C channels, E experts, W ranks.
+Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks.
 """
 
 from collections.abc import Callable
@@ -24,60 +23,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layers.experts import Experts, Gather, dispatch
+from layers.experts import Experts, Routing, combine, dispatch, take_rows
 
 
-class Trip:
-    """An all-to-all of rows that has been begun: leave[w] rows to rank w, arrive[w] from it."""
+class AllToAll:
+    """An all-to-all of rows: send_counts[w] rows go to rank w, receive_counts[w] come from it."""
 
-    def __init__(self, group: dist.ProcessGroup, leave: list[int], arrive: list[int]):
-        self.group, self.leave, self.arrive = group, leave, arrive
-        self.work, self.rows, self.received = None, None, None
+    def __init__(self, group: dist.ProcessGroup, send_counts: list[int], receive_counts: list[int]):
+        self.group, self.send_counts, self.receive_counts = group, send_counts, receive_counts
+        self.work, self.sent, self.received = None, None, None
 
-    def begin(self, rows: Tensor, back: bool = False) -> Tensor:
-        """Send rows, or with back=True the gradients of what had arrived; returns where rows will come in."""
-        leave, arrive = (self.arrive, self.leave) if back else (self.leave, self.arrive)
-        self.rows = rows.contiguous()  # kept until they have left
-        self.received = rows.new_empty(sum(arrive), rows.shape[1])
-        self.work = dist.all_to_all_single(
-            self.received, self.rows, arrive, leave, group=self.group, async_op=True
-        )
+    def start(self, rows: Tensor, backward: bool = False) -> Tensor:
+        """Start sending rows, or the gradients of received rows back. Returns a tensor that `wait` fills."""
+        counts = (self.send_counts, self.receive_counts)
+        send, receive = reversed(counts) if backward else counts
+        self.sent = rows.contiguous()  # must stay in memory until it is sent
+        self.received = rows.new_empty(sum(receive), rows.shape[1])
+        exchange = (self.received, self.sent, receive, send, self.group)
+        self.work = dist.all_to_all_single(*exchange, async_op=True)
         return self.received
 
-    def end(self) -> Tensor:
-        """Wait until all rows are here."""
+    def wait(self) -> Tensor:
+        """Wait for the all-to-all, and return the received rows."""
         self.work.wait()
-        received, self.work, self.rows, self.received = self.received, None, None, None
+        received, self.work, self.sent, self.received = self.received, None, None, None
         return received
 
 
-class Depart(torch.autograd.Function):
-    """Begin a trip forwards; in the backward pass, end the gradients'. Returns memory yet to be filled."""
+class AllToAllStart(torch.autograd.Function):
+    """Start an all-to-all; AllToAllWait says when the result is filled. The backward pass waits."""
 
     @staticmethod
-    def forward(ctx, rows, trip):
-        ctx.trip = trip
-        return trip.begin(rows)
+    def forward(ctx, rows, all_to_all):
+        ctx.all_to_all = all_to_all
+        return all_to_all.start(rows)
 
     @staticmethod
     def backward(ctx, _):
-        return ctx.trip.end(), None
+        return ctx.all_to_all.wait(), None
 
 
-class Arrive(torch.autograd.Function):
-    """End a trip forwards; in the backward pass, begin the gradients'. What autograd runs between the two are
-    the gradients of what was computed between departure and arrival."""
+class AllToAllWait(torch.autograd.Function):
+    """Wait for an all-to-all. The backward pass starts the gradients' one. While it is in flight, autograd
+    goes through what was computed between the two."""
 
     @staticmethod
-    def forward(ctx, rows, trip):
-        ctx.trip = trip
-        trip.end()
+    def forward(ctx, rows, all_to_all):
+        ctx.all_to_all = all_to_all
+        all_to_all.wait()
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.trip.begin(grad, back=True)
-        return grad, None  # `Depart` takes the gradients from the trip; this one only has the right shape
+        ctx.all_to_all.start(grad, backward=True)
+        return grad, None  # a placeholder of the right shape: AllToAllStart ignores it
 
 
 class Exchange:
@@ -90,35 +89,27 @@ class Exchange:
         return self  # a process group cannot be copied
 
     @torch.compiler.disable  # the numbers of rows are known on the host only after an exchange
-    def __call__(
-        self, experts: Experts, x: Tensor, weights: Tensor, order: Tensor, ends: Tensor, meanwhile: Callable
-    ) -> tuple[Tensor, Tensor | None]:
-        """(y (M, C), what meanwhile() returns), given x (M, C), weights (M, K), order (R,) and ends (E,).
-
-        A collective: all ranks of the group run the same layers in the same order, whatever their M. Reads
-        the numbers of rows on the host.
-        """
-        (M, K), device = weights.shape, x.device.type
+    def __call__(self, experts: Experts, x: Tensor, routing: Routing, meanwhile: Callable) -> tuple:
+        """x (N, C) -> (y (N, C), meanwhile()). A collective: all ranks of the group must run the same layers
+        in the same order; N may differ. Reads the numbers of rows on the host."""
+        device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        slots = torch.arange(M * K, device=x.device)
-        position = torch.empty_like(order).scatter_(0, order, slots)  # (R,) from slot to sorted row
-        counts = ends.long().diff(prepend=ends.new_zeros(1))  # (E,)
+        counts = routing.counts()  # (E,)
         arriving = torch.empty_like(counts)  # (W * E/W,) from each rank for each expert here
         dist.all_to_all_single(arriving, counts, group=self.group)
-        leave, arrive = torch.stack([counts, arriving]).view(2, self.size, -1).sum(2).tolist()
+        send, receive = torch.stack([counts, arriving]).view(2, self.size, -1).sum(2).tolist()
 
-        there = Trip(self.group, leave, arrive)
-        rows = Depart.apply(Gather.apply(x, order // K, position), there)
+        there = AllToAll(self.group, send, receive)
+        rows = AllToAllStart.apply(take_rows(x, routing), there)
         other = meanwhile()
-        rows = Arrive.apply(rows, there)  # (rows here, C)
+        rows = AllToAllWait.apply(rows, there)  # (rows here, C)
 
-        here = len(counts) // self.size
+        here = len(counts) // self.size  # E/W
         expert = torch.arange(here, device=x.device).repeat(self.size)
-        expert = expert.repeat_interleave(arriving, output_size=sum(arrive))
-        y = experts(rows, weights.new_ones(len(rows), 1), *dispatch(expert[:, None], here))
+        expert = expert.repeat_interleave(arriving, output_size=sum(receive))[:, None]  # (rows here, 1)
+        y = experts(rows, dispatch(expert, torch.ones_like(expert, dtype=routing.weight.dtype), here))
 
-        back = Trip(self.group, arrive, leave)
-        y = Arrive.apply(Depart.apply(y, back), back)  # (R, C)
-        y = Gather.apply(y, position, order).view(M, K, y.shape[1])  # in the order of the slots
-        return torch.bmm(weights[:, None].to(y.dtype), y)[:, 0], other
+        back = AllToAll(self.group, receive, send)
+        y = AllToAllWait.apply(AllToAllStart.apply(y, back), back)  # (R, C)
+        return combine(y, routing, x.shape[0], weighted=True), other

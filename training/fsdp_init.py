@@ -13,7 +13,7 @@ https://dev-discuss.pytorch.org/t/what-and-why-is-torch-dispatch/557
 from collections.abc import Iterator
 
 import torch
-from huggingface.convert import fresh_statistics
+from huggingface.pretrained import fresh_statistics
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 

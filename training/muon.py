@@ -29,8 +29,9 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from layers.experts import local
+from layers.mlp import get_activation
 from layers.roles import parameter_groups
+from layers.sharding import local
 
 # Coefficients of a x + b x^3 + c x^5. Five rounds drive singular values of 0.003 .. 1 to 0.7 .. 1.2 (Jordan).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -213,6 +214,7 @@ def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]
-    if config.activation == "swiglu" and name.endswith(("c_fc.weight", "experts.c_fc")):
-        return [parameter.size(-2) // 2] * 2
+    parts = get_activation(config.activation).parts
+    if parts > 1 and name.endswith(("c_fc.weight", "experts.c_fc")):
+        return [parameter.size(-2) // parts] * parts
     return None

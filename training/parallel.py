@@ -26,7 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from layers.experts import dimension_to_cut, held, local
+from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
 from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
@@ -220,7 +220,7 @@ class Layout:
         fsdp, ep_size n             as fsdp, but experts are gathered from the W/n ranks that hold the same
 
     All of them compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
-    gives a rank's part of it, `held` the indices of that part.
+    gives a rank's part of it, `local_ranges` the indices of that part.
     """
 
     world: World
@@ -289,7 +289,7 @@ def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[
 
 def copy_part(target: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy a whole tensor into `target`, or into the part of it that this rank holds."""
-    local(target).copy_(whole[tuple(slice(part.start, part.stop) for part in held(target))])
+    local(target).copy_(whole[tuple(slice(part.start, part.stop) for part in local_ranges(target))])
 
 
 def like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -317,14 +317,14 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
     With bfloat16 blocks are gathered in bf16 and gradients reduced in fp32. Routers stay fp32, because bf16
     would change their choices, and so do embeddings, head and last norm, as the activations between blocks.
-    Parameters are cut along dimension 0, those of experts along dimension_to_cut(): along dimension 0, 8
+    Parameters are cut along dimension 0, those of experts along dimension_to_shard(): along dimension 0, 8
     experts on 16 ranks would leave 8 ranks with none.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(dimension_to_cut(local(parameter).shape, ranks) if id(parameter) in experts else 0)
+        return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()

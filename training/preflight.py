@@ -11,9 +11,11 @@ import os
 import torch
 import torch.nn as nn
 
-from layers.experts import KEEP_ACTIVATION_BELOW, dimension_to_cut
+from layers.experts import KEEP_ACTIVATION_BELOW
 from layers.linear_cross_entropy import rows_per_chunk
+from layers.mlp import get_activation
 from layers.roles import role_of
+from layers.sharding import dimension_to_shard
 from model import GPTLMHeadModel
 
 REPEATS_THAT_HURT = 4  # epochs; more are worth little (Muennighoff et al., arXiv 2305.16264)
@@ -48,7 +50,7 @@ def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
 
 def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
     """Elements of stacked experts that FSDP cuts into parts, padded where it has to (parallel.shard)."""
-    return sum(math.prod(s) if dimension_to_cut(s, ranks) else elements([s], ranks) for s in shapes)
+    return sum(math.prod(s) if dimension_to_shard(s, ranks) else elements([s], ranks) for s in shapes)
 
 
 def parameters_held(model: nn.Module, config, world_size: int) -> int:
@@ -75,7 +77,7 @@ def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
 
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
     """Bytes per token that a block keeps for its backward pass, without attention's weights."""
-    C, wide, on_cuda = shape.n_embd, 2 if shape.activation == "swiglu" else 1, device_type == "cuda"
+    C, wide, on_cuda = shape.n_embd, get_activation(shape.activation).parts, device_type == "cuda"
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
     needs = {
         "inputs and outputs of both norms": (4 + size) * 2 * C,
@@ -181,7 +183,7 @@ def preflight(
     if config.parallel == "fsdp":
         ranks = world.size // config.ep_size
         shapes = split(shapes_by_part(model)["experts"], config.ep_size)
-        uncut = [shape[0] for shape in shapes if dimension_to_cut(shape, ranks) == 0 and shape[0] < ranks]
+        uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
         if uncut:
             warnings.append(
                 f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from fineweb import DistributedDataLoader, find_shards, prepare_demo, read_meta
 from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
+from tokens.demo import prepare_demo
+from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
 from training import faults, parallel
 from training.compile import check_compiler, compile_blocks

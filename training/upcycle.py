@@ -7,7 +7,7 @@ Reference: Sparse Upcycling, arXiv 2212.05055
 
 import torch
 
-from mixture_of_experts import MoE
+from mixture_of_experts import ROUTER_SCORES, MoE
 from model import GPTConfig, GPTLMHeadModel
 
 
@@ -31,8 +31,9 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     E, K = config.num_experts, config.num_experts_per_tok
     scale = router_scale = 1.0
     if K == 1 or not config.norm_topk_prob:
-        # K equal scores are 1/E each for softmax, 1/2 each for sigmoid
-        scale, router_scale = (E if config.router_score == "softmax" else 2) / K, 1e-7 / 0.02
+        score, _ = ROUTER_SCORES[config.router_score]
+        equal = score(torch.zeros(E, dtype=torch.float64))[0].item()  # each of E equal scores
+        scale, router_scale = 1 / (K * equal), 1e-7 / 0.02
     if config.num_shared_experts > 0:
         raise ValueError(
             f"num_shared_experts={config.num_shared_experts}: a shared expert would add to the dense output; "

@@ -1,0 +1,68 @@
+"""Idle experts: those to which an optimizer step gave nothing to learn. The optimizer must leave them alone.
+
+model.update_routers()
+with freeze_idle_experts(model.moe_layers(), optimizer):
+    optimizer.step()
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from layers.sharding import local, local_ranges
+from mixture_of_experts import MoE
+
+
+@torch.no_grad()
+def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
+    """Of every layer the experts that the last optimizer step, closed by `update_routers`, gives nothing to
+    learn: no row that counts, and as tokens that do not count in the router's losses may yet have a gradient
+    (ignored labels do), no gradient either. The same on all ranks.
+
+    Reads the counts on the host; only where some are zero, the gradients of these experts. A collective
+    then, where ranks share the experts out (their counts are the same, so that all of them take part).
+    """
+    layers = list(layers)
+    counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
+    idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
+    if not any(idle):
+        return idle
+    learns = layers[0].usage_counts.new_zeros(len(layers), len(counts[0]))  # (layers, E)
+    for number, layer in enumerate(layers):
+        for parameter in layer.experts.parameters():
+            rows = local_ranges(parameter)[0]
+            mine = [e for e in idle[number] if e in rows]
+            if mine and parameter.grad is not None:
+                grad = local(parameter.grad)[[rows.index(e) for e in mine]]
+                learns[number, mine] += (grad != 0).flatten(1).any(1)
+    mesh = getattr(next(layers[0].experts.parameters()), "device_mesh", None)
+    for group in mesh.get_all_groups() if mesh is not None else ():
+        dist.all_reduce(learns, group=group)
+    learns = learns.tolist()
+    return [[e for e in experts if not learns[number][e]] for number, experts in enumerate(idle)]
+
+
+@contextlib.contextmanager
+def freeze_idle_experts(layers: Iterable[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    """Around optimizer.step(), after `update_routers`: `idle_experts` stay as they are.
+
+    AdamW would let weight decay shrink them (by a tenth in 1,000 steps at the usual settings) and old moments
+    move them. Their weights and moments are copied and put back, which costs nothing while every expert is
+    busy but reading the counts on the host. Yields the number of idle experts. Of parameters that are shared
+    out, each rank looks after its part.
+    """
+    layers, kept = list(layers), []
+    states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
+    idle = idle_experts(layers)
+    for layer, experts in zip(layers, idle, strict=True):
+        for parameter in layer.experts.parameters() if experts else ():
+            rows = local_ranges(parameter)[0]
+            moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
+            for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
+                mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]
+                kept += [(row, row.clone()) for row in mine]
+    yield sum(map(len, idle))
+    for place, value in kept:
+        place.copy_(value)
