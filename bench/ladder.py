@@ -1,11 +1,11 @@
-"""The optimisation ladder of the GPT-2 124M lecture and what is added to it here, on the machine it runs on.
+"""The optimisation ladder of the GPT-2 124M lecture, and the rungs added here, measured on this machine.
 
-    python bench.py ladder                                  # CUDA: 124M, B = 16, T = 1024
-    python bench.py ladder --device cpu --rounds 3          # CPU: a small model, without what CUDA alone has
+    python -m bench ladder                             # CUDA: 124M, B = 16, T = 1024
+    python -m bench ladder --device cpu --rounds 3     # CPU: a small model, without the rungs of CUDA
 
-Every rung keeps what the rungs before have changed and changes one thing more. It is measured in turns with
-the rung before, so that noise meets both, and its ratio is that of their tokens per second. On a CPU blocks
-are compiled with --compile 1 only. bench.py says what the columns are.
+Every rung changes one thing and keeps the changes of the rungs before it. It takes turns with the rung before
+it, so that noise meets both; its ratio is that of their tokens per second. On a CPU the blocks are compiled
+only with --compile 1.
 
 Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure import alternate, memory_bytes, training_step
-from fineweb import DistributedDataLoader, write_shard
+from bench.measure import alternate, make_run, memory_bytes
 from layers.attention import prefer_backend
 from model import GPTConfig, GPTLMHeadModel
+from tokens.shards import DistributedDataLoader, write_shard
+from train_gpt_moe import train_step
 from training.muon import has_fast_bf16
 
 START = dict(
@@ -42,14 +43,14 @@ RUNGS = {
     "8 experts top-2, same active FLOPs": dict(moe=True),
 }
 CUDA_ONLY = ("TF32", "cuDNN attention")
-SHAPES = {  # where --B, --T are not given: n_layer, n_head, n_embd, B, T
+SHAPES = {  # n_layer, n_head, n_embd, and B, T where no flag gives them
     "cuda": (12, 12, 768, 16, 1024),
     "cpu": (4, 4, 256, 4, 128),
 }
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
-    """The settings of every rung that this device can climb; torch.compile only where it is wanted."""
+    """The settings of every rung that this device can climb. compiled: with the rung of torch.compile."""
     left_out = set() if device.type == "cuda" else set(CUDA_ONLY)
     left_out |= set() if has_fast_bf16(device.type) else {"bf16"}
     left_out |= set() if compiled else {"torch.compile"}
@@ -60,10 +61,11 @@ def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
     return rungs
 
 
-def compile_blocks(model: GPTLMHeadModel) -> None:
-    """torch.compile every block; on CUDA by a backend of its own, so that rungs do not share graphs.
+def compile_apart(model: GPTLMHeadModel) -> None:
+    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph.
 
-    (Which attention a graph calls was chosen when it was made, and is not among what it is looked up by.)
+    A compiled graph keeps the attention kernel that was preferred when it was made, and dynamo does not check
+    that preference when it looks for a graph.
     """
     backend = inductor = torch._dynamo.lookup_backend("inductor")
     if model.device.type == "cuda":
@@ -77,7 +79,7 @@ def compile_blocks(model: GPTLMHeadModel) -> None:
 
 def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel, int]:
     """A rung's training step, its model, and the tokens of a step."""
-    device = torch.device(options.device)
+    device = options.device
     n_layer, n_head, C, B, T = SHAPES["cuda" if device.type == "cuda" else "cpu"]
     B, T = (options.B or B) * settings["times_B"], options.T or T
     torch.manual_seed(0)
@@ -87,31 +89,29 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
         use_moe=settings["moe"], **experts if settings["moe"] else {},
         attn_implementation="eager" if settings["attention"] == "written out" else "sdpa",
     )  # fmt: skip
-    model = GPTLMHeadModel(config).to(device).train()
-    model.update_routers()
+    model = GPTLMHeadModel(config).to(device)
     model.loss_chunk = settings["loss_chunk"]
     if settings["compile"]:
-        compile_blocks(model)
+        compile_apart(model)
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
     if not settings["fused"]:
-        groups = [
-            {name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups
-        ]
+        kept = ("params", "weight_decay", "lr_mult")
+        groups = [{name: group[name] for name in kept} for group in optimizer.param_groups]
         optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
     loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
-    step = training_step(model, B, T, settings["dtype"], optimizer, loader.next_batch)
+    run = make_run(model, loader, optimizer=optimizer, dtype=settings["dtype"])
 
-    def run():
+    def step():
         torch.set_float32_matmul_precision("high" if settings["tf32"] else "highest")
         with prefer_backend(settings["attention"], device):
-            step()
+            train_step(run, 0)
 
-    return run, model, B * T
+    return step, model, B * T
 
 
 def bench_ladder(options) -> list[dict]:
-    """Every rung after the one before it, in turns."""
-    device, rows, before = torch.device(options.device), [], None
+    """A row per rung."""
+    device, rows, before = options.device, [], None
     rungs = rungs_for(device, compiled=device.type == "cuda" or bool(options.compile))
     precision = torch.get_float32_matmul_precision()
     more_graphs = torch._dynamo.config.patch(recompile_limit=8 * len(rungs))  # of one block's code
@@ -119,8 +119,8 @@ def bench_ladder(options) -> list[dict]:
         shard = str(Path(folder) / "train_000000.bin")
         write_shard(shard, np.random.default_rng(0).integers(0, 50257, 2_000_000, dtype=np.uint16))
         for name, settings in rungs.items():
-            run, model, tokens = climb(settings, options, shard)
-            pair = {"before": before[0], "now": run} if before else {"now": run}
+            step, model, tokens = climb(settings, options, shard)
+            pair = {"before": before[0], "now": step} if before else {"now": step}
             seconds = alternate(pair, device, options.rounds, warmup=2)
             speed = tokens / seconds["now"]
             gain = speed / (before[1] / seconds["before"]) if before else 1.0
@@ -128,11 +128,11 @@ def bench_ladder(options) -> list[dict]:
             rows.append({
                 "rung": name, "tokens/s": round(speed), "ms": 1000 * seconds["now"],
                 "MFU %": "" if mfu is None else 100 * mfu,
-                "peak MiB": memory_bytes(run, device)[0] / 2**20, "x rung before": gain,
+                "peak MiB": memory_bytes(step, device)[0] / 2**20, "x rung before": gain,
                 "x first": gain * (rows[-1]["x first"] if rows else 1.0),
             })  # fmt: skip
             print(f"{name}: {round(speed):,} tokens/s, {gain:.2f} x the rung before", flush=True)
-            before = run, tokens
+            before = step, tokens
     torch.set_float32_matmul_precision(precision)
     print()
     return rows

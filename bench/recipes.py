@@ -1,18 +1,18 @@
 """What a recipe is worth: loss against seconds, beside nanoGPT; experts against a dense model.
 
-    python bench.py time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
-    python bench.py moe_pays --text input.txt
+    python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
+    python -m bench moe_pays --text input.txt
 
-Both train byte-level models on the CPU in fp32, without compilation. What is compared takes turns in one run,
-so that noise meets all alike. Clocks stand still during set-up and evaluation. The first 90% of a text train,
-the rest validates: random windows, drawn once, the same for all.
+Both commands train byte-level models on the CPU, in fp32, without compilation. All contenders take turns in
+one run, so that noise meets all alike. Their clocks stand still during set-up and evaluation. The first 90%
+of a text are for training, the rest for validation: random windows, drawn once, the same for all.
 
 time_to_loss: the sizes of nanoGPT's CPU recipe (4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000
-steps). The baseline is nanoGPT's own model and optimizer (bias=False, as its train.py has it), or else our
-preset gpt2. The other presets get a third of its seconds, and as many: at every turn they train until their
-clocks show that share of the baseline's, and their schedules follow the turns. They choose batch and learning
-rate, for which presets are too general; the context stays 64.
-moe_pays: 8 experts top-2 against a dense model of as many active parameters on the same batches.
+steps). The baseline is nanoGPT's own model and optimizer (bias=False, as in its train.py), or without
+--nanogpt our preset gpt2. The other recipes get a third of the baseline's seconds, and all of them: at every
+turn they train until their clocks show that share, and their schedules follow the clock. Batch and learning
+rate are chosen for these sizes; the context stays 64.
+moe_pays: 8 experts top-2 against a dense model with as many active parameters, on the same batches.
 
 Sources: README and config/train_shakespeare_char.py of https://github.com/karpathy/nanoGPT.
 """
@@ -23,6 +23,7 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from bench.measure import alternate, load_nanogpt
-from fineweb import find_shards, prepare_demo, read_shard
-from train_gpt_moe import PRESETS, TrainConfig
-from training.idle_experts import freeze_idle_experts
+from bench.measure import alternate, make_run
+from bench.nanogpt import NanoGPT
+from tokens.demo import prepare_demo
+from tokens.shards import find_shards, read_shard
+from train_gpt_moe import PRESETS, TrainConfig, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model
 
@@ -50,7 +52,7 @@ RECIPES = {
 }
 SHARES = {"a third of the time": 1 / 3, "the same time": 1.0}  # of the baseline's seconds
 SEED = 1337
-WINDOWS, ROUNDS = 512, 12  # that validate, drawn by a seed of their own; evaluations of each contender
+WINDOWS, ROUNDS = 512, 12  # windows for validation; evaluations of each contender
 
 # ---------------------------------------------------------------------------- DATA
 
@@ -64,7 +66,7 @@ def split_text(path: str) -> Data:
 
 
 def split_demo() -> Data:
-    """Token ids of the embedded corpus: training and validation documents, each begun by id 256."""
+    """Token ids of the embedded corpus: training and validation documents, each with id 256 before it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         with contextlib.redirect_stdout(io.StringIO()):
             prepare_demo(folder)
@@ -74,15 +76,27 @@ def split_demo() -> Data:
 
 
 def draw_windows(data: torch.Tensor, number: int, T: int, generator: torch.Generator) -> Data:
-    """Random windows of T ids, and those one further on: (number, T) each."""
+    """Random windows of T ids, and the same windows one id later: (number, T) each."""
     begin = torch.randint(len(data) - T, (number, 1), generator=generator)
     ids = data[begin + torch.arange(T + 1)].long()  # (number, T + 1)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+class WindowLoader:
+    """Gives train_step random windows of the training data; the seed decides which."""
+
+    def __init__(self, train: torch.Tensor, config: TrainConfig):
+        self.train, self.B, self.T = train, config.B, config.T
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def next_batch(self) -> Data:
+        """Inputs and targets, (B, T) each."""
+        return draw_windows(self.train, self.B, self.T, self.generator)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Data, batch: int = 128) -> float:
-    """Mean cross-entropy of all windows, nats per byte; the model is left in training mode."""
+def validation_loss(model: nn.Module, windows: Data, batch: int = 128) -> float:
+    """Mean cross-entropy of all windows in nats per byte. The model is in training mode afterwards."""
     model.eval()
     parts = zip(*(ids.split(batch) for ids in windows), strict=True)
     loss = sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
@@ -95,42 +109,22 @@ def evaluate(model: nn.Module, windows: Data, batch: int = 128) -> float:
 
 @dataclass
 class Contender:
-    """A model in training, its clock, and what was measured: points of (steps, seconds, losses)."""
+    """A model in training, its clock, and what was measured."""
 
     name: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    config: TrainConfig  # batch, clipping, schedule
-    train: torch.Tensor
+    config: TrainConfig  # batch and schedule
+    train_step: Callable[[int], object]  # one optimizer step, given the step of the schedule
     share: float | None = None  # of the first contender's seconds; None: config.max_steps, however long
     seconds: float = 0.0
     last: float = 0.0  # seconds of the last step
-    done: int = 0
-    points: list[tuple[int, float, list[float]]] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.ours = hasattr(self.model, "update_routers")
-        self.model.train()
-        if self.ours:
-            self.model.update_routers()
+    done: int = 0  # steps
+    points: list[tuple[int, float, list[float]]] = field(default_factory=list)  # steps, seconds, losses
 
     def step(self, progress: float = 0.0) -> None:
-        """One optimizer step, as train_gpt_moe.py and nanoGPT do one; progress: 0..1 of the schedule."""
-        config, begin = self.config, time.perf_counter()
-        x, y = draw_windows(self.train, config.B, config.T, self.generator)
-        self.model(x, targets=y)[1].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        lr = learning_rate(int(progress * config.max_steps), config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
-        if self.ours:
-            self.model.update_routers()
-            with freeze_idle_experts(self.model.moe_layers(), self.optimizer):
-                self.optimizer.step()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        """One optimizer step, on the clock. progress: 0..1 of the schedule."""
+        begin = time.perf_counter()
+        self.train_step(int(progress * self.config.max_steps))
         self.last = time.perf_counter() - begin
         self.seconds, self.done = self.seconds + self.last, self.done + 1
 
@@ -140,8 +134,10 @@ class Contender:
             self.step((self.done + 0.5) / self.config.max_steps)
 
     def run_for(self, until: float, first: float, last: float) -> None:
-        """Train as long as another step will not move the clock past `until`, from `first` to `last` of the
-        schedule."""
+        """Train while the clock will still be before `until` after another step.
+
+        first, last: the part of the schedule, 0..1, that these steps go through.
+        """
         start = self.seconds
         while self.seconds + self.last < until:
             self.step(first + (last - first) * (self.seconds - start) / (until - start))
@@ -154,24 +150,28 @@ def build_ours(
     config = TrainConfig(**fields | dict(vocab_size=vocab_size, max_steps=steps, seed=seed))
     meta = {"encoding": "bytes", "vocab_size": vocab_size, "eot_token": None}
     model = build_model(config, set(), meta, None)
-    return Contender(name, model, build_optimizer(config, model), config, train)
+    optimizer = build_optimizer(config, model)
+    run = make_run(model, WindowLoader(train, config), config=config, optimizer=optimizer)
+    return Contender(name, model, config, partial(train_step, run))
 
 
 def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
-    """A contender with nanoGPT's model and optimizer. FileNotFoundError without its model.py."""
-    nanogpt = load_nanogpt(folder)
+    """A contender with nanoGPT's model, optimizer and step. FileNotFoundError without its model.py."""
     config = TrainConfig(**NANOGPT | dict(max_steps=steps))
-    sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
     torch.manual_seed(config.seed)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
-        model = nanogpt.GPT(nanogpt.GPTConfig(block_size=config.T, vocab_size=256, bias=False, **sizes))
-        betas = (config.beta1, config.beta2)
-        optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, betas, "cpu")
-    return Contender("nanoGPT", model, optimizer, config, train)
+    sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
+    sizes |= dict(block_size=config.T, vocab_size=256, bias=False)
+    nanogpt = NanoGPT(folder, torch.device("cpu"), lr=config.max_lr, beta2=config.beta2, **sizes)
+    loader = WindowLoader(train, config)
+    return Contender(
+        "nanoGPT", nanogpt.model, config,
+        lambda step: nanogpt.step(*loader.next_batch(), lr=learning_rate(step, config)),
+    )  # fmt: skip
 
 
 def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
-    """Train all to their ends, each a `rounds`-th part of its steps or seconds at a turn, then evaluated."""
+    """Train all contenders. At each of `rounds` turns each trains its part of the steps or seconds, and is
+    then evaluated."""
     for turn in range(1, rounds + 1):
         for contender in contenders:
             if contender.share is None:
@@ -179,15 +179,15 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
             else:
                 until = contender.share * contenders[0].seconds
                 contender.run_for(until, (turn - 1) / rounds, turn / rounds)
-            losses = [evaluate(contender.model, windows) for windows in validation]
+            losses = [validation_loss(contender.model, windows) for windows in validation]
             contender.points.append((contender.done, contender.seconds, losses))
 
 
 # ---------------------------------------------------------------------------- TIME TO LOSS
 
 
-def time_to_loss(options) -> list[dict]:
-    """Table of what each recipe reaches in which time. Options: text, nanogpt, png, steps."""
+def bench_time_to_loss(options) -> list[dict]:
+    """A row per recipe: the loss it reaches, and in how many seconds."""
     if not options.text:
         raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
     train, val = split_text(options.text)
@@ -195,17 +195,17 @@ def time_to_loss(options) -> list[dict]:
     build = {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
     if options.nanogpt:
         build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} | build
-    first, steps = next(iter(build)), options.steps or 2000
+    first, steps = next(iter(build)), options.steps
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
     contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
     for name in ("modern", "modern-moe"):
         for part, share in SHARES.items():
-            # The forecast of its steps: the schedule's unit, in which the warmup is counted.
+            # How many steps it is expected to do: the schedule counts its warmup in them.
             contenders.append(build[name](steps=max(1, int(share * steps * cost[first] / cost[name]))))
             contenders[-1].name, contenders[-1].share = f"{name}, {part}", share
     race(contenders, [windows], ROUNDS)
     if options.png:
-        draw(contenders, options.png)
+        draw_losses(contenders, options.png)
     _, first_seconds, (goal,) = contenders[0].points[-1]
     rows = []
     for contender in contenders:
@@ -221,7 +221,7 @@ def time_to_loss(options) -> list[dict]:
 
 
 def seconds_to(contender: Contender, goal: float) -> str:
-    """Seconds at which the loss was first down to the goal, interpolated; - if it never was."""
+    """Seconds until the loss first reached the goal, interpolated between evaluations; - if it never did."""
     before = None
     for _, seconds, (loss,) in contender.points:
         if loss <= goal:
@@ -232,14 +232,12 @@ def seconds_to(contender: Contender, goal: float) -> str:
     return "-"
 
 
-def draw(contenders: list[Contender], path: str) -> None:
-    """Loss against seconds as a picture, and its points beside it in a .points.csv."""
-    import matplotlib
+def draw_losses(contenders: list[Contender], path: str) -> None:
+    """Draw loss against seconds, and write the points beside the picture as .points.csv."""
+    from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for contender in contenders:
         seconds, losses = zip(*((s, loss) for _, s, (loss,) in contender.points), strict=True)
         axes.plot(seconds, losses, marker=".", label=contender.name)
@@ -248,7 +246,6 @@ def draw(contenders: list[Contender], path: str) -> None:
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", ylim=(None, last + 1.2))
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     with open(Path(path).with_suffix(".points.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("recipe", "step", "seconds", "loss"))
@@ -258,8 +255,8 @@ def draw(contenders: list[Contender], path: str) -> None:
 
 # ---------------------------------------------------------------------------- MOE PAYS
 
-# 64 wide, so that size is what both lack. 261 makes the dense feed-forward layers as large as two experts,
-# their second bias and the router.
+# Both are 64 wide, so small that more parameters help. A hidden size of 261 gives the dense feed-forward
+# layers as many parameters as two experts, their second bias and the router have.
 PAYS = MODERN | dict(n_embd=64, T=128, B=12)
 RIVALS = {
     "dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
@@ -267,11 +264,11 @@ RIVALS = {
 }
 
 
-def moe_pays(options) -> list[dict]:
-    """Table of validation losses, mean and standard deviation over seeds. Options: text, steps, seeds.
+def bench_moe_pays(options) -> list[dict]:
+    """A row per model: validation losses, mean and standard deviation over seeds.
 
-    Trained on the embedded corpus and the text together, validated on each. A seed is that of the weights and
-    of the batches, the same for both models.
+    The models train on the embedded corpus and the text together, and are validated on each. Both get the
+    same seed for their weights, and the same batches.
     """
     corpora = {"embedded corpus": split_demo()}
     if options.text:
@@ -282,11 +279,8 @@ def moe_pays(options) -> list[dict]:
         for _, val in corpora.values()
     ]
     runs: dict[str, list[Contender]] = {name: [] for name in RIVALS}
-    for seed in range(SEED, SEED + (options.seeds or 3)):
-        pair = [
-            build_ours(name, fields, train, 257, options.steps or 500, seed)
-            for name, fields in RIVALS.items()
-        ]
+    for seed in range(SEED, SEED + options.seeds):
+        pair = [build_ours(name, fields, train, 257, options.steps, seed) for name, fields in RIVALS.items()]
         race(pair, windows, ROUNDS // 2)
         for contender in pair:
             runs[contender.name].append(contender)

@@ -10,7 +10,7 @@ place, which saves a CPU the first touch of gigabytes of fresh pages.
 
 Letters: N tokens, C n_embd, V vocabulary, n rows in the buffer.
 References: the idea is Liger Kernel's, arXiv 2410.10989, section 3.2. linear_cross_entropy of torch 2.13 does
-the same, a little slower on a CPU (bench.py head); in bf16 its loss is rounded to bf16, and torch.compile
+the same, a little slower on a CPU (bench head); in bf16 its loss is rounded to bf16, and torch.compile
 leaves it out of the graph.
 """
 
@@ -24,7 +24,7 @@ NAMESPACE = (
     "gpt_moe" if __name__ == "layers.linear_cross_entropy" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 )
 
-# Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench.py head); on GPUs an estimate:
+# Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench head); on GPUs an estimate:
 # some 2,700 rows of GPT-2's vocabulary keep the matrix products as fast as they get.
 BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 

@@ -1,4 +1,4 @@
-"""bench.py's commands at tiny sizes: they run, alternate, compare like with like, and write their tables.
+"""The commands of `python -m bench` at tiny sizes: what they compare, their tables, their options.
 
 Run: python -m pytest tests/test_bench.py
 """
@@ -6,6 +6,8 @@ Run: python -m pytest tests/test_bench.py
 import csv
 import gc
 import json
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,14 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-import train_gpt_moe
-from bench import commands as bench
-from bench import ladder, measure
-from fineweb import write_shard
+import hellaswag
+from bench import __main__ as bench
+from bench import head, ladder, measure, models
 from layers import attention
 from layers.attention import BACKENDS, choose_backend, prefer_backend, time_backend
 from model import GPTConfig, GPTLMHeadModel
+from tokens.shards import write_shard
+from training.log import RunLog
 
 CPU = torch.device("cpu")
 
@@ -83,9 +87,9 @@ def test_peak_memory_is_that_of_the_tensors_made():
 
 
 def test_whole_models_beside_nanogpts(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
     tiny_moe = dict(n_layer=1, n_head=2, n_embd=16, num_experts=4, expert_hidden_size=16)
-    monkeypatch.setitem(bench.MODEL_SIZES, "d12-moe8x2", tiny_moe)
+    monkeypatch.setitem(models.MODEL_SIZES, "d12-moe8x2", tiny_moe)
     (tmp_path / "model.py").write_text(NANOGPT)
     flags = ["train", "--size", "d4,d12-moe8x2", "--B", 2, "--T", 8, "--vocab_size", 32, "--rounds", 1]
     paths = ["--csv", tmp_path / "t.csv", "--png", tmp_path / "t.png"]
@@ -119,22 +123,35 @@ def test_questions_that_are_not_there(tmp_path, capsys, gpt2_encoding):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--rounds 0", "--limit 0", "--steps -3", "--threads -1", "--csv nowhere/x.csv"]
+    ("command", "flags", "message"),
+    [
+        ("step", "--rounds 0", "--rounds 0: must be above 0"),
+        ("hellaswag", "--limit 0", "--limit 0: must be above 0"),
+        ("moe_pays", "--steps -3", "--steps -3: must be above 0"),
+        ("step", "--threads -1", "--threads -1: must be at least 0"),
+        ("scale", "--micro_ms -1", "--micro_ms -1.0: must be at least 0"),
+        ("step", "--csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
+        ("step", "--png x.bmp", "--png x.bmp: the name must end in .png, .svg or .pdf"),
+        ("moe", "--size d12", "unrecognized arguments: --size d12"),
+    ],
 )
-def test_settings_that_no_benchmark_can_have_are_refused_before_it_runs(flags, capsys):
-    with pytest.raises(SystemExit):
-        run(capsys, "step", *flags.split())
-    assert flags in capsys.readouterr().err
+def test_bad_options_are_refused_before_anything_runs(command, flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(capsys, command, *flags.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_pictures_have_a_format(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(capsys, "step", "--png", tmp_path / "x.bmp")
-    assert "must end in .png, .svg, .pdf" in capsys.readouterr().err
+def test_help_names_every_command_and_imports_nothing_heavy():
+    code = "import sys; from bench.__main__ import *; parse_options(['moe']); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+    command = [sys.executable, "-m", "bench", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f"    {name}" in shown for name in bench.COMMANDS)
 
 
 def test_loss_head(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "HEAD_SIZES", ((600, 16, 500),))
+    monkeypatch.setattr(head, "HEAD_SIZES", ((600, 16, 500),))
     assert run(capsys, "head", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
     rows = {row["head"]: row for row in table(tmp_path / "t.csv")}
     assert float(rows["all logits"]["x all"]) == 1
@@ -146,11 +163,11 @@ def test_hellaswag_of_both_methods(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tiktoken")
     example = {"ctx": "a b c", "activity_label": "x", "endings": ["d", "e f", "g", "h i"], "label": 1}
     (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(example)] * 9))
-    load = bench.hs.load_questions
+    load = hellaswag.load_questions
     monkeypatch.setattr(
-        bench.hs, "load_questions", lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)
+        hellaswag, "load_questions", lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)
     )
-    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
     assert run(capsys, "hellaswag", *flags, "--csv", tmp_path / "t.csv")[0] == 0
     plain, ours = table(tmp_path / "t.csv")
@@ -160,7 +177,7 @@ def test_hellaswag_of_both_methods(tmp_path, capsys, monkeypatch):
 
 def test_checkpoints(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
     flags = ["checkpoint", "--size", "d4", "--rounds", 2, "--csv", tmp_path / "t.csv"]
     assert run(capsys, *flags)[0] == 0
     rows = table(tmp_path / "t.csv")
@@ -168,7 +185,7 @@ def test_checkpoints(tmp_path, capsys, monkeypatch):
         "first pause", "pause of training", "writing and reading back, in the background", "verifying",
         "verifying and loading",
     }  # fmt: skip
-    parameters = GPTLMHeadModel(GPTConfig(**bench.MODEL_SIZES["d4"])).get_num_params(non_embedding=False)
+    parameters = GPTLMHeadModel(GPTConfig(**models.MODEL_SIZES["d4"])).get_num_params(non_embedding=False)
     assert [float(row["GB"]) for row in rows] == pytest.approx([12e-9 * parameters] * 5, rel=0.02)
     assert all(float(row["ms"]) > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
@@ -208,7 +225,7 @@ def test_every_rung_is_climbed(tmp_path, capsys, monkeypatch):
 
 
 def test_what_a_rung_says_it_does(tmp_path):
-    options, shard = SimpleNamespace(device="cpu", B=1, T=8), tmp_path / "train_0.bin"
+    options, shard = SimpleNamespace(device=CPU, B=1, T=8), tmp_path / "train_0.bin"
     write_shard(shard, np.arange(1000, dtype=np.uint16))
     _, plain, tokens = ladder.climb(ladder.START, options, str(shard))
     assert tokens == 8 and plain.config._attn_implementation == "eager" and plain.loss_chunk == 0
@@ -261,43 +278,16 @@ def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
 # The loop
 
 
-def test_the_parts_of_a_step_add_up(tmp_path, capsys):
-    assert (
-        run(
-            capsys, "loop", "--device", "cpu", "--rounds", 1, "--B", 1, "--T", 16, "--csv", tmp_path / "t.csv"
-        )[0]
-        == 0
-    )
-    rows = {row["part"]: row for row in table(tmp_path / "t.csv")}
-    names = ("next batch", "forward", "backward", "norm, clip, AdamW", "log", "the rest")
-    for column in ("ms", "ms, Python's collector"):
-        values = {part: float(row[column]) for part, row in rows.items()}
-        assert sum(values[name] for name in names) == pytest.approx(values["a step"])
-        assert all(values[name] > 0 for name in names)
-        assert values["the slowest step"] >= values["a step"]
-    assert float(rows["in the garbage collector"]["ms"]) == 0
-    assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
-    code, _, err = run(capsys, "loop", "--device", "meta")
-    assert code == 2 and err.count("\n") == 1
-
-
-def test_what_of_a_step_on_a_gpu_is_the_loops_own(tmp_path, capsys, monkeypatch):
-    """A CPU stands in for the GPU. 50 ms in reading the data are the loop's, not the model's."""
-    synchronized, next_batch, pause = [], train_gpt_moe.faults.next_batch, 0.05
-
-    def slow(loader):
-        time.sleep(pause)
-        return next_batch(loader)
-
-    monkeypatch.setattr(train_gpt_moe.faults, "next_batch", slow)
-    monkeypatch.setattr(bench, "choose_device", lambda name, rank: CPU)
-    monkeypatch.setattr(measure, "synchronize", synchronized.append)
-    monkeypatch.setitem(bench.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
-    flags = ["--device", "cuda", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
+def test_what_of_a_step_is_the_loops_own(tmp_path, capsys, monkeypatch):
+    """50 ms in writing the log are the loop's own, not train_step's."""
+    record, pause = RunLog.step, 0.05
+    monkeypatch.setattr(RunLog, "step", lambda *arguments: time.sleep(pause) or record(*arguments))
+    monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
+    flags = ["--device", "cpu", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
     assert run(capsys, "loop", *flags, "--csv", tmp_path / "t.csv")[0] == 0
-    assert synchronized == 3 * 4 * [CPU]  # at both ends of both timings
-    step, alone, own = (float(row["ms"]) for row in table(tmp_path / "t.csv"))
-    shares = [float(row["% of a step"]) for row in table(tmp_path / "t.csv")]
-    assert shares == pytest.approx([100, 100 * alone / step, 100 * own / step])
-    assert alone > 0 and step > own > 1000 * pause
-    assert gc.isenabled() and gc.get_freeze_count() == 0
+    rows = {row["part"]: row for row in table(tmp_path / "t.csv")}
+    whole, alone, passes, own = (float(row["ms"]) for row in rows.values())
+    assert [*rows][-1] == "the loop's own" and alone > passes > 0 and whole > own > 900 * pause
+    shares = [float(row["% of a step"]) for row in rows.values()]
+    assert shares == pytest.approx([100 * ms / whole for ms in (whole, alone, passes, own)])
+    assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run

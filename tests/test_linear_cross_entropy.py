@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import needs_compiler
 from test_model import strong, tiny, tokens
 
-from bench.commands import memory_bytes
+from bench.measure import memory_bytes
 from layers.linear_cross_entropy import BUFFER_BYTES, linear_cross_entropy, log_softmax_, rows_per_chunk
 from model import GPTLMHeadModel
 

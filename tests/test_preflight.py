@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.commands import memory_bytes
+from bench.measure import memory_bytes
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
 from training.preflight import memory_estimate, parameters_by_part, preflight

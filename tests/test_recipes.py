@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import commands as bench
+from bench import __main__ as bench
 from bench import recipes
 from model import GPTConfig, GPTLMHeadModel
 
@@ -100,7 +100,9 @@ def test_evaluation_is_the_mean_over_all_windows():
     with torch.no_grad():
         logits = model.eval().double()(x).logits
     expected = F.cross_entropy(logits.view(-1, 50), y.view(-1)).item()
-    assert recipes.evaluate(model.float().train(), (x, y), batch=5) == pytest.approx(expected, rel=1e-5)
+    assert recipes.validation_loss(model.float().train(), (x, y), batch=5) == pytest.approx(
+        expected, rel=1e-5
+    )
     assert model.training
 
 

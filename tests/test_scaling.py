@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from wire import train_ranks
 
-from bench import commands as bench
-from bench.scaling import check, measure
+from bench import __main__ as bench
 from bench.traffic import (
     LAYOUTS,
     Collective,
@@ -19,11 +19,11 @@ from bench.traffic import (
     Plan,
     elements,
     expert_elements,
-    held,
-    memory,
+    memory_by_use,
     meta_model,
+    state_bytes,
     step_seconds,
-    traffic,
+    step_traffic,
 )
 from model import GPTConfig
 
@@ -36,7 +36,8 @@ GATES = 2 * 4 * 8
 BLOCKS = 2 * (8 + 3 * 8 * 8 + 8 * 8 + 8)  # ln_1, c_attn, c_proj, ln_2
 EXPERTS = 2 * 4 * 2 * 32 * 8
 P = OUTSIDE + GATES + BLOCKS + EXPERTS
-STATISTICS = 2 * 8 * (1 + 4 + 4 + 4)  # per layer: entropy, counts twice, sums of probabilities
+# Losses and signals; and per layer entropy, counts twice, sums of probabilities.
+STATISTICS = 6 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
 ROWS = 2 * 16 * 2 * 8  # B T K C
 
 
@@ -66,19 +67,19 @@ def test_bytes_of_each_collective():
 def test_bytes_of_each_layout():
     plan = Plan(4, B=2, T=16, dtype="float32", micro_steps=3)
     assert sum(p.numel() for p in model().parameters()) == P
-    assert sent(traffic(model(), plan)) == {"all_reduce": 1.5 * (4 * P + STATISTICS)}
-    assert sent(traffic(model(), replace(plan, zero_stage=1))) == {
+    assert sent(step_traffic(model(), plan)) == {"all_reduce": 1.5 * (4 * P + STATISTICS)}
+    assert sent(step_traffic(model(), replace(plan, zero_stage=1))) == {
         "all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P,
     }  # fmt: skip
     inside = GATES + BLOCKS + EXPERTS
-    assert sent(traffic(model(), replace(plan, parallel="fsdp"))) == {
+    assert sent(step_traffic(model(), replace(plan, parallel="fsdp"))) == {
         "all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * inside), "reduce_scatter": 0.75 * 4 * P,
         "all_reduce": 1.5 * (STATISTICS + 4),
     }  # fmt: skip
     half = replace(plan, parallel="fsdp", dtype="bfloat16")
     gathered = 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))
-    assert sent(traffic(model(), half))["all_gather"] == 0.75 * gathered
-    ep = sent(traffic(model(), replace(plan, ep_size=2)))  # 2 replicas x 2
+    assert sent(step_traffic(model(), half))["all_gather"] == 0.75 * gathered
+    ep = sent(step_traffic(model(), replace(plan, ep_size=2)))  # 2 replicas x 2
     assert ep == {
         "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4,
         "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),  # layers, micro-steps, trips, bytes; counts
@@ -92,8 +93,8 @@ def test_the_zero_papers_three_volumes():
         GPTConfig(block_size=16, n_layer=40, n_head=2, n_embd=64, vocab_size=64, use_moe=False)
     )
     whole = 4 * sum(p.numel() for p in dense.parameters()) * 63 / 64
-    assert sum(sent(traffic(dense, plan)).values()) == pytest.approx(2 * whole)
-    fsdp = sum(sent(traffic(dense, replace(plan, parallel="fsdp"))).values())
+    assert sum(sent(step_traffic(dense, plan)).values()) == pytest.approx(2 * whole, rel=1e-4)
+    fsdp = sum(sent(step_traffic(dense, replace(plan, parallel="fsdp"))).values())
     assert fsdp == pytest.approx(3 * whole, rel=0.02)  # what is outside of the blocks is gathered once
 
 
@@ -107,7 +108,6 @@ def test_seconds_of_links():
     assert links.seconds(Collective("all_to_all", 800.0, 8)) == 0.5 * 3 + 400 / 10
     fast = Links(100.0, 1000.0, per_machine=4, latency=0)
     assert fast.seconds(Collective("all_reduce", 800.0, 8)) == 1400 / 100  # NVLink is the narrow part
-    assert Links(measured={"broadcast": 50.0}, latency=0.5).seconds(Collective("broadcast", 100.0, 2)) == 1.5
 
 
 def test_what_hides_behind_what():
@@ -125,7 +125,6 @@ def test_what_hides_behind_what():
     assert communication == pytest.approx(2 * gathers + scatters + rest)
     assert waits == pytest.approx((2 * gathers + scatters) / 3 + rest)  # 2 blocks, so a third is too late
     assert step == pytest.approx(2 * 3.0 + 1.0 / 4 + waits)  # a rank updates a quarter
-    assert step_seconds(model(), fsdp, links, 3.0, 1.0, overlap=0.0)[2] == pytest.approx(communication)
     slow = step_seconds(model(), fsdp, Links(1e3, 1e3, 4, 0.0), 3.0, 1.0)
     assert slow[2] == pytest.approx(1e3 * communication - 2 * 3.0)  # both phases of both micro-steps are full
     zero = step_seconds(model(), replace(plan, zero_stage=1), links, 3.0, 1.0)
@@ -134,14 +133,14 @@ def test_what_hides_behind_what():
 
 def test_memory_by_hand():
     plan = Plan(4, B=2, T=16, dtype="float32")
-    alone = memory(model(), plan)
+    alone = memory_by_use(model(), plan)
     assert (alone["parameters"], alone["gradients"], alone["moments"]) == (4 * P, 4 * P, 8 * P)
-    assert memory(model(), replace(plan, zero_stage=1))["moments"] == 2 * P
-    fsdp = memory(model(), replace(plan, parallel="fsdp"))
+    assert memory_by_use(model(), replace(plan, zero_stage=1))["moments"] == 2 * P
+    fsdp = memory_by_use(model(), replace(plan, parallel="fsdp"))
     assert (fsdp["parameters"], fsdp["gradients"], fsdp["moments"]) == (P, P, 2 * P)
     block = (BLOCKS + EXPERTS) / 2
     assert fsdp["gathered"] == 2 * 4 * block + 4 * OUTSIDE + 4 * block
-    ep = memory(model(), replace(plan, ep_size=4))
+    ep = memory_by_use(model(), replace(plan, ep_size=4))
     assert ep["parameters"] == 4 * (P - EXPERTS + EXPERTS // 4) and ep["rows"] == 2 * 2 * 4 * ROWS
     assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
 
@@ -167,24 +166,24 @@ def test_formulas_equal_what_ranks_send(ranks):
     )  # fmt: skip
     plan = Plan(ranks, B=2, T=16, dtype="float32", micro_steps=2)
     meta = meta_model(GPTConfig(block_size=16, **fields))
-    found = measure(plan, fields, list(LAYOUTS), rounds=0)
+    found = train_ranks(plan, fields, list(LAYOUTS))
     for name, changes in LAYOUTS.items():
-        formula = sent(traffic(meta, replace(plan, **changes)))
+        formula = sent(step_traffic(meta, replace(plan, **changes)))
         for rank in found:
             assert {kind: size for kind, size in rank[name]["sent"].items() if size} == formula, name
         wire = sum(rank[name]["wire"] for rank in found) / ranks
         expected = sum(formula.values()) + formula.get("reduce_scatter", 0)
         assert wire == pytest.approx(expected, rel=0.1), name
         mean = sum(rank[name]["held"] for rank in found) / ranks
-        assert mean == pytest.approx(held(meta, replace(plan, **changes)), rel=0.01), name
+        assert mean == pytest.approx(state_bytes(meta, replace(plan, **changes)), rel=0.01), name
 
 
 def test_bf16_of_fsdp_is_gathered_in_two_bytes():
     fields = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2)
     plan = Plan(2, B=2, T=16, dtype="bfloat16")
     meta = meta_model(GPTConfig(block_size=16, **fields))
-    for name, rank in measure(plan, fields, ["fsdp", "ep"], rounds=0)[0].items():
-        assert rank["sent"] == pytest.approx(sent(traffic(meta, replace(plan, **LAYOUTS[name])))), name
+    for name, rank in train_ranks(plan, fields, ["fsdp", "ep"])[0].items():
+        assert rank["sent"] == pytest.approx(sent(step_traffic(meta, replace(plan, **LAYOUTS[name])))), name
 
 
 # ---------------------------------------------------------------------------- the command
@@ -219,22 +218,12 @@ def test_a_forecast_from_a_measured_step(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--layouts ddp,ep2", "'ep2' is unknown"),
-        ("--size d13", "'d13' is unknown"),
+        ("--layouts ddp,ep2", "layouts='ep2': choose of ddp, zero"),
+        ("--size d13", "size='d13': choose of d4, d6"),
+        ("--size d4,d6", "size='d4,d6': choose of d4, d6"),
         ("--ranks 4,x", "ranks='4,x'"),
     ],
 )
 def test_bad_flags(flags, message, capsys):
     assert bench.main(["scale", "--micro_ms", "1", *flags.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_forecasts_for_gloo_beside_measurements():
-    """`--check` on two ranks. How near the forecasts come is for BENCHMARKS.md, not for a busy machine."""
-    rows = check(rounds=1, ranks=(2,))
-    assert [row["layout"] for row in rows] == list(LAYOUTS)
-    for row in rows:
-        assert row["MB, called"] == pytest.approx(row["MB sent, formula"])
-        assert row["MB held"] == pytest.approx(row["MB held, formula"], rel=0.01)
-        assert row["ms, forecast"] > 0 and row["ms"] > 0
-        assert row["forecast / measured"] == pytest.approx(row["ms, forecast"] / row["ms"])

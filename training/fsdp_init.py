@@ -13,10 +13,10 @@ https://dev-discuss.pytorch.org/t/what-and-why-is-torch-dispatch/557
 from collections.abc import Iterator
 
 import torch
-from huggingface.pretrained import fresh_statistics
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from huggingface.pretrained import fresh_statistics
 from model import GPTConfig, GPTLMHeadModel
 
 aten = torch.ops.aten
