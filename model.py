@@ -91,10 +91,10 @@ class GPTConfig(CheckedConfig):
     num_experts_per_tok: int = setting(1, least=1)
     moe_every: int = setting(1, least=1)  # an MoE in every k-th block, counted from the last one
     moe_loss: bool = True
-    moe_loss_type: str = setting("load_balancing", choices=tuple(BALANCE_LOSSES))
+    moe_loss_type: str = setting("load_balancing", choices=BALANCE_LOSSES)
     moe_loss_coef: float | int = setting(0.01, least=0)
     router_z_loss_coef: float | int = setting(0.0, least=0)
-    router_score: str = setting("softmax", choices=tuple(ROUTER_SCORES))
+    router_score: str = setting("softmax", choices=ROUTER_SCORES)
     norm_topk_prob: bool = True  # for K > 1; with K = 1 the weight is always the probability itself
     router_bias_update_rate: float | int = setting(0.0, least=0)  # loss-free balancing when > 0
     num_shared_experts: int = setting(0, least=0)
@@ -107,7 +107,7 @@ class GPTConfig(CheckedConfig):
     global_every: int | None = setting(None, least=1)  # with a window: every k-th layer sees everything
     norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, above=0)
-    activation: str = setting("gelu", choices=tuple(ACTIVATIONS))  # gelu: the tanh form, as in GPT-2
+    activation: str = setting("gelu", choices=ACTIVATIONS)  # gelu: the tanh form, as in GPT-2
     qk_norm: bool = False
     logit_softcap: float | int = setting(0.0, least=0)
     tie_word_embeddings: bool = True

@@ -72,10 +72,10 @@ def worker(log_dir: Path, rank: int) -> int:
 
 
 def test_static_rendezvous_and_a_lost_worker_without_restarts(one_node, data, tmp_path, request):
-    """README's command. The worker of the second machine is killed: both launchers end, and it is named.
-    What they leave goes on, and ends as it does on one machine."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^ +torchrun (.*--node_rank=0 .*) train_gpt_moe.py", readme, re.MULTILINE)[1]
+    """The command of docs/many_gpus.md. The second machine's worker is killed: both launchers end.
+    It is named. What they leave goes on, and ends as it does on one machine."""
+    page = (ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8")
+    command = re.search(r"^ +torchrun (.*--node_rank=0 .*) train_gpt_moe.py", page, re.MULTILINE)[1]
     for name, value in (
         ("master_addr", "127.0.0.1"),
         ("master_port", str(free_port())),

@@ -1,13 +1,18 @@
-"""README's Python examples run as they stand, its commands name files and flags that exist.
+"""README.md and docs/: commands and Python examples run, links lead to files, tables are whole.
 
 Run: python -m pytest tests/test_readme.py
+The everyday suite runs one command of each script; the other commands are marked slow.
 """
 
+import csv
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +29,56 @@ import train_gpt_moe
 from tokens.demo import prepare_demo
 from tokens.shards import write_shard
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(
-    r"^    ((?:python|torchrun|pip install .* && python) .*?)(?:  +#.*)?$", README, re.MULTILINE
-)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+# A command is an indented line, up to its comment, or a piece of code within a sentence or table.
+PROGRAM = r"(?:python3?|torchrun|pip|sbatch|lm_eval|[A-Z]+=\S+) .*?"
+COMMANDS = list(dict.fromkeys(
+    indented or inline
+    for indented, inline in re.findall(rf"^    ({PROGRAM})(?:  +#.*)?$|`({PROGRAM})`", TEXT, re.MULTILINE)
+))  # fmt: skip
+
+# Commands that no test runs as they stand, by their beginnings, and why. The files named test the same thing
+# with local data, or with two processes on the CPU.
+LISTED = {
+    "python3 -m venv": "the reader's environment",
+    "pip install torch ": "network",
+    "pip install accelerate": "network",
+    "pip install lm_eval": "network",
+    "lm_eval ": "not installed; test_huggingface.py",
+    "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
+    "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
+    "torchrun ": "GPUs; test_train.py, test_parallel.py, test_nodes.py",
+    "sbatch ": "Slurm; test_nodes.py",
+    "RANK=": "GPUs; test_nodes.py",
+    "python tests/torture.py": "minutes, as root",
+    "python -m pytest": "these are the tests",
+    "pip install -r requirements-dev.txt": "these are the tests",
+    "python -m llmc --help": "test_help_of_every_command_works",
+    "python -m bench --help": "test_help_of_every_command_works",
+}
+RUN = [command for command in COMMANDS if not f"{command}$".startswith(tuple(LISTED))]
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """What a command starts (a script, a module, or -c), and the words after it."""
+    words = shlex.split(command.split("&&")[-1])
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def one_fast_command_each() -> list:
+    """RUN as test parameters: the first command of every script or module is fast, the others are slow."""
+    seen, parameters = set(), []
+    for command in RUN:
+        script = split(command)[0]
+        parameters.append(pytest.param(command, marks=[pytest.mark.slow] if script in seen else []))
+        seen.add(script)
+    return parameters
+
+
+# ---------------------------------------------------------------------------- examples
 
 
 def test_python_examples_run_in_order(tmp_path, monkeypatch, capsys):
@@ -50,35 +100,14 @@ def test_python_examples_run_in_order(tmp_path, monkeypatch, capsys):
     code = "\n".join(PYTHON).replace("[[15496, 11, 314, 1101]]", "[[96, 11, 14, 101]]")
     torch.manual_seed(0)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "docs", "exec"), names)
     assert names["loss"].shape == () and names["output"].logits.shape == (1, 4, 128)
     assert list((tmp_path / "tensorboard_logs").glob("events.*"))
     assert "Hello" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_name_files_and_flags_that_exist(command):
-    words = shlex.split(command.split("&&")[-1])
-    if words[:3] == ["python", "-m", "pytest"]:
-        return
-    script = next(word for word in words if word.endswith(".py"))
-    assert (ROOT / script).exists(), script
-    text = (ROOT / script).read_text(encoding="utf-8")
-    for word in words[words.index(script) + 1 :]:
-        if word.startswith("--"):
-            name = word[2:].split("=")[0]
-            assert re.search(rf'"--{name}"|^    {name}: ', text, re.MULTILINE), f"{script} has no {word}"
+# ---------------------------------------------------------------------------- commands
 
-
-# Commands that no test can run as they stand, by their beginnings, and why; the files named test what they do
-# on local data, or with two processes on the CPU.
-LISTED = {
-    "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
-    "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
-    "torchrun ": "GPUs; test_train.py, test_parallel.py, test_nodes.py",
-    "pip install -r requirements-dev.txt": "this is it",
-}
-RUN = [command for command in COMMANDS if not f"{command}$".startswith(tuple(LISTED))]
 SMALL = """--n_layer 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --val_steps 1
     --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0 --hellaswag 0
     --data_dir data""".split()
@@ -89,35 +118,71 @@ SHAPES = {  # of checkpoints that have these formats
     "gpt2": DENSE, "llama": LLAMA + DENSE, "qwen3": [*LLAMA, *DENSE, "--qk_norm", "1"], "mixtral": LLAMA,
     "qwen3_moe": [*LLAMA, "--qk_norm", "1"],
 }  # fmt: skip
-# What a command gets behind its own flags, so that it is done in a second, offline.
+# What a command gets behind its own flags, so that it is done in a second or a few, offline.
 MORE = {
     "train_gpt_moe.py": SHORT,
     "fineweb.py": ["--encoding", "bytes", "--workers", "1"],
     "hellaswag.py": ["--data", "questions.jsonl", "--encoding", "bytes", "--device", "cpu"],
     "sample.py": ["--max_new_tokens", "4", "--device", "cpu"],
+    "state": ["--B", "1", "--T", "16"],
+    "moe": "--rounds 1 --tokens 64 --compile 0".split(),
+    "step": ["--rounds", "1"],
+    "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0".split(),
+    "ladder": "--rounds 1 --B 1 --T 16".split(),
+    "head": "--rounds 1 --tokens 16".split(),
+    "loop": "--rounds 1 --B 1 --T 16".split(),
+    "checkpoint": "--rounds 1 --size d4".split(),
+    "hellaswag": "--rounds 1 --size d4 --limit 1".split(),
+    "time_to_loss": ["--steps", "2"],
+    "moe_pays": "--steps 2 --seeds 1".split(),
+    "scale": "--size d4 --ranks 1,8".split(),
 }
+NANOGPT = """
+import torch, torch.nn.functional as F
+
+class GPTConfig:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with all that README's commands name: data, a finished run, GPT-2, text, questions."""
+    """A folder with all that the commands name: data, a finished run, GPT-2, nanoGPT, texts, questions."""
     folder = tmp_path_factory.mktemp("workshop")
     prepare_demo(str(folder / "data"))
+    shutil.copy(folder / "data" / "train_000000.bin", folder / "shard.bin")
     text = "".join(
         f"{number} {'The quick brown fox jumps over the lazy dog. ' * 40}\n\n" for number in range(60)
     )
-    (folder / "my_text.txt").write_text(text)
-    (folder / "questions.jsonl").write_text("\n".join(json.dumps(example) for example in make_examples(3)))
-    (folder / "gpt2_data").mkdir()
-    for split in ("train", "val"):
-        write_shard(folder / "gpt2_data" / f"{split}_000000.bin", np.arange(4000, dtype=np.uint16))
+    for name in ("my_text.txt", "tinyshakespeare.txt", "hellaswag.txt"):
+        (folder / name).write_text(text)
+    for name in ("questions.jsonl", "hellaswag_val.jsonl"):
+        (folder / name).write_text("\n".join(json.dumps(example) for example in make_examples(3)))
+    for name in ("gpt2_data", "nanoGPT"):
+        (folder / name).mkdir()
+    (folder / "nanoGPT" / "model.py").write_text(NANOGPT)
+    for part in ("train", "val"):
+        write_shard(folder / "gpt2_data" / f"{part}_000000.bin", np.arange(4000, dtype=np.uint16))
     config = GPT2Config(n_layer=1, n_head=4, n_embd=32, n_positions=32, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     make_run(folder, [])
     return folder
 
 
-def make_run(folder, shape: list[str]) -> None:
+def make_run(folder: Path, shape: list[str]) -> None:
     """Checkpoints log/model_05000.pt and log/model_19073.pt of a run of two steps."""
     flags = [*SMALL, *shape, *SHORT, "--max_steps", "2", "--log_dir", str(folder / "log")]
     assert train_gpt_moe.main([*flags, "--data_dir", str(folder / "data")]) == 0
@@ -127,52 +192,82 @@ def make_run(folder, shape: list[str]) -> None:
     assert checkpoint.main(["convert", str(folder / "log" / "model_19073.pt"), str(sharded)]) == 0
 
 
-@pytest.mark.parametrize("command", RUN)
-def test_commands_run(command, workshop, tmp_path, monkeypatch, capsys):
+def run_module(module: str, flags: list[str], monkeypatch) -> int:
+    """The exit code of `python -m module flags`."""
+    monkeypatch.setattr(sys, "argv", [module, *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    return end.value.code
+
+
+def run_training(flags: list[str]) -> int:
+    """train_gpt_moe.py with these flags, in the workshop, with small sizes."""
+    before, after = SMALL, SHORT
+    if "--preset" in flags and "--data_dir" not in flags:  # the demo has data of its own
+        before, after = [], [word for word in SMALL if word not in ("--data_dir", "data")] + SHORT
+    if "--resume" in flags:  # sizes are those of the checkpoint
+        before, after = ["--plot", "0"], ["--max_steps", "4"]
+        for path in Path("log").glob("model_*.pt"):  # a run that went on for as long as the name says
+            if path.name not in (flags[-1], "model_05000.pt"):
+                path.unlink()
+    if "--init_from" in flags:  # sizes are GPT-2's, and so are the tokens
+        before = [*SMALL[SMALL.index("--T") :], "--data_dir", "gpt2_data", "--sample_every", "0"]
+    return train_gpt_moe.main([*before, *flags, *after])
+
+
+@pytest.mark.parametrize("command", one_fast_command_each())
+def test_commands_run(command, workshop, tmp_path, monkeypatch, capsys, request):
     """Every one of them, in a copy of the workshop: as it stands, but for smaller sizes and local files."""
+    script, flags = split(command)
     shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(command.split("&&")[-1])
-    script, flags = words[1], words[2:]
-    before, after = SMALL if script == "train_gpt_moe.py" else [], MORE.get(script, [])
     for made in {"my_data", "my_bytes"} & set(flags):  # by the command that README has before it
         making = ["--source", "my_text.txt", "--out", made, "--val_tokens", "20000"]
         assert script == "fineweb.py" or fineweb.main([*making, *MORE["fineweb.py"]]) == 0
     if "--format" in flags:
         make_run(tmp_path, SHAPES[flags[flags.index("--format") + 1]])
     if "convert" in flags:
-        (tmp_path / words[-1]).unlink()
-    if "--preset" in flags:
-        before, after = [], [word for word in SMALL if word not in ("--data_dir", "data")] + SHORT
-    if "--resume" in flags:  # sizes are those of the checkpoint
-        before, after = ["--plot", "0"], ["--max_steps", "4"]
-        for path in (tmp_path / "log").glob("model_*.pt"):  # a run that went on for as long as the name says
-            if path.name not in (words[-1], "model_05000.pt"):
-                path.unlink()
-    if "--init_from" in flags:  # sizes are GPT-2's, and so are the tokens
-        before = [*SMALL[SMALL.index("--T") :], "--data_dir", "gpt2_data", "--sample_every", "0"]
-    main = importlib.import_module(script.removesuffix(".py")).main
-    assert main([*before, *flags, *after]) == 0, capsys.readouterr().err
+        (tmp_path / flags[-1]).unlink()
+    if script == "llmc":
+        make_run(tmp_path, DENSE)
+        if "import" in flags:
+            export = ["export", "--checkpoint", "log/model_19073.pt", "--out", "."]
+            assert run_module("llmc", export, monkeypatch) == 0
+            (tmp_path / "gpt2_d1.bin").rename("model_00001000.bin")
+    if script == "bench" and flags[0] == "time_to_loss":
+        monkeypatch.setattr("bench.recipes.WINDOWS", 8)  # for validation
+    if script == "bench" and flags[0] == "hellaswag":
+        request.getfixturevalue("gpt2_encoding")
+
+    if script == "-c":
+        exec(flags[0], {})
+        code = 0
+    elif script == "train_gpt_moe.py":
+        code = run_training(flags)
+    elif script.endswith(".py"):
+        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *MORE.get(script, [])])
+    else:
+        code = run_module(script, [*flags, *MORE.get(flags[0], [])], monkeypatch)
+    assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN])
+def test_listed_commands_name_files_and_flags_that_exist(command):
+    words = shlex.split(command.split("&&")[-1])
+    paths = [word for word in words if word.endswith((".py", ".slurm"))]
+    assert all((ROOT / path).exists() for path in paths), command
+    if not paths or words[0] == "sbatch" or "pytest" in words:
+        return
+    source = (ROOT / paths[0]).read_text(encoding="utf-8")
+    for word in words[words.index(paths[0]) + 1 :]:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0]
+            assert re.search(rf'"--{name}"|^    {name}: ', source, re.MULTILINE), f"{paths[0]} has no {word}"
 
 
 def test_what_is_listed_is_there():
     assert all(any(f"{command}$".startswith(known) for command in COMMANDS) for known in LISTED)
     assert len(RUN) >= 12
-
-
-def test_file_map_has_every_file_and_its_length():
-    found = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE))
-    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
-    assert found.keys() == lengths.keys()
-    wrong = {name: n for name, n in lengths.items() if abs(int(found[name]) - n) > 0.1 * n + 5}
-    assert not wrong, f"README's file map: these have so many lines now: {wrong}"
-
-
-def test_the_picture_is_there_and_small():
-    (path,) = re.findall(r"!\[.*?\]\((assets/\S+\.png)\)", README)
-    assert (ROOT / path).stat().st_size < 200_000
-    with Image.open(ROOT / path) as image:
-        assert image.format == "PNG" and image.width >= 1000
 
 
 def test_the_two_first_commands_are_those_that_are_promised():
@@ -183,10 +278,49 @@ def test_the_two_first_commands_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench.__main__", "llmc"],
+    "name", ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
 )
-def test_help_of_every_script_works(script, capsys):
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module(script).main(["--help"])
-    assert end.value.code == 0 and "usage" in capsys.readouterr().out
+def test_help_of_every_command_works(name, capsys, monkeypatch):
+    if (ROOT / name).is_dir():
+        assert run_module(name, ["--help"], monkeypatch) == 0
+    else:
+        with pytest.raises(SystemExit) as end:
+            importlib.import_module(name).main(["--help"])
+        assert end.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- pages
+
+
+def test_readme_is_short_and_counts_the_lines_of_the_reading_path():
+    assert len(README.splitlines()) <= 170
+    found = dict(re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", README, re.MULTILINE))
+    assert len(found) == 6
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in found}
+    wrong = {name: n for name, n in lengths.items() if abs(int(found[name]) - n) > 0.1 * n}
+    assert not wrong, f"README's reading path: these files have so many lines now: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert all((page.parent / link).exists() for link in links), links
+
+
+def test_the_picture_is_there_and_small():
+    (path,) = re.findall(r"!\[.*?\]\((assets/\S+\.png)\)", README)
+    assert (ROOT / path).stat().st_size < 200_000
+    with Image.open(ROOT / path) as image:
+        assert image.format == "PNG" and image.width >= 1000
+
+
+def test_tables_of_measurements_are_whole_and_named():
+    paths = sorted(ROOT.glob("docs/measurements/*.csv"))
+    assert paths
+    for path in paths:
+        assert f"measurements/{path.name}" in TEXT, path.name
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        assert rows and all(len(row) == len(header) for row in rows), path.name
