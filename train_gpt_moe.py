@@ -162,7 +162,7 @@ class TrainConfig(llmc.Flags):
 
 
 # Named settings (--preset NAME). A flag wins over them.
-MODERN = dict(  # what paid in the ablation of BENCHMARKS.md
+MODERN = dict(  # what paid: docs/measurements/recipe_ablation.csv
     optimizer="muon", max_lr=1e-2, position="rope", qk_norm=True, activation="relu2"
 )  # fmt: skip
 PRESETS = {
