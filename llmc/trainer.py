@@ -59,13 +59,10 @@ def check_flags(config: Any) -> None:
         return
     if config.use_moe and not config.init_from:
         raise ValueError(
-            "write_tensors=True writes llm.c's files, whose models have no experts, but use_moe=True; give "
-            "--use_moe False, or omit --write_tensors"
+            "write_tensors=True, but llm.c has no experts, and use_moe=True; give --use_moe False, or omit it"
         )
     if config.parallel == "fsdp":
-        raise ValueError(
-            "write_tensors=True writes a whole model, but parallel=fsdp leaves none on any rank; use ddp"
-        )
+        raise ValueError("write_tensors=True writes a whole model, which parallel=fsdp has nowhere; use ddp")
     if config.vocab_size == 0:  # only the files pad the vocabulary, so that losses agree with llm.c's
         config.vocab_size = -1
 
