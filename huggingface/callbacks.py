@@ -110,8 +110,6 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
             self.tb_writer, self._owns_writer = None, False
 
     def _report(self, counts, step):
-        if self.tb_writer is None:  # on_step_end without on_train_begin
-            return
         for layer, count in enumerate(counts):
             share = count / count.sum().clamp(min=1)
             for expert, value in enumerate(share.tolist()):

@@ -21,25 +21,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from huggingface.gpt2 import to_gpt2
-from huggingface.llama import FAMILY, older_names, to_llama
+from huggingface.llama import FAMILY, to_llama
 from huggingface.pretrained import FOREIGN, fresh_statistics
 from huggingface.text import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "export.json"
-
-
-def to_foreign(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The model as the architecture of FOREIGN that `kind` names, without rows that only pad the vocabulary.
-    ValueError, naming the field, for what it cannot express."""
-    config = model.config
-    vocab_size = config.encoding_size or config.vocab_size
-    theirs = to_gpt2(model, vocab_size) if kind == "gpt2" else to_llama(model, kind, vocab_size)
-    if vocab_size < config.vocab_size:
-        tokens = f"the {vocab_size} tokens of the encoding {config.encoding!r}: the others only padded them"
-        logger.warning(f"the {config.vocab_size} rows of the embeddings are cut to {tokens}")
-    return theirs
 
 
 def export_folder(
@@ -61,25 +49,31 @@ def export_folder(
     words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
     if words is not None:
         if len(words) > model.config.vocab_size:
-            raise ValueError(
-                f"encoding={model.config.encoding!r} has {len(words)} tokens, but vocab_size="
-                f"{model.config.vocab_size}; name the right encoding, or export with --no-tokenizer"
-            )
+            size = f"{len(words)} tokens, but vocab_size={model.config.vocab_size}"
+            remedy = "name the right encoding, or export with --no-tokenizer"
+            raise ValueError(f"encoding={model.config.encoding!r} has {size}; {remedy}")
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None
-    if format in FOREIGN:
-        model = to_foreign(model, format)
+    if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
+        rows = model.config.vocab_size
+        size = model.config.encoding_size or rows
+        model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
+        if size < rows:
+            logger.warning(f"the {rows} rows of the embeddings are cut to the encoding's {size} tokens")
     else:  # without the routers' statistics of training, but with their biases
         fresh = fresh_statistics(model)
         weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
 
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=max_shard_size)
-        if format in FAMILY:
+        if format in FAMILY:  # transformers 4 and others look for these names, and take defaults without them
             path = temporary / "config.json"
-            settings = json.loads(path.read_text(encoding="utf-8")) | older_names(model.config)
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["rope_theta"] = model.config.rope_parameters["rope_theta"]
+            if format == "qwen3_moe":
+                settings["num_experts"] = model.config.num_experts
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if words is not None:
             words.save_pretrained(temporary)

@@ -24,8 +24,8 @@ class GPTGenerationMixin(GenerationMixin):
         self.eval()
         # accelerate may have bound this model's own forward, which then reads this flag of this model.
         self._gives_logits, gave = True, self._gives_logits
-        # The copy shares all parameters, but has no compiled forward: torch would compile that again and
-        # again for growing sequences. (copy.copy fails for the class that FSDP gives the model.)
+        # The copy shares all parameters, but has no compiled forward, which torch would compile again for
+        # every length. (copy.copy fails for the class that FSDP gives the model.)
         model = object.__new__(type(self))
         model.__setstate__(self.__getstate__())
         generate = super(GPTGenerationMixin, model).generate
@@ -44,9 +44,7 @@ class GPTGenerationMixin(GenerationMixin):
             for module, was_training in modes:
                 module.training = was_training
 
-    def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
-    ) -> dict:
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens.
 
         The cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it.
@@ -56,10 +54,8 @@ class GPTGenerationMixin(GenerationMixin):
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0
         if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            raise ValueError(
-                f"a text that began as inputs_embeds cannot be cropped to block_size={block_size}; generate "
-                "fewer tokens"
-            )
+            problem = f"a text that began as inputs_embeds cannot be cropped to block_size={block_size}"
+            raise ValueError(f"{problem}; generate fewer tokens")
         if input_ids.size(1) > block_size:
             input_ids = input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None

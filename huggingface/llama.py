@@ -15,6 +15,7 @@ import logging
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from huggingface.configuration import SHARED_FIELDS, refuse
@@ -38,13 +39,11 @@ OUTSIDE = {
     "lm_head.weight": "lm_head.weight",
 }  # fmt: skip
 INSIDE = {
-    "ln_1": ("input_layernorm",),
+    "ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
-    "attn.c_proj": ("self_attn.o_proj",),
-    "ln_2": ("post_attention_layernorm",),
+    "attn.c_proj": ("self_attn.o_proj",), "mlp.gate": ("mlp.gate",),
     "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",),
-    "mlp.gate": ("mlp.gate",),
     "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",), "mlp.experts.c_proj": ("mlp.experts.down_proj",),
 }  # fmt: skip
 
@@ -58,10 +57,6 @@ def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
                 parts = tuple(f"model.layers.{layer}.{part}{end}" for part in theirs)
                 names[f"transformer.h.{layer}.{ours}{end}"] = parts
     return names
-
-
-# -----------------------------------------------------------------------------
-# In
 
 
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -97,10 +92,8 @@ def named_encoding(config: PreTrainedConfig) -> str:
     """How text becomes tokens: what our exports note in config.json, or GPT-2's way if the vocabulary is."""
     encoding = getattr(config, "encoding", "gpt2" if 50257 <= config.vocab_size <= 50304 else None)
     if encoding is None:
-        logger.warning(
-            f'this {config.model_type} does not say how text becomes tokens; for text, write "encoding": '
-            '"bytes", or a name that tiktoken knows, into its config.json'
-        )
+        remedy = 'for text, write "encoding": "bytes", or a name that tiktoken knows, into its config.json'
+        logger.warning(f"this {config.model_type} does not say how text becomes tokens; {remedy}")
     return encoding or "unknown"
 
 
@@ -161,17 +154,11 @@ def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch
     return fields, ours
 
 
-# -----------------------------------------------------------------------------
-# Out
-
-
 def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedModel:
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
 
     vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express.
     """
-    import transformers
-
     refuse_inexpressible(model, kind)
     name = FAMILY[kind]
     config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
@@ -201,18 +188,11 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
         only["num_experts_per_tok"] = tuple(range(2, config.num_experts + 1)) or (2,)
     this = f"{FAMILY[kind]} cannot express"
     refuse(this, config, only, ", only {!r}; export with format='gpt_moe'")
-    for layer in model.moe_layers():
-        if layer.router_bias.any():
-            made = f"that router_bias_update_rate={config.router_bias_update_rate!r} has made"
-            raise ValueError(f"{this} the biases of the routers {made}; export with format='gpt_moe'")
+    if any(layer.router_bias.any() for layer in model.moe_layers()):
+        made = f"that router_bias_update_rate={config.router_bias_update_rate!r} has made"
+        raise ValueError(f"{this} the biases of the routers {made}; export with format='gpt_moe'")
     if config.dropout > 0:
         logger.warning(f"dropout={config.dropout}, which acts in training only, is left out")
-
-
-def older_names(config: PreTrainedConfig) -> dict[str, Any]:
-    """Names that other programs read in config.json. Without them they would compute other logits."""
-    names = {"rope_theta": config.rope_parameters["rope_theta"]}
-    return names | {"num_experts": config.num_experts} if config.model_type == "qwen3_moe" else names
 
 
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
@@ -226,18 +206,18 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
     )  # fmt: skip
     if kind == "llama":
         return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
-    arguments |= dict(sliding_window=config.sliding_window)
+    arguments["sliding_window"] = config.sliding_window
     windowed = config.sliding_window is not None
     if kind == "qwen3":
         return arguments | dict(use_sliding_window=windowed, layer_types=config.layer_types)
     arguments |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
         return arguments | dict(intermediate_size=expert)
-    regular = config.n_layer % config.moe_every == 0  # then counting from the first layer comes to the same
-    dense_layers = [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
+    step, dense_layers = config.moe_every, []
+    if config.n_layer % step != 0:  # then counting from the first layer, as Qwen3 does, finds other layers
+        step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     return arguments | dict(
-        use_sliding_window=windowed, moe_intermediate_size=expert,
+        use_sliding_window=windowed, moe_intermediate_size=expert, decoder_sparse_step=step,
+        mlp_only_layers=dense_layers,
         norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
-        decoder_sparse_step=config.moe_every if regular else 1,
-        mlp_only_layers=[] if regular else dense_layers,
     )  # fmt: skip

@@ -5,6 +5,7 @@ Sources: byte pair encoding, arXiv 1508.07909; characters for bytes, github.com/
 
 import itertools
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tokens.encodings import EOT, encode_text, load_encoding
@@ -17,10 +18,8 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
         raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
     ids = ids or [config.bos_token_id]
     if max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}; "
-            "set config.encoding to the one that the model was trained with"
-        )
+        problem = f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}"
+        raise ValueError(f"{problem}; set config.encoding to the one that the model was trained with")
     return ids
 
 
@@ -30,8 +29,6 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     It reads <|endoftext|> in a text as the token, which encode_text does not. ValueError for other encodings:
     GPT2Tokenizer splits text into words in GPT-2's way only.
     """
-    from transformers import GPT2TokenizerFast
-
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
@@ -45,7 +42,7 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
     vocab[EOT] = end
-    return GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
+    return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
 
 
 def byte_characters() -> list[str]:

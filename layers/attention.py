@@ -47,9 +47,7 @@ def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, 
     return F.dropout(weight, dropout) @ v, weight
 
 
-def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | BlockMask | None, dropout: float
-) -> torch.Tensor:
+def fused_attention(q, k, v, mask: torch.Tensor | BlockMask | None, dropout: float) -> torch.Tensor:
     """attention_reference's first result by torch's fused kernels; mask may also be a BlockMask."""
     grouped = k.size(1) != q.size(1)
     if isinstance(mask, BlockMask):
@@ -140,8 +138,8 @@ def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtyp
 
 
 def choose_for_the_first_time(device: torch.device) -> None:
-    """Let torch set its own order of backends now. A process's first attention on CUDA overwrites any order; on
-    Hopper and Blackwell it puts cuDNN first (priority_order in sdp_utils.cpp)."""
+    """Let torch set its own order of backends now. A process's first attention on CUDA overwrites any order,
+    and on Hopper and Blackwell puts cuDNN first (priority_order in sdp_utils.cpp)."""
     q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
     F.scaled_dot_product_attention(q, q, q)
 
@@ -152,5 +150,5 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
     choose_for_the_first_time(device)
-    order = [name, *(other for other in BACKENDS if other not in (name, "math")), "math"]
-    return sdpa_kernel([BACKENDS[backend] for backend in dict.fromkeys(order)], set_priority=True)
+    order = dict.fromkeys([name, *BACKENDS])
+    return sdpa_kernel([BACKENDS[backend] for backend in order], set_priority=True)

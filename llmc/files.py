@@ -106,15 +106,6 @@ def sizes_of(config: GPTConfig) -> Sizes:
     return Sizes(config.block_size, V, config.n_layer, config.n_head, config.n_embd, padded(V))
 
 
-def check_writable(config: GPTConfig) -> None:
-    """ValueError, for a run with write_tensors, unless its model and its tokenizer can be written."""
-    try:
-        sizes_of(config)
-        encoding_of(config)
-    except ValueError as error:
-        raise ValueError(f"write_tensors=True: {error}; or give --write_tensors 0") from error
-
-
 def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
     """The encoding that a model's tokenizer is written from; ValueError if it is unknown or cannot be had."""
     try:
@@ -123,8 +114,8 @@ def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
         if not isinstance(error.__cause__, OSError):
             raise
         raise ValueError(  # get_encoding's message names a flag of fineweb.py
-            f"no tokenizer can be written: tiktoken cannot fetch the files of encoding={config.encoding!r}; "
-            "without network set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored them"
+            f"no tokenizer can be written: tiktoken cannot fetch the files of encoding={config.encoding!r} "
+            f"({error.__cause__}); set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
         ) from error
 
 
@@ -168,10 +159,8 @@ def read_header(path: Path, kind: str) -> list[int]:
     if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
         known = {number: f"a {name}" for name, (number, _) in KINDS.items()} | {20240520: "a data shard"}
         found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        raise ValueError(
-            f"{path}: no {kind} of llm.c (which begins with {magic} and 1020 more bytes), but {found}, "
-            f"{path.stat().st_size:,} bytes long; give a {kind}"
-        )
+        size = f"{path.stat().st_size:,} bytes long"
+        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}, {size}; give a {kind}")
     if numbers[1] not in versions:
         known = " and ".join(map(str, versions))
         raise ValueError(f"{path}: version {numbers[1]} of a {kind}; only {known} can be read; get a new one")
@@ -205,14 +194,11 @@ def take(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 # -----------------------------------------------------------------------------
-# Models
+# Models, debug states, tokenizers
 
 
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
-    """Write the weights for llm.c, as "float32" (version 3) or "bfloat16" (version 5).
-
-    ValueError, naming the field, for a model that is not GPT-2's shape; OSError if it cannot be written.
-    """
+    """Write the weights for llm.c, as "float32" or "bfloat16". ValueError, naming the field, as sizes_of."""
     if dtype not in VERSIONS:
         raise ValueError(f"dtype={dtype!r}: llm.c's models are {' or '.join(VERSIONS)}")
     sizes, state = sizes_of(model.config), model.state_dict()
@@ -236,11 +222,8 @@ def read_sizes(path: str | Path) -> tuple[Sizes, int]:
 
 
 def read_model(path: str | Path) -> GPTLMHeadModel:
-    """The model in a file of llm.c, in fp32 (which holds bf16 exactly), in evaluation mode, on the CPU.
-
-    It has V rows of embeddings, not Vp: llm.c never lets the others take part. FileNotFoundError;
-    ValueError, naming the file, if it is no model or is damaged.
-    """
+    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU, with V rows of embeddings.
+    FileNotFoundError; ValueError, naming the file, if it is no model or is damaged."""
     path, state = Path(path), {}
     sizes, version = read_sizes(path)
     dtype, stored = TYPES[version]
@@ -259,16 +242,11 @@ def read_model(path: str | Path) -> GPTLMHeadModel:
     return dense_model(sizes, state)
 
 
-# -----------------------------------------------------------------------------
-# Debug states
-
-
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
     """Write inputs x (B, T), targets y (B, T) and what follows from them: logits, mean loss, gradients.
 
-    All is computed in fp32 on the model's device, without dropout; gradients are neither clipped nor scaled.
-    The model's mode and .grad and the random state do not change. ValueError for a model that is not GPT-2's
-    shape, and for ids or a T that it does not have.
+    All is computed in fp32 on the model's device, without dropout. The model's mode and .grad and the random
+    state do not change. ValueError as sizes_of, and for ids or a T that the model does not have.
     """
     sizes = sizes_of(model.config)
     if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
@@ -277,10 +255,8 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
         raise ValueError(f"T={x.size(1)} is longer than the model's block_size={sizes.P}; take a shorter T")
     for name, ids in (("x", x), ("y", y)):
         if ids.min() < 0 or ids.max() >= sizes.V:
-            raise ValueError(
-                f"{name} has ids from {ids.min()} to {ids.max()}, this model only 0 to {sizes.V - 1}; take "
-                "data of its encoding"
-            )
+            found = f"{name} has ids from {ids.min()} to {ids.max()}, this model only 0 to {sizes.V - 1}"
+            raise ValueError(f"{found}; take data of its encoding")
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: sizes.V]
     reference = dense_model(sizes, state)
@@ -323,17 +299,6 @@ def read_state(path: str | Path, model_path: str | Path | None = None) -> dict[s
         return state | {name: take(file, "<f4", shape) for name, shape in sizes.shapes().items()}
 
 
-# -----------------------------------------------------------------------------
-# Tokenizers
-
-
-class Tokenizer(NamedTuple):
-    """What a tokenizer file holds: enough to turn ids into text, not text into ids."""
-
-    tokens: list[bytes]
-    eot_token: int
-
-
 def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
     """Write every token's bytes. ValueError for an encoding with unused ids or without <|endoftext|>."""
     if "<|endoftext|>" not in encoding.special_tokens_set:
@@ -351,8 +316,8 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """All tokens of a tokenizer file. FileNotFoundError; ValueError if it is none or is damaged."""
+def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
+    """Bytes of all tokens, and the end of text's id. FileNotFoundError; ValueError for a damaged file."""
     path = Path(path)
     count, eot_token = read_header(path, "tokenizer")[2:4]
     contents, position, tokens = path.read_bytes(), HEADER_BYTES, []
@@ -360,11 +325,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         start, position = position + 1, position + 1 + contents[position]
         tokens.append(contents[start:position])
     if len(tokens) != count or position != len(contents) or not 0 <= eot_token < count:
-        raise ValueError(
-            f"{path}: damaged: {len(contents):,} bytes are not {count} tokens with {eot_token} as end of text"
-            "; get it again"
-        )
-    return Tokenizer(tokens, eot_token)
+        held = f"{count} tokens with {eot_token} as end of text"
+        raise ValueError(f"{path}: damaged: {len(contents):,} bytes are not {held}; get it again")
+    return tokens, eot_token
 
 
 # -----------------------------------------------------------------------------
@@ -403,9 +366,9 @@ def write_all(
 def run(options: argparse.Namespace) -> list[Path]:
     """Do what the command line asks for; the paths written."""
     if options.command == "import":
+        model = read_model(options.model)
         if options.out.exists():
             raise ValueError(f"--out {options.out}: it exists already; name a new folder")
-        model = read_model(options.model)
         with new_folder(options.out) as temporary:
             model.save_pretrained(temporary)
         return [options.out]
