@@ -4,8 +4,7 @@
     Trainer(..., callbacks=[MoEUsageTensorBoardCallback(log_interval=100, tb_writer=SummaryWriter("runs"))])
 
 Both also tell the routers where an optimizer step ends, which the balance losses and loss-free balancing need
-(docs/huggingface.md). A report counts the rows routed to each expert in training, over all ranks, since this
-callback's last report. Both callbacks may be used together.
+(docs/huggingface.md). A report counts each expert's rows in training, on all ranks, since the last report.
 """
 
 import logging
@@ -83,8 +82,7 @@ class MoEUsageLoggingCallback(MoEUsageCallback):
 class MoEUsageTensorBoardCallback(MoEUsageCallback):
     """Writes every MoE layer's shares, max/mean load and counts to TensorBoard every `log_interval` steps.
 
-    tb_writer: a SummaryWriter, which stays open; without one the master opens and closes its own in Trainer's
-    folder of such files.
+    tb_writer: a SummaryWriter, which stays open. Without one the master opens and closes its own.
     """
 
     def __init__(self, log_interval: int = 100, tb_writer=None):

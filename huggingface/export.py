@@ -1,8 +1,7 @@
 """Folders for transformers: written whole, with tokenizer, in our format or a stock architecture's.
 
     export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
-    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from dense GPT-2-style models
-    export_folder(model, "my_llama", format="llama")  # and stock Llama, Qwen3, Mixtral: llama.py
+    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from a dense GPT-2
 
 docs/huggingface.md lists the formats. export.json in a folder lists the files that were written. A folder
 that holds anything else is never replaced.
@@ -61,7 +60,8 @@ def export_folder(
         size = model.config.encoding_size or rows
         model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
         if size < rows:
-            logger.warning(f"the {rows} rows of the embeddings are cut to the encoding's {size} tokens")
+            tokens = f"the {size} tokens of the encoding {model.config.encoding!r}"
+            logger.warning(f"the {rows} rows of the embeddings are cut to {tokens}")
     else:  # without the routers' statistics of training, but with their biases
         fresh = fresh_statistics(model)
         weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
@@ -83,11 +83,9 @@ def export_folder(
 
 def refuse_other_files(folder: Path) -> None:
     """FileExistsError if there is something at `folder` that is neither empty nor an export of ours alone."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
-    found = set(os.listdir(folder))
+    found = set(os.listdir(folder)) if folder.exists() else set()
     try:
         known = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, TypeError, KeyError):

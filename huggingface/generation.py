@@ -54,8 +54,8 @@ class GPTGenerationMixin(GenerationMixin):
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0
         if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            problem = f"a text that began as inputs_embeds cannot be cropped to block_size={block_size}"
-            raise ValueError(f"{problem}; generate fewer tokens")
+            problem = f"a text of inputs_embeds has reached block_size={block_size} positions"
+            raise ValueError(f"{problem}, and cannot be cropped without token ids; generate fewer tokens")
         if input_ids.size(1) > block_size:
             input_ids = input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None

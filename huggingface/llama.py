@@ -4,7 +4,6 @@
     GPTLMHeadModel.from_pretrained("my_llama")                # any of them comes back
 
 docs/huggingface.md says what a model must have for each format, and what is dropped.
-
 Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 we never
 do: the weight would be 1, and the router would get no gradient.
 
@@ -107,10 +106,10 @@ def period(marked: list[bool], start: int) -> int | None:
 
 def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our sliding_window and global_every; ValueError for windows in other layers than ours could be in."""
-    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
     if window is None or config.model_type == "llama":
         return {}
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     every = period([kind == "full_attention" for kind in kinds], start=-1)
     if every is None and "full_attention" in kinds:
         only = "only full attention in every k-th layer, counted from the first, can be loaded"
@@ -127,10 +126,8 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
     if normed and config.num_experts_per_tok == 1:
         only = "only norm_topk_prob=False can be loaded then"
         raise ValueError(f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; {only}")
-    fields = dict(
-        use_moe=True, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
-        norm_topk_prob=normed, router_score="softmax",
-    )  # fmt: skip
+    fields = dict(use_moe=True, router_score="softmax", norm_topk_prob=normed)
+    fields |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
         return fields | dict(expert_hidden_size=config.intermediate_size)
     step, dense = config.decoder_sparse_step, config.mlp_only_layers
@@ -218,6 +215,5 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
         step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     return arguments | dict(
         use_sliding_window=windowed, moe_intermediate_size=expert, decoder_sparse_step=step,
-        mlp_only_layers=dense_layers,
-        norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
+        mlp_only_layers=dense_layers, norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
     )  # fmt: skip

@@ -101,10 +101,6 @@ class GPTPreTrainedModel(PreTrainedModel):
             self.lm_head.weight = new_embeddings.weight
             self.lm_head.out_features = new_embeddings.num_embeddings
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head, (V, C)."""
-        return self.lm_head
-
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the head and, if it is tied, the token embedding."""
         self.lm_head = new_embeddings

@@ -26,8 +26,7 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
 
-    It reads <|endoftext|> in a text as the token, which encode_text does not. ValueError for other encodings:
-    GPT2Tokenizer splits text into words in GPT-2's way only.
+    It reads <|endoftext|> in a text as the token, which encode_text does not. ValueError for other encodings.
     """
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256

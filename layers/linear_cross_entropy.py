@@ -66,7 +66,6 @@ def chunked(
         torch.mm(inputs[rows], head.t(), out=low)
         if dtype != wide:
             z.copy_(low)
-        slope = None
         if softcap > 0:
             slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
             z.mul_(softcap)
@@ -75,7 +74,7 @@ def chunked(
         if not with_grad:
             continue
         z.exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target))  # softmax minus one-hot
-        if slope is not None:
+        if softcap > 0:
             z.mul_(slope)
         if dtype != wide:
             low.copy_(z)

@@ -7,8 +7,6 @@
 docs/formats.md has the names of the files, their headers and the offset of each tensor. import makes a folder
 that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
 
-llm.c trains GPT-2 only. A model with another feature is refused by the name of that feature.
-
 References: llm.c, github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and train_gpt2.cu
 read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
 """
@@ -92,10 +90,8 @@ def sizes_of(config: GPTConfig) -> Sizes:
     Rows that only pad the embedding do not count: those from encoding_size on, or, where that is not set,
     those beyond GPT-2's 50,257 in a vocabulary of 50,304.
     """
-    only = gpt2_features(config) | {
-        "bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,),
-        "mlp_hidden_size": (4 * config.n_embd, None),
-    }  # fmt: skip
+    only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
+    only["mlp_hidden_size"] = (4 * config.n_embd, None)
     if config.mlp_hidden_size is None:  # then this field is the size of dense layers too
         only["expert_hidden_size"] = (4 * config.n_embd, None)
     remedy = ", only {!r}; keep this model as a Hugging Face folder (python checkpoint.py export)"
@@ -113,10 +109,10 @@ def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise ValueError(  # get_encoding's message names a flag of fineweb.py
-            f"no tokenizer can be written: tiktoken cannot fetch the files of encoding={config.encoding!r} "
-            f"({error.__cause__}); set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
-        ) from error
+        # get_encoding's own message names a flag of fineweb.py.
+        problem = f"tiktoken cannot fetch the files of encoding={config.encoding!r} ({error.__cause__})"
+        remedy = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
+        raise ValueError(f"no tokenizer can be written: {problem}; {remedy}") from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
@@ -134,7 +130,7 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
 
 
 # -----------------------------------------------------------------------------
-# Bytes
+# Reading and writing: bytes, models, debug states, tokenizers
 
 
 def our_names(name: str, layers: int) -> list[str]:
@@ -193,10 +189,6 @@ def take(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
-# -----------------------------------------------------------------------------
-# Models, debug states, tokenizers
-
-
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
     """Write the weights for llm.c, as "float32" or "bfloat16". ValueError, naming the field, as sizes_of."""
     if dtype not in VERSIONS:
@@ -210,9 +202,8 @@ def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
     write_atomically(Path(path), write)
 
 
-def read_sizes(path: str | Path) -> tuple[Sizes, int]:
+def read_sizes(path: Path) -> tuple[Sizes, int]:
     """Sizes and version of a model file. FileNotFoundError; ValueError if it is none or is damaged."""
-    path = Path(path)
     numbers = read_header(path, "model")
     sizes, version = Sizes(*numbers[2:8]), numbers[1]
     if min(sizes) < 1 or sizes.C % sizes.nh != 0 or sizes.Vp != padded(sizes.V):
@@ -221,12 +212,11 @@ def read_sizes(path: str | Path) -> tuple[Sizes, int]:
     return sizes, version
 
 
-def read_model(path: str | Path) -> GPTLMHeadModel:
+def read_model(path: Path) -> GPTLMHeadModel:
     """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU, with V rows of embeddings.
     FileNotFoundError; ValueError, naming the file, if it is no model or is damaged."""
-    path, state = Path(path), {}
     sizes, version = read_sizes(path)
-    dtype, stored = TYPES[version]
+    (dtype, stored), state = TYPES[version], {}
     with open(path, "rb") as file:
         file.seek(HEADER_BYTES)
         for name, shape in sizes.shapes().items():
@@ -279,15 +269,14 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     write_atomically(Path(path), write)
 
 
-def read_state(path: str | Path, model_path: str | Path | None = None) -> dict[str, np.ndarray]:
+def read_state(path: Path, model_path: Path | None = None) -> dict[str, np.ndarray]:
     """x, y (B, T), logits (B, T, V), loss (), and the gradients under llm.c's names and shapes.
 
     The sizes are read from the model file, by default gpt2_124M.bin for gpt2_124M_debug_state.bin.
     FileNotFoundError; ValueError, naming the file, if one of the two is damaged or they do not match.
     """
-    path = Path(path)
     B, T = read_header(path, "debug state")[2:4]
-    model_path = Path(model_path or path.with_name(path.name.replace("_debug_state", "")))
+    model_path = model_path or path.with_name(path.name.replace("_debug_state", ""))
     if model_path == path or not model_path.is_file():
         raise FileNotFoundError(f"{path}: its model, {model_path}, is not there; give model_path")
     sizes, _ = read_sizes(model_path)
@@ -316,9 +305,8 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
 
 
-def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
+def read_tokenizer(path: Path) -> tuple[list[bytes], int]:
     """Bytes of all tokens, and the end of text's id. FileNotFoundError; ValueError for a damaged file."""
-    path = Path(path)
     count, eot_token = read_header(path, "tokenizer")[2:4]
     contents, position, tokens = path.read_bytes(), HEADER_BYTES, []
     while len(tokens) < count and position < len(contents):
@@ -331,7 +319,7 @@ def read_tokenizer(path: str | Path) -> tuple[list[bytes], int]:
 
 
 # -----------------------------------------------------------------------------
-# Sets of files
+# Sets of files, and the command line
 
 
 def write_all(
@@ -403,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--out", type=Path, required=True, help="folder to write into")
         command.add_argument("--c_names", type=int, choices=(0, 1), default=0, help="1 = also gpt2_124M...")
     reading = commands.add_parser("import", help="make a Hugging Face folder of a model of llm.c's")
-    reading.add_argument("--model", required=True, help="a model file of llm.c, fp32 or bf16")
+    reading.add_argument("--model", type=Path, required=True, help="a model file of llm.c, fp32 or bf16")
     reading.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist yet")
     try:
         for path in run(parser.parse_args(arguments)):
