@@ -4,12 +4,7 @@
     Trainer(..., callbacks=[MoEUsageTensorBoardCallback(log_interval=100, tb_writer=SummaryWriter("runs"))])
 
 Both also tell the routers where an optimizer step ends, which the balance losses and loss-free balancing need
-(mixture_of_experts.py says why). Without a callback the balance losses are those of each micro-batch alone,
-and loss-free balancing does nothing. A report counts the rows routed to each expert in training, over all
-ranks, since this callback's last report. Both callbacks may be used together.
-
-With TrainingArguments(label_smoothing_factor=...) the Trainer computes the loss itself, without the balance
-losses: the callbacks refuse it for a model with experts.
+(docs/huggingface.md). A report counts each expert's rows in training, on all ranks, since the last report.
 """
 
 import logging
@@ -22,7 +17,7 @@ from mixture_of_experts import MoE, update_routers
 
 
 class MoEUsageCallback(TrainerCallback):
-    """What both share: step boundaries for the routers, counts over all ranks handed to self._report."""
+    """What both share: step boundaries for the routers, and counts over all ranks for self._report."""
 
     def __init__(self, log_interval: int = 100):
         if log_interval < 1:
@@ -31,7 +26,7 @@ class MoEUsageCallback(TrainerCallback):
         self._counts: list[torch.Tensor] = []  # (E,) int64 per layer since the last report, on its device
 
     def _get_moe_layers(self, model) -> list[MoE]:
-        """All MoE layers of a model (wrapped by DDP, FSDP or compile, or not), in the order of its blocks."""
+        """All MoE layers in the order of the blocks; DDP, FSDP or compile may have wrapped the model."""
         return [module for module in model.modules() if isinstance(module, MoE)]
 
     def _report_counts(self, model, state) -> None:
@@ -42,27 +37,22 @@ class MoEUsageCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._report(counts, state.global_step)
 
-    def _report(self, counts: list[torch.Tensor], step: int) -> None:
-        raise NotImplementedError
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Called before the first step: from here on the routers' statistics are those of whole steps."""
+        """From here on the routers' statistics are those of whole steps."""
         layers = self._get_moe_layers(model)
         smoothing = getattr(args, "label_smoothing_factor", 0)
         if layers and smoothing > 0:
-            raise ValueError(
-                f"label_smoothing_factor={smoothing}: the Trainer then makes the loss "
-                "itself, without the experts' balance losses; leave it at 0"
-            )
+            problem = "Trainer then computes the loss without the experts' balance losses; leave it at 0"
+            raise ValueError(f"label_smoothing_factor={smoothing}: {problem}")
         update_routers(layers)
         resumed = state.global_step > 0  # then the layers hold what was not reported before the interruption
         self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Called after each optimizer step on every rank; the master reports if the interval is met."""
+        """Every rank closes the optimizer step; at the interval the master reports."""
         layers = self._get_moe_layers(model)
         update_routers(layers)
-        # Summed up here, not read from the layers, because another callback may have reset those.
+        # Summed here: another callback may have reset the layers' own sums.
         counts = [layer.last_step_counts() for layer in layers]
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
         if state.global_step % self.log_interval == 0:
@@ -70,33 +60,29 @@ class MoEUsageCallback(TrainerCallback):
 
 
 class MoEUsageLoggingCallback(MoEUsageCallback):
-    """Logs the experts' shares of every MoE layer, every `log_interval` steps and after an epoch.
-
-    logger: a logging.Logger, by default this module's; the level is INFO.
-    """
+    """Logs every MoE layer's shares, at level INFO, every `log_interval` steps and after an epoch."""
 
     def __init__(self, logger: logging.Logger | None = None, log_interval: int = 100):
         super().__init__(log_interval)
         self.logger = logger or logging.getLogger(__name__)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Reports what came since the last report, unless a report has just been made."""
+        """Reports the steps since the last report, if any."""
         if self._counts:
             self._report_counts(model, state)
 
     def _report(self, counts, step):
         for layer, count in enumerate(counts):
-            total = max(int(count.sum()), 1)
-            shares = " ".join(f"{100 * int(n) / total:.1f}%" for n in count)
-            load = f"{int(count.sum())} assignments, max/mean {int(count.max()) * len(count) / total:.2f}"
+            assigned = int(count.sum())
+            shares = " ".join(f"{100 * int(n) / max(assigned, 1):.1f}%" for n in count)
+            load = f"{assigned} assignments, max/mean {int(count.max()) * len(count) / max(assigned, 1):.2f}"
             self.logger.info(f"step {step} MoE layer {layer}: {load}, shares {shares}")
 
 
 class MoEUsageTensorBoardCallback(MoEUsageCallback):
     """Writes every MoE layer's shares, max/mean load and counts to TensorBoard every `log_interval` steps.
 
-    tb_writer: a torch.utils.tensorboard.SummaryWriter, which stays open; without one the callback makes its
-    own on the master, in the Trainer's folder of such files, and closes it at the end.
+    tb_writer: a SummaryWriter, which stays open. Without one the master opens and closes its own.
     """
 
     def __init__(self, log_interval: int = 100, tb_writer=None):
@@ -114,7 +100,7 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
             self.tb_writer, self._owns_writer = SummaryWriter(log_dir=folder), True
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        """Reports what came since the last report, and closes the writer if this callback opened it."""
+        """Reports the steps since the last report, and closes the writer if this callback opened it."""
         if self._counts:
             self._report_counts(model, state)
         if self._owns_writer:
@@ -122,8 +108,6 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
             self.tb_writer, self._owns_writer = None, False
 
     def _report(self, counts, step):
-        if self.tb_writer is None:  # on_step_end without on_train_begin
-            return
         for layer, count in enumerate(counts):
             share = count / count.sum().clamp(min=1)
             for expert, value in enumerate(share.tolist()):

@@ -1,6 +1,5 @@
 """A transformers configuration that checks its settings, and whose saved folder contains the model's code.
 
-@strict
 class GPTConfig(CheckedConfig):
     code = __file__
     n_layer: int = setting(12, least=1)
@@ -32,10 +31,13 @@ OTHER_NAMES = {
     "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
 }  # fmt: skip
 
+# Fields that have the same name in the configurations of other architectures.
+SHARED_FIELDS = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
 # A numerical limit of a setting: the comparison that must hold, and its words.
 LIMITS = {
-    "least": (operator.ge, "at least"), "most": (operator.le, "at most"),
-    "above": (operator.gt, "above"), "below": (operator.lt, "below"),
+    "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
 }  # fmt: skip
 
 
@@ -45,21 +47,16 @@ def setting(default: Any, **limits: Any) -> Any:
 
 
 def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """ValueError, naming setting and value, for a float that is not finite or a value outside its limits.
-
-    None, which stands for a default that depends on other settings, is always allowed.
-    """
-    if value is None:
+    """ValueError, naming setting and value, for a float that is not finite or a value outside its limits."""
+    if value is None:  # a default that depends on other settings
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: must be a finite number")
     for limit, bound in limits.items():
         if limit == "choices" and value not in bound:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, bound))}")
-        if limit in LIMITS:
-            holds, words = LIMITS[limit]
-            if not holds(value, bound):
-                raise ValueError(f"{name}={value}: must be {words} {bound}")
+        if limit in LIMITS and not LIMITS[limit][0](value, bound):
+            raise ValueError(f"{name}={value}: must be {LIMITS[limit][1]} {bound}")
 
 
 def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], remedy: str) -> None:
@@ -71,36 +68,26 @@ def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], remedy: 
 
 
 class CheckedConfig(PreTrainedConfig):
-    """Checks limits and names of settings when it is made, and saves the model's code along with them.
+    """Checks limits and names of settings when it is made, and saves the model's code along with them."""
 
-    A subclass sets `code` to the path of the file that defines the model.
-    """
-
-    code = ""  # without annotation: no field
+    code = ""  # path of the file that defines the model; without annotation: no field
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
 
     def __post_init__(self, **kwargs):
-        # A dictionary that transformers wrote carries its version, and may hold names of another version.
-        # Names that a person wrote are checked: an ignored typo would train the wrong model.
+        # A dictionary by transformers carries its version and may hold other names. A person's typo is an error.
         if self.transformers_version is None:
-            self._reject_unknown_names(kwargs)
+            ours = set(self.__dataclass_fields__) | set(self.attribute_map)
+            known = ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params())
+            for name in sorted(kwargs.keys() - known):
+                near = difflib.get_close_matches(name, ours, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
         super().__post_init__(**kwargs)
         for item in fields(self):
             check_setting(item.name, getattr(self, item.name), item.metadata)
 
-    def _reject_unknown_names(self, names: dict[str, Any]) -> None:
-        ours = set(self.__dataclass_fields__) | set(self.attribute_map)
-        for name in names:
-            if name not in ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params()):
-                near = difflib.get_close_matches(name, ours, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
-
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """transformers' save_pretrained, which the model's own calls, and the model's code.
-
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) then needs no other file of ours.
-        """
+        """transformers' save_pretrained, which the model's own calls, and export_code."""
         os.makedirs(save_directory, exist_ok=True)
         export_code(save_directory, Path(self.code))
         saved = copy.copy(self)  # auto_map describes the folder, not the configuration in memory

@@ -1,26 +1,26 @@
 """Folders for transformers: written whole, with tokenizer, in our format or a stock architecture's.
 
     export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
-    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from dense GPT-2-style models
-    export_folder(model, "my_llama", format="llama")  # and stock Llama, Qwen3, Mixtral: llama.py
+    export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from a dense GPT-2
 
-A folder of format gpt_moe holds weights (safetensors), configuration, tokenizer and copies of the code files,
-so that it loads with trust_remote_code=True where this project is not installed. export.json in it lists the
-files that were written: a folder that holds anything else is never replaced.
+docs/huggingface.md lists the formats. export.json in a folder lists the files that were written. A folder
+that holds anything else is never replaced.
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from huggingface.gpt2 import to_gpt2
-from huggingface.llama import FAMILY, older_names, to_llama
+from huggingface.llama import FAMILY, to_llama
 from huggingface.pretrained import FOREIGN, fresh_statistics
 from huggingface.text import build_tokenizer
 
@@ -29,33 +29,15 @@ logger = logging.getLogger(__name__)
 MANIFEST = "export.json"
 
 
-def to_foreign(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The model as the architecture of FOREIGN that `kind` names, without rows that only pad the vocabulary
-    (from config.encoding_size up). ValueError, naming the field, for what it cannot express."""
-    config = model.config
-    vocab_size = config.encoding_size or config.vocab_size
-    theirs = to_gpt2(model, vocab_size) if kind == "gpt2" else to_llama(model, kind, vocab_size)
-    if vocab_size < config.vocab_size:
-        logger.warning(
-            f"the {config.vocab_size} rows of the embeddings are cut to the {vocab_size} tokens of the "
-            f"encoding {config.encoding!r}: the others only padded them"
-        )
-    return theirs
-
-
 def export_folder(
-    model: PreTrainedModel,
-    folder: str | Path,
-    format: str = "gpt_moe",
-    tokenizer: bool = True,
+    model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
     max_shard_size: str = "5GB",
-) -> None:
+) -> None:  # fmt: skip
     """Write a folder that transformers loads; it appears complete or not at all.
 
-    model: a GPT or GPTLMHeadModel. format: "gpt_moe", or for a model of transformers' own "gpt2", "llama",
-    "qwen3", "mixtral" or "qwen3_moe". tokenizer: add the files of the model's encoding, and make its
-    <|endoftext|> the token that ends a text unless the configuration names one. ValueError for what the
-    format cannot express, FileExistsError for a folder with other things.
+    model: a GPT or GPTLMHeadModel. format: "gpt_moe" or a name in FOREIGN. tokenizer: add the files of the
+    model's encoding, and make its <|endoftext|> the token that ends a text unless the configuration names
+    one. ValueError for what the format cannot express, FileExistsError for a folder with other things.
     """
     folder = Path(folder).resolve()
     if format not in ("gpt_moe", *FOREIGN):
@@ -66,67 +48,68 @@ def export_folder(
     words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
     if words is not None:
         if len(words) > model.config.vocab_size:
-            raise ValueError(
-                f"encoding={model.config.encoding!r} has {len(words)} tokens, but vocab_size="
-                f"{model.config.vocab_size}; name the right encoding, or export with --no-tokenizer "
-                "(tokenizer=False)"
-            )
+            size = f"{len(words)} tokens, but vocab_size={model.config.vocab_size}"
+            remedy = "name the right encoding, or export with --no-tokenizer"
+            raise ValueError(f"encoding={model.config.encoding!r} has {size}; {remedy}")
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None
-    if format in FOREIGN:
-        model = to_foreign(model, format)
+    if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
+        rows = model.config.vocab_size
+        size = model.config.encoding_size or rows
+        model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
+        if size < rows:
+            tokens = f"the {size} tokens of the encoding {model.config.encoding!r}"
+            logger.warning(f"the {rows} rows of the embeddings are cut to {tokens}")
     else:  # without the routers' statistics of training, but with their biases
         fresh = fresh_statistics(model)
         weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=weights, max_shard_size=max_shard_size)
-        if format in FAMILY:
+        if format in FAMILY:  # transformers 4 and others look for these names, and take defaults without them
             path = temporary / "config.json"
-            settings = json.loads(path.read_text(encoding="utf-8")) | older_names(model.config)
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings["rope_theta"] = model.config.rope_parameters["rope_theta"]
+            if format == "qwen3_moe":
+                settings["num_experts"] = model.config.num_experts
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if words is not None:
             words.save_pretrained(temporary)
         manifest = {"format": format, "files": sorted([MANIFEST, *os.listdir(temporary)])}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        replace_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def refuse_other_files(folder: Path) -> None:
     """FileExistsError if there is something at `folder` that is neither empty nor an export of ours alone."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
-    found = set(os.listdir(folder))
+    found = set(os.listdir(folder)) if folder.exists() else set()
     try:
         known = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, TypeError, KeyError):
         known = set()
     if found - known:
-        raise FileExistsError(
-            f"{folder} holds {sorted(found - known)[0]!r}, which no export of ours wrote; nothing was "
-            "changed. Name a new or empty folder"
-        )
+        other = repr(min(found - known))
+        raise FileExistsError(f"{folder} holds {other}, which no export of ours wrote; name an empty folder")
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`. What was there is removed afterwards, and put back if the renaming fails."""
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder for the block, renamed to `folder` at its end. After an error the old one stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f"{new.name}.old")
-    if folder.exists():
-        folder.rename(old)
+    new.mkdir()
     try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
         new.rename(folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -2,9 +2,8 @@
 
     export_code("my_model", Path("model.py"))       # model.py and all files of ours that it imports, flat
 
-transformers loads the code of a folder with trust_remote_code=True. It takes only files that lie side by side
-and import each other relatively, so `from layers.experts import Experts` becomes `from .experts import
-Experts`.
+transformers loads such code with trust_remote_code=True. It takes only files that lie side by side and import
+each other relatively, so `from layers.experts import Experts` becomes `from .experts import Experts`.
 
 Reference: https://huggingface.co/docs/transformers/custom_models
 """
@@ -14,10 +13,9 @@ from pathlib import Path
 
 
 def export_code(folder: str | Path, start: Path) -> None:
-    """Write the file `start` and every file that it imports, directly or not, into `folder`, side by side.
+    """Write the file `start` and every file of its folder and subfolders that it imports, directly or not.
 
-    Imported files are looked for in the folder of `start` and the folders in it. A copy that this function
-    has made can be copied again. ValueError, before anything is written, if two files have the same name.
+    Such a copy can be copied again. ValueError, before anything is written, if two files have the same name.
     """
     waiting, found, flat = [start], {}, {}
     while waiting:

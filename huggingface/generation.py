@@ -9,27 +9,23 @@ from tokens.encodings import decode_tokens
 
 
 class GPTGenerationMixin(GenerationMixin):
-    """generate() for a model with `config.block_size`, `config.encoding` and `config.encoding_size`.
+    """generate() for a model with `config.block_size`, `config.encoding` and `config.encoding_size`."""
 
-    The model's forward gives logits while its attribute `_gives_logits` is true.
-    """
-
-    _gives_logits = False
+    _gives_logits = False  # the model's forward gives logits while it is true
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
-        """transformers' generate(); for a string, the text that continues it, prompt included.
+        """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
 
-        A string is encoded with config.encoding. max_length and max_new_tokens count tokens, and a list of
-        texts comes back if num_return_sequences > 1. The model is in evaluation mode meanwhile.
+        max_length and max_new_tokens count tokens. With num_return_sequences > 1 a list of texts comes back.
         ValueError for a string that the model's vocabulary or encoding cannot hold.
         """
         modes = [(module, module.training) for module in self.modules()]  # a frozen part may have its own
         self.eval()
         # accelerate may have bound this model's own forward, which then reads this flag of this model.
         self._gives_logits, gave = True, self._gives_logits
-        # The copy shares all parameters, but has no compiled forward: torch would compile that again and
-        # again for growing sequences. (copy.copy fails for the class that FSDP gives the model.)
+        # The copy shares all parameters, but has no compiled forward, which torch would compile again for
+        # every length. (copy.copy fails for the class that FSDP gives the model.)
         model = object.__new__(type(self))
         model.__setstate__(self.__getstate__())
         generate = super(GPTGenerationMixin, model).generate
@@ -38,9 +34,8 @@ class GPTGenerationMixin(GenerationMixin):
                 return generate(inputs, *args, **kwargs)
             ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)
             end = self.generation_config.eos_token_id
-            defaults = dict(
-                attention_mask=torch.ones_like(ids), pad_token_id=end[0] if isinstance(end, list) else end
-            )
+            pad = end[0] if isinstance(end, list) else end
+            defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
             rows = generate(ids, *args, **defaults | kwargs)
             texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
             return texts[0] if len(texts) == 1 else texts
@@ -49,23 +44,18 @@ class GPTGenerationMixin(GenerationMixin):
             for module, was_training in modes:
                 module.training = was_training
 
-    def prepare_inputs_for_generation(
-        self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs
-    ) -> dict:
-        """As transformers', and a text that outgrows block_size is cropped to its last block_size tokens.
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens.
 
-        The cache is dropped then, because every position moves: exact, but slower per token.
-        ValueError if the text began as inputs_embeds, which cannot be cropped.
+        The cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it.
         """
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() has them for stop_strings
             kwargs.pop(name, None)
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0
         if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            raise ValueError(
-                f"what inputs_embeds begin has reached block_size={block_size} positions, and without token "
-                "ids it cannot be cropped; generate fewer tokens"
-            )
+            problem = f"a text of inputs_embeds has reached block_size={block_size} positions"
+            raise ValueError(f"{problem}, and cannot be cropped without token ids; generate fewer tokens")
         if input_ids.size(1) > block_size:
             input_ids = input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
@@ -78,8 +68,6 @@ class GPTGenerationMixin(GenerationMixin):
         """transformers' decoding for assistant_model and prompt_lookup_num_tokens. It must keep the cache."""
         length, block_size = kwargs["generation_config"].max_length, self.config.block_size
         if length > block_size:
-            raise ValueError(
-                f"assisted generation of up to {length} tokens would outgrow block_size={block_size}; lower "
-                "max_new_tokens or max_length, or generate without assistance"
-            )
+            problem = f"assisted generation of up to {length} tokens would outgrow block_size={block_size}"
+            raise ValueError(f"{problem}; lower max_new_tokens or max_length, or generate without assistance")
         return super()._assisted_decoding(*args, **kwargs)

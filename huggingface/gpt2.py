@@ -9,13 +9,21 @@ Source: names and shapes of transformers, models/gpt2/modeling_gpt2.py.
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from huggingface.configuration import refuse
+from huggingface.configuration import SHARED_FIELDS, refuse
+
+# Our fields, and theirs.
+FIELDS = {name: name for name in (*SHARED_FIELDS, "n_layer", "n_head", "n_embd")} | {
+    "block_size": "n_positions", "mlp_hidden_size": "n_inner", "dropout": "resid_pdrop",
+    "norm_eps": "layer_norm_epsilon",
+}  # fmt: skip
 
 
-def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Our fields for a transformers.GPT2Config; ValueError, naming the field, for what we cannot express."""
+def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Our fields and weights for a GPT2LMHeadModel; ValueError, naming the field, for what we lack."""
+    config = theirs.config
     only = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
@@ -23,18 +31,21 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     }  # fmt: skip
     refuse("this GPT-2 has", config, only, "; only {!r} can be loaded")
     if not config.resid_pdrop == config.embd_pdrop == config.attn_pdrop:
-        raise ValueError(
-            f"this GPT-2 has resid_pdrop={config.resid_pdrop}, embd_pdrop={config.embd_pdrop} and "
-            f"attn_pdrop={config.attn_pdrop}; they must be equal to become our one dropout"
-        )
-    return dict(
-        use_moe=False, block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd, mlp_hidden_size=config.n_inner,
-        dropout=config.resid_pdrop, norm_eps=config.layer_norm_epsilon,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-        attn_implementation=config._attn_implementation, encoding=getattr(config, "encoding", "gpt2"),
-    )  # fmt: skip
+        others = f"embd_pdrop={config.embd_pdrop} and attn_pdrop={config.attn_pdrop}"
+        raise ValueError(f"this GPT-2 has resid_pdrop={config.resid_pdrop}, {others}; they must be equal")
+    fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
+    fields |= {"use_moe": False, "encoding": getattr(config, "encoding", "gpt2")}
+    fields["attn_implementation"] = config._attn_implementation
+    return fields, transpose_weights(theirs.state_dict())
+
+
+def gpt2_features(config: PreTrainedConfig) -> dict[str, tuple]:
+    """The fields of ours for which GPT-2 has only one value, and its spellings."""
+    return {
+        "use_moe": (False,), "position": ("learned",), "n_kv_head": (config.n_head, None),
+        "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
+        "logit_softcap": (0,),
+    }  # fmt: skip
 
 
 def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -43,36 +54,17 @@ def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {k: v.t().contiguous() if k.endswith(turned) else v for k, v in state_dict.items()}
 
 
-def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Our fields and weights for a GPT2LMHeadModel; ValueError, naming the field, for what we lack."""
-    return config_fields(theirs.config), transpose_weights(theirs.state_dict())
-
-
 def to_gpt2(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """A dense GPT-2-style model as transformers' GPT2LMHeadModel, on the CPU, with equal logits.
 
-    vocab_size: rows of the embeddings to keep. Absent biases become zeros. ValueError, naming the field, for
-    what GPT-2 cannot express.
+    vocab_size: rows of the embeddings to keep. Absent biases become zeros. ValueError for what GPT-2 lacks.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    only = {
-        "use_moe": (False,), "position": ("learned",), "n_kv_head": (None, config.n_head),
-        "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
-        "logit_softcap": (0,),
-    }  # fmt: skip
-    refuse("GPT-2 cannot express", config, only, ", only {!r}; export with format='gpt_moe'")
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-            n_layer=config.n_layer, n_head=config.n_head, n_inner=config.mlp_hidden_size,
-            resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
-            layer_norm_epsilon=config.norm_eps, tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id, encoding=config.encoding,
-        )
-    ).to(model.dtype)  # fmt: skip
+    config, remedy = model.config, ", only {!r}; export with format='gpt_moe'"
+    refuse("GPT-2 cannot express", config, gpt2_features(config), remedy)
+    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    fields |= {"vocab_size": vocab_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    fields["encoding"] = config.encoding
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).to(model.dtype)
     weights = {name: torch.zeros_like(p) for name, p in theirs.state_dict().items() if name.endswith("bias")}
     weights |= transpose_weights(model.state_dict())
     for name in ("transformer.wte.weight", "lm_head.weight"):

@@ -1,15 +1,9 @@
 """Models of the Llama family, in and out: RoPE, RMSNorm and SwiGLU, dense or with experts.
 
-    export_folder(model, "my_llama", format="llama")          # dense
-    export_folder(model, "my_qwen3", format="qwen3")          # dense with qk_norm
-    export_folder(model, "my_mixtral", format="mixtral")      # experts whose weights sum to 1
-    export_folder(model, "my_qwen3", format="qwen3_moe")      # experts and qk_norm
+    export_folder(model, "my_llama", format="llama")          # or qwen3, mixtral, qwen3_moe
     GPTLMHeadModel.from_pretrained("my_llama")                # any of them comes back
 
-Such a folder needs no code of ours, and gives equal logits. What acts in training only (dropout, the routers'
-losses) is not carried over.
-
-The rows of our c_attn are their query, key and value projections, those of c_fc their gate and up ones.
+docs/huggingface.md says what a model must have for each format, and what is dropped.
 Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 we never
 do: the weight would be 1, and the router would get no gradient.
 
@@ -20,29 +14,35 @@ import logging
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from huggingface.configuration import refuse
+from huggingface.configuration import SHARED_FIELDS, refuse
 
 logger = logging.getLogger(__name__)
 
 # Our formats, which are their model_type, and how their classes' names begin.
 FAMILY = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
 
-# Our weights, and theirs that they stack by rows. INSIDE lists those of a block, transformer.h.{i} and
-# model.layers.{i}; every name without "experts" in it is followed by .weight or .bias.
+# Our fields, and theirs.
+FIELDS = {name: name for name in SHARED_FIELDS} | {
+    "n_embd": "hidden_size", "mlp_hidden_size": "intermediate_size", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "norm_eps": "rms_norm_eps",
+    "block_size": "max_position_embeddings",
+}  # fmt: skip
+
+# Our weights, and theirs that they stack by rows. INSIDE lists those of a block: transformer.h.{i} and
+# model.layers.{i}. A name without "experts" in it is followed by .weight or .bias.
 OUTSIDE = {
     "transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }  # fmt: skip
 INSIDE = {
-    "ln_1": ("input_layernorm",),
+    "ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
-    "attn.c_proj": ("self_attn.o_proj",),
-    "ln_2": ("post_attention_layernorm",),
+    "attn.c_proj": ("self_attn.o_proj",), "mlp.gate": ("mlp.gate",),
     "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",),
-    "mlp.gate": ("mlp.gate",),
     "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",), "mlp.experts.c_proj": ("mlp.experts.down_proj",),
 }  # fmt: skip
 
@@ -58,13 +58,9 @@ def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-# -----------------------------------------------------------------------------
-# In
-
-
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our fields for a configuration of FAMILY; ValueError, naming the field, for what we cannot express."""
-    kind, layers, this = config.model_type, config.num_hidden_layers, f"this {config.model_type} has"
+    kind, this = config.model_type, f"this {config.model_type} has"
     head_size = config.hidden_size // config.num_attention_heads
     only = {
         "hidden_act": ("silu", "swish"), "head_dim": (head_size, None), "attention_dropout": (0, None),
@@ -76,24 +72,17 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
     theta = rope.pop("rope_theta")
     if rope != {"partial_rotary_factor": 1.0, "rope_type": "default"}:
-        raise ValueError(
-            f"{this} rope_parameters={config.rope_parameters}; only rope_type='default' can be loaded"
-        )
-    fields = dict(
-        use_moe=False, position="rope", rope_theta=theta, norm="rmsnorm", norm_eps=config.rms_norm_eps,
-        activation="swiglu", bias=False, qk_norm=kind in ("qwen3", "qwen3_moe"),
-        block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=layers,
-        n_head=config.num_attention_heads, n_kv_head=config.num_key_value_heads, n_embd=config.hidden_size,
-        mlp_hidden_size=config.intermediate_size, tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-        attn_implementation=config._attn_implementation, encoding=named_encoding(config),
+        only = "only rope_type='default' can be loaded"
+        raise ValueError(f"{this} rope_parameters={config.rope_parameters}; {only}")
+    fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
+        use_moe=False, position="rope", rope_theta=theta, norm="rmsnorm", activation="swiglu", bias=False,
+        qk_norm=kind in ("qwen3", "qwen3_moe"), attn_implementation=config._attn_implementation,
+        encoding=named_encoding(config),
     )  # fmt: skip
     if kind == "llama":
         if config.attention_bias != config.mlp_bias:
-            raise ValueError(
-                f"{this} attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}; they must be "
-                "equal to become our one bias"
-            )
+            biases = f"attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}"
+            raise ValueError(f"{this} {biases}; they must be equal to become our one bias")
         fields["bias"] = config.mlp_bias
     return fields | window_fields(config) | expert_fields(config)
 
@@ -102,10 +91,8 @@ def named_encoding(config: PreTrainedConfig) -> str:
     """How text becomes tokens: what our exports note in config.json, or GPT-2's way if the vocabulary is."""
     encoding = getattr(config, "encoding", "gpt2" if 50257 <= config.vocab_size <= 50304 else None)
     if encoding is None:
-        logger.warning(
-            f'this {config.model_type} does not say how text becomes tokens. For text, write "encoding": '
-            '"bytes", or a name that tiktoken knows, into its config.json'
-        )
+        remedy = 'for text, write "encoding": "bytes", or a name that tiktoken knows, into its config.json'
+        logger.warning(f"this {config.model_type} does not say how text becomes tokens; {remedy}")
     return encoding or "unknown"
 
 
@@ -119,16 +106,14 @@ def period(marked: list[bool], start: int) -> int | None:
 
 def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Our sliding_window and global_every; ValueError for windows in other layers than ours could be in."""
-    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
     if window is None or config.model_type == "llama":
         return {}
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     every = period([kind == "full_attention" for kind in kinds], start=-1)
     if every is None and "full_attention" in kinds:
-        raise ValueError(
-            f"this {config.model_type} has layer_types={kinds}; only full attention in every k-th layer, "
-            "counted from the first, can be loaded"
-        )
+        only = "only full attention in every k-th layer, counted from the first, can be loaded"
+        raise ValueError(f"this {config.model_type} has layer_types={kinds}; {only}")
     return dict(sliding_window=window, global_every=every)
 
 
@@ -139,24 +124,18 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     normed = kind == "mixtral" or config.norm_topk_prob
     if normed and config.num_experts_per_tok == 1:
-        raise ValueError(
-            f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; only "
-            "norm_topk_prob=False can be loaded then"
-        )
-    fields = dict(
-        use_moe=True, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok,
-        norm_topk_prob=normed, router_score="softmax",
-    )  # fmt: skip
+        only = "only norm_topk_prob=False can be loaded then"
+        raise ValueError(f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; {only}")
+    fields = dict(use_moe=True, router_score="softmax", norm_topk_prob=normed)
+    fields |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
         return fields | dict(expert_hidden_size=config.intermediate_size)
     step, dense = config.decoder_sparse_step, config.mlp_only_layers
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
     every = period(sparse, start=layers - 1)
     if every is None:
-        raise ValueError(
-            f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; only experts in every "
-            "k-th layer, counted from the last, can be loaded"
-        )
+        only = "only experts in every k-th layer, counted from the last, can be loaded"
+        raise ValueError(f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; {only}")
     return fields | dict(expert_hidden_size=config.moe_intermediate_size, moe_every=every)
 
 
@@ -172,17 +151,11 @@ def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch
     return fields, ours
 
 
-# -----------------------------------------------------------------------------
-# Out
-
-
 def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedModel:
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
 
     vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express.
     """
-    import transformers
-
     refuse_inexpressible(model, kind)
     name = FAMILY[kind]
     config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
@@ -210,51 +183,37 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
     if kind == "mixtral":
         only |= {"moe_every": (1,), "norm_topk_prob": (True,)}
         only["num_experts_per_tok"] = tuple(range(2, config.num_experts + 1)) or (2,)
-    refuse(f"{FAMILY[kind]} cannot express", config, only, ", only {!r}; export with format='gpt_moe'")
-    for layer in model.moe_layers():
-        if layer.router_bias.any():
-            raise ValueError(
-                f"{FAMILY[kind]} cannot express the biases of the routers that router_bias_update_rate="
-                f"{config.router_bias_update_rate!r} has made; export with format='gpt_moe'"
-            )
+    this = f"{FAMILY[kind]} cannot express"
+    refuse(this, config, only, ", only {!r}; export with format='gpt_moe'")
+    if any(layer.router_bias.any() for layer in model.moe_layers()):
+        made = f"that router_bias_update_rate={config.router_bias_update_rate!r} has made"
+        raise ValueError(f"{this} the biases of the routers {made}; export with format='gpt_moe'")
     if config.dropout > 0:
         logger.warning(f"dropout={config.dropout}, which acts in training only, is left out")
 
 
-def older_names(config: PreTrainedConfig) -> dict[str, Any]:
-    """What else config.json needs: names that transformers 4 and others read where transformers 5 writes
-    another. Without them those programs would take defaults, and compute other logits."""
-    names = {"rope_theta": config.rope_parameters["rope_theta"]}
-    return names | {"num_experts": config.num_experts} if config.model_type == "qwen3_moe" else names
-
-
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
     """What their configuration is made of; `encoding` is a note for the way back."""
-    dense = config.mlp_hidden_size or 4 * config.n_embd
     expert = config.expert_hidden_size or 4 * config.n_embd
-    arguments = dict(
-        vocab_size=vocab_size, hidden_size=config.n_embd, intermediate_size=dense,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+    arguments = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | dict(
+        vocab_size=vocab_size, intermediate_size=config.mlp_hidden_size or 4 * config.n_embd,
         num_key_value_heads=config.n_kv_head or config.n_head, head_dim=config.n_embd // config.n_head,
-        max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        tie_word_embeddings=config.tie_word_embeddings, bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, encoding=config.encoding,
+        encoding=config.encoding,
     )  # fmt: skip
     if kind == "llama":
         return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
-    arguments |= dict(sliding_window=config.sliding_window)
+    arguments["sliding_window"] = config.sliding_window
     windowed = config.sliding_window is not None
     if kind == "qwen3":
         return arguments | dict(use_sliding_window=windowed, layer_types=config.layer_types)
     arguments |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
         return arguments | dict(intermediate_size=expert)
-    regular = config.n_layer % config.moe_every == 0  # then counting from the first layer comes to the same
-    dense_layers = [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
+    step, dense_layers = config.moe_every, []
+    if config.n_layer % step != 0:  # then counting from the first layer, as Qwen3 does, finds other layers
+        step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     return arguments | dict(
-        use_sliding_window=windowed, moe_intermediate_size=expert,
-        norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
-        decoder_sparse_step=config.moe_every if regular else 1,
-        mlp_only_layers=[] if regular else dense_layers,
+        use_sliding_window=windowed, moe_intermediate_size=expert, decoder_sparse_step=step,
+        mlp_only_layers=dense_layers, norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
     )  # fmt: skip

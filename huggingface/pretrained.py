@@ -21,12 +21,11 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"
 
 def fresh_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of all routers as in a new model, by their names in the state dict."""
-    return {
-        f"{name}.{key}": value
-        for name, module in model.named_modules()
-        if hasattr(module, "initial_statistics")
-        for key, value in module.initial_statistics().items()
-    }
+    fresh = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "initial_statistics"):
+            fresh |= {f"{name}.{key}": value for key, value in module.initial_statistics().items()}
+    return fresh
 
 
 class GPTPreTrainedModel(PreTrainedModel):
@@ -53,11 +52,10 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
-        Llama, Qwen3, Qwen3-MoE or Mixtral.
+        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or one of FOREIGN.
 
-        Settings of GPTConfig may be given too (dropout=0.1). ValueError for one of another architecture, one
-        that lacks weights or, naming the field, that this model cannot express.
+        Settings of GPTConfig may be given too (dropout=0.1). ValueError for another architecture, for missing
+        weights and, naming the field, for what this model cannot express.
         """
         name, found, ours = pretrained_model_name_or_path, {}, cls.config_class
         if name is not None and kwargs.get("config") is None:
@@ -68,10 +66,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         if kind in FOREIGN:
             return cls._from_foreign(kind, name, *args, **kwargs)
         if kind not in (None, ours.model_type):
-            raise ValueError(
-                f"{name}: models of type {kind!r} cannot be read, only "
-                f"{ours.model_type}, {', '.join(FOREIGN)}"
-            )
+            known = ", ".join([ours.model_type, *FOREIGN])
+            raise ValueError(f"{name}: models of type {kind!r} cannot be read, only {known}")
         loaded = super().from_pretrained(name, *args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._suppress_padding()
         return loaded
@@ -80,9 +76,8 @@ class GPTPreTrainedModel(PreTrainedModel):
     def _from_foreign(cls, kind: str, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
         """A model of FOREIGN as one of ours; the arguments are those of transformers' from_pretrained."""
         ours = {key: kwargs.pop(key) for key in inspect.get_annotations(cls.config_class) if key in kwargs}
-        theirs, info = getattr(transformers, FOREIGN[kind]).from_pretrained(
-            name, *args, output_loading_info=True, **kwargs
-        )
+        load = getattr(transformers, FOREIGN[kind]).from_pretrained
+        theirs, info = load(name, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
         fields, weights = from_gpt2(theirs) if kind == "gpt2" else from_llama(theirs)
@@ -105,18 +100,14 @@ class GPTPreTrainedModel(PreTrainedModel):
         return self.transformer.wte
 
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the token embedding; if embeddings are tied, the head becomes the same matrix."""
+        """Replace the token embedding and, if it is tied, the head."""
         self.transformer.wte = new_embeddings
         if self.config.tie_word_embeddings:
             self.lm_head.weight = new_embeddings.weight
             self.lm_head.out_features = new_embeddings.num_embeddings
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head, (V, C)."""
-        return self.lm_head
-
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the head; if embeddings are tied, the token embedding becomes the same matrix."""
+        """Replace the head and, if it is tied, the token embedding."""
         self.lm_head = new_embeddings
         if self.config.tie_word_embeddings:
             self.transformer.wte.weight = new_embeddings.weight
@@ -137,7 +128,5 @@ class GPTPreTrainedModel(PreTrainedModel):
         self.config.block_size = block_size
         if "wpe" in self.transformer:
             wpe = self.transformer.wpe
-            wpe.weight, wpe.num_embeddings = (
-                nn.Parameter(wpe.weight[:block_size].detach().clone()),
-                block_size,
-            )
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size

@@ -1,41 +1,33 @@
-"""Text to tokens and back, prompts, and tokenizer files for transformers.
+"""Prompts, and tokenizer files for transformers.
 
-Sources: byte pair encoding, arXiv 1508.07909; GPT-2's characters for bytes, github.com/openai/gpt-2,
-src/encoder.py.
+Sources: byte pair encoding, arXiv 1508.07909; characters for bytes, github.com/openai/gpt-2, src/encoder.py.
 """
 
 import itertools
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tokens.encodings import EOT, encode_text, load_encoding
 
 
 def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
-    """Token ids of a prompt for a model of this configuration; an empty one begins a document.
-
-    ValueError for an empty prompt without config.bos_token_id, and for tokens the vocabulary does not have.
-    """
+    """Token ids of a prompt, config.bos_token_id for an empty one. ValueError for ids the model lacks."""
     ids = encode_text(text, config.encoding)
     if not ids and config.bos_token_id is None:
         raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
     ids = ids or [config.bos_token_id]
     if max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}; "
-            "set config.encoding to the one that the model was trained with"
-        )
+        problem = f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}"
+        raise ValueError(f"{problem}; set config.encoding to the one that the model was trained with")
     return ids
 
 
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
 
-    Unlike encode_text it reads <|endoftext|> in a text as the token, as GPT-2's own does. ValueError for
-    other encodings: GPT2Tokenizer splits text into words in GPT-2's way only.
+    It reads <|endoftext|> in a text as the token, which encode_text does not. ValueError for other encodings.
     """
-    from transformers import GPT2TokenizerFast
-
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
@@ -43,16 +35,13 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
         end = encoder.eot_token
         ranks = {encoder.decode_single_token_bytes(i): i for i in range(encoder.n_vocab) if i != end}
     else:
-        raise ValueError(
-            f"encoding={encoding!r}: tokenizer files can be written for bytes, gpt2 and r50k_base only; "
-            "export with --no-tokenizer (tokenizer=False)"
-        )
+        known = "tokenizer files can be written for bytes, gpt2 and r50k_base only"
+        raise ValueError(f"encoding={encoding!r}: {known}; export with --no-tokenizer")
     shown = byte_characters()
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
-    return GPT2TokenizerFast(
-        vocab=vocab | {EOT: end}, merges=merges, model_max_length=block_size, padding_side="left"
-    )
+    vocab[EOT] = end
+    return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
 
 
 def byte_characters() -> list[str]:
@@ -64,10 +53,7 @@ def byte_characters() -> list[str]:
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that byte pair encoding merges, in order, from its tokens and their ranks.
-
-    A token's pair is what merging its bytes by all lower ranks leaves of it.
-    """
+    """The pairs that byte pair encoding merges, in order: what lower ranks leave of each token's bytes."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]

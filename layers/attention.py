@@ -1,8 +1,6 @@
-"""Attention of queries, keys and values: written out, with fused kernels, and choosing among those.
+"""Attention of queries, keys and values: written out, by fused kernels, and the choice among those.
 
-Letters as in model.py: B batch, T sequence length, S keys a query can see (cache included), nh query heads,
-nkv key/value heads, hs head size.
-
+Letters: see model.py.
 Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
@@ -17,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Fused kernels for CUDA by the name of the flag, in the order in which they are tried and stand in for each
-# other. "math" is made of ordinary products, takes every shape and mask, and comes last always.
+# Fused kernels for CUDA by the name of the flag, in the order in which they stand in for each other. "math"
+# consists of ordinary products, takes every shape and mask, and always comes last.
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
@@ -34,7 +32,6 @@ def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, 
     """Attention written out: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and its weights, (B, nh, T, S).
 
     q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
-    Chosen by attn_implementation="eager", and whenever attention weights are asked for.
     """
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, nh, S, hs)
@@ -50,9 +47,7 @@ def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, 
     return F.dropout(weight, dropout) @ v, weight
 
 
-def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | BlockMask | None, dropout: float
-) -> torch.Tensor:
+def fused_attention(q, k, v, mask: torch.Tensor | BlockMask | None, dropout: float) -> torch.Tensor:
     """attention_reference's first result by torch's fused kernels; mask may also be a BlockMask."""
     grouped = k.size(1) != q.size(1)
     if isinstance(mask, BlockMask):
@@ -67,17 +62,14 @@ def fused_attention(
     )
 
 
-@functools.cache  # made when first needed: torch.compile imports the whole compiler
+@functools.cache  # when first needed: torch.compile imports the whole compiler
 def compiled_flex_attention():
     """flex_attention as a kernel; uncompiled it is O(T^2)."""
     return torch.compile(flex_attention)
 
 
 def window_block_mask(T: int, window: int, device: torch.device, block: int = 128) -> BlockMask:
-    """Which blocks of keys each block of queries has to look at, and within them which keys: O(T) to make.
-
-    Query i sees the keys i - window + 1 .. i. For flex_attention, whose work is then O(T * window).
-    """
+    """For flex_attention: query i sees the keys i - window + 1 .. i. O(T) to build, O(T * window) to use."""
 
     def visible(b, h, query, key):
         return (query >= key) & (query - key < window)
@@ -90,10 +82,9 @@ def window_block_mask(T: int, window: int, device: torch.device, block: int = 12
 
 
 def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
-    """The mask that lets flex_attention's kernels train windowed layers, or None where they cannot.
+    """The mask with which flex_attention's kernels train windowed layers, or None where they cannot.
 
-    They need a GPU from Ampere on, heads of 16, 32, 64, ... channels, and no dropout. Evaluation uses a mask
-    instead: it runs uncompiled, where flex_attention is slower.
+    They need a GPU from Ampere on, heads of 16, 32, 64, ... channels, and no dropout.
     """
     size = config.n_embd // config.n_head
     new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -108,19 +99,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.device, dtype) -> float:
-    """Seconds of one layer's causal attention, forward and backward, with one backend; infinite if it cannot.
-
-    The best of three, after two that make kernels ready.
-    """
+    """Seconds of one layer's causal attention, forward and backward: the best of three after two warm-ups;
+    infinite if the backend cannot compute it."""
     nh, nkv, hs = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
-    # As CausalSelfAttention has them: parts of one tensor, with the heads inside.
+    # As in CausalSelfAttention: parts of one tensor, with the heads inside.
     packed = torch.randn(B, T, (nh + 2 * nkv) * hs, device=device, dtype=dtype).requires_grad_()
     parts = packed.split([nh * hs, nkv * hs, nkv * hs], dim=2)
     q, k, v = (part.unflatten(2, (-1, hs)).transpose(1, 2) for part in parts)  # (B, nh or nkv, T, hs)
     direction, times = torch.randn(q.shape, device=device, dtype=dtype), []
     try:
         with sdpa_kernel(backend), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of every backend that cannot, the reasons
+            warnings.simplefilter("ignore")  # torch says why a backend cannot
             for _ in range(5):
                 synchronize(device)
                 start = time.perf_counter()
@@ -134,10 +123,9 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
 
 
 def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The name in BACKENDS of the attention that training at (B, T) shall use; "" where there is no choice.
+    """The name in BACKENDS of the attention to train with at (B, T); "" without CUDA or with eager attention.
 
-    name: one of them, or "auto" for the fastest, by measurement (some milliseconds, on CUDA only). Elsewhere
-    torch knows one fused kernel at most. ValueError for another name.
+    name: one of them, or "auto" for the fastest as measured here. ValueError for another name.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
@@ -150,20 +138,17 @@ def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtyp
 
 
 def choose_for_the_first_time(device: torch.device) -> None:
-    """Let torch set its own order of backends now. It does so at a process's first attention on CUDA whatever
-    order is set by then, and on Hopper and Blackwell puts cuDNN first (priority_order in sdp_utils.cpp)."""
+    """Let torch set its own order of backends now. A process's first attention on CUDA overwrites any order,
+    and on Hopper and Blackwell puts cuDNN first (priority_order in sdp_utils.cpp)."""
     q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
     F.scaled_dot_product_attention(q, q, q)
 
 
 def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which attention on CUDA uses the backend `name` wherever it can; elsewhere, or for "auto",
-    nothing changes.
-
-    Where it cannot (a mask, float64), the others of BACKENDS stand in, in their order.
-    """
+    """A context in which attention on CUDA uses the backend `name`, and the others of BACKENDS in their order
+    where that one cannot (a mask, float64). On a CPU, and for "auto", nothing changes."""
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
     choose_for_the_first_time(device)
-    order = [name, *(other for other in BACKENDS if other not in (name, "math")), "math"]
-    return sdpa_kernel([BACKENDS[backend] for backend in dict.fromkeys(order)], set_priority=True)
+    order = dict.fromkeys([name, *BACKENDS])
+    return sdpa_kernel([BACKENDS[backend] for backend in order], set_priority=True)

@@ -2,42 +2,30 @@
 
     loss = linear_cross_entropy(x, lm_head.weight, targets)      # = F.cross_entropy(x @ weight.t(), targets)
 
-Logits (N, V) and what plain autograd keeps of them are the largest tensors of a GPT-2's training: for 16,384
-tokens and V = 50304, 3.3 GB each in fp32, and several at once. Here a buffer holds a few rows at a time, and
-the gradients of x and of the weight are made in the forward, while these rows are there: no product is done
-twice, and the backward only multiplies by the gradient of the loss. The buffer is written again and again in
-place, which saves a CPU the first touch of gigabytes of fresh pages.
+Plain autograd keeps several tensors of the logits' size, (N, V). Here a buffer holds the logits of a few rows
+at a time, and the forward computes the gradients of x and of the weight from them. No product is computed
+twice; the backward only multiplies by the gradient of the loss.
 
 Letters: N tokens, C n_embd, V vocabulary, n rows in the buffer.
-References: the idea is Liger Kernel's, arXiv 2410.10989, section 3.2. linear_cross_entropy of torch 2.13 does
-the same, a little slower on a CPU (bench head); in bf16 its loss is rounded to bf16, and torch.compile
-leaves it out of the graph.
+References: Liger Kernel, arXiv 2410.10989, section 3.2. torch 2.13's linear_cross_entropy is a little slower
+on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out of the graph.
 """
-
-import zlib
 
 import torch
 from torch import Tensor
 
-# As in experts.py.
-NAMESPACE = (
-    "gpt_moe" if __name__ == "layers.linear_cross_entropy" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
-)
+from layers.experts import NAMESPACE
 
-# Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench head); on GPUs an estimate:
-# some 2,700 rows of GPT-2's vocabulary keep the matrix products as fast as they get.
+# Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench head); on GPUs an estimate.
 BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 def rows_per_chunk(N: int, V: int, chunk: int, device_type: str) -> int:
-    """Rows of logits at a time: chunk, or for -1 what BUFFER_BYTES holds, evened out over the chunks.
-
-    On CUDA a multiple of 128, the size that tensor cores' tiles have.
-    """
+    """Rows of logits at a time: chunk, or for -1 what BUFFER_BYTES holds, evened out over the chunks."""
     step = 1
     if chunk < 1:
         chunk = max(1, BUFFER_BYTES.get(device_type, BUFFER_BYTES["cpu"]) // (4 * V))
-        if device_type == "cuda" and chunk >= 128:
+        if device_type == "cuda" and chunk >= 128:  # a multiple of tensor cores' tiles
             step, chunk = 128, chunk - chunk % 128
     rows = -(-N // max(1, -(-N // chunk)))
     return min(N, -(-rows // step) * step)
@@ -57,9 +45,8 @@ def chunked(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Summed cross-entropy times scale (), and its gradients by x (N, C) and weight (V, C), if wanted.
 
-    dtype: of the matrix products. Logits are rounded to it, as autocast does; softmax, loss and both
-    gradients are in fp32 at least: scale would push them below what float16 can hold. A single operator, so
-    that a compiler sees neither the loop nor what happens in place.
+    dtype: of the matrix products and the logits, as under autocast. Softmax, loss and both gradients are in
+    fp32 at least, because scale would push them below what float16 can hold. torch.compile sees one operator.
     """
     (N, _), V = x.shape, weight.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
@@ -79,7 +66,6 @@ def chunked(
         torch.mm(inputs[rows], head.t(), out=low)
         if dtype != wide:
             z.copy_(low)
-        slope = None
         if softcap > 0:
             slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
             z.mul_(softcap)
@@ -88,11 +74,10 @@ def chunked(
         if not with_grad:
             continue
         z.exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target))  # softmax minus one-hot
-        if slope is not None:
+        if softcap > 0:
             z.mul_(slope)
         if dtype != wide:
             low.copy_(z)
-        # The rows' factors come in where they are cheap, at what is C wide.
         grad_x[rows] = torch.mm(low, head) * factor[rows]
         if dtype == wide:
             grad_weight.addmm_(low.t(), x[rows] * factor[rows])
@@ -130,20 +115,14 @@ chunked.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    num_items: Tensor | int | None = None,
-    softcap: float = 0.0,
-    chunk: int = -1,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
+    num_items: Tensor | int | None = None, softcap: float = 0.0, chunk: int = -1,
+) -> Tensor:  # fmt: skip
     """Cross-entropy, in nats, of the logits x @ weight.t(), soft-capped if softcap > 0: a 0-d tensor.
 
     x (..., C), weight (V, C), targets (...). The mean over the targets that are not ignore_index, NaN if
-    there are none, as F.cross_entropy; with num_items their sum, divided by that number. Computed in
-    autocast's dtype where it is on, otherwise x's, and from the logits on in fp32 at least. chunk: rows of
-    logits at a time, -1 for as many as pay. Can be differentiated once, and once only.
+    there are none, as F.cross_entropy; with num_items their sum, divided by that number. Products are in
+    autocast's dtype, or x's. chunk: rows at a time, -1 for BUFFER_BYTES. Can be differentiated once only.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,4 +1,4 @@
-"""llm.c's binary files, both ways: python -m llmc --help"""
+"""The command line of llmc/files.py: python -m llmc --help"""
 
 import sys
 

@@ -1,67 +1,11 @@
-"""llm.c's binary files, both ways: models, debug states, tokenizers. (Data shards are fineweb.py's.)
+"""llm.c's binary files, both ways: models, debug states, tokenizers. (fineweb.py writes the data shards.)
 
-    python llmc.py export --checkpoint log/model_19073.pt --out llmc                   # for llm.c's trainers
-    python llmc.py state --checkpoint log/model_19073.pt --data shard.bin --B 4 --T 64 --out llmc
-    python llmc.py import --model model_00001000.bin --out my_model                    # from llm.c's trainers
+    python -m llmc export --checkpoint log/model_19073.pt --out llmc_files           # for llm.c's trainers
+    python -m llmc state --checkpoint log/model_19073.pt --data shard.bin --B 4 --T 64 --out llmc_files
+    python -m llmc import --model model_00001000.bin --out my_model                  # from llm.c's trainers
 
-export writes gpt2_dL.bin (fp32), gpt2_dL_bf16.bin and gpt2_tokenizer.bin, L being the number of layers; state
-writes gpt2_dL_debug_state.bin, to be kept beside gpt2_dL.bin; --c_names 1 adds copies named as llm.c's
-programs want them, gpt2_124M.bin, gpt2_124M_bf16.bin, gpt2_124M_debug_state.bin. import makes a folder that
-GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
-
-train_gpt_moe.py takes the flags of llm.c's train_gpt2.py, and with --preset llmc its defaults. On purpose
-    --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
-        without torchrun) are refused;
-    --grad_clip 0 means no clipping, not gradients of 0;
-    --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
-    --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
-    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights are of a seed of our own.
-
-llm.c trains GPT-2 and nothing else, so only a dense model of that shape can be written: a model with another
-feature is refused by the name of that feature. Numbers are little-endian. Every file begins with 256 int32
-(1024 bytes), those not named here being zero:
-
-    byte    model                     debug state     tokenizer
-    0       20240326                  20240327        20240328
-    4       3 = fp32, 5 = bf16        2               2
-    8       P, longest sequence       B               number of tokens
-    12      V, vocabulary             T               id of <|endoftext|>
-    16      L, layers
-    20      nh, heads
-    24      C, channels
-    28      Vp, V rounded up to a multiple of 128
-
-Tensors of a model, each for all layers together. A number takes s = 4 (fp32) or 2 (bf16) bytes, and a tensor
-begins at byte 1024 + s * first, with D = (Vp + P) * C, a = L * C, b = L * C * C:
-
-    tensor    shape       first               ours
-    wte       (Vp, C)     0                   transformer.wte.weight, then Vp - V rows of zeros; also the head
-    wpe       (P, C)      Vp * C              transformer.wpe.weight
-    ln1w      (L, C)      D                   transformer.h.{i}.ln_1.weight
-    ln1b      (L, C)      D + a               transformer.h.{i}.ln_1.bias
-    qkvw      (L, 3C, C)  D + 2*a             transformer.h.{i}.attn.c_attn.weight, rows all q, all k, all v
-    qkvb      (L, 3C)     D + 2*a + 3*b       transformer.h.{i}.attn.c_attn.bias
-    attprojw  (L, C, C)   D + 5*a + 3*b       transformer.h.{i}.attn.c_proj.weight
-    attprojb  (L, C)      D + 5*a + 4*b       transformer.h.{i}.attn.c_proj.bias
-    ln2w      (L, C)      D + 6*a + 4*b       transformer.h.{i}.ln_2.weight
-    ln2b      (L, C)      D + 7*a + 4*b       transformer.h.{i}.ln_2.bias
-    fcw       (L, 4C, C)  D + 8*a + 4*b       transformer.h.{i}.mlp.c_fc.weight
-    fcb       (L, 4C)     D + 8*a + 8*b       transformer.h.{i}.mlp.c_fc.bias
-    fcprojw   (L, C, 4C)  D + 12*a + 8*b      transformer.h.{i}.mlp.c_proj.weight
-    fcprojb   (L, C)      D + 12*a + 12*b     transformer.h.{i}.mlp.c_proj.bias
-    lnfw      (C)         D + 13*a + 12*b     transformer.ln_f.weight
-    lnfb      (C)         D + 13*a + 12*b + C transformer.ln_f.bias
-
-A debug state, against which a trainer can check itself; V and the gradients' sizes are its model file's:
-
-    field     shape       type   first byte
-    x         (B, T)      int32  1024
-    y         (B, T)      int32  1024 + 4*B*T
-    logits    (B, T, V)   fp32   1024 + 8*B*T
-    loss      ()          fp32   1024 + 8*B*T + 4*B*T*V
-    gradients as tensors  fp32   1028 + 8*B*T + 4*B*T*V
-
-A tokenizer, from byte 1024 on: for each id in turn one byte, the length, and then the token's bytes.
+docs/formats.md has the names of the files, their headers and the offset of each tensor. import makes a folder
+that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
 
 References: llm.c, github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and train_gpt2.cu
 read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
@@ -69,7 +13,6 @@ read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads to
 
 import argparse
 import math
-import os
 import shutil
 import sys
 import warnings
@@ -80,6 +23,9 @@ import numpy as np
 import tiktoken
 import torch
 
+from huggingface.configuration import refuse
+from huggingface.export import new_folder
+from huggingface.gpt2 import gpt2_features
 from model import GPT, GPTConfig, GPTLMHeadModel
 from tokens.encodings import get_encoding
 from tokens.files import write_atomically
@@ -93,31 +39,21 @@ KINDS = {"model": (20240326, (3, 5)), "debug state": (20240327, (2,)), "tokenize
 TYPES = {3: (torch.float32, "<f4"), 5: (torch.bfloat16, "<i2")}
 VERSIONS = {"float32": 3, "bfloat16": 5}
 FILES = {
-    "float32": "gpt2_{}.bin",
-    "bfloat16": "gpt2_{}_bf16.bin",
-    "state": "gpt2_{}_debug_state.bin",
+    "float32": "gpt2_{}.bin", "bfloat16": "gpt2_{}_bf16.bin", "state": "gpt2_{}_debug_state.bin",
     "tokenizer": "gpt2_tokenizer.bin",
-}
+}  # fmt: skip
 LABELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
-TENSORS = {  # llm.c's name: ours and the shape, in the order of the file
-    "wte": ("transformer.wte.weight", "Vp C"),
-    "wpe": ("transformer.wpe.weight", "P C"),
-    "ln1w": ("transformer.h.{i}.ln_1.weight", "L C"),
-    "ln1b": ("transformer.h.{i}.ln_1.bias", "L C"),
-    "qkvw": ("transformer.h.{i}.attn.c_attn.weight", "L 3C C"),
-    "qkvb": ("transformer.h.{i}.attn.c_attn.bias", "L 3C"),
-    "attprojw": ("transformer.h.{i}.attn.c_proj.weight", "L C C"),
-    "attprojb": ("transformer.h.{i}.attn.c_proj.bias", "L C"),
-    "ln2w": ("transformer.h.{i}.ln_2.weight", "L C"),
-    "ln2b": ("transformer.h.{i}.ln_2.bias", "L C"),
-    "fcw": ("transformer.h.{i}.mlp.c_fc.weight", "L 4C C"),
-    "fcb": ("transformer.h.{i}.mlp.c_fc.bias", "L 4C"),
-    "fcprojw": ("transformer.h.{i}.mlp.c_proj.weight", "L C 4C"),
-    "fcprojb": ("transformer.h.{i}.mlp.c_proj.bias", "L C"),
-    "lnfw": ("transformer.ln_f.weight", "C"),
-    "lnfb": ("transformer.ln_f.bias", "C"),
-}
+TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and the shape, in the file's order
+    "wte": ("wte.weight", "Vp C"), "wpe": ("wpe.weight", "P C"),
+    "ln1w": ("h.{i}.ln_1.weight", "L C"), "ln1b": ("h.{i}.ln_1.bias", "L C"),
+    "qkvw": ("h.{i}.attn.c_attn.weight", "L 3C C"), "qkvb": ("h.{i}.attn.c_attn.bias", "L 3C"),
+    "attprojw": ("h.{i}.attn.c_proj.weight", "L C C"), "attprojb": ("h.{i}.attn.c_proj.bias", "L C"),
+    "ln2w": ("h.{i}.ln_2.weight", "L C"), "ln2b": ("h.{i}.ln_2.bias", "L C"),
+    "fcw": ("h.{i}.mlp.c_fc.weight", "L 4C C"), "fcb": ("h.{i}.mlp.c_fc.bias", "L 4C"),
+    "fcprojw": ("h.{i}.mlp.c_proj.weight", "L C 4C"), "fcprojb": ("h.{i}.mlp.c_proj.bias", "L C"),
+    "lnfw": ("ln_f.weight", "C"), "lnfb": ("ln_f.bias", "C"),
+}  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # Which models can be written, and what their sizes are
@@ -151,36 +87,19 @@ def padded(vocabulary: int) -> int:
 def sizes_of(config: GPTConfig) -> Sizes:
     """Sizes of a model to be written; ValueError, naming the field, if llm.c has no such model.
 
-    Rows of the embedding that only pad it do not count: those from encoding_size on, or, where that is not
-    set, those beyond GPT-2's 50,257 in a vocabulary of 50,304.
+    Rows that only pad the embedding do not count: those from encoding_size on, or, where that is not set,
+    those beyond GPT-2's 50,257 in a vocabulary of 50,304.
     """
-    wanted = {
-        "use_moe": (False,), "bias": (True,), "norm": ("layernorm",), "norm_eps": (1e-5,),
-        "activation": ("gelu",), "position": ("learned",), "tie_word_embeddings": (True,),
-        "qk_norm": (False,), "logit_softcap": (0,), "sliding_window": (None,),
-        "n_kv_head": (config.n_head, None), "mlp_hidden_size": (4 * config.n_embd, None),
-    }  # fmt: skip
+    only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
+    only["mlp_hidden_size"] = (4 * config.n_embd, None)
     if config.mlp_hidden_size is None:  # then this field is the size of dense layers too
-        wanted["expert_hidden_size"] = (4 * config.n_embd, None)
-    for name, values in wanted.items():
-        if getattr(config, name) not in values:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r}: llm.c has GPT-2 only, where it is {values[0]!r}; "
-                "keep this model as a Hugging Face folder (python checkpoint.py export)"
-            )
+        only["expert_hidden_size"] = (4 * config.n_embd, None)
+    remedy = ", only {!r}; keep this model as a Hugging Face folder (python checkpoint.py export)"
+    refuse("llm.c's GPT-2 cannot express", config, only, remedy)
     V = config.encoding_size or config.vocab_size
     if config.encoding_size is None and config.encoding == "gpt2" and V == padded(50257):
         V = 50257
     return Sizes(config.block_size, V, config.n_layer, config.n_head, config.n_embd, padded(V))
-
-
-def check_writable(config: GPTConfig) -> None:
-    """ValueError, for a run with write_tensors, unless its model and its tokenizer can be written."""
-    try:
-        sizes_of(config)
-        encoding_of(config)
-    except ValueError as error:
-        raise ValueError(f"write_tensors=True: {error}; or give --write_tensors 0") from error
 
 
 def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
@@ -190,18 +109,14 @@ def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        raise ValueError(  # get_encoding's names a flag of fineweb.py
-            f"no tokenizer can be written: tiktoken cannot fetch the files of encoding={config.encoding!r} "
-            f"({type(error.__cause__).__name__}); without network let TIKTOKEN_CACHE_DIR name a folder where "
-            "tiktoken has put them before"
-        ) from error
+        # get_encoding's own message names a flag of fineweb.py.
+        problem = f"tiktoken cannot fetch the files of encoding={config.encoding!r} ({error.__cause__})"
+        remedy = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
+        raise ValueError(f"no tokenizer can be written: {problem}; {remedy}") from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
-    """The GPT-2 of these sizes around these very tensors (no copies), in evaluation mode.
-
-    `state` has our names. No random numbers are drawn, so nobody's random state moves.
-    """
+    """The GPT-2 of these sizes around the tensors of `state`, in evaluation mode. Draws no random numbers."""
     eot = sizes.V - 1 if sizes.V in (257, 50257) else None  # the last token of both encodings
     config = GPTConfig(
         use_moe=False, block_size=sizes.P, vocab_size=sizes.V, n_layer=sizes.L, n_head=sizes.nh,
@@ -215,12 +130,12 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
 
 
 # -----------------------------------------------------------------------------
-# Bytes
+# Reading and writing: bytes, models, debug states, tokenizers
 
 
 def our_names(name: str, layers: int) -> list[str]:
     """Our parameters that make up one of llm.c's tensors: one for each layer, or a single one."""
-    ours = TENSORS[name][0]
+    ours = f"transformer.{TENSORS[name][0]}"
     return [ours.format(i=i) for i in range(layers)] if "{i}" in ours else [ours]
 
 
@@ -234,23 +149,17 @@ def header(kind: str, version: int, *fields: int) -> bytes:
 def read_header(path: Path, kind: str) -> list[int]:
     """The 256 numbers at the beginning of a file; ValueError unless it is of this kind."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; `python llmc.py export` and llm.c's train_gpt2.py make some"
-        )
+        raise FileNotFoundError(f"{path}: no such file; make one with python -m llmc export")
     numbers = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4).tolist()
     magic, versions = KINDS[kind]
     if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
         known = {number: f"a {name}" for name, (number, _) in KINDS.items()} | {20240520: "a data shard"}
         found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        raise ValueError(
-            f"{path}: no {kind} of llm.c (which begins with {magic} and 1020 more bytes), but {found}, "
-            f"{path.stat().st_size:,} bytes long; give a {kind}"
-        )
+        size = f"{path.stat().st_size:,} bytes long"
+        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}, {size}; give a {kind}")
     if numbers[1] not in versions:
-        raise ValueError(
-            f"{path}: version {numbers[1]} of a {kind}; only {' and '.join(map(str, versions))} can be read; "
-            "write it again with the current llm.c"
-        )
+        known = " and ".join(map(str, versions))
+        raise ValueError(f"{path}: version {numbers[1]} of a {kind}; only {known} can be read; get a new one")
     return numbers
 
 
@@ -259,9 +168,7 @@ def check_length(path: Path, promised: int) -> None:
     length = path.stat().st_size
     if length != promised:
         problem = "cut short" if length < promised else "too long"
-        raise ValueError(
-            f"{path}: {problem}: {length:,} bytes, but its header's sizes make {promised:,}; get it again"
-        )
+        raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")
 
 
 def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], version: int) -> None:
@@ -282,15 +189,8 @@ def take(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
-# -----------------------------------------------------------------------------
-# Models
-
-
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
-    """Write the weights for llm.c, as "float32" (version 3) or "bfloat16" (version 5).
-
-    ValueError, naming the field, for a model that is not GPT-2's shape; OSError if it cannot be written.
-    """
+    """Write the weights for llm.c, as "float32" or "bfloat16". ValueError, naming the field, as sizes_of."""
     if dtype not in VERSIONS:
         raise ValueError(f"dtype={dtype!r}: llm.c's models are {' or '.join(VERSIONS)}")
     sizes, state = sizes_of(model.config), model.state_dict()
@@ -302,9 +202,8 @@ def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
     write_atomically(Path(path), write)
 
 
-def read_sizes(path: str | Path) -> tuple[Sizes, int]:
+def read_sizes(path: Path) -> tuple[Sizes, int]:
     """Sizes and version of a model file. FileNotFoundError; ValueError if it is none or is damaged."""
-    path = Path(path)
     numbers = read_header(path, "model")
     sizes, version = Sizes(*numbers[2:8]), numbers[1]
     if min(sizes) < 1 or sizes.C % sizes.nh != 0 or sizes.Vp != padded(sizes.V):
@@ -313,15 +212,11 @@ def read_sizes(path: str | Path) -> tuple[Sizes, int]:
     return sizes, version
 
 
-def read_model(path: str | Path) -> GPTLMHeadModel:
-    """The model in a file of llm.c, in fp32 (which holds bf16 exactly), in evaluation mode, on the CPU.
-
-    It has V rows of embeddings, not Vp: llm.c never lets the others take part. FileNotFoundError;
-    ValueError, naming the file, if it is no model or is damaged.
-    """
-    path, state = Path(path), {}
+def read_model(path: Path) -> GPTLMHeadModel:
+    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU, with V rows of embeddings.
+    FileNotFoundError; ValueError, naming the file, if it is no model or is damaged."""
     sizes, version = read_sizes(path)
-    dtype, stored = TYPES[version]
+    (dtype, stored), state = TYPES[version], {}
     with open(path, "rb") as file:
         file.seek(HEADER_BYTES)
         for name, shape in sizes.shapes().items():
@@ -337,16 +232,11 @@ def read_model(path: str | Path) -> GPTLMHeadModel:
     return dense_model(sizes, state)
 
 
-# -----------------------------------------------------------------------------
-# Debug states
-
-
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
     """Write inputs x (B, T), targets y (B, T) and what follows from them: logits, mean loss, gradients.
 
-    Computed here in fp32 throughout, on the model's device, without dropout; gradients are neither clipped
-    nor scaled. Nothing of the model changes: not its mode, not its .grad, not the random state. ValueError
-    for a model that is not GPT-2's shape, and for ids or a T that it does not have.
+    All is computed in fp32 on the model's device, without dropout. The model's mode and .grad and the random
+    state do not change. ValueError as sizes_of, and for ids or a T that the model does not have.
     """
     sizes = sizes_of(model.config)
     if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
@@ -355,10 +245,8 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
         raise ValueError(f"T={x.size(1)} is longer than the model's block_size={sizes.P}; take a shorter T")
     for name, ids in (("x", x), ("y", y)):
         if ids.min() < 0 or ids.max() >= sizes.V:
-            raise ValueError(
-                f"{name} has ids from {ids.min()} to {ids.max()}, but this model's are 0 to {sizes.V - 1}; "
-                "take data of its own encoding"
-            )
+            found = f"{name} has ids from {ids.min()} to {ids.max()}, this model only 0 to {sizes.V - 1}"
+            raise ValueError(f"{found}; take data of its encoding")
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: sizes.V]
     reference = dense_model(sizes, state)
@@ -381,16 +269,14 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     write_atomically(Path(path), write)
 
 
-def read_state(path: str | Path, model_path: str | Path | None = None) -> dict[str, np.ndarray]:
-    """x, y (B, T), logits (B, T, V), loss (), and the gradients under llm.c's names and shapes (see above).
+def read_state(path: Path, model_path: Path | None = None) -> dict[str, np.ndarray]:
+    """x, y (B, T), logits (B, T, V), loss (), and the gradients under llm.c's names and shapes.
 
-    The file does not say how large its model is: that is read from the model file it belongs to, by default
-    the one beside it, gpt2_124M.bin for gpt2_124M_debug_state.bin. FileNotFoundError; ValueError, naming
-    the file, if one of the two is not what it should be or they do not belong together.
+    The sizes are read from the model file, by default gpt2_124M.bin for gpt2_124M_debug_state.bin.
+    FileNotFoundError; ValueError, naming the file, if one of the two is damaged or they do not match.
     """
-    path = Path(path)
     B, T = read_header(path, "debug state")[2:4]
-    model_path = Path(model_path or path.with_name(path.name.replace("_debug_state", "")))
+    model_path = model_path or path.with_name(path.name.replace("_debug_state", ""))
     if model_path == path or not model_path.is_file():
         raise FileNotFoundError(f"{path}: its model, {model_path}, is not there; give model_path")
     sizes, _ = read_sizes(model_path)
@@ -400,17 +286,6 @@ def read_state(path: str | Path, model_path: str | Path | None = None) -> dict[s
         state = {"x": take(file, "<i4", (B, T)), "y": take(file, "<i4", (B, T))}
         state |= {"logits": take(file, "<f4", (B, T, sizes.V)), "loss": take(file, "<f4", ())}
         return state | {name: take(file, "<f4", shape) for name, shape in sizes.shapes().items()}
-
-
-# -----------------------------------------------------------------------------
-# Tokenizers
-
-
-class Tokenizer(NamedTuple):
-    """What a tokenizer file holds: enough to turn ids into text, not text into ids."""
-
-    tokens: list[bytes]
-    eot_token: int
 
 
 def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
@@ -424,49 +299,39 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
         except KeyError:
             text = b""
         if not 1 <= len(text) <= 255:
-            raise ValueError(
-                f"encoding {encoding.name!r}: token {token} has {len(text)} bytes, but llm.c's tokens have "
-                "1 to 255, and no id is left out; use gpt2"
-            )
+            size = f"token {token} has {len(text)} bytes, but llm.c's have 1 to 255"
+            raise ValueError(f"encoding {encoding.name!r}: {size}; use gpt2")
         parts.append(bytes([len(text)]) + text)
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """All tokens of a tokenizer file. FileNotFoundError; ValueError if it is none or is damaged."""
-    path = Path(path)
+def read_tokenizer(path: Path) -> tuple[list[bytes], int]:
+    """Bytes of all tokens, and the end of text's id. FileNotFoundError; ValueError for a damaged file."""
     count, eot_token = read_header(path, "tokenizer")[2:4]
     contents, position, tokens = path.read_bytes(), HEADER_BYTES, []
     while len(tokens) < count and position < len(contents):
         start, position = position + 1, position + 1 + contents[position]
         tokens.append(contents[start:position])
     if len(tokens) != count or position != len(contents) or not 0 <= eot_token < count:
-        raise ValueError(
-            f"{path}: damaged: {len(contents):,} bytes that do not make the header's {count} tokens with "
-            f"{eot_token} as end of text; get it again"
-        )
-    return Tokenizer(tokens, eot_token)
+        held = f"{count} tokens with {eot_token} as end of text"
+        raise ValueError(f"{path}: damaged: {len(contents):,} bytes are not {held}; get it again")
+    return tokens, eot_token
 
 
 # -----------------------------------------------------------------------------
-# Sets of files
+# Sets of files, and the command line
 
 
 def write_all(
-    model: GPT,
-    x: torch.Tensor | None,
-    y: torch.Tensor | None,
-    folder: str | Path,
-    names: str = "d12",
-    c_names: bool = False,
-    parts: tuple[str, ...] = tuple(FILES),
-) -> list[Path]:
+    model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path, names: str = "d12",
+    c_names: bool = False, parts: tuple[str, ...] = tuple(FILES),
+) -> list[Path]:  # fmt: skip
     """What llm.c's train_gpt2.py writes before its first step, or some `parts` (keys of FILES) of it.
 
-    names is a model's, "d12", "gpt2-medium", ..., and makes the files' (gpt2_d12.bin, gpt2_355M.bin).
-    c_names adds copies under 124M's. x and y, (B, T), are the state's. Returns the paths; errors as above.
+    names: a model's, "d12" or "gpt2-medium", for gpt2_d12.bin or gpt2_355M.bin; c_names adds copies under
+    124M's. x and y, (B, T), are the state's. Returns the paths; ValueError before anything is written.
     """
-    sizes_of(model.config)  # all that can be refused is, before anything is written
+    sizes_of(model.config)
     encoding = encoding_of(model.config) if "tokenizer" in parts else None
     writers = {
         "float32": lambda path: write_model(model, path, "float32"),
@@ -486,23 +351,14 @@ def write_all(
     return written
 
 
-def save_folder(model: GPTLMHeadModel, folder: Path) -> None:
-    """model.save_pretrained into a folder that must not exist, and appears whole or not at all."""
-    if folder.exists():
-        raise ValueError(f"--out {folder}: it exists already; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def run(options: argparse.Namespace) -> list[Path]:
     """Do what the command line asks for; the paths written."""
     if options.command == "import":
-        save_folder(read_model(options.model), options.out)
+        model = read_model(options.model)
+        if options.out.exists():
+            raise ValueError(f"--out {options.out}: it exists already; name a new folder")
+        with new_folder(options.out) as temporary:
+            model.save_pretrained(temporary)
         return [options.out]
     x = y = None
     if options.command == "state":
@@ -522,7 +378,7 @@ def run(options: argparse.Namespace) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="llm.c's binary files, both ways.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m llmc", allow_abbrev=False, description=__doc__.split(". ")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a model and its tokenizer for llm.c")
     export.add_argument("--dtype", choices=VERSIONS, help="only this one (default: both)")
@@ -535,16 +391,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--out", type=Path, required=True, help="folder to write into")
         command.add_argument("--c_names", type=int, choices=(0, 1), default=0, help="1 = also gpt2_124M...")
     reading = commands.add_parser("import", help="make a Hugging Face folder of a model of llm.c's")
-    reading.add_argument("--model", required=True, help="a model file of llm.c, fp32 or bf16")
+    reading.add_argument("--model", type=Path, required=True, help="a model file of llm.c, fp32 or bf16")
     reading.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist yet")
     try:
         for path in run(parser.parse_args(arguments)):
             print(f"wrote {path}")
     except (ValueError, OSError) as error:
-        print(f"llmc.py: {error}", file=sys.stderr)
+        print(f"llmc: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ train_gpt_moe.py takes the flags of llm.c's train_gpt2.py, and with --preset llm
     --grad_clip 0 means no clipping, not gradients of 0;
     --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
     --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
-    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights are of a seed of our own.
+    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights have another seed.
 
 Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
 """
@@ -58,14 +58,9 @@ def check_flags(config: Any) -> None:
     if not writes_files(config):
         return
     if config.use_moe and not config.init_from:
-        raise ValueError(
-            "write_tensors=True writes llm.c's files, whose models have no experts, but use_moe=True; give "
-            "--use_moe False, or omit --write_tensors"
-        )
+        raise ValueError("write_tensors=True: llm.c has no experts, but use_moe=True; give --use_moe False")
     if config.parallel == "fsdp":
-        raise ValueError(
-            "write_tensors=True writes a whole model, but parallel=fsdp leaves none on any rank; use ddp"
-        )
+        raise ValueError("write_tensors=True writes a whole model, which parallel=fsdp has nowhere; use ddp")
     if config.vocab_size == 0:  # only the files pad the vocabulary, so that losses agree with llm.c's
         config.vocab_size = -1
 
@@ -74,7 +69,11 @@ def prepare(run: Any) -> None:
     """Before the log is opened. ValueError for a model whose files llm.c could not read."""
     run.trains = not run.config.inference_only
     if writes_files(run.config) and not run.resumed:
-        files.check_writable(run.model.config)
+        try:
+            files.sizes_of(run.model.config)
+            files.encoding_of(run.model.config)
+        except ValueError as error:
+            raise ValueError(f"write_tensors=True: {error}; or give --write_tensors 0") from error
 
 
 def write_files(run: Any) -> None:

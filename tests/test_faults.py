@@ -550,7 +550,7 @@ SETTINGS = {
     "--plot_every -1": "plot_every=-1: must be at least 0",
     "--write_tensors 1 --use_moe 0 --parallel fsdp": "write_tensors=True.*parallel=fsdp",
     "--write_tensors 1": "write_tensors=True.*use_moe=True.*--use_moe False",
-    "--write_tensors 1 --use_moe 0 --bias 0": "write_tensors=True: bias=False.*--write_tensors 0",
+    "--write_tensors 1 --use_moe 0 --bias 0": "write_tensors=True: .*bias=False.*--write_tensors 0",
     "--T 64 --block_size 32": "T=64.*block_size=32",
     "--B 3": r"total_batch_size=256.*3 \* 32 \* 1 = 96.*nearest.*288",
     "--B 0": "B=0: must be at least 1",
