@@ -1,7 +1,4 @@
-"""torch.compile, block by block.
-
-Used by train_gpt_moe.py with use_compile=True.
-"""
+"""torch.compile, block by block: use_compile=True."""
 
 import os
 import shutil
@@ -22,21 +19,17 @@ def check_compiler(device: torch.device) -> None:
     else:
         names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if not any(map(shutil.which, names)):
-        raise ValueError(
-            f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here; install "
-            "it, or --use_compile False"
-        )
+        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here"
+        raise ValueError(f"{problem}; install it, or --use_compile False")
 
 
 def compile_blocks(model: nn.Module, layout: Layout) -> None:
-    """Compile every block in place. All blocks share one graph; to compile the model as a whole takes four
-    times as long.
+    """Compile every block in place. All share one graph; to compile the whole model takes four times as long.
 
     A block is one graph, except where ranks share an MoE layer's parameters: FSDP gathers its router, or
-    ranks exchange rows, in the middle of it. Dynamo would cut graphs at DDP's buckets; blocks need no cut,
-    because DDP reduces gradients between their backward passes.
+    ranks exchange rows, in the middle of it.
     """
-    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.optimize_ddp = False  # no cuts at DDP's buckets: it reduces between the blocks
     # Inductor advises TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     for block in model.transformer.h:

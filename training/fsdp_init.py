@@ -6,8 +6,7 @@ The model's constructor runs once on fake tensors, which have a shape but no mem
 operator that writes to a tensor, and the state of the random number generator before it. Each tensor is then
 made by running its own operators again from these states, so the order of the modules does not matter.
 
-References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode,
-https://dev-discuss.pytorch.org/t/what-and-why-is-torch-dispatch/557
+References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode
 """
 
 from collections.abc import Iterator
@@ -68,9 +67,7 @@ class Recorder(TorchDispatchMode):
 
 def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of all parameters and buffers, equal bit for bit to GPTLMHeadModel(config)'s
-    after torch.manual_seed(seed). At the end the generator is where that constructor would leave it.
-
-    RuntimeError, naming the tensor, for one whose initialisation cannot be run again."""
+    after torch.manual_seed(seed). At the end the generator is where that constructor would leave it."""
     torch.manual_seed(seed)
     with FakeTensorMode(), Recorder() as recorder:
         model = GPTLMHeadModel(config)

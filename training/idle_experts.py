@@ -17,11 +17,10 @@ from mixture_of_experts import MoE
 
 @torch.no_grad()
 def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
-    """For each layer, the experts without rows or gradients in the step that `update_routers` closed.
+    """For each layer, the experts without rows or gradients in the step that `update_routers` closed; the
+    same on all ranks. A collective if there are any and ranks share the experts.
 
     An expert may have a gradient without a counted row: tokens with ignored labels do not count in the usage.
-    The result is the same on all ranks. Reads the counts on the host, and the gradients of experts without
-    rows. If there are any and ranks share the experts, this is a collective.
     """
     layers = list(layers)
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
@@ -48,8 +47,7 @@ def freeze_idle_experts(layers: Iterable[MoE], optimizer: torch.optim.Optimizer)
     """Around optimizer.step(), after `update_routers`: keep idle experts as they are. Yields their number.
 
     Otherwise AdamW changes them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings),
-    and old moments move them. Their weights and moments are saved before the step and restored after it. If
-    ranks share parameters, each restores its part. If no expert is idle, this only reads the counts.
+    and old moments move them. Their weights and moments are saved before the step and restored after it.
     """
     layers, kept = list(layers), []
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside

@@ -13,8 +13,6 @@ import torch
 from model import GPTLMHeadModel
 from training.muon import configure_muon
 
-# ---------------------------------------------------------------------------- OPTIMIZERS
-
 
 class OptimizerRow(NamedTuple):
     """How an optimizer is built, and the layouts that it cannot work with."""
@@ -34,9 +32,6 @@ OPTIMIZERS = {
     ),
 }
 
-# ---------------------------------------------------------------------------- SCHEDULES
-# Between warmup and max_steps the learning rate is min_lr + share * (max_lr - min_lr).
-
 
 def cosine(step: int, config) -> float:
     """The share falls from 1 to 0 as half a cosine (GPT-3, arXiv 2005.14165, appendix B)."""
@@ -54,14 +49,11 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, wsd)}
 
 
 def learning_rate(step: int, config) -> float:
-    """The learning rate of a step: linear warmup to max_lr, then the schedule down to min_lr at max_steps."""
+    """The learning rate of a step: linear warmup to max_lr, then min_lr + the schedule's share of the rest."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     share = SCHEDULES[config.schedule](step, config)
     return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
-
-
-# ---------------------------------------------------------------------------- BUILDING
 
 
 def check_optimizer(config) -> None:

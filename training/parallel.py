@@ -1,7 +1,6 @@
 """Where a training runs: device, process group, and the layout of model and optimizer on the ranks.
 
-One process (python), or many (torchrun; or RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by
-hand). NCCL connects CUDA devices, gloo all others. The training loop is the same in all layouts.
+One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 
 References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054
@@ -45,8 +44,7 @@ class World:
     heartbeat: Heartbeat | None = None  # None if there is no process group
 
     @property
-    def is_master(self) -> bool:
-        """Whether this process prints, logs and saves."""
+    def is_master(self) -> bool:  # prints, logs and saves
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -83,9 +81,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name!r}, but torch {torch.__version__} finds no CUDA here; use --device cpu"
-        )
+        message = f"device={name!r}, but torch {torch.__version__} finds no CUDA here; use --device cpu"
+        raise ValueError(message)
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(
@@ -102,31 +99,28 @@ def start(device: str = "", parallel: str = "ddp") -> World:
     other, and for parallel="none" with more than one process.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if not ("RANK" in given or "WORLD_SIZE" in given):
-        chosen = choose_device(device, 0)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # the default of everything that names no device
-        return World(0, 0, 1, chosen)
-    if len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise ValueError(
-            f"{', '.join(given)} set in the environment, but not {missing}; set all of them, or none"
-        )
-    least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=1)
-    rank, local_rank, size, port = (whole_number(name, smallest) for name, smallest in least.items())
-    if rank >= size:
-        raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
-    if parallel == "none" and size > 1:
-        raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
-    chosen, backend, device_id = choose_device(device, local_rank), "gloo", None
+    given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
+    alone, rank, local_rank, size = "RANK" in missing and "WORLD_SIZE" in missing, 0, 0, 1
+    if not alone:
+        if missing:
+            state = f"{', '.join(given)} set in the environment, but not {', '.join(missing)}"
+            raise ValueError(f"{state}; set all of them, or none")
+        least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=1)
+        rank, local_rank, size, port = (whole_number(name, smallest) for name, smallest in least.items())
+        if rank >= size:
+            raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
+        if parallel == "none" and size > 1:
+            raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        backend, device_id = "nccl", chosen  # NCCL then connects now, and an unreachable rank fails here
+        torch.cuda.set_device(chosen)  # the default of everything that names no device
+    if alone:
+        return World(0, 0, 1, chosen)
     store, heartbeat = rendezvous(rank, size, os.environ["MASTER_ADDR"], port)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id
-    )
+    # With a device_id NCCL connects now, and an unreachable rank fails here.
+    backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    group = dict(store=store, rank=rank, world_size=size, device_id=device_id)
+    dist.init_process_group(backend, timeout=TIMEOUT, **group)
     heartbeat.start()
     atexit.register(heartbeat.stop)
     return World(rank, local_rank, size, chosen, heartbeat)
@@ -147,11 +141,10 @@ def whole_number(name: str, least: int) -> int:
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
 
-    torchrun keeps its store when it restarts all processes (--max-restarts), with the addresses of the dead
-    ones in it. A process that read one of those would wait for ever
-    (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token, rank 0
-    answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer a token of a
-    dead process, but goes on only when every rank has acknowledged.
+    torchrun --max-restarts keeps its store, with the addresses of dead processes in it; whoever read one
+    would wait for ever (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a
+    random token, rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also
+    answer a token of a dead process, but goes on only when every rank has acknowledged.
     ValueError if the store cannot be reached, or a rank does not come within TIMEOUT.
     """
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -176,9 +169,8 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
     missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > end:
-            raise ValueError(
-                f"rank {min(missing)} of WORLD_SIZE={size} has not come; start as many processes"
-            )
+            message = f"rank {min(missing)} of WORLD_SIZE={size} has not come; start as many processes"
+            raise ValueError(message)
         for other in sorted(missing):
             if store.check([f"token of {other}"]):
                 store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
@@ -191,13 +183,13 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
 def stop(world: World | None = None) -> None:
     """Leave the process group, if there is one, as a rank that has finished. Delete the DDP module before.
 
-    A thread of gloo releases the tensors of a collective a little after the collective has returned. If the
-    interpreter is ending by then, the process dies of SIGABRT. The threads end with their group, which lives
-    as long as something refers to it: DDP, or a mesh in DTensor's caches.
+    gloo's threads release the tensors of a collective a little after it has returned, and end with their
+    group. If the interpreter ends before them, the process dies of SIGABRT. A group lives as long as DDP, or
+    a mesh in DTensor's caches, refers to it.
     """
-    if world is not None and world.heartbeat is not None:
+    if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         gc.collect()
         time.sleep(0.5)
         dist.destroy_process_group()
@@ -208,19 +200,11 @@ def stop(world: World | None = None) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How model, gradients and optimizer lie on the ranks.
+    """How model, gradients and optimizer lie on the ranks; docs/many_gpus.md has the bytes of each layout.
 
-    With W ranks, P parameters of which X are experts', fp32 and AdamW, bytes per rank besides activations:
-
-        ddp                         16 P             everything on each rank; gradients averaged
-        ddp, zero_stage 1           8 P + 8 P/W      each rank updates a share, and sends it to the others
-        fsdp                        16 P/W + whole parameters of two blocks at a time (a block's are gathered
-                                    when it runs) and of the embeddings; + 4 P between micro-steps, if many
-        ddp, ep_size n              16 (P - X) + 16 X/n       ranks 0 .. n-1 share the experts, n .. 2n-1, ...
-        fsdp, ep_size n             as fsdp, but experts are gathered from the W/n ranks that hold the same
-
-    All of them compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
-    gives a rank's part of it, `local_ranges` the indices of that part.
+    All layouts compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
+    gives a rank's part of it, `local_ranges` the indices of that part. Ranks 0 .. ep_size - 1 share the
+    experts, and so do the next ep_size ranks.
     """
 
     world: World
@@ -232,13 +216,11 @@ class Layout:
     savers: dist.ProcessGroup | None = None  # all ranks, on the CPU, for checkpoints that all ranks write
 
     @property
-    def shares_parameters(self) -> bool:
-        """Whether no rank holds the whole model: every forward and every save then takes all ranks."""
+    def shares_parameters(self) -> bool:  # every forward and every save then takes all ranks
         return self.parallel == "fsdp" or self.ep_size > 1
 
     @property
-    def saves_together(self) -> bool:
-        """Whether no rank alone has all that a checkpoint consists of."""
+    def saves_together(self) -> bool:  # because no rank alone has all that a checkpoint consists of
         return self.shares_parameters or self.zero_stage > 0
 
     def any(self, flag: bool) -> bool:
@@ -248,7 +230,7 @@ class Layout:
         return self.world.sum(torch.tensor(float(flag), device=self.world.device)).item() > 0
 
 
-def make_layout(world: World, parallel: str = "ddp", zero_stage: int = 0, ep_size: int = 1) -> Layout:
+def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
     """The layout of these settings, which setup.check_layout has checked, with its process groups."""
     all_ranks = mesh = savers = None
     if parallel == "fsdp":
@@ -267,17 +249,15 @@ def make_layout(world: World, parallel: str = "ddp", zero_stage: int = 0, ep_siz
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
 
-    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: of a
-    model on the meta device, (name, whole tensor on the CPU) of its parameters and buffers one after the
-    other, so that no two need exist at once; empty if weights are loaded afterwards.
+    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
+    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later.
     """
     if layout.ep_size > 1:
         share_experts(model, layout)
     if layout.parallel == "fsdp":
         shard(model, layout, dtype)
     if model.device.type == "meta":
-        model.to_empty(device=layout.world.device)
-        model.tie_weights()
+        model.to_empty(device=layout.world.device).tie_weights()
     else:
         model.to(layout.world.device)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -317,8 +297,8 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
     With bfloat16 blocks are gathered in bf16 and gradients reduced in fp32. Routers stay fp32, because bf16
     would change their choices, and so do embeddings, head and last norm, as the activations between blocks.
-    Parameters are cut along dimension 0, those of experts along dimension_to_shard(): along dimension 0, 8
-    experts on 16 ranks would leave 8 ranks with none.
+    Experts are cut along dimension_to_shard(): along dimension 0, as the rest, 8 experts leave 8 of 16 ranks
+    with none.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
@@ -326,8 +306,9 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.gate, mesh=layout.all_ranks)
@@ -367,8 +348,7 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 def sync_gradients(model: nn.Module, now: bool) -> None:
     """Set whether the next backward reduces gradients over the ranks. Only a step's last micro-step needs to.
 
-    Call it before the forward, where DDP reads the flag. FSDP keeps whole gradients until it reduces them; if
-    these do not fit in memory, choose B so that a step is one micro-step.
+    Call it before the forward, where DDP reads the flag. FSDP keeps whole gradients until it reduces them.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
@@ -426,10 +406,8 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
-    """optimizer.state_dict(). With ZeRO-1 a collective: rank 0 gets the whole state, the others {}.
-
-    What fsdp and ep_size divide stays divided, in DTensors.
-    """
+    """optimizer.state_dict(), in DTensors where ranks share parameters. With ZeRO-1 a collective: rank 0 gets
+    the whole state, the others {}."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)
