@@ -36,8 +36,8 @@ class AllToAll:
         send, receive = reversed(self.counts) if backward else self.counts
         self.sent = rows.contiguous()  # must stay in memory until it is sent
         self.received = rows.new_empty(sum(receive), rows.shape[1])
-        exchange = (self.received, self.sent, receive, send, self.group)
-        self.work = dist.all_to_all_single(*exchange, async_op=True)
+        arguments = (self.received, self.sent, receive, send, self.group)
+        self.work = dist.all_to_all_single(*arguments, async_op=True)
         return self.received
 
     def wait(self) -> Tensor:

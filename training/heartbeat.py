@@ -23,13 +23,11 @@ MOST_NAMED = 8  # how many lost ranks a message names
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
 
-    store: a connection to the store that nothing else uses.
-    One thread increases a counter in the store every INTERVAL seconds. On rank 0 it reads the counters of all
-    ranks and writes to the store who is lost; on other ranks it reads that, and rank 0's counter. A second
-    thread notices when the store does not answer the first, because the machine of the store may be lost. A
-    timeout is counted in checks, not in seconds, so that a process that was suspended does not take others
-    for lost. Once a rank is lost, the process has EXIT_TIMEOUT seconds to end, and a checkpoint that is being
-    written is finished first. A process that hangs longer is ended with exit code 1.
+    One thread increases a counter in the store, over a connection of its own, every INTERVAL seconds. On
+    rank 0 it reads the counters of all ranks and writes who is lost; on others it reads that, and rank 0's
+    counter. A second thread notices when the store does not answer. Timeouts are counted in checks, not in
+    seconds, so that a process that was suspended does not take others for lost. Once a rank is lost, the
+    process has EXIT_TIMEOUT seconds to end before it is ended with exit code 1, after its last checkpoint.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store):

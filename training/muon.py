@@ -1,7 +1,5 @@
 """Muon for the matrices of the blocks and AdamW for all other parameters, as one optimizer.
 
-    optimizer = configure_muon(model, 0.1, learning_rate=1e-2, betas=(0.9, 0.95), device_type="cuda")
-
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
 
@@ -13,7 +11,7 @@ and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as AdamW's
 Many processes: each orthogonalises its share of the matrices, and an all-gather distributes the results. The
 shared work is 5 iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c.
 
-Letters: n matrices of r rows and c columns; E experts, C n_embd, H expert hidden size.
+Letters: n matrices of r rows and c columns.
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
 AdamW, arXiv 1711.05101.
 """
@@ -74,8 +72,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
     the same parameters and therefore share the work.
-    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise the rest
-    of its momentum, once orthogonalised, would move it as far as a real gradient does.
+    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged; its momentum, once
+    orthogonalised, would move it as far as a real gradient does.
     ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
     """
 
@@ -112,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Matrices of one shape are stacked: one batched product instead of many small ones."""
         stacks: dict[tuple, list[tuple]] = {}
         for group in groups:
-            for parameter in filter(lambda p: p.grad is not None, group["params"]):
+            for parameter in (p for p in group["params"] if p.grad is not None):
                 blocks = group["row_blocks"] or [parameter.size(-2)]
                 parts = (local(parameter), local(parameter.grad), self._momentum(parameter, group))
                 for weight, grad, update in zip(*(t.split(blocks, dim=-2) for t in parts), strict=True):
@@ -162,10 +160,8 @@ class MuonAdamW(torch.optim.Optimizer):
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
-            raise ValueError(
-                f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}; resume with "
-                "the same --optimizer, or begin anew from the weights with --init_from"
-            )
+            problem = f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}"
+            raise ValueError(f"{problem}; resume with the same --optimizer, or begin anew with --init_from")
         super().load_state_dict(state_dict)
 
 
@@ -184,9 +180,8 @@ def configure_muon(
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
         return ending, dict(method="muon", row_blocks=blocks, replicated=not alone)
 
-    groups = parameter_groups(
-        model.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult, details
-    )
+    rates = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
+    groups = parameter_groups(model.named_parameters(), *rates, details)
     groups.sort(key=lambda group: group["name"])
     return MuonAdamW(groups, learning_rate, weight_decay, betas, fused=device_type in ("cuda", "cpu"))
 

@@ -1,6 +1,5 @@
-"""Optimizers and learning-rate schedules: one row each, from which settings are checked and runs are built.
+"""Optimizers and learning-rate schedules: a new one needs a row in OPTIMIZERS or SCHEDULES.
 
-A new optimizer needs its class and a row in OPTIMIZERS; a new schedule needs a row in SCHEDULES.
 `config` is train_gpt_moe.py's TrainConfig throughout.
 """
 
@@ -49,7 +48,7 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, wsd)}
 
 
 def learning_rate(step: int, config) -> float:
-    """The learning rate of a step: linear warmup to max_lr, then min_lr + the schedule's share of the rest."""
+    """The learning rate of a step: linear warmup to max_lr, then min_lr + share * (max_lr - min_lr)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     share = SCHEDULES[config.schedule](step, config)
@@ -60,10 +59,8 @@ def check_optimizer(config) -> None:
     """ValueError if the chosen optimizer cannot work with the chosen layout."""
     for (field, value), (needs, flag) in OPTIMIZERS[config.optimizer].refuses.items():
         if getattr(config, field) == value:
-            raise ValueError(
-                f"optimizer={config.optimizer} needs {needs}, but {field}={value}; use {flag}, or "
-                "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
-            )
+            problem = f"optimizer={config.optimizer} needs {needs}, but {field}={value}"
+            raise ValueError(f"{problem}; use {flag}, or --optimizer adamw with its --max_lr, such as 6e-4")
 
 
 def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, ar
 """
 
 import atexit
+import functools
 import gc
 import inspect
 import os
@@ -64,10 +65,8 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`, or with "" the best one there is: CUDA, then MPS, then CPU.
-
-    ValueError, with the reason, for a device that this machine or this torch does not have.
-    """
+    """The device called `name`, or with "" the best one there is: CUDA, then MPS, then CPU. ValueError for
+    one that this machine or this torch does not have."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -81,23 +80,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        message = f"device={name!r}, but torch {torch.__version__} finds no CUDA here; use --device cpu"
-        raise ValueError(message)
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} wants GPU {index}, but there are {torch.cuda.device_count()}; "
-            "start at most as many processes per machine as it has GPUs (--nproc_per_node)"
-        )
+        raise ValueError(f"device={name!r}, but torch {torch.__version__} finds no CUDA; use --device cpu")
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
+        problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
+        raise ValueError(f"{problem}; start at most one process per GPU of a machine (--nproc_per_node)")
     return torch.device("cuda", index)
 
 
 def start(device: str = "", parallel: str = "ddp") -> World:
-    """Choose the device and join the process group, if there is one; heartbeats begin.
-
-    ValueError for an environment that is only partly set or makes no sense, for ranks that do not find each
-    other, and for parallel="none" with more than one process.
-    """
+    """Choose the device and join the process group, if there is one; heartbeats begin. ValueError for an
+    environment that makes no sense, ranks that do not meet, and several processes with parallel="none"."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
     alone, rank, local_rank, size = "RANK" in missing and "WORLD_SIZE" in missing, 0, 0, 1
@@ -141,24 +134,22 @@ def whole_number(name: str, least: int) -> int:
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
 
-    torchrun --max-restarts keeps its store, with the addresses of dead processes in it; whoever read one
-    would wait for ever (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a
+    torchrun --max-restarts keeps its store, with the addresses of dead processes in it; a process that reads
+    one waits for ever (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a
     random token, rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also
     answer a token of a dead process, but goes on only when every rank has acknowledged.
     ValueError if the store cannot be reached, or a rank does not come within TIMEOUT.
     """
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex
+    connect = functools.partial(dist.TCPStore, address, port, size, timeout=TIMEOUT, wait_for_workers=False)
     try:
-        store = dist.TCPStore(
-            address, port, size, rank == 0 and not launcher_has_it, TIMEOUT, wait_for_workers=False
-        )
+        store = connect(is_master=rank == 0 and not launcher_has_it)
         if rank > 0:
             store.set(f"token of {rank}", token)
             prefix = store.get(f"prefix for {token}").decode()  # waits for rank 0
         # The heartbeat needs a connection of its own: the main thread may be waiting in the other one.
-        other = dist.TCPStore(address, port, size, False, TIMEOUT, wait_for_workers=False)
-        heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", other))
+        heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", connect(is_master=False)))
         if rank > 0:
             store.set(f"{prefix} acknowledged by {rank}", "")
     except dist.DistError as error:
@@ -169,8 +160,8 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
     missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > end:
-            message = f"rank {min(missing)} of WORLD_SIZE={size} has not come; start as many processes"
-            raise ValueError(message)
+            absent = min(missing)
+            raise ValueError(f"rank {absent} of WORLD_SIZE={size} has not come; start as many processes")
         for other in sorted(missing):
             if store.check([f"token of {other}"]):
                 store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
@@ -183,9 +174,8 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
 def stop(world: World | None = None) -> None:
     """Leave the process group, if there is one, as a rank that has finished. Delete the DDP module before.
 
-    gloo's threads release the tensors of a collective a little after it has returned, and end with their
-    group. If the interpreter ends before them, the process dies of SIGABRT. A group lives as long as DDP, or
-    a mesh in DTensor's caches, refers to it.
+    gloo's threads end with their group, which lives as long as DDP, or a mesh in DTensor's caches, refers to
+    it. If the interpreter ends while a thread releases tensors, the process dies of SIGABRT.
     """
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
@@ -203,8 +193,7 @@ class Layout:
     """How model, gradients and optimizer lie on the ranks; docs/many_gpus.md has the bytes of each layout.
 
     All layouts compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
-    gives a rank's part of it, `local_ranges` the indices of that part. Ranks 0 .. ep_size - 1 share the
-    experts, and so do the next ep_size ranks.
+    gives a rank's part of it. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
     """
 
     world: World
@@ -297,8 +286,7 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
     With bfloat16 blocks are gathered in bf16 and gradients reduced in fp32. Routers stay fp32, because bf16
     would change their choices, and so do embeddings, head and last norm, as the activations between blocks.
-    Experts are cut along dimension_to_shard(): along dimension 0, as the rest, 8 experts leave 8 of 16 ranks
-    with none.
+    Experts are cut along dimension_to_shard(); along dimension 0, as the rest, 16 ranks could not share 8.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
@@ -320,26 +308,20 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
 
 def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
-    """The module whose forward the loop calls: the model itself, or DDP around it.
-
-    Experts are stacked, so every parameter is in every backward, and DDP need not search for unused ones.
-    static_graph promises that all backwards are alike, but of several micro-steps only the last one reduces.
-    """
-    world = layout.world
-    if world.size == 1 or layout.parallel == "fsdp":
+    """The module whose forward the loop calls: the model itself, or DDP around it. Experts are stacked, so
+    every parameter is in every backward, and DDP need not search for unused ones."""
+    if layout.world.size == 1 or layout.parallel == "fsdp":
         return model
-    # No broadcast of buffers: it would overwrite the statistics that each rank's routers have counted.
     # Experts that differ between ranks are not DDP's: finish_gradients() reduces their gradients.
     shared = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     model._ddp_params_and_buffers_to_ignore = [*model._ddp_params_and_buffers_to_ignore, *shared]
+    # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        static_graph=micro_steps == 1,
-        **{"forward_sync_buffers" if newer_name else "broadcast_buffers": False},
-    )
+    no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
+    # static_graph promises that all backwards are alike, but of several micro-steps only the last one reduces.
+    options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
+    device = layout.world.device
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
 
 
 # ---------------------------------------------------------------------------- GRADIENTS AND OPTIMIZER
@@ -357,21 +339,15 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward, reduce the gradients of shared-out experts, as DDP and FSDP do not.
-
-    An expert's gradient is a sum over the ranks of its group; wanted is the mean over all ranks.
-    """
+    """After a step's last backward, turn the gradients of shared experts from sums over the ranks of a group
+    into means over all ranks, as DDP and FSDP do not."""
     if layout.ep_size == 1:
         return
-    works = []
-    for moe in model.moe_layers():
-        for parameter in moe.experts.parameters():
-            grad = local(parameter.grad)
-            if layout.parallel == "fsdp":  # FSDP has taken the mean over the replicas
-                grad.div_(layout.ep_size)
-            else:
-                grad.div_(layout.world.size)
-                works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
+    works, fsdp = [], layout.parallel == "fsdp"  # FSDP has taken the mean over the replicas
+    for parameter in (p for moe in model.moe_layers() for p in moe.experts.parameters()):
+        grad = local(parameter.grad).div_(layout.ep_size if fsdp else layout.world.size)
+        if not fsdp:
+            works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
     for work in works:
         work.wait()
 
