@@ -45,8 +45,8 @@ def parameter_groups(
 ) -> list[dict]:  # fmt: skip
     """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order.
 
-    Every group has "params", "lr", "weight_decay", "name", and "lr_mult", by which a schedule multiplies its
-    rate. details(name, parameter, role) -> (end of the group's name, further settings) divides further.
+    A schedule multiplies its rate by a group's "lr_mult". details(name, parameter, role) -> (end of the
+    group's name, further settings) divides further.
     A saved optimizer state counts parameters in this order: another order could not read old checkpoints.
     """
     lr_mults = {"router": router_lr_mult, "experts": expert_lr_mult, "rest": 1.0}

@@ -1,4 +1,4 @@
-"""torch.compile, block by block: use_compile=True."""
+"""torch.compile, block by block (--use_compile)."""
 
 import os
 import shutil

@@ -66,11 +66,10 @@ class Heartbeat:
                 self.store.set(f"heartbeat {self.rank}", "finished")
 
     def _beat(self) -> None:
+        counter = itertools.count(1)
         try:
-            for count in itertools.count(1):
-                if self.stopped.wait(INTERVAL):
-                    return
-                lost = self._beat_and_check(count)
+            while not self.stopped.wait(INTERVAL):
+                lost = self._beat_and_check(next(counter))
                 self.unanswered = 0
                 if lost:
                     return self._report(lost)

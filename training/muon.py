@@ -3,15 +3,13 @@
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
 
-layers/roles.py says which parameters Muon updates. Each expert is a matrix of its own, and so are queries,
-keys and values, which share one parameter, and swiglu's gate and up projection.
+Matrices: layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Both halves therefore share learning rate, schedule
 and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as AdamW's: w -= lr * weight_decay * w.
-Many processes: each orthogonalises its share of the matrices, and an all-gather distributes the results. The
-shared work is 5 iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c.
+Many processes: each orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per
+matrix, r <= c), and an all-gather distributes the results.
 
-Letters: n matrices of r rows and c columns.
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
 AdamW, arXiv 1711.05101.
 """

@@ -4,25 +4,17 @@
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from model import GPTLMHeadModel
 from training.muon import configure_muon
 
-
-class OptimizerRow(NamedTuple):
-    """How an optimizer is built, and the layouts that it cannot work with."""
-
-    build: Callable  # (model, settings that all optimizers share, config) -> torch.optim.Optimizer
-    refuses: dict  # {(field of config, value): (what the optimizer needs instead, flag that helps)}
-
-
+# name: (how to build it from model, settings that all optimizers share, and config;
+#        {(field of config, value that it refuses): (what it needs instead, flag that helps)})
 OPTIMIZERS = {
-    "adamw": OptimizerRow(lambda model, shared, config: model.configure_optimizers(**shared), {}),
-    "muon": OptimizerRow(
+    "adamw": (lambda model, shared, config: model.configure_optimizers(**shared), {}),
+    "muon": (
         lambda model, shared, config: configure_muon(model, **shared, expert_parallel=config.ep_size > 1),
         {
             ("parallel", "fsdp"): ("whole matrices", "--parallel ddp"),
@@ -57,7 +49,8 @@ def learning_rate(step: int, config) -> float:
 
 def check_optimizer(config) -> None:
     """ValueError if the chosen optimizer cannot work with the chosen layout."""
-    for (field, value), (needs, flag) in OPTIMIZERS[config.optimizer].refuses.items():
+    _, refuses = OPTIMIZERS[config.optimizer]
+    for (field, value), (needs, flag) in refuses.items():
         if getattr(config, field) == value:
             problem = f"optimizer={config.optimizer} needs {needs}, but {field}={value}"
             raise ValueError(f"{problem}; use {flag}, or --optimizer adamw with its --max_lr, such as 6e-4")
@@ -70,4 +63,5 @@ def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
         device_type=model.device.type,
         router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
     )  # fmt: skip
-    return OPTIMIZERS[config.optimizer].build(model, shared, config)
+    build, _ = OPTIMIZERS[config.optimizer]
+    return build(model, shared, config)

@@ -80,7 +80,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but torch {torch.__version__} finds no CUDA; use --device cpu")
+        problem = f"device={name!r}, but torch {torch.__version__} finds no CUDA here"
+        raise ValueError(f"{problem}; use --device cpu")
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
         problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
@@ -318,7 +319,7 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
-    # static_graph promises that all backwards are alike, but of several micro-steps only the last one reduces.
+    # static_graph promises that all backwards are alike; of several micro-steps only the last one reduces.
     options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
     device = layout.world.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)

@@ -63,15 +63,13 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
 
 
 def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
-    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile.
-
-    Eager attention keeps its weights in fp32 and in the dtype of the product with the values, and with
-    dropout also the mask and the result. CPUs have no fused kernel with dropout; the substitute is in fp32.
-    """
-    if shape._attn_implementation == "eager":
-        dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0
+    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile."""
+    if (
+        shape._attn_implementation == "eager"
+    ):  # weights in fp32 and in the dtype of the product with the values
+        dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0  # mask and result
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
-    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)
+    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)  # CPUs: no fused one with dropout
 
 
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
@@ -127,12 +125,10 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     the moments, ep_size the experts. With inference_only there are no gradients and no moments.
     """
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
-    return {
-        "parameters": 4 * held,
-        "gradients": 4 * held * trains,
-        "optimizer": 8 * held * trains // (world_size if config.zero_stage else 1),
-        "activations": activation_bytes(model, config, dtype),
-    }
+    moments = 8 * held * trains // (world_size if config.zero_stage else 1)
+    activations = activation_bytes(model, config, dtype)
+    weights = dict(parameters=4 * held, gradients=4 * held * trains)
+    return weights | dict(optimizer=moments, activations=activations)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -1,6 +1,4 @@
-"""A dense model becomes a Mixture-of-Experts.
-
-    python train_gpt_moe.py --init_from gpt2 --use_moe True --num_experts 8 --num_experts_per_tok 2
+"""A dense model becomes a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
 
 Reference: Sparse Upcycling, arXiv 2212.05055
 """
@@ -22,17 +20,16 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     ValueError for a model that has experts, or an expert size that is not the MLP's.
     """
     if dense.config.use_moe:
-        raise ValueError("init_from: the model has experts (use_moe=True); upcycling needs a dense one")
+        raise ValueError("init_from: the model has experts already; upcycling needs a dense one")
     if config.num_shared_experts > 0:
         problem = "a shared expert would add to the dense output; upcycle with 0"
         raise ValueError(f"num_shared_experts={config.num_shared_experts}: {problem}")
     model = GPTLMHeadModel(config)
     source, target = dense.state_dict(), model.state_dict()
-    E, K = config.num_experts, config.num_experts_per_tok
-    scale = router_scale = 1.0
+    K, scale, router_scale = config.num_experts_per_tok, 1.0, 1.0
     if K == 1 or not config.norm_topk_prob:
         score, _ = ROUTER_SCORES[config.router_score]
-        equal = score(torch.zeros(E, dtype=torch.float64))[0].item()  # each of E equal scores
+        equal = score(torch.zeros(config.num_experts, dtype=torch.float64))[0].item()
         scale, router_scale = 1 / (K * equal), 1e-7 / 0.02
     for layer, block in enumerate(model.transformer.h):
         if not isinstance(block.mlp, MoE):
@@ -45,11 +42,9 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
             stacked = name.removesuffix(".weight").replace(".", "_")  # c_fc, c_fc_bias, ...
             experts = target[f"{prefix}experts.{stacked}"]
             if experts.shape[1:] != tensor.shape:
-                raise ValueError(
-                    f"expert_hidden_size={config.expert_hidden_size}: experts {tuple(experts.shape[1:])} "
-                    f"cannot copy an MLP {tuple(tensor.shape)}; give its hidden size, "
-                    f"--expert_hidden_size {dense.config.mlp_hidden_size or 4 * dense.config.n_embd}"
-                )
+                problem = f"experts {tuple(experts.shape[1:])} cannot copy an MLP {tuple(tensor.shape)}"
+                name, H = "expert_hidden_size", dense.config.mlp_hidden_size or 4 * dense.config.n_embd
+                raise ValueError(f"{name}={config.expert_hidden_size}: {problem}; use --{name} {H}")
             experts.copy_(tensor * (scale if name.startswith("c_proj") else 1.0))  # (E, ...) from (...)
         target[f"{prefix}gate.weight"].mul_(router_scale)
     for name, tensor in source.items():
