@@ -1,8 +1,6 @@
-"""What each parameter is for, decided once, from its name; and what follows from it.
+"""What each parameter is for, decided once, from its name: how optimizers treat it and preflight counts it.
 
-    role_of("transformer.h.0.mlp.experts.c_fc_bias")    # the experts' role, without weight decay
-
-The table ROLES says how the optimizers treat a parameter and under which name preflight counts it.
+Example: role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay.
 """
 
 import re
@@ -47,8 +45,8 @@ def parameter_groups(
 ) -> list[dict]:  # fmt: skip
     """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order.
 
-    Every group has "params", "lr", "weight_decay", "name", and "lr_mult", by which a schedule multiplies its
-    rate. details(name, parameter, role) -> (end of the group's name, further settings) divides further.
+    A schedule multiplies its rate by a group's "lr_mult". details(name, parameter, role) -> (end of the
+    group's name, further settings) divides further.
     A saved optimizer state counts parameters in this order: another order could not read old checkpoints.
     """
     lr_mults = {"router": router_lr_mult, "experts": expert_lr_mult, "rest": 1.0}
@@ -57,11 +55,9 @@ def parameter_groups(
         if parameter.requires_grad:
             role = role_of(name)
             ending, settings = details(name, parameter, role) if details else ("", {})
-            lr_mult = lr_mults[role.lr_group]
-            group = groups.setdefault((role.lr_group, role.decays, ending), dict(
-                params=[], weight_decay=weight_decay if role.decays else 0.0, lr=learning_rate * lr_mult,
-                lr_mult=lr_mult, name=role.lr_group + ending + ("" if role.decays else " without decay"),
-                **settings,
-            ))  # fmt: skip
+            mult, decay = lr_mults[role.lr_group], weight_decay if role.decays else 0.0
+            title = role.lr_group + ending + ("" if role.decays else " without decay")
+            new = dict(params=[], weight_decay=decay, lr=learning_rate * mult, lr_mult=mult, name=title)
+            group = groups.setdefault((role.lr_group, role.decays, ending), new | settings)
             group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]

@@ -1,7 +1,4 @@
-"""Tensors that several ranks share (DTensors): what this rank has of them.
-
-A plain tensor counts as one of which this rank has everything, so callers need no special case.
-"""
+"""What this rank has of a tensor that several ranks share (DTensor), or everything of a plain tensor."""
 
 import math
 from collections.abc import Sequence
@@ -25,8 +22,6 @@ def local_ranges(tensor: Tensor) -> tuple[range, ...]:
 
 
 def dimension_to_shard(shape: Sequence[int], ranks: int) -> int:
-    """The dimension in which FSDP cuts stacked experts (E, ...): the first that `ranks` divides.
-
-    0 if there is none, because FSDP pads only dimension 0.
-    """
+    """The dimension in which FSDP cuts stacked experts (E, ...): the first that `ranks` divides, or else 0,
+    the only one that FSDP pads."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)

@@ -9,9 +9,7 @@ Each of the W ranks of a group holds E/W experts of every layer, and has tokens 
     2. each rank sorts the rows that it received by expert, and runs its experts on them
     3. a second all-to-all sends the results back, where they are weighted and added up
 
-No token is dropped, and the numbers are those of one process. While the first all-to-all is in flight, the
-layer computes the shared experts, in the backward pass too. Forward and backward each send 2 R C elements per
-layer from a rank, of which (W-1)/W go to other ranks.
+While the first all-to-all is in flight, the layer computes the shared experts, in the backward pass too.
 
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
 Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks.
@@ -30,23 +28,22 @@ class AllToAll:
     """An all-to-all of rows: send_counts[w] rows go to rank w, receive_counts[w] come from it."""
 
     def __init__(self, group: dist.ProcessGroup, send_counts: list[int], receive_counts: list[int]):
-        self.group, self.send_counts, self.receive_counts = group, send_counts, receive_counts
-        self.work, self.sent, self.received = None, None, None
+        self.group, self.counts = group, (send_counts, receive_counts)
 
     def start(self, rows: Tensor, backward: bool = False) -> Tensor:
         """Start sending rows, or the gradients of received rows back. Returns a tensor that `wait` fills."""
-        counts = (self.send_counts, self.receive_counts)
-        send, receive = reversed(counts) if backward else counts
+        send, receive = reversed(self.counts) if backward else self.counts
         self.sent = rows.contiguous()  # must stay in memory until it is sent
         self.received = rows.new_empty(sum(receive), rows.shape[1])
-        exchange = (self.received, self.sent, receive, send, self.group)
-        self.work = dist.all_to_all_single(*exchange, async_op=True)
+        arguments = (self.received, self.sent, receive, send, self.group)
+        self.work = dist.all_to_all_single(*arguments, async_op=True)
         return self.received
 
     def wait(self) -> Tensor:
         """Wait for the all-to-all, and return the received rows."""
         self.work.wait()
-        received, self.work, self.sent, self.received = self.received, None, None, None
+        received = self.received
+        del self.work, self.sent, self.received
         return received
 
 
@@ -64,8 +61,7 @@ class AllToAllStart(torch.autograd.Function):
 
 
 class AllToAllWait(torch.autograd.Function):
-    """Wait for an all-to-all. The backward pass starts the gradients' one. While it is in flight, autograd
-    goes through what was computed between the two."""
+    """Wait for an all-to-all. The backward pass starts the gradients' one, and autograd goes on meanwhile."""
 
     @staticmethod
     def forward(ctx, rows, all_to_all):
@@ -90,11 +86,9 @@ class Exchange:
 
     @torch.compiler.disable  # the numbers of rows are known on the host only after an exchange
     def __call__(self, experts: Experts, x: Tensor, routing: Routing, meanwhile: Callable) -> tuple:
-        """x (N, C) -> (y (N, C), meanwhile()). A collective: all ranks of the group must run the same layers
-        in the same order; N may differ. Reads the numbers of rows on the host."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        """x (N, C) -> (y (N, C), meanwhile()). A collective, for which N may differ between the ranks."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         counts = routing.counts()  # (E,)
         arriving = torch.empty_like(counts)  # (W * E/W,) from each rank for each expert here
         dist.all_to_all_single(arriving, counts, group=self.group)

@@ -6,8 +6,7 @@ The model's constructor runs once on fake tensors, which have a shape but no mem
 operator that writes to a tensor, and the state of the random number generator before it. Each tensor is then
 made by running its own operators again from these states, so the order of the modules does not matter.
 
-References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode,
-https://dev-discuss.pytorch.org/t/what-and-why-is-torch-dispatch/557
+References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode
 """
 
 from collections.abc import Iterator
@@ -26,10 +25,7 @@ OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 class Recorder(TorchDispatchMode):
     """Records the operators that write to fake tensors, and draws the random numbers that they would draw.
-
-    RuntimeError for what could not be repeated: a write to a part of a tensor, and a new tensor that is
-    random from the start (torch.randn).
-    """
+    RuntimeError for what could not be repeated: a write to a part of a tensor, torch.randn."""
 
     def __init__(self):
         super().__init__()
@@ -37,22 +33,20 @@ class Recorder(TorchDispatchMode):
         self.writes: dict[int, list[tuple]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
         if func._schema.is_mutable:
-            self._record(func, args[0], args[1:], kwargs)
-        elif torch.Tag.nondeterministic_seeded in func.tags:
+            tensor, *others = args
+            storage = tensor.untyped_storage()
+            if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
+                raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
+            past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
+            self.writes[storage._cdata] = [*past, (tensor, torch.get_rng_state(), func, others, kwargs)]
+            if draws:  # advances the generator as on the CPU
+                with unset_fake_temporarily():
+                    func(torch.empty(tensor.shape, dtype=tensor.dtype), *others, **kwargs)
+        elif draws:
             raise RuntimeError(f"{func} draws random numbers for a new tensor; draw them in place instead")
         return func(*args, **kwargs)
-
-    def _record(self, func, tensor: torch.Tensor, args: tuple, kwargs: dict) -> None:
-        storage = tensor.untyped_storage()
-        if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
-            raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
-        past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
-        self.writes[storage._cdata] = [*past, (tensor, torch.get_rng_state(), func, args, kwargs)]
-        if torch.Tag.nondeterministic_seeded in func.tags:  # advances the generator as on the CPU
-            with unset_fake_temporarily():
-                func(torch.empty(tensor.shape, dtype=tensor.dtype), *args, **kwargs)
 
     def repeat(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The parameter or buffer called `name` with its values, on the CPU. RuntimeError if it has none."""
@@ -68,9 +62,7 @@ class Recorder(TorchDispatchMode):
 
 def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor on the CPU) of all parameters and buffers, equal bit for bit to GPTLMHeadModel(config)'s
-    after torch.manual_seed(seed). At the end the generator is where that constructor would leave it.
-
-    RuntimeError, naming the tensor, for one whose initialisation cannot be run again."""
+    after torch.manual_seed(seed). At the end the generator is where that constructor would leave it."""
     torch.manual_seed(seed)
     with FakeTensorMode(), Recorder() as recorder:
         model = GPTLMHeadModel(config)

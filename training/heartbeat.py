@@ -1,9 +1,6 @@
 """Heartbeats: the ranks of a run notice that one of them is lost, and end with its name instead of waiting.
 
-Used by parallel.py. Without heartbeats gloo's collectives fail at once when a process dies, but name an
-address and no rank. NCCL's may wait until their timeout, and all do when a machine loses its power or its
-network. Launchers see the processes of their own machine only.
-
+Used by parallel.py; docs/many_gpus.md, "When a rank is lost", says who would notice without heartbeats.
 Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
 """
 
@@ -26,17 +23,11 @@ MOST_NAMED = 8  # how many lost ranks a message names
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
 
-        heartbeat = Heartbeat(rank, size, store)    # a connection to the store that nothing else uses
-        heartbeat.start()
-        heartbeat.lost_after_error()                # a collective has failed: which ranks are lost, or ""
-        heartbeat.stop(finished=True)               # at the end; the others do not miss a rank that finished
-
-    One thread increases a counter in the store every INTERVAL seconds. On rank 0 it reads the counters of all
-    ranks and writes to the store who is lost; on other ranks it reads that, and rank 0's counter. A second
-    thread notices when the store does not answer the first, because the machine of the store may be lost. A
-    timeout is counted in checks, not in seconds, so that a process that was suspended does not take others
-    for lost. Once a rank is lost, the process has EXIT_TIMEOUT seconds to end, and a checkpoint that is being
-    written is finished first. A process that hangs longer is ended with exit code 1.
+    One thread increases a counter in the store, over a connection of its own, every INTERVAL seconds. On
+    rank 0 it reads the counters of all ranks and writes who is lost; on others it reads that, and rank 0's
+    counter. A second thread notices when the store does not answer. Timeouts are counted in checks, not in
+    seconds, so that a process that was suspended does not take others for lost. Once a rank is lost, this
+    process has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint, and ends it.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store):
@@ -44,9 +35,8 @@ class Heartbeat:
         self.others = list(range(1, size)) if rank == 0 else [0]
         self.last_seen = dict.fromkeys(self.others, b"")  # the last counter that was read
         self.missed = dict.fromkeys(self.others, 0)  # checks since it changed
-        self.error_seen = False
         self.unanswered = 0  # intervals that the store has not answered
-        self.lost = ""  # a sentence that names the lost ranks
+        self.error_seen, self.lost = False, ""  # lost: a sentence that names the lost ranks
         self.found, self.stopped = threading.Event(), threading.Event()
         store.set(f"process {rank}", f"process {os.getpid()} on {socket.gethostname()}")
         store.set(f"heartbeat {rank}", "0")
@@ -76,15 +66,13 @@ class Heartbeat:
                 self.store.set(f"heartbeat {self.rank}", "finished")
 
     def _beat(self) -> None:
+        counter = itertools.count(1)
         try:
-            for count in itertools.count(1):
-                if self.stopped.wait(INTERVAL):
-                    return
-                lost = self._beat_and_check(count)
+            while not self.stopped.wait(INTERVAL):
+                lost = self._beat_and_check(next(counter))
                 self.unanswered = 0
                 if lost:
-                    self._report(lost)
-                    return
+                    return self._report(lost)
         except dist.DistError:  # the process that had the store is gone
             if not self.stopped.wait(0 if self.error_seen else TIMEOUT_AFTER_ERROR):
                 self._report(self.store_host)
@@ -106,9 +94,9 @@ class Heartbeat:
         silent = [other for other in self.others if self.missed[other] >= most - 2]  # all of a lost machine
         processes = self._read("process", silent[:MOST_NAMED])
         names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
-        more = [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
-        self.store.set("lost", ", ".join(names + more))
-        return ", ".join(names + more)
+        names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
+        self.store.set("lost", ", ".join(names))
+        return ", ".join(names)
 
     def _read(self, key: str, ranks: list[int]) -> list[bytes]:
         return self.store.multi_get([f"{key} {rank}" for rank in ranks]) if ranks else []
@@ -126,7 +114,7 @@ class Heartbeat:
         if self.stopped.wait(EXIT_TIMEOUT):
             return
         for thread in threading.enumerate():
-            if thread.name == "checkpoint":  # checkpoints.py's thread, which writes a checkpoint
+            if thread.name == "checkpoint":  # checkpoint_writer.py's
                 thread.join(10 * HEARTBEAT_TIMEOUT)
         print(f"{self.lost}. Rank {self.rank} would wait for ever and ends", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,12 +1,7 @@
-"""Idle experts: those to which an optimizer step gave nothing to learn. The optimizer must leave them alone.
-
-model.update_routers()
-with freeze_idle_experts(model.moe_layers(), optimizer):
-    optimizer.step()
-"""
+"""Idle experts: an optimizer step gave them nothing to learn, so the optimizer must leave them alone."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -16,14 +11,12 @@ from mixture_of_experts import MoE
 
 
 @torch.no_grad()
-def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
-    """For each layer, the experts without rows or gradients in the step that `update_routers` closed.
+def idle_experts(layers: list[MoE]) -> list[list[int]]:
+    """For each layer, the experts without rows or gradients in the step that `update_routers` closed; the
+    same on all ranks. A collective if there are any and ranks share the experts.
 
     An expert may have a gradient without a counted row: tokens with ignored labels do not count in the usage.
-    The result is the same on all ranks. Reads the counts on the host, and the gradients of experts without
-    rows. If there are any and ranks share the experts, this is a collective.
     """
-    layers = list(layers)
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
     idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
     if not any(idle):
@@ -39,21 +32,18 @@ def idle_experts(layers: Iterable[MoE]) -> list[list[int]]:
     mesh = getattr(next(layers[0].experts.parameters()), "device_mesh", None)
     for group in mesh.get_all_groups() if mesh is not None else ():
         dist.all_reduce(learns, group=group)
-    learns = learns.tolist()
-    return [[e for e in experts if not learns[number][e]] for number, experts in enumerate(idle)]
+    return [[e for e in row if not learnt[e]] for row, learnt in zip(idle, learns.tolist(), strict=True)]
 
 
 @contextlib.contextmanager
-def freeze_idle_experts(layers: Iterable[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
+def freeze_idle_experts(layers: list[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
     """Around optimizer.step(), after `update_routers`: keep idle experts as they are. Yields their number.
 
     Otherwise AdamW changes them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings),
-    and old moments move them. Their weights and moments are saved before the step and restored after it. If
-    ranks share parameters, each restores its part. If no expert is idle, this only reads the counts.
+    and old moments move them. Their weights and moments are saved before the step and restored after it.
     """
-    layers, kept = list(layers), []
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
-    idle = idle_experts(layers)
+    kept, idle = [], idle_experts(layers)
     for layer, experts in zip(layers, idle, strict=True):
         for parameter in layer.experts.parameters() if experts else ():
             rows = local_ranges(parameter)[0]

@@ -1,21 +1,15 @@
 """Muon for the matrices of the blocks and AdamW for all other parameters, as one optimizer.
 
-    optimizer = configure_muon(model, 0.1, learning_rate=1e-2, betas=(0.9, 0.95), device_type="cuda")
-
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
 
-Parameters: Muon updates the projections of attention and feed-forward layers and the stacked experts. Each
-expert is a matrix of its own, and so are queries, keys and values, which share one parameter, and swiglu's
-gate and up projection. AdamW updates embeddings, head, routers, norms and biases (layers/roles.py).
+Matrices: layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Both halves therefore share learning rate, schedule
 and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as AdamW's: w -= lr * weight_decay * w.
-Many processes: gradients are averaged before. Each process orthogonalises its share of the matrices, and an
-all-gather gives all processes the results. The shared work is 5 iterations of 4 r r c + 2 r r r FLOPs per
-matrix, r <= c.
+Many processes: each orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per
+matrix, r <= c), and an all-gather distributes the results.
 
-Letters: n matrices of r rows and c columns; E experts, C n_embd, H expert hidden size.
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
 AdamW, arXiv 1711.05101.
 """
@@ -47,10 +41,7 @@ def has_fast_bf16(device_type: str) -> bool:
 
 
 def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly orthogonal matrices with the singular vectors of `matrices` (n, r, c), r <= c; zeros stay zeros.
-
-    Computed in the dtype of `matrices`. bf16 is exact enough: singular values only end between 0.7 and 1.2.
-    """
+    """Nearly orthogonal matrices with the singular vectors of `matrices` (n, r, c), r <= c; zeros stay."""
     a, b, c = QUINTIC
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-12)  # no singular value above 1
     for _ in range(steps):
@@ -60,9 +51,9 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x
 
 
-def shared_newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
     """newton_schulz of (n, r, c), divided among the processes; all processes get the same bits."""
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
         return newton_schulz(matrices, steps)
     share = math.ceil(len(matrices) / size)
@@ -77,20 +68,19 @@ def shared_newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with method="muon" or method="adamw", each with its own lr and weight_decay.
 
-    A Muon group also has row_blocks: the row counts of the matrices that each parameter stacks along
-    dimension -2, or None if it is one matrix; and replicated: whether all processes hold the same parameters
-    and therefore share the work.
-    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise the rest
-    of its momentum, once orthogonalised, would move it as far as a real gradient does.
+    A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
+    the same parameters and therefore share the work.
+    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged; its momentum, once
+    orthogonalised, would move it as far as a real gradient does.
     ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
     """
 
     def __init__(
-        self, param_groups: list[dict], lr: float, weight_decay: float = 0.1, momentum: float = 0.95,
-        steps: int = 5, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, fused: bool = False,
+        self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95), fused: bool = False,
     ):  # fmt: skip
-        muon = dict(momentum=momentum, steps=steps, row_blocks=None, replicated=True)
-        defaults = {"muon": muon, "adamw": dict(betas=betas, eps=eps, fused=fused)}
+        muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
+        defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
         for group in param_groups:
             if group.get("method") not in defaults:
                 raise ValueError(f"method={group.get('method')!r} of a group: choose muon or adamw")
@@ -101,17 +91,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 if group["replicated"] and isinstance(parameter.data, DTensor):
                     raise ValueError("Muon needs whole matrices, but these are sharded; use optimizer=adamw")
                 if parameter.dim() not in (2, 3):
-                    raise ValueError(
-                        f"Muon is for matrices, alone or stacked, not for shape {tuple(parameter.shape)}"
-                    )
+                    raise ValueError(f"Muon is for matrices, not for shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update from the gradients; returns the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
         for group in self.param_groups:
             if group["method"] == "adamw":
@@ -122,9 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Matrices of one shape are stacked: one batched product instead of many small ones."""
         stacks: dict[tuple, list[tuple]] = {}
         for group in groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            for parameter in (p for p in group["params"] if p.grad is not None):
                 blocks = group["row_blocks"] or [parameter.size(-2)]
                 parts = (local(parameter), local(parameter.grad), self._momentum(parameter, group))
                 for weight, grad, update in zip(*(t.split(blocks, dim=-2) for t in parts), strict=True):
@@ -158,15 +142,13 @@ class MuonAdamW(torch.optim.Optimizer):
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in params:
             if not self.state[parameter]:
-                self.state[parameter].update(
-                    step=torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
-                    exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter),
-                )  # fmt: skip
+                step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter].update(step=step, **moments)
         states = [self.state[parameter] for parameter in params]
+        averages, squares, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
-            params, [parameter.grad for parameter in params],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
-            [state["step"] for state in states],
+            params, [parameter.grad for parameter in params], averages, squares, [], steps,
             fused=group["fused"], amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
             beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
         )  # fmt: skip
@@ -176,22 +158,17 @@ class MuonAdamW(torch.optim.Optimizer):
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
-            raise ValueError(
-                f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}; resume with "
-                "the same --optimizer, or begin anew from the weights with --init_from"
-            )
+            problem = f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}"
+            raise ValueError(f"{problem}; resume with the same --optimizer, or begin anew with --init_from")
         super().load_state_dict(state_dict)
 
 
 def configure_muon(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
-    momentum: float = 0.95, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-    expert_parallel: bool = False,
+    router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT; the arguments are those of GPT.configure_optimizers, and two more.
-
-    expert_parallel: each process holds other experts and orthogonalises them alone.
-    """
+    """MuonAdamW for a GPT; the arguments are those of GPT.configure_optimizers, and expert_parallel: each
+    process holds other experts and orthogonalises them alone."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
@@ -201,16 +178,15 @@ def configure_muon(
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
         return ending, dict(method="muon", row_blocks=blocks, replicated=not alone)
 
-    groups = parameter_groups(
-        model.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult, details
-    )
+    rates = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
+    groups = parameter_groups(model.named_parameters(), *rates, details)
     groups.sort(key=lambda group: group["name"])
-    fused = device_type in ("cuda", "cpu")
-    return MuonAdamW(groups, learning_rate, weight_decay, momentum, betas=betas, fused=fused)
+    return MuonAdamW(groups, learning_rate, weight_decay, betas, fused=device_type in ("cuda", "cpu"))
 
 
 def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
-    """Row counts of the matrices in a parameter: q, k, v; swiglu's gate and up. None if it is one matrix."""
+    """Row counts of the matrices that a parameter stacks along dimension -2: q, k, v; swiglu's gate and up.
+    None if it is one matrix."""
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]

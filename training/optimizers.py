@@ -1,31 +1,20 @@
-"""Optimizers and learning-rate schedules: one row each, from which settings are checked and runs are built.
+"""Optimizers and learning-rate schedules: a new one needs a row in OPTIMIZERS or SCHEDULES.
 
-A new optimizer needs its class and a row in OPTIMIZERS; a new schedule needs a row in SCHEDULES.
 `config` is train_gpt_moe.py's TrainConfig throughout.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from model import GPTLMHeadModel
 from training.muon import configure_muon
 
-# ---------------------------------------------------------------------------- OPTIMIZERS
-
-
-class OptimizerRow(NamedTuple):
-    """How an optimizer is built, and the layouts that it cannot work with."""
-
-    build: Callable  # (model, settings that all optimizers share, config) -> torch.optim.Optimizer
-    refuses: dict  # {(field of config, value): (what the optimizer needs instead, flag that helps)}
-
-
+# name: (how to build it from model, settings that all optimizers share, and config;
+#        {(field of config, value that it refuses): (what it needs instead, flag that helps)})
 OPTIMIZERS = {
-    "adamw": OptimizerRow(lambda model, shared, config: model.configure_optimizers(**shared), {}),
-    "muon": OptimizerRow(
+    "adamw": (lambda model, shared, config: model.configure_optimizers(**shared), {}),
+    "muon": (
         lambda model, shared, config: configure_muon(model, **shared, expert_parallel=config.ep_size > 1),
         {
             ("parallel", "fsdp"): ("whole matrices", "--parallel ddp"),
@@ -33,9 +22,6 @@ OPTIMIZERS = {
         },
     ),
 }
-
-# ---------------------------------------------------------------------------- SCHEDULES
-# Between warmup and max_steps the learning rate is min_lr + share * (max_lr - min_lr).
 
 
 def cosine(step: int, config) -> float:
@@ -54,24 +40,20 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, wsd)}
 
 
 def learning_rate(step: int, config) -> float:
-    """The learning rate of a step: linear warmup to max_lr, then the schedule down to min_lr at max_steps."""
+    """The learning rate of a step: linear warmup to max_lr, then min_lr + share * (max_lr - min_lr)."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     share = SCHEDULES[config.schedule](step, config)
     return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
 
 
-# ---------------------------------------------------------------------------- BUILDING
-
-
 def check_optimizer(config) -> None:
     """ValueError if the chosen optimizer cannot work with the chosen layout."""
-    for (field, value), (needs, flag) in OPTIMIZERS[config.optimizer].refuses.items():
+    _, refuses = OPTIMIZERS[config.optimizer]
+    for (field, value), (needs, flag) in refuses.items():
         if getattr(config, field) == value:
-            raise ValueError(
-                f"optimizer={config.optimizer} needs {needs}, but {field}={value}; use {flag}, or "
-                "--optimizer adamw with a learning rate for it, such as --max_lr 6e-4"
-            )
+            problem = f"optimizer={config.optimizer} needs {needs}, but {field}={value}"
+            raise ValueError(f"{problem}; use {flag}, or --optimizer adamw with its --max_lr, such as 6e-4")
 
 
 def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
@@ -81,4 +63,5 @@ def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
         device_type=model.device.type,
         router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
     )  # fmt: skip
-    return OPTIMIZERS[config.optimizer].build(model, shared, config)
+    build, _ = OPTIMIZERS[config.optimizer]
+    return build(model, shared, config)

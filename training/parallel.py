@@ -1,18 +1,21 @@
-"""Where a training runs: device, process group, and the layout of model and optimizer on the ranks.
+"""Where a training runs: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
-One process (python), or many (torchrun; or RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set by
-hand). NCCL connects CUDA devices, gloo all others. The training loop is the same in all layouts.
+One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 
 References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054
 """
 
 import atexit
+import functools
 import gc
 import inspect
 import os
+import shutil
+import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,8 +48,7 @@ class World:
     heartbeat: Heartbeat | None = None  # None if there is no process group
 
     @property
-    def is_master(self) -> bool:
-        """Whether this process prints, logs and saves."""
+    def is_master(self) -> bool:  # prints, logs and saves
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,10 +68,8 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`, or with "" the best one there is: CUDA, then MPS, then CPU.
-
-    ValueError, with the reason, for a device that this machine or this torch does not have.
-    """
+    """The device called `name`, or with "" the best one there is: CUDA, then MPS, then CPU. ValueError for
+    one that this machine or this torch does not have."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -83,50 +83,52 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise ValueError(
-            f"device={name!r}, but torch {torch.__version__} finds no CUDA here; use --device cpu"
-        )
-    index = local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} wants GPU {index}, but there are {torch.cuda.device_count()}; "
-            "start at most as many processes per machine as it has GPUs (--nproc_per_node)"
-        )
+        problem = f"device={name!r}, but torch {torch.__version__} finds no CUDA here"
+        raise ValueError(f"{problem}; use --device cpu")
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
+        problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
+        raise ValueError(f"{problem}; start at most one process per GPU of a machine (--nproc_per_node)")
     return torch.device("cuda", index)
 
 
-def start(device: str = "", parallel: str = "ddp") -> World:
-    """Choose the device and join the process group, if there is one; heartbeats begin.
+def check_compiler(device: torch.device) -> None:
+    """ValueError if the compiler that torch.compile needs for this device is not installed."""
+    if device.type == "cuda":  # for Triton
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+    if not any(map(shutil.which, names)):
+        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here"
+        raise ValueError(f"{problem}; install it, or --use_compile False")
 
-    ValueError for an environment that is only partly set or makes no sense, for ranks that do not find each
-    other, and for parallel="none" with more than one process.
-    """
+
+def start(device: str = "", parallel: str = "ddp") -> World:
+    """Choose the device and join the process group, if there is one; heartbeats begin. ValueError for an
+    environment that makes no sense, ranks that do not meet, and several processes with parallel="none"."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if not ("RANK" in given or "WORLD_SIZE" in given):
-        chosen = choose_device(device, 0)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # the default of everything that names no device
-        return World(0, 0, 1, chosen)
-    if len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise ValueError(
-            f"{', '.join(given)} set in the environment, but not {missing}; set all of them, or none"
-        )
-    least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=1)
-    rank, local_rank, size, port = (whole_number(name, smallest) for name, smallest in least.items())
-    if rank >= size:
-        raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
-    if parallel == "none" and size > 1:
-        raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
-    chosen, backend, device_id = choose_device(device, local_rank), "gloo", None
+    given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
+    alone, rank, local_rank, size = "RANK" in missing and "WORLD_SIZE" in missing, 0, 0, 1
+    if not alone:
+        if missing:
+            state = f"{', '.join(given)} set in the environment, but not {', '.join(missing)}"
+            raise ValueError(f"{state}; set all of them, or none")
+        least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=1)
+        rank, local_rank, size, port = (whole_number(name, smallest) for name, smallest in least.items())
+        if rank >= size:
+            raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
+        if parallel == "none" and size > 1:
+            raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        backend, device_id = "nccl", chosen  # NCCL then connects now, and an unreachable rank fails here
+        torch.cuda.set_device(chosen)  # the default of everything that names no device
+    if alone:
+        return World(0, 0, 1, chosen)
     store, heartbeat = rendezvous(rank, size, os.environ["MASTER_ADDR"], port)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id
-    )
+    # With a device_id NCCL connects now, and an unreachable rank fails here.
+    backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+    members = dict(store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
     heartbeat.start()
     atexit.register(heartbeat.stop)
     return World(rank, local_rank, size, chosen, heartbeat)
@@ -147,25 +149,22 @@ def whole_number(name: str, least: int) -> int:
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
 
-    torchrun keeps its store when it restarts all processes (--max-restarts), with the addresses of the dead
-    ones in it. A process that read one of those would wait for ever
-    (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token, rank 0
-    answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer a token of a
-    dead process, but goes on only when every rank has acknowledged.
+    torchrun --max-restarts keeps its store, with the addresses of dead processes in it; a process that reads
+    one waits for ever (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a
+    random token, rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also
+    answer a token of a dead process, but goes on only when every rank has acknowledged.
     ValueError if the store cannot be reached, or a rank does not come within TIMEOUT.
     """
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex
+    connect = functools.partial(dist.TCPStore, address, port, size, timeout=TIMEOUT, wait_for_workers=False)
     try:
-        store = dist.TCPStore(
-            address, port, size, rank == 0 and not launcher_has_it, TIMEOUT, wait_for_workers=False
-        )
+        store = connect(is_master=rank == 0 and not launcher_has_it)
         if rank > 0:
             store.set(f"token of {rank}", token)
             prefix = store.get(f"prefix for {token}").decode()  # waits for rank 0
         # The heartbeat needs a connection of its own: the main thread may be waiting in the other one.
-        other = dist.TCPStore(address, port, size, False, TIMEOUT, wait_for_workers=False)
-        heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", other))
+        heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", connect(is_master=False)))
         if rank > 0:
             store.set(f"{prefix} acknowledged by {rank}", "")
     except dist.DistError as error:
@@ -176,9 +175,8 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
     missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > end:
-            raise ValueError(
-                f"rank {min(missing)} of WORLD_SIZE={size} has not come; start as many processes"
-            )
+            absent = min(missing)
+            raise ValueError(f"rank {absent} of WORLD_SIZE={size} has not come; start as many processes")
         for other in sorted(missing):
             if store.check([f"token of {other}"]):
                 store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
@@ -191,13 +189,12 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
 def stop(world: World | None = None) -> None:
     """Leave the process group, if there is one, as a rank that has finished. Delete the DDP module before.
 
-    A thread of gloo releases the tensors of a collective a little after the collective has returned. If the
-    interpreter is ending by then, the process dies of SIGABRT. The threads end with their group, which lives
-    as long as something refers to it: DDP, or a mesh in DTensor's caches.
+    gloo's threads end with their group, which lives as long as DDP, or a mesh in DTensor's caches, refers to
+    it. If the interpreter ends while a thread releases tensors, the process dies of SIGABRT.
     """
-    if world is not None and world.heartbeat is not None:
+    if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         gc.collect()
         time.sleep(0.5)
         dist.destroy_process_group()
@@ -208,19 +205,10 @@ def stop(world: World | None = None) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How model, gradients and optimizer lie on the ranks.
+    """How model, gradients and optimizer lie on the ranks; docs/many_gpus.md has the bytes of each layout.
 
-    With W ranks, P parameters of which X are experts', fp32 and AdamW, bytes per rank besides activations:
-
-        ddp                         16 P             everything on each rank; gradients averaged
-        ddp, zero_stage 1           8 P + 8 P/W      each rank updates a share, and sends it to the others
-        fsdp                        16 P/W + whole parameters of two blocks at a time (a block's are gathered
-                                    when it runs) and of the embeddings; + 4 P between micro-steps, if many
-        ddp, ep_size n              16 (P - X) + 16 X/n       ranks 0 .. n-1 share the experts, n .. 2n-1, ...
-        fsdp, ep_size n             as fsdp, but experts are gathered from the W/n ranks that hold the same
-
-    All of them compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
-    gives a rank's part of it, `local_ranges` the indices of that part.
+    All layouts compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
+    gives a rank's part of it. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
     """
 
     world: World
@@ -232,13 +220,11 @@ class Layout:
     savers: dist.ProcessGroup | None = None  # all ranks, on the CPU, for checkpoints that all ranks write
 
     @property
-    def shares_parameters(self) -> bool:
-        """Whether no rank holds the whole model: every forward and every save then takes all ranks."""
+    def shares_parameters(self) -> bool:  # every forward and every save then takes all ranks
         return self.parallel == "fsdp" or self.ep_size > 1
 
     @property
-    def saves_together(self) -> bool:
-        """Whether no rank alone has all that a checkpoint consists of."""
+    def saves_together(self) -> bool:  # because no rank alone has all that a checkpoint consists of
         return self.shares_parameters or self.zero_stage > 0
 
     def any(self, flag: bool) -> bool:
@@ -248,7 +234,7 @@ class Layout:
         return self.world.sum(torch.tensor(float(flag), device=self.world.device)).item() > 0
 
 
-def make_layout(world: World, parallel: str = "ddp", zero_stage: int = 0, ep_size: int = 1) -> Layout:
+def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
     """The layout of these settings, which setup.check_layout has checked, with its process groups."""
     all_ranks = mesh = savers = None
     if parallel == "fsdp":
@@ -267,17 +253,15 @@ def make_layout(world: World, parallel: str = "ddp", zero_stage: int = 0, ep_siz
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
 
-    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: of a
-    model on the meta device, (name, whole tensor on the CPU) of its parameters and buffers one after the
-    other, so that no two need exist at once; empty if weights are loaded afterwards.
+    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
+    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later.
     """
     if layout.ep_size > 1:
         share_experts(model, layout)
     if layout.parallel == "fsdp":
         shard(model, layout, dtype)
     if model.device.type == "meta":
-        model.to_empty(device=layout.world.device)
-        model.tie_weights()
+        model.to_empty(device=layout.world.device).tie_weights()
     else:
         model.to(layout.world.device)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -317,8 +301,7 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
     With bfloat16 blocks are gathered in bf16 and gradients reduced in fp32. Routers stay fp32, because bf16
     would change their choices, and so do embeddings, head and last norm, as the activations between blocks.
-    Parameters are cut along dimension 0, those of experts along dimension_to_shard(): along dimension 0, 8
-    experts on 16 ranks would leave 8 ranks with none.
+    Experts are cut along dimension_to_shard(); along dimension 0, as the rest, 16 ranks could not share 8.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
@@ -326,8 +309,9 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = half if dtype == "bfloat16" else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.gate, mesh=layout.all_ranks)
@@ -338,27 +322,38 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     fully_shard(model, mesh=layout.all_ranks)
 
 
-def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
-    """The module whose forward the loop calls: the model itself, or DDP around it.
+def compile_blocks(model: nn.Module, layout: Layout) -> None:
+    """Compile every block in place. All share one graph; to compile the whole model takes four times as long.
 
-    Experts are stacked, so every parameter is in every backward, and DDP need not search for unused ones.
-    static_graph promises that all backwards are alike, but of several micro-steps only the last one reduces.
+    A block is one graph, except where ranks share an MoE layer's parameters: FSDP gathers its router, or
+    ranks exchange rows, in the middle of it.
     """
-    world = layout.world
-    if world.size == 1 or layout.parallel == "fsdp":
+    torch._dynamo.config.optimize_ddp = False  # no cuts at DDP's buckets: it reduces between the blocks
+    # Inductor advises TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    for block in model.transformer.h:
+        whole = not (layout.shares_parameters and isinstance(block.mlp, MoE))
+        if layout.parallel == "fsdp":
+            block.forward = torch.compile(block.forward, fullgraph=whole)
+        else:
+            block.compile(fullgraph=whole)
+
+
+def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
+    """The module whose forward the loop calls: the model itself, or DDP around it. Experts are stacked, so
+    every parameter is in every backward, and DDP need not search for unused ones."""
+    if layout.world.size == 1 or layout.parallel == "fsdp":
         return model
-    # No broadcast of buffers: it would overwrite the statistics that each rank's routers have counted.
     # Experts that differ between ranks are not DDP's: finish_gradients() reduces their gradients.
     shared = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     model._ddp_params_and_buffers_to_ignore = [*model._ddp_params_and_buffers_to_ignore, *shared]
+    # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    return DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        static_graph=micro_steps == 1,
-        **{"forward_sync_buffers" if newer_name else "broadcast_buffers": False},
-    )
+    no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
+    # static_graph promises that all backwards are alike; of several micro-steps only the last one reduces.
+    options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
+    device = layout.world.device
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
 
 
 # ---------------------------------------------------------------------------- GRADIENTS AND OPTIMIZER
@@ -367,8 +362,7 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 def sync_gradients(model: nn.Module, now: bool) -> None:
     """Set whether the next backward reduces gradients over the ranks. Only a step's last micro-step needs to.
 
-    Call it before the forward, where DDP reads the flag. FSDP keeps whole gradients until it reduces them; if
-    these do not fit in memory, choose B so that a step is one micro-step.
+    Call it before the forward, where DDP reads the flag. FSDP keeps whole gradients until it reduces them.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
@@ -377,21 +371,15 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward, reduce the gradients of shared-out experts, as DDP and FSDP do not.
-
-    An expert's gradient is a sum over the ranks of its group; wanted is the mean over all ranks.
-    """
+    """After a step's last backward, turn the gradients of shared experts from sums over the ranks of a group
+    into means over all ranks, as DDP and FSDP do not."""
     if layout.ep_size == 1:
         return
-    works = []
-    for moe in model.moe_layers():
-        for parameter in moe.experts.parameters():
-            grad = local(parameter.grad)
-            if layout.parallel == "fsdp":  # FSDP has taken the mean over the replicas
-                grad.div_(layout.ep_size)
-            else:
-                grad.div_(layout.world.size)
-                works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
+    works, fsdp = [], layout.parallel == "fsdp"  # FSDP has taken the mean over the replicas
+    for parameter in (p for moe in model.moe_layers() for p in moe.experts.parameters()):
+        grad = local(parameter.grad).div_(layout.ep_size if fsdp else layout.world.size)
+        if not fsdp:
+            works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
     for work in works:
         work.wait()
 
@@ -426,10 +414,8 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
-    """optimizer.state_dict(). With ZeRO-1 a collective: rank 0 gets the whole state, the others {}.
-
-    What fsdp and ep_size divide stays divided, in DTensors.
-    """
+    """optimizer.state_dict(), in DTensors where ranks share parameters. With ZeRO-1 a collective: rank 0 gets
+    the whole state, the others {}."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)

@@ -1,8 +1,8 @@
 """What a run will need, printed before its first step: parameters, tokens, epochs, memory.
 
-Used by train_gpt_moe.py. The memory of the activations is an estimate, good to about a quarter for the models
-of model.py. It counts what autograd keeps of each token in every block, and the logits, which make the peak
-of small models. `size` is the bytes of a number in the dtype of the matrix products; letters as in model.py.
+The memory of the activations is an estimate, good to about a quarter. It counts what autograd keeps of each
+token in every block, and the logits, which make the peak of small models. `size` is the bytes of a number in
+the dtype of the matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig.
 """
 
 import math
@@ -54,7 +54,7 @@ def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
 
 
 def parameters_held(model: nn.Module, config, world_size: int) -> int:
-    """Elements of parameters that each rank holds. config: TrainConfig, or what has its parallel, ep_size."""
+    """Elements of parameters that each rank holds. Of config it reads parallel and ep_size."""
     part, ranks = shapes_by_part(model), world_size // config.ep_size
     rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], config.ep_size)
     if config.parallel == "fsdp":
@@ -63,39 +63,29 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
 
 
 def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
-    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile.
-
-    (0, 0) for fused kernels. Eager attention keeps its weights in fp32 and in the dtype of the product with
-    the values, and with dropout also the mask and the result. CPUs have no fused kernel with dropout; torch's
-    substitute computes in fp32.
-    """
-    if shape._attn_implementation == "eager":
-        dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0
+    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile."""
+    if shape._attn_implementation == "eager":  # weights in fp32 and in the dtype of the next product
+        dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0  # mask and result
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
-    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)
+    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)  # CPUs: no fused one with dropout
 
 
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
     """Bytes per token that a block keeps for its backward pass, without attention's weights."""
     C, wide, on_cuda = shape.n_embd, get_activation(shape.activation).parts, device_type == "cuda"
     kv = 2 * C * (shape.n_kv_head or shape.n_head) // shape.n_head
-    needs = {
-        "inputs and outputs of both norms": (4 + size) * 2 * C,
-        "queries, keys, values": size * (C + kv),
-        "output of attention": size * 2 * C,
-        "two dropout masks": 2 * C * (1 if on_cuda else size) if shape.dropout else 0,
-    }
+    needs = (4 + size) * 2 * C  # inputs and outputs of both norms
+    needs += size * (C + kv) + size * 2 * C  # queries, keys, values; output of attention
+    needs += 2 * C * (1 if on_cuda else size) if shape.dropout else 0  # two dropout masks
     if not shape.is_moe_layer(layer):
-        needs["hidden values"] = size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)
-        return sum(needs.values())
+        return needs + size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)  # hidden values
     H, K = shape.expert_hidden_size or 4 * C, shape.num_experts_per_tok
-    needs["hidden values of K experts, and the router"] = K * size * H * wide + 4 * 4 * shape.num_experts
+    needs += K * size * H * wide + 4 * 4 * shape.num_experts  # hidden values of K experts, and the router
     if on_cuda:
-        needs["grouped_mm: activations, weighted too, and rows of C"] = K * size * (2 * H + 2 * C)
+        needs += K * size * (2 * H + 2 * C)  # grouped_mm: activations, weighted too, and rows of C
     elif C < KEEP_ACTIVATION_BELOW:
-        needs["loop: activations"] = K * size * H
-    needs["shared experts"] = size * 2 * (wide + 1) * H * shape.num_shared_experts
-    return sum(needs.values())
+        needs += K * size * H  # loop: activations
+    return needs + size * 2 * (wide + 1) * H * shape.num_shared_experts
 
 
 def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trains: bool) -> int:
@@ -110,7 +100,7 @@ def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trai
 
 
 def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
-    """Bytes of the activations of a micro-step of (B, T) at their peak; config as in memory_estimate."""
+    """Bytes of the activations of a micro-step of (B, T) at their peak."""
     shape, device_type, trains = model.config, model.device.type, not getattr(config, "inference_only", False)
     size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
     pairs = N * config.T * shape.n_head
@@ -127,19 +117,16 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
-    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). config: TrainConfig.
+    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T).
 
     Parameters, gradients and the two moments are fp32. FSDP divides all of them among the ranks, zero_stage=1
-    the moments, ep_size the experts. With activation_checkpointing a block keeps its input alone, and one
-    block at a time everything. With inference_only there are no gradients and no moments.
+    the moments, ep_size the experts. With inference_only there are no gradients and no moments.
     """
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
-    return {
-        "parameters": 4 * held,
-        "gradients": 4 * held * trains,
-        "optimizer": 8 * held * trains // (world_size if config.zero_stage else 1),
-        "activations": activation_bytes(model, config, dtype),
-    }
+    moments = 8 * held * trains // (world_size if config.zero_stage else 1)
+    activations = activation_bytes(model, config, dtype)
+    weights = dict(parameters=4 * held, gradients=4 * held * trains)
+    return weights | dict(optimizer=moments, activations=activations)
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -157,10 +144,11 @@ def preflight(
     val_tokens: int | None = None,
 ) -> tuple[str, list[str]]:  # fmt: skip
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data."""
-    epochs = config.max_steps * config.total_batch_size / num_tokens
+    per_step, warnings = config.total_batch_size, []
+    epochs = config.max_steps * per_step / num_tokens
     seen = f"seen {epochs:.2f} times"
     if config.overfit_single_batch:
-        epochs, seen = 0.0, f"the same {config.total_batch_size:,} of them at every step"
+        epochs, seen = 0.0, f"the same {per_step:,} of them at every step"
     memory = memory_estimate(model, config, dtype, world.size)
     need, have = sum(memory.values()), device_memory(model.device)
     uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
@@ -169,34 +157,28 @@ def preflight(
         "parameters": f"{model.get_num_params(False):,}, {model.get_num_active_params():,} active per token",
         "": ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items()),
         "data": f"{num_tokens:,} tokens, {seen}",
-        "step": f"{config.total_batch_size:,} tokens = {batch}",
-        "steps": f"{config.max_steps:,}, {config.max_steps * config.total_batch_size:,} tokens in all",
+        "step": f"{per_step:,} tokens = {batch}",
+        "steps": f"{config.max_steps:,}, {config.max_steps * per_step:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else ""),
     }
-    warnings = []
-    if have is not None and need > have:
+    if have and need > have:
         warnings.append(
             f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, "
             "then T, then the model (n_layer, n_embd, num_experts)"
         )
-    if config.parallel == "fsdp":
-        ranks = world.size // config.ep_size
-        shapes = split(shapes_by_part(model)["experts"], config.ep_size)
-        uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
-        if uncut:
-            warnings.append(
-                f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "
-                "they had: take a number of processes that divides num_experts, n_embd or expert_hidden_size"
-            )
+    ranks = world.size // config.ep_size
+    shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
+    uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
+    if uncut:
+        warnings.append(
+            f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "
+            "they had: take a number of processes that divides num_experts, n_embd or expert_hidden_size"
+        )
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
-        warnings.append(
-            f"val_steps={config.val_steps} take the {val_tokens:,} tokens of validation more than once: "
-            "fewer say as much"
-        )
+        text = f"take the {val_tokens:,} tokens of validation more than once: fewer say as much"
+        warnings.append(f"val_steps={config.val_steps} {text}")
     if epochs > REPEATS_THAT_HURT:
-        warnings.append(
-            f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little: "
-            "lower max_steps or make more data with fineweb.py"
-        )
+        text = f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little"
+        warnings.append(f"{text}: lower max_steps or make more data with fineweb.py")
     return "\n".join(f"{name:12s}{text}" for name, text in rows.items()), warnings

@@ -1,6 +1,4 @@
-"""A dense model becomes a Mixture-of-Experts.
-
-    python train_gpt_moe.py --init_from gpt2 --use_moe True --num_experts 8 --num_experts_per_tok 2
+"""A dense model becomes a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
 
 Reference: Sparse Upcycling, arXiv 2212.05055
 """
@@ -17,51 +15,40 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
 
     Where the weights of the chosen K experts sum to 1, the router begins as in any new model. Where they do
     not (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and
-    the copies are scaled by the inverse of the sum. Such a router spreads tokens slowly: with 8 experts, 5.6
-    were idle in steps 1-40 and 4.5 in steps 161-200 at K = 1; at K = 2, with sums of 1, 2.4 and 0.0. Prefer K
-    = 2. The copies part ways because each sees other tokens, so their gradients differ from step 1 on.
+    the copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (numbers of idle
+    experts: docs/measurements.md), so prefer K = 2. The copies part ways because each sees other tokens.
     ValueError for a model that has experts, or an expert size that is not the MLP's.
     """
     if dense.config.use_moe:
-        raise ValueError(
-            "init_from: the model has experts already (use_moe=True); upcycling needs a dense one"
-        )
+        raise ValueError("init_from: the model has experts already; upcycling needs a dense one")
+    if config.num_shared_experts > 0:
+        problem = "a shared expert would add to the dense output; upcycle with 0"
+        raise ValueError(f"num_shared_experts={config.num_shared_experts}: {problem}")
     model = GPTLMHeadModel(config)
     source, target = dense.state_dict(), model.state_dict()
-    E, K = config.num_experts, config.num_experts_per_tok
-    scale = router_scale = 1.0
+    K, scale, router_scale = config.num_experts_per_tok, 1.0, 1.0
     if K == 1 or not config.norm_topk_prob:
         score, _ = ROUTER_SCORES[config.router_score]
-        equal = score(torch.zeros(E, dtype=torch.float64))[0].item()  # each of E equal scores
+        equal = score(torch.zeros(config.num_experts, dtype=torch.float64))[0].item()
         scale, router_scale = 1 / (K * equal), 1e-7 / 0.02
-    if config.num_shared_experts > 0:
-        raise ValueError(
-            f"num_shared_experts={config.num_shared_experts}: a shared expert would add to the dense output; "
-            "upcycle with 0"
-        )
     for layer, block in enumerate(model.transformer.h):
         if not isinstance(block.mlp, MoE):
             continue
         prefix = f"transformer.h.{layer}.mlp."
-        for name in ("c_fc", "c_proj"):
-            for suffix, stacked in (("weight", ""), ("bias", "_bias")):
-                tensor = source.pop(f"{prefix}{name}.{suffix}", None)
-                if tensor is None:
-                    continue
-                experts = target[f"{prefix}experts.{name}{stacked}"]
-                if experts.shape[1:] != tensor.shape:
-                    raise ValueError(
-                        f"expert_hidden_size={config.expert_hidden_size}: experts {tuple(experts.shape[1:])} "
-                        f"cannot copy an MLP {tuple(tensor.shape)}; give its hidden size, "
-                        f"--expert_hidden_size {dense.config.mlp_hidden_size or 4 * dense.config.n_embd}"
-                    )
-                experts.copy_(tensor * (scale if name == "c_proj" else 1.0))  # (E, ...) from (...)
+        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"):
+            if prefix + name not in source:
+                continue
+            tensor = source.pop(prefix + name)
+            stacked = name.removesuffix(".weight").replace(".", "_")  # c_fc, c_fc_bias, ...
+            experts = target[f"{prefix}experts.{stacked}"]
+            if experts.shape[1:] != tensor.shape:
+                problem = f"experts {tuple(experts.shape[1:])} cannot copy an MLP {tuple(tensor.shape)}"
+                name, H = "expert_hidden_size", dense.config.mlp_hidden_size or 4 * dense.config.n_embd
+                raise ValueError(f"{name}={config.expert_hidden_size}: {problem}; use --{name} {H}")
+            experts.copy_(tensor * (scale if name.startswith("c_proj") else 1.0))  # (E, ...) from (...)
         target[f"{prefix}gate.weight"].mul_(router_scale)
-    missing = [name for name in source if name not in target or source[name].shape != target[name].shape]
-    if missing:
-        raise ValueError(
-            f"init_from: {missing[0]} does not fit the new model; keep the dense model's architecture"
-        )
     for name, tensor in source.items():
+        if name not in target or tensor.shape != target[name].shape:
+            raise ValueError(f"init_from: {name} does not fit the new model; keep the dense architecture")
         target[name].copy_(tensor)
     return model
