@@ -1,4 +1,4 @@
-"""The demo corpus: prose that every Python carries, so that training can be tried without network."""
+"""The demo corpus: prose that every Python carries, about 1.8 MB, to try training without network."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as a train and a validation shard unless they are there; return their meta.json.
+    """Write the demo corpus as a train and a validation shard; return their meta.json.
 
-    Validation gets whole documents, in the order of their hashes, until it has a twentieth of the text. A
-    corpus that another version of Python has made is kept. Raises ValueError if the folder holds other data.
+    Validation gets documents in the order of their hashes until it has a twentieth of the text. A corpus that
+    is there is kept, also another Python version's. Raises ValueError if the folder holds other data.
     """
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
@@ -46,12 +46,10 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
 
 
 def demo_documents() -> Iterator[str]:
-    """The language's help topics and the docstrings of each module of the standard library, about 1.8 MB.
+    """The language's help topics and the docstrings of each module of the standard library.
 
-    One version of Python always gives the same order. No module is imported. Paragraphs that repeat earlier
-    ones are left out, because docstrings are copied between modules and help topics contain one another: a
-    document held out for validation has no twin in training.
-    Raises FileNotFoundError if this Python came without its library's sources.
+    Paragraphs that repeat earlier ones are left out, so that a document held out for validation has no twin
+    in training. Raises FileNotFoundError if this Python came without its library's sources.
     """
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()
@@ -74,10 +72,7 @@ def demo_documents() -> Iterator[str]:
 
 
 def _docstrings(module: ast.Module) -> Iterator[str]:
-    """The docstrings of the module, its classes and functions, in the order of ast.walk.
-
-    ast.walk itself would also look into every expression, which takes most of the time.
-    """
+    """The module's docstrings, in the order of ast.walk, which is slow: it looks into every expression."""
     nodes: deque[ast.AST] = deque([module])
     while nodes:
         node = nodes.popleft()
