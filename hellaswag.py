@@ -11,13 +11,7 @@ The model chooses the ending with the highest probability (acc), or the highest 
     --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
                          as in lm-evaluation-harness 0.4, zero-shot
-
-Published results on the 10,042 validation questions, in per cent (standard errors are 0.44 to 0.50):
-                               gpt2     gpt2-medium   gpt2-large   gpt2-xl
-    completion   acc           28.59                                38.42    build-nanogpt, hellaswag.py
-                 acc_norm      29.55       37.52         43.20      48.93    the same, and its play.ipynb
-    harness      acc           28.92                                40.04    build-nanogpt, hellaswag.py
-                 acc_norm      31.14                                50.89
+docs/huggingface.md has published results of both styles.
 
 The plain method, `score_one_by_one`, computes four padded rows for every question, and all their logits.
 `score_batched` finds the same numbers sooner. A question is ONE row: its context, then the four endings. A
@@ -53,8 +47,7 @@ from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examp
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
 
-# -----------------------------------------------------------------------------
-# Questions
+# ----------------------------------------------------------------------------------------------- QUESTIONS
 
 
 def preprocess(text: str) -> str:
@@ -93,10 +86,7 @@ def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render_example(example: dict, encoding: str = "gpt2", style: str = "completion") -> tuple:
-    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label.
-
-    data is a dictionary of label, ctx_tokens and ending_tokens. Raises OSError without the encoding's files.
-    """
+    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label."""
     context, endings, _ = tokenize(example, encoding, style)
     data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
     return data, *pad_rows([(context, ending) for ending in endings]), example["label"]
@@ -132,10 +122,9 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
 def load_questions(
     path: Path, limit: int | None, style: str, encoding: str, block_size: int, vocab_size: int, mtime: int = 0
 ) -> tuple[Question, ...]:
-    """The first `limit` questions (None: all) of a file, for a model of that size.
+    """The first `limit` questions (None: all) of a file, which is read again if its mtime changes.
 
-    mtime: when the file was changed, so that a changed file is read again. Raises as iterate_examples does;
-    ValueError also for no questions, an unknown style, and an encoding with more ids than the model.
+    Raises as iterate_examples does; ValueError also for no questions, an unknown style, too many token ids.
     """
     try:
         ids = 256 if encoding == "bytes" else load_encoding(encoding).n_vocab
@@ -150,8 +139,7 @@ def load_questions(
     return questions
 
 
-# -----------------------------------------------------------------------------
-# Scores
+# -------------------------------------------------------------------------------------------------- SCORES
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
@@ -180,10 +168,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> torch.Tensor:
-    """The plain method: for every question four padded rows and all their logits.
-
-    Returns every ending's loss, minus its log-probability in nats: (n, 4) fp32 on the CPU.
-    """
+    """The plain method. Returns every ending's loss, its -log-probability in nats: (n, 4) fp32 on the CPU."""
     model, losses = unwrap(model), []
     with evaluating(model):
         for question in questions:
@@ -202,7 +187,7 @@ class PackedRow(NamedTuple):
     endings: Sequence[list[int]]
 
     def size(self) -> int:
-        """Tokens in the row; the last token of an ending predicts nothing and stays out."""
+        """Tokens in the row, without the last of each ending, which predicts nothing."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
@@ -260,8 +245,8 @@ def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
 def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
 
-    A token sees what comes before it in the context and in its own ending. With a window it sees only what is
-    near in the text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
+    A token sees what comes before it in the context and its own ending; with a window, what is near in the
+    text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
     """
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
@@ -277,14 +262,12 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
     """Logits (M, V) of the scored positions. In our own models the head computes no others."""
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
-    inputs = dict(
-        attention_mask=attention_masks(batch, model.config.sliding_window), position_ids=batch.positions
-    )
-    hook = model.lm_head.register_forward_pre_hook(
-        lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # (B, T, C) -> (1, M, C)
-    )
+    masks = attention_masks(batch, model.config.sliding_window)
+    pick = lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # noqa: E731 (B, T, C) -> (1, M, C)
+    hook = model.lm_head.register_forward_pre_hook(pick)
+    inputs = dict(attention_mask=masks, position_ids=batch.positions, use_cache=False, return_dict=True)
     try:
-        output = model(batch.tokens, **inputs, use_cache=False, return_dict=True)
+        output = model(batch.tokens, **inputs)
         # GPT stops before the head, GPTLMHeadModel after it.
         logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
     finally:
@@ -297,11 +280,10 @@ def score_batched(
     rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:  # fmt: skip
-    """The losses of score_one_by_one, (n, 4) fp32 on the CPU; the top of this file says how.
+    """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
 
-    Returns None as soon as interrupted() is true: it is called before every forward, and its answer must be
-    the same on all ranks. In our own models endings share their context; another Hugging Face model gets one
-    plain row per ending. All ranks run equally many forwards of equal T, because a sharded model needs that.
+    Another Hugging Face model than ours gets one plain row per ending. All ranks run equally many forwards of
+    equal T, because a sharded model needs that.
     """
     model = unwrap(model)
     device = torch.device(device or model.device)
@@ -316,8 +298,8 @@ def score_batched(
             T = round_length(rows[0].size())
             if not shared:
                 T = min(T, longest_input(model.config))
-            B = max(1, budget // T)
-            chunk, rows = rows[: B * world_size], rows[B * world_size :]
+            group = max(1, budget // T) * world_size  # rows of all ranks
+            chunk, rows = rows[:group], rows[group:]
             mine = chunk[rank::world_size]
             batch = PackedBatch(*(x.to(device) for x in build_batch(mine or chunk[:1], T)))
             logits = scored_logits(model, batch, shared).float()
@@ -329,8 +311,7 @@ def score_batched(
     return losses.view(-1, 4).cpu()
 
 
-# -----------------------------------------------------------------------------
-# Evaluation
+# ---------------------------------------------------------------------------------------------- EVALUATION
 
 
 @dataclass(frozen=True)
@@ -348,10 +329,9 @@ class HellaSwagResult:
     losses: torch.Tensor  # (n, 4) minus log-probability of every ending, nats, fp32 on the CPU
 
     def __str__(self) -> str:
-        return (
-            f"acc {self.acc:.4f} ± {self.acc_stderr:.4f}, acc_norm {self.acc_norm:.4f} ± "
-            f"{self.acc_norm_stderr:.4f}, {self.n} questions, {self.cropped} cropped to the model's block"
-        )
+        plain = f"acc {self.acc:.4f} ± {self.acc_stderr:.4f}"
+        normalised = f"acc_norm {self.acc_norm:.4f} ± {self.acc_norm_stderr:.4f}"
+        return f"{plain}, {normalised}, {self.n} questions, {self.cropped} cropped to the model's block"
 
 
 def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResult:
@@ -396,12 +376,10 @@ def evaluate(
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
 
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
-    encoding: its tokens; None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a
-    forward. rank, world_size: if above 1, all ranks call this alike and get the whole result. device: of
-    the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16. interrupted:
-    called before every forward, with the same answer on all ranks; if it returns True, the result is None.
-    Raises HellaSwagUnavailable if the questions cannot be read or downloaded, ValueError for bad ones (naming
-    file and line) and for wrong arguments.
+    encoding: None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a forward.
+    world_size: if above 1, all ranks call this alike and get the whole result. autocast: a dtype to compute
+    in. interrupted: called before every forward, with the same answer on all ranks; the result is None after
+    True. Raises HellaSwagUnavailable for no questions, ValueError for bad ones and for wrong arguments.
     """
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
@@ -445,10 +423,10 @@ def main(arguments: list[str] | None = None) -> int:
         world = start(options.device)
         model = load(options.model).to(world.device)
         began = time.perf_counter()
+        autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
         result = evaluate(
             model, options.data, options.limit, options.style, options.encoding, options.tokens_per_batch,
-            world.rank, world.size, world.device,
-            autocast=None if options.dtype == "float32" else getattr(torch, options.dtype),
+            world.rank, world.size, world.device, autocast,
         )  # fmt: skip
         if world.is_master:
             speed = result.n / (time.perf_counter() - began)
