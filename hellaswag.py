@@ -18,7 +18,7 @@ The plain method, `score_one_by_one`, computes four padded rows for every questi
 mask hides the endings from each other, and positions restart for each. Rows of similar length share a batch,
 and the head computes logits only where a token is scored.
 
-References: HellaSwag, arXiv 1905.07830, github.com/rowanz/hellaswag; github.com/karpathy/build-nanogpt;
+References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py).
 """
 
@@ -46,6 +46,7 @@ from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examp
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
+PackedRow = tuple[int, list[int], Sequence[list[int]]]  # slot of the first ending, context, its endings
 
 # ----------------------------------------------------------------------------------------------- QUESTIONS
 
@@ -70,7 +71,6 @@ def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[
     # An ending has the tokens of the whole text beyond the context's; spaces between the two belong to it.
     start = encode(context.rstrip())
     endings = [encode(context + " " + choice)[len(start) :] for choice in choices]
-    assert all(endings), "a space after a visible character begins a token"
     return start, endings, [len(choice) for choice in choices]
 
 
@@ -179,16 +179,9 @@ def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> t
     return torch.stack(losses)
 
 
-class PackedRow(NamedTuple):
-    """One row of a batch: a context and the endings that continue it."""
-
-    slot: int  # 4 * question + number of the first ending
-    context: list[int]
-    endings: Sequence[list[int]]
-
-    def size(self) -> int:
-        """Tokens in the row, without the last of each ending, which predicts nothing."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+def row_size(row: PackedRow) -> int:
+    """Tokens in the row, without the last of each ending, which predicts nothing."""
+    return len(row[1]) + sum(len(ending) - 1 for ending in row[2])
 
 
 def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
@@ -197,10 +190,10 @@ def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
     for number, question in enumerate(questions):
         contexts, endings = zip(*question.rows, strict=True)
         if shared and not question.cropped:
-            rows.append(PackedRow(4 * number, contexts[0], endings))
+            rows.append((4 * number, contexts[0], endings))
         else:
-            rows += [PackedRow(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
-    return sorted(rows, key=PackedRow.size, reverse=True)
+            rows += [(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
+    return sorted(rows, key=row_size, reverse=True)
 
 
 def round_length(size: int) -> int:
@@ -217,21 +210,21 @@ class PackedBatch(NamedTuple):
     segments: torch.Tensor  # (B, T) 0 = context; 1, 2, ... = endings; -1 = padding
     scored: torch.Tensor  # (M,) which of the B*T positions predicts the token
     targets: torch.Tensor  # (M,) the token
-    slots: torch.Tensor  # (M,) the ending that it belongs to, numbered as PackedRow.slot
+    slots: torch.Tensor  # (M,) the ending that it belongs to, 4 * question + 0..3
 
 
 def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
     """Lay out rows of at most T tokens each."""
     layout, scored, targets, slots = [], [], [], []
-    for number, row in enumerate(rows):
-        C = len(row.context)
-        tokens, positions, segments = [*row.context], [*range(C)], [0] * C
-        for i, ending in enumerate(row.endings):
+    for number, (slot, context, endings) in enumerate(rows):
+        C = len(context)
+        tokens, positions, segments = [*context], [*range(C)], [0] * C
+        for i, ending in enumerate(endings):
             inner, first = len(ending) - 1, number * T + len(tokens)
             # The last token of the context predicts the first of the ending.
             scored += [number * T + C - 1, *range(first, first + inner)]
             targets += ending
-            slots += [row.slot + i] * len(ending)
+            slots += [slot + i] * len(ending)
             tokens += ending[:-1]
             positions += range(C, C + inner)
             segments += [i + 1] * inner
@@ -263,16 +256,15 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
     masks = attention_masks(batch, model.config.sliding_window)
-    pick = lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # noqa: E731 (B, T, C) -> (1, M, C)
-    hook = model.lm_head.register_forward_pre_hook(pick)
     inputs = dict(attention_mask=masks, position_ids=batch.positions, use_cache=False, return_dict=True)
+    # The head gets (1, M, C) of (B, T, C).
+    hook = model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],))
     try:
         output = model(batch.tokens, **inputs)
         # GPT stops before the head, GPTLMHeadModel after it.
-        logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
+        return (output.logits if "logits" in output else model._logits(output.last_hidden_state))[0]
     finally:
         hook.remove()
-    return logits[0]
 
 
 def score_batched(
@@ -286,16 +278,14 @@ def score_batched(
     equal T, because a sharded model needs that.
     """
     model = unwrap(model)
-    device = torch.device(device or model.device)
+    device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    shared = model.config.model_type == "gpt_moe"
-    rows = pack_rows(questions, shared)
-    losses = torch.zeros(4 * len(questions), device=device)
+    rows, losses = pack_rows(questions, shared), torch.zeros(4 * len(questions), device=device)
     with evaluating(model):
         while rows:
             if interrupted():
                 return None
-            T = round_length(rows[0].size())
+            T = round_length(row_size(rows[0]))
             if not shared:
                 T = min(T, longest_input(model.config))
             group = max(1, budget // T) * world_size  # rows of all ranks
@@ -341,10 +331,9 @@ def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResul
     """
     n, norms = len(questions), torch.tensor([question.norms for question in questions])
     chosen = [score.numpy().argmin(axis=1).tolist() for score in (losses, losses / norms)]
-    labels = [question.label for question in questions]
+    labels, cropped = [question.label for question in questions], sum(q.cropped for q in questions)
     accuracies = [sum(map(int.__eq__, choices, labels)) / n for choices in chosen]
     errors = [math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan for p in accuracies]
-    cropped = sum(question.cropped for question in questions)
     return HellaSwagResult(*accuracies, *errors, n, cropped, *chosen, losses)
 
 

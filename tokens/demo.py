@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import sysconfig
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +16,7 @@ from tokens.encodings import encode_pieces
 from tokens.shard_writer import ShardWriter, is_complete
 from tokens.shards import load_metas
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages __pycache__".split())
 
 
@@ -65,21 +65,11 @@ def demo_documents() -> Iterator[str]:
                 tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
                 texts = [ast.literal_eval(text) for table in tables for text in table.values]
             else:
-                texts = ["\n\n".join(_docstrings(tree))]
+                nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+                texts = ["\n\n".join(filter(None, map(ast.get_docstring, nodes)))]
             yield from filter(None, (_without_repeats(text, seen) for text in texts))
     if not seen:
         raise FileNotFoundError(f"the demo corpus needs the standard library's .py files; {library} has none")
-
-
-def _docstrings(module: ast.Module) -> Iterator[str]:
-    """The module's docstrings, in the order of ast.walk, which is slow: it looks into every expression."""
-    nodes: deque[ast.AST] = deque([module])
-    while nodes:
-        node = nodes.popleft()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from filter(None, [ast.get_docstring(node)])
-        for part in ("body", "handlers", "orelse", "finalbody", "cases"):  # of statements
-            nodes.extend(getattr(node, part, ()))
 
 
 def _without_repeats(text: str, seen: set[tuple[str, ...]]) -> str:

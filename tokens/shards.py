@@ -253,7 +253,7 @@ class DistributedDataLoader:
         if self.samples_per_epoch < group:
             raise ValueError(
                 f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
-                f"of T={T}{'' if shuffle else ' in one shard'}, at least {group * T + 1} tokens, but the "
+                f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
                 f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
                 f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
             )
@@ -266,7 +266,7 @@ class DistributedDataLoader:
         self.position = 0  # samples handed out so far, to all ranks together
 
     def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of its first token) of a sample, for looking up the text of a strange batch."""
+        """(file, offset of its first token) of a sample, to look up the text of a strange batch."""
         (file,), (offset,) = self._locate(np.array([global_sample]))
         return self.files[file], int(offset)
 
