@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import multiprocessing.connection
 import os
 import queue
@@ -63,8 +62,6 @@ class DataConfig:
     workers: int | None = flag(None, "tokenising processes; one a core if not given")
     demo: bool = flag(False, "prose that every Python carries, in place of a source")
 
-
-# ---------------------------------------------------------------------------------------------- TOKENISING
 
 Task = tuple[dict, list[tuple[bool, str]]]  # position before the pieces, pieces (begins a document, text)
 
@@ -130,10 +127,8 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             try:
                 connection.send(pieces)
                 return connection.recv()
-            except (EOFError, OSError) as error:
-                raise ChildProcessError(
-                    "a tokenising process died; out of memory? lower --workers"
-                ) from error
+            except (EOFError, OSError) as e:
+                raise ChildProcessError("a tokenising process died; out of memory? lower --workers") from e
             finally:
                 idle.put(connection)
 
@@ -150,11 +145,11 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             threads.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------- THE SCRIPT
-
-
 def build(config: DataConfig) -> dict:
-    """Turn a source into shards; returns their meta.json. Raises ValueError, and OSErrors of many kinds."""
+    """Turn a source into shards; returns their meta.json.
+
+    Raises ValueError or FileNotFoundError for bad settings or data, other OSErrors for disk and network.
+    """
     config = with_defaults(config)
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "demo")}
     local = os.path.exists(config.source)
@@ -175,9 +170,9 @@ def build(config: DataConfig) -> dict:
         total = total and total // config.num_parts
     stream = sources.select(pieces, share, position)
     count, unit = ("read", "B") if local else ("documents", "doc")
-    bar = functools.partial(tqdm, unit_scale=True, disable=None)
-    source_bar = bar(total=total, initial=position[count], desc="source", unit=unit)
-    shard_bar = bar(desc="shard", unit="tok")
+    look = dict(unit_scale=True, disable=None)
+    source_bar = tqdm(total=total, initial=position[count], desc="source", unit=unit, **look)
+    shard_bar = tqdm(desc="shard", unit="tok", **look)
     tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
     with source_bar, shard_bar, contextlib.closing(tasks):
         for start, tokens in tasks:

@@ -48,9 +48,8 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get 
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
 PackedRow = tuple[int, list[int], Sequence[list[int]]]  # slot of the first ending, context, its endings
 
+
 # ----------------------------------------------------------------------------------------------- QUESTIONS
-
-
 def preprocess(text: str) -> str:
     """lm-evaluation-harness's cleaning: WikiHow's [title] ends a sentence, other [marks] vanish."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -140,8 +139,6 @@ def load_questions(
 
 
 # -------------------------------------------------------------------------------------------------- SCORES
-
-
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
     for attribute in ("_orig_mod", "module", "_orig_mod"):  # torch.compile may be inside DDP or around it
@@ -302,8 +299,6 @@ def score_batched(
 
 
 # ---------------------------------------------------------------------------------------------- EVALUATION
-
-
 @dataclass(frozen=True)
 class HellaSwagResult:
     """Accuracies as fractions, their standard errors, and what they were computed from."""

@@ -73,8 +73,6 @@ class LoggedRun:
 
 
 # ---------------------------------------------------------------------------------------------------- READING
-
-
 def is_finite(value: object) -> bool:
     """Whether `value` is a number that can be drawn: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) < 1e300
@@ -158,8 +156,6 @@ def set_x(runs: list[LoggedRun], axis: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- DRAWING
-
-
 def smooth(y: np.ndarray) -> np.ndarray:
     """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, as a loss falls fast."""
     i, n = np.arange(len(y)), len(y)
@@ -234,8 +230,7 @@ def draw_hellaswag(fig, cell, runs: list[LoggedRun], metrics: list[Metric], comp
     for run in runs:
         x, y = run.points("hella_acc_norm")
         ax.plot(x, y, **run.line, **run.mark, markevery=1 + len(y) // 25)
-        x, y = run.points("hella_acc")
-        ax.plot(x, y, color=run.line["color"], linestyle=":", linewidth=1.2)
+        ax.plot(*run.points("hella_acc"), color=run.line["color"], linestyle=":", linewidth=1.2)
     draw_reference(ax, CHANCE, "chance, 25%", x=1)
     if compare:
         draw_reference(ax, GPT2_HELLASWAG, f"GPT-2 124M, {GPT2_HELLASWAG:.1%}")
@@ -324,8 +319,8 @@ def panels(runs: list[LoggedRun], compare: bool) -> list[list[tuple[int, Callabl
         chosen.append((width, partial(draw, runs=runs, metrics=metrics, compare=compare)))
     routed = {run.name if len(runs) > 1 else "Expert load": run for run in runs if len(run.loads()[0])}
     chosen += [(1, partial(draw_load, run=run, title=title)) for title, run in routed.items()]
-    for title, run in routed.items() if len(routed) == 1 else ():
-        if len(run.loads()[0]) > 1:
+    for title, run in routed.items():
+        if len(routed) == 1 and len(run.loads()[0]) > 1:
             chosen.append((2, partial(draw_load_history, run=run, title=title)))
     rows = []
     for width, draw in chosen:

@@ -1,7 +1,5 @@
 """The demo corpus: prose that every Python carries, about 1.8 MB, to try training without network."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

@@ -5,8 +5,6 @@ that tiktoken knows, such as "gpt2". tiktoken is imported by name inside a funct
 in exported model folders, and transformers refuses code that imports a package that is not installed.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib
@@ -20,15 +18,11 @@ MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,9
 
 
 def load_encoding(name: str) -> Any:
-    """The tiktoken.Encoding of that name.
-
-    Raises ValueError if the name is unknown, OSError if tiktoken can neither find nor fetch its files.
-    """
+    """The tiktoken.Encoding of that name. Raises ValueError if it is unknown, OSError without its files."""
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":
-        # There are no merges, so any pieces give the same ids. Lines are fast.
-        pieces, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
+        lines, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}  # any pieces give the same ids
+        return tiktoken.Encoding("bytes", pat_str=lines, mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)

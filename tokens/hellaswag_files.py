@@ -10,7 +10,6 @@ from pathlib import Path
 from tokens.files import write_atomically
 
 DATA_DIR = Path(__file__).parents[1] / "hellaswag"
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{}"
 # Bytes and SHA-256, as in tensorflow/datasets (url_checksums/hellaswag.txt).
 HELLASWAG_FILES = {
     "train": (47496131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
@@ -29,7 +28,7 @@ def download(split: str = "val") -> Path:
     path = DATA_DIR / f"hellaswag_{split}.jsonl"
     if path.exists():
         return path
-    url = URL.format(path.name)
+    url = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{path.name}"
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response:

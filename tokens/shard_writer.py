@@ -6,8 +6,6 @@ writer.add(tokens, position, skip)  # of the text from `position` on; the first 
 meta = writer.finish(position, "book.txt")
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -69,10 +67,10 @@ class ShardWriter:
                     cure = "give the settings it was made with, or another --out, or delete the folder"
                     was = f"{folder} was made with {name}={other!r} ({path})"
                     raise ValueError(f"{was}, but now {name}={value!r}: {cure}")
-        ours = re.compile(r"(train|val)_(p\d{4}_)?\d{6}\.bin")
-        shards = [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]
-        if foreign := [name for name in shards if not ours.fullmatch(name)]:
-            raise ValueError(f"{folder} holds {foreign[0]}, which is not of this data: give another --out")
+        for name in os.listdir(folder):
+            ours = re.fullmatch(r"(train|val)_(p\d{4}_)?\d{6}\.bin", name)
+            if name.endswith((".bin", ".npy")) and not ours:
+                raise ValueError(f"{folder} holds {name}, which is not of this data: give another --out")
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
             for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):

@@ -20,6 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -33,9 +34,8 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # as in llm.c, dev/data/data_com
 OPEN_SHARDS = 256  # memory maps that a loader keeps; each takes a file descriptor, often limited to 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
+
 # -------------------------------------------------------------------------------------------------- SHARDS
-
-
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
@@ -86,9 +86,8 @@ def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]
     """(offset of the data, number of tokens) of an .npy file."""
     file.seek(0)
     try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[version](file)
+        major, minor = np.lib.format.read_magic(file)
+        shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
     except Exception as error:  # the header is Python source: a damaged one fails in many ways
         raise ValueError(f"{path} has a damaged .npy header ({error!r}); {_rebuild(path)}") from error
     if dtype != np.dtype("<u2") or len(shape) != 1:
@@ -137,13 +136,11 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
 
 def load_metas(folder: str) -> dict[str, dict]:
     """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json). Raises ValueError."""
-    metas = {}
     kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
-    names = "meta.json", "meta_p[0-9]*.json"
-    for path in sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))):
+    metas, base = {}, os.path.join(glob.escape(folder), "meta")
+    for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:
-            with open(path, encoding="utf-8") as file:
-                metas[path] = json.load(file)
+            metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             for name, kind in kinds.items():
                 if not isinstance(metas[path][name], kind):
                     raise TypeError(f"{name} is {metas[path][name]!r}")
@@ -178,8 +175,6 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
-
-
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Images of `index`, (k,), under the permutation of range(n) that `keys`, (rounds,) uint64, select.
 

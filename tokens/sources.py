@@ -8,8 +8,6 @@ A document comes in pieces; `begins` says whether a piece is its first. `positio
 that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -122,11 +120,10 @@ def find_files(path: str) -> list[str]:
     """The file itself, or all files of text in and below a folder but hidden ones. ValueError if none."""
     found, seen = [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # links can lead to a folder again, and in circles
+        if os.path.realpath(folder) in seen:  # links can lead to a folder again, and in circles
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine visits the same ones
         found += [os.path.join(folder, name) for name in names if name[0] != "."]
     files = sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
@@ -154,14 +151,13 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     """The documents of a streamed dataset of the Hub, how many there are (None: unknown), config for select.
 
-    If the dataset has at least num_parts files, each part reads its own files and downloads nothing else.
-    Raises OSError (no such dataset, no network) or ValueError (no such subset, split or field).
+    Of num_parts files or more, each part downloads only its own. Raises OSError, or ValueError for a wrong name.
     """
     import datasets
 
-    split, revision = config.split, config.revision
-    data = datasets.load_dataset(config.source, config.subset, split=split, revision=revision, streaming=True)
-    total = getattr((data.info.splits or {}).get(split), "num_examples", None)
+    which = dict(split=config.split, revision=config.revision)
+    data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
     if config.num_parts > 1 and data.num_shards >= config.num_parts:
         data = data.shard(config.num_parts, config.part)
         config = replace(config, num_parts=1, part=0)
