@@ -7,16 +7,13 @@
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
 After a kill, the same command continues behind the last complete shard, and ends with the same bytes as a run
-that was never killed. tokens/ has the rest: sources.py reads texts, shard_writer.py writes shards and
-meta.json, shards.py tells their format, demo.py has the demo corpus. Here: flags, tokenising in processes.
+that was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import multiprocessing
 import multiprocessing.connection
 import os
 import queue
@@ -64,10 +61,6 @@ class DataConfig:
     out: str | None = flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
     workers: int | None = flag(None, "tokenising processes; one a core if not given")
     demo: bool = flag(False, "prose that every Python carries, in place of a source")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# TOKENISING
 
 
 Task = tuple[dict, list[tuple[bool, str]]]  # position before the pieces, pieces (begins a document, text)
@@ -121,9 +114,8 @@ def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
 def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """(position before them, tokens) of the tasks, in their order, by `workers` processes.
 
-    Threads alone would wait for Python's global lock most of the time, because documents are short. Python's
-    process pools can hang when a process is killed, and their processes outlive a killed parent. So each
-    process here has a pipe of its own, and a thread that waits for it. Raises ChildProcessError if one dies.
+    Python's process pools can hang when a process is killed, and their processes outlive a killed parent. So
+    each process here has a pipe, and a thread that waits for it. Raises ChildProcessError if one dies.
     """
     if workers == 1:
         yield from ((position, encode_pieces(pieces, encoding)) for position, pieces in tasks)
@@ -135,9 +127,8 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             try:
                 connection.send(pieces)
                 return connection.recv()
-            except (EOFError, OSError) as error:
-                message = "a tokenising process died; out of memory? lower --workers"
-                raise ChildProcessError(message) from error
+            except (EOFError, OSError) as e:
+                raise ChildProcessError("a tokenising process died; out of memory? lower --workers") from e
             finally:
                 idle.put(connection)
 
@@ -154,25 +145,19 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             threads.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# THE SCRIPT
-
-
 def build(config: DataConfig) -> dict:
     """Turn a source into shards; returns their meta.json.
 
-    Raises ValueError or FileNotFoundError for bad settings or data, other OSErrors for a full disk or a lost
-    network.
+    Raises ValueError or FileNotFoundError for bad settings or data, other OSErrors for disk and network.
     """
     config = with_defaults(config)
-    not_settings = ("out", "workers", "demo")
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in not_settings}
+    settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "demo")}
     local = os.path.exists(config.source)
     if local:
         files = sources.find_files(config.source)
         total = sum(map(os.path.getsize, files))
-        settings["source"] = os.path.basename(os.path.abspath(config.source))
-        settings |= {"source_files": len(files), "source_bytes": total}
+        name = os.path.basename(os.path.abspath(config.source))
+        settings |= {"source": name, "source_files": len(files), "source_bytes": total}
     writer = ShardWriter(config.out, settings)
     if is_complete(config.out, writer.old):
         print(f"{config.out} is complete already")
@@ -185,13 +170,11 @@ def build(config: DataConfig) -> dict:
         total = total and total // config.num_parts
     stream = sources.select(pieces, share, position)
     count, unit = ("read", "B") if local else ("documents", "doc")
-    bar = functools.partial(tqdm, unit_scale=True, disable=None)
+    look = dict(unit_scale=True, disable=None)
+    source_bar = tqdm(total=total, initial=position[count], desc="source", unit=unit, **look)
+    shard_bar = tqdm(desc="shard", unit="tok", **look)
     tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
-    with (
-        bar(total=total, initial=position[count], desc="source", unit=unit) as source_bar,
-        bar(desc="shard", unit="tok") as shard_bar,
-        contextlib.closing(tasks),
-    ):
+    with source_bar, shard_bar, contextlib.closing(tasks):
         for start, tokens in tasks:
             used, shard = min(skip, len(tokens)), writer.n
             skip -= used
@@ -230,8 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for each in fields(DataConfig):
         kind = {"type": int if "int" in each.type else str}
-        if each.type == "bool":
-            kind = {"action": "store_true"}
+        kind = {"action": "store_true"} if each.type == "bool" else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

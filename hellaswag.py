@@ -11,20 +11,14 @@ The model chooses the ending with the highest probability (acc), or the highest 
     --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
                          as in lm-evaluation-harness 0.4, zero-shot
-
-Published results on the 10,042 validation questions, in per cent (standard errors are 0.44 to 0.50):
-                               gpt2     gpt2-medium   gpt2-large   gpt2-xl
-    completion   acc           28.59                                38.42    build-nanogpt, hellaswag.py
-                 acc_norm      29.55       37.52         43.20      48.93    the same, and its play.ipynb
-    harness      acc           28.92                                40.04    build-nanogpt, hellaswag.py
-                 acc_norm      31.14                                50.89
+docs/huggingface.md has published results of both styles.
 
 The plain method, `score_one_by_one`, computes four padded rows for every question, and all their logits.
 `score_batched` finds the same numbers sooner. A question is ONE row: its context, then the four endings. A
 mask hides the endings from each other, and positions restart for each. Rows of similar length share a batch,
 and the head computes logits only where a token is scored.
 
-References: HellaSwag, arXiv 1905.07830, github.com/rowanz/hellaswag; github.com/karpathy/build-nanogpt;
+References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py).
 """
 
@@ -52,11 +46,10 @@ from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examp
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
-
-# -----------------------------------------------------------------------------
-# Questions
+PackedRow = tuple[int, list[int], Sequence[list[int]]]  # slot of the first ending, context, its endings
 
 
+# ----------------------------------------------------------------------------------------------- QUESTIONS
 def preprocess(text: str) -> str:
     """lm-evaluation-harness's cleaning: WikiHow's [title] ends a sentence, other [marks] vanish."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -77,7 +70,6 @@ def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[
     # An ending has the tokens of the whole text beyond the context's; spaces between the two belong to it.
     start = encode(context.rstrip())
     endings = [encode(context + " " + choice)[len(start) :] for choice in choices]
-    assert all(endings), "a space after a visible character begins a token"
     return start, endings, [len(choice) for choice in choices]
 
 
@@ -93,10 +85,7 @@ def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render_example(example: dict, encoding: str = "gpt2", style: str = "completion") -> tuple:
-    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label.
-
-    data is a dictionary of label, ctx_tokens and ending_tokens. Raises OSError without the encoding's files.
-    """
+    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label."""
     context, endings, _ = tokenize(example, encoding, style)
     data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
     return data, *pad_rows([(context, ending) for ending in endings]), example["label"]
@@ -132,10 +121,9 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
 def load_questions(
     path: Path, limit: int | None, style: str, encoding: str, block_size: int, vocab_size: int, mtime: int = 0
 ) -> tuple[Question, ...]:
-    """The first `limit` questions (None: all) of a file, for a model of that size.
+    """The first `limit` questions (None: all) of a file, which is read again if its mtime changes.
 
-    mtime: when the file was changed, so that a changed file is read again. Raises as iterate_examples does;
-    ValueError also for no questions, an unknown style, and an encoding with more ids than the model.
+    Raises as iterate_examples does; ValueError also for no questions, an unknown style, too many token ids.
     """
     try:
         ids = 256 if encoding == "bytes" else load_encoding(encoding).n_vocab
@@ -150,10 +138,7 @@ def load_questions(
     return questions
 
 
-# -----------------------------------------------------------------------------
-# Scores
-
-
+# -------------------------------------------------------------------------------------------------- SCORES
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
     for attribute in ("_orig_mod", "module", "_orig_mod"):  # torch.compile may be inside DDP or around it
@@ -180,10 +165,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> torch.Tensor:
-    """The plain method: for every question four padded rows and all their logits.
-
-    Returns every ending's loss, minus its log-probability in nats: (n, 4) fp32 on the CPU.
-    """
+    """The plain method. Returns every ending's loss, its -log-probability in nats: (n, 4) fp32 on the CPU."""
     model, losses = unwrap(model), []
     with evaluating(model):
         for question in questions:
@@ -194,16 +176,9 @@ def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> t
     return torch.stack(losses)
 
 
-class PackedRow(NamedTuple):
-    """One row of a batch: a context and the endings that continue it."""
-
-    slot: int  # 4 * question + number of the first ending
-    context: list[int]
-    endings: Sequence[list[int]]
-
-    def size(self) -> int:
-        """Tokens in the row; the last token of an ending predicts nothing and stays out."""
-        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+def row_size(row: PackedRow) -> int:
+    """Tokens in the row, without the last of each ending, which predicts nothing."""
+    return len(row[1]) + sum(len(ending) - 1 for ending in row[2])
 
 
 def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
@@ -212,10 +187,10 @@ def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
     for number, question in enumerate(questions):
         contexts, endings = zip(*question.rows, strict=True)
         if shared and not question.cropped:
-            rows.append(PackedRow(4 * number, contexts[0], endings))
+            rows.append((4 * number, contexts[0], endings))
         else:
-            rows += [PackedRow(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
-    return sorted(rows, key=PackedRow.size, reverse=True)
+            rows += [(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
+    return sorted(rows, key=row_size, reverse=True)
 
 
 def round_length(size: int) -> int:
@@ -232,21 +207,21 @@ class PackedBatch(NamedTuple):
     segments: torch.Tensor  # (B, T) 0 = context; 1, 2, ... = endings; -1 = padding
     scored: torch.Tensor  # (M,) which of the B*T positions predicts the token
     targets: torch.Tensor  # (M,) the token
-    slots: torch.Tensor  # (M,) the ending that it belongs to, numbered as PackedRow.slot
+    slots: torch.Tensor  # (M,) the ending that it belongs to, 4 * question + 0..3
 
 
 def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
     """Lay out rows of at most T tokens each."""
     layout, scored, targets, slots = [], [], [], []
-    for number, row in enumerate(rows):
-        C = len(row.context)
-        tokens, positions, segments = [*row.context], [*range(C)], [0] * C
-        for i, ending in enumerate(row.endings):
+    for number, (slot, context, endings) in enumerate(rows):
+        C = len(context)
+        tokens, positions, segments = [*context], [*range(C)], [0] * C
+        for i, ending in enumerate(endings):
             inner, first = len(ending) - 1, number * T + len(tokens)
             # The last token of the context predicts the first of the ending.
             scored += [number * T + C - 1, *range(first, first + inner)]
             targets += ending
-            slots += [row.slot + i] * len(ending)
+            slots += [slot + i] * len(ending)
             tokens += ending[:-1]
             positions += range(C, C + inner)
             segments += [i + 1] * inner
@@ -260,8 +235,8 @@ def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
 def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
 
-    A token sees what comes before it in the context and in its own ending. With a window it sees only what is
-    near in the text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
+    A token sees what comes before it in the context and its own ending; with a window, what is near in the
+    text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
     """
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
@@ -277,19 +252,16 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
     """Logits (M, V) of the scored positions. In our own models the head computes no others."""
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
-    inputs = dict(
-        attention_mask=attention_masks(batch, model.config.sliding_window), position_ids=batch.positions
-    )
-    hook = model.lm_head.register_forward_pre_hook(
-        lambda head, args: (args[0].flatten(0, 1)[None, batch.scored],)  # (B, T, C) -> (1, M, C)
-    )
+    masks = attention_masks(batch, model.config.sliding_window)
+    inputs = dict(attention_mask=masks, position_ids=batch.positions, use_cache=False, return_dict=True)
+    # The head gets (1, M, C) of (B, T, C).
+    hook = model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],))
     try:
-        output = model(batch.tokens, **inputs, use_cache=False, return_dict=True)
+        output = model(batch.tokens, **inputs)
         # GPT stops before the head, GPTLMHeadModel after it.
-        logits = output.logits if "logits" in output else model._logits(output.last_hidden_state)
+        return (output.logits if "logits" in output else model._logits(output.last_hidden_state))[0]
     finally:
         hook.remove()
-    return logits[0]
 
 
 def score_batched(
@@ -297,27 +269,24 @@ def score_batched(
     rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:  # fmt: skip
-    """The losses of score_one_by_one, (n, 4) fp32 on the CPU; the top of this file says how.
+    """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
 
-    Returns None as soon as interrupted() is true: it is called before every forward, and its answer must be
-    the same on all ranks. In our own models endings share their context; another Hugging Face model gets one
-    plain row per ending. All ranks run equally many forwards of equal T, because a sharded model needs that.
+    Another Hugging Face model than ours gets one plain row per ending. All ranks run equally many forwards of
+    equal T, because a sharded model needs that.
     """
     model = unwrap(model)
-    device = torch.device(device or model.device)
+    device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    shared = model.config.model_type == "gpt_moe"
-    rows = pack_rows(questions, shared)
-    losses = torch.zeros(4 * len(questions), device=device)
+    rows, losses = pack_rows(questions, shared), torch.zeros(4 * len(questions), device=device)
     with evaluating(model):
         while rows:
             if interrupted():
                 return None
-            T = round_length(rows[0].size())
+            T = round_length(row_size(rows[0]))
             if not shared:
                 T = min(T, longest_input(model.config))
-            B = max(1, budget // T)
-            chunk, rows = rows[: B * world_size], rows[B * world_size :]
+            group = max(1, budget // T) * world_size  # rows of all ranks
+            chunk, rows = rows[:group], rows[group:]
             mine = chunk[rank::world_size]
             batch = PackedBatch(*(x.to(device) for x in build_batch(mine or chunk[:1], T)))
             logits = scored_logits(model, batch, shared).float()
@@ -329,10 +298,7 @@ def score_batched(
     return losses.view(-1, 4).cpu()
 
 
-# -----------------------------------------------------------------------------
-# Evaluation
-
-
+# ---------------------------------------------------------------------------------------------- EVALUATION
 @dataclass(frozen=True)
 class HellaSwagResult:
     """Accuracies as fractions, their standard errors, and what they were computed from."""
@@ -348,10 +314,9 @@ class HellaSwagResult:
     losses: torch.Tensor  # (n, 4) minus log-probability of every ending, nats, fp32 on the CPU
 
     def __str__(self) -> str:
-        return (
-            f"acc {self.acc:.4f} ± {self.acc_stderr:.4f}, acc_norm {self.acc_norm:.4f} ± "
-            f"{self.acc_norm_stderr:.4f}, {self.n} questions, {self.cropped} cropped to the model's block"
-        )
+        plain = f"acc {self.acc:.4f} ± {self.acc_stderr:.4f}"
+        normalised = f"acc_norm {self.acc_norm:.4f} ± {self.acc_norm_stderr:.4f}"
+        return f"{plain}, {normalised}, {self.n} questions, {self.cropped} cropped to the model's block"
 
 
 def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResult:
@@ -361,10 +326,9 @@ def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResul
     """
     n, norms = len(questions), torch.tensor([question.norms for question in questions])
     chosen = [score.numpy().argmin(axis=1).tolist() for score in (losses, losses / norms)]
-    labels = [question.label for question in questions]
+    labels, cropped = [question.label for question in questions], sum(q.cropped for q in questions)
     accuracies = [sum(map(int.__eq__, choices, labels)) / n for choices in chosen]
     errors = [math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan for p in accuracies]
-    cropped = sum(question.cropped for question in questions)
     return HellaSwagResult(*accuracies, *errors, n, cropped, *chosen, losses)
 
 
@@ -396,12 +360,10 @@ def evaluate(
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
 
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
-    encoding: its tokens; None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a
-    forward. rank, world_size: if above 1, all ranks call this alike and get the whole result. device: of
-    the inputs; None: the parameters'. autocast: a dtype to compute in, such as torch.bfloat16. interrupted:
-    called before every forward, with the same answer on all ranks; if it returns True, the result is None.
-    Raises HellaSwagUnavailable if the questions cannot be read or downloaded, ValueError for bad ones (naming
-    file and line) and for wrong arguments.
+    encoding: None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a forward.
+    world_size: if above 1, all ranks call this alike and get the whole result. autocast: a dtype to compute
+    in. interrupted: called before every forward, with the same answer on all ranks; the result is None after
+    True. Raises HellaSwagUnavailable for no questions, ValueError for bad ones and for wrong arguments.
     """
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
@@ -445,10 +407,10 @@ def main(arguments: list[str] | None = None) -> int:
         world = start(options.device)
         model = load(options.model).to(world.device)
         began = time.perf_counter()
+        autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
         result = evaluate(
             model, options.data, options.limit, options.style, options.encoding, options.tokens_per_batch,
-            world.rank, world.size, world.device,
-            autocast=None if options.dtype == "float32" else getattr(torch, options.dtype),
+            world.rank, world.size, world.device, autocast,
         )  # fmt: skip
         if world.is_master:
             speed = result.n / (time.perf_counter() - began)

@@ -4,10 +4,9 @@
     python plot_log.py log/ --x tokens --format svg  # also --x time; svg and pdf are for print
     python plot_log.py dense/ moe/ --out both.png    # several runs over each other
 
-Reads metrics.jsonl (one object per step after {"run": {"config": ...}}). If that is missing or empty, reads
-log.txt (`STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`, as build-nanogpt writes it). Panels without
-data are left out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn
-too. training/metrics.py says which number stands in which panel.
+Reads metrics.jsonl, or log.txt if that is missing or empty (docs/formats.md). Panels without data are left
+out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn too.
+training/metrics.py says which number stands in which panel.
 Colours: Okabe & Ito, https://jfly.uni-koeln.de/color/; runs also differ in line and marker, for print.
 """
 
@@ -27,9 +26,8 @@ from layers.usage import STARVED_BELOW
 from tokens.files import write_atomically
 from training.metrics import METRICS, Metric
 
-# GPT-2 124M's loss on the validation shard of FineWeb-Edu 10B; length-normalised HellaSwag accuracy of GPT-2
-# 124M and of GPT-3 Small (zero-shot, from its paper, arXiv 2005.14165 appendix H). All three are in the
-# plotting cell of https://github.com/karpathy/build-nanogpt/blob/master/play.ipynb
+# Loss of GPT-2 124M on FineWeb-Edu 10B's validation shard; acc_norm of GPT-2 124M and of GPT-3 Small (arXiv
+# 2005.14165, appendix H). Source: https://github.com/karpathy/build-nanogpt/blob/master/play.ipynb
 GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.294463, 0.337
 CHANCE = 0.25  # HellaSwag has four endings to choose from
 LOG_WORDS = {metric.log_word: metric.name for metric in METRICS if metric.log_word}  # of log.txt
@@ -75,8 +73,6 @@ class LoggedRun:
 
 
 # ---------------------------------------------------------------------------------------------------- READING
-
-
 def is_finite(value: object) -> bool:
     """Whether `value` is a number that can be drawn: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) < 1e300
@@ -105,17 +101,12 @@ def parse_line(line: str) -> dict:
 
 
 def read_run(folder: str) -> LoggedRun:
-    """Read the log in `folder`; what is wrong in it is collected in `problems`.
-
-    Raises FileNotFoundError if the folder has neither metrics.jsonl nor log.txt.
-    """
+    """Read the log in `folder`; `problems` says what is wrong in it. Raises FileNotFoundError if none."""
     run = LoggedRun(Path(folder).resolve().name)
     found = [path for path in (Path(folder, "metrics.jsonl"), Path(folder, "log.txt")) if path.is_file()]
     if not found:
-        raise FileNotFoundError(
-            f"{folder}: no metrics.jsonl and no log.txt in this folder; a run makes them: "
-            f"python train_gpt_moe.py --preset demo --log_dir {folder}"
-        )
+        make = f"a run makes them: python train_gpt_moe.py --preset demo --log_dir {folder}"
+        raise FileNotFoundError(f"{folder}: no metrics.jsonl and no log.txt in this folder; {make}")
     for path in found:
         rows, bad, restarted = {}, [], False
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -139,8 +130,7 @@ def read_run(folder: str) -> LoggedRun:
             run.rows = [rows[step] for step in sorted(rows)]
             break
         run.problems.append(f"{path.name} holds no step")
-    lost = sum("loss" in row and not is_finite(row["loss"]) for row in run.rows)
-    if lost:
+    if lost := sum("loss" in row and not is_finite(row["loss"]) for row in run.rows):
         run.problems.append(f"{lost} of {len(run.rows)} steps have no finite loss")
     return run
 
@@ -166,8 +156,6 @@ def set_x(runs: list[LoggedRun], axis: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- DRAWING
-
-
 def smooth(y: np.ndarray) -> np.ndarray:
     """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, as a loss falls fast."""
     i, n = np.arange(len(y)), len(y)
@@ -242,8 +230,7 @@ def draw_hellaswag(fig, cell, runs: list[LoggedRun], metrics: list[Metric], comp
     for run in runs:
         x, y = run.points("hella_acc_norm")
         ax.plot(x, y, **run.line, **run.mark, markevery=1 + len(y) // 25)
-        x, y = run.points("hella_acc")
-        ax.plot(x, y, color=run.line["color"], linestyle=":", linewidth=1.2)
+        ax.plot(*run.points("hella_acc"), color=run.line["color"], linestyle=":", linewidth=1.2)
     draw_reference(ax, CHANCE, "chance, 25%", x=1)
     if compare:
         draw_reference(ax, GPT2_HELLASWAG, f"GPT-2 124M, {GPT2_HELLASWAG:.1%}")
@@ -255,7 +242,7 @@ def draw_hellaswag(fig, cell, runs: list[LoggedRun], metrics: list[Metric], comp
 
 
 def draw_stack(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool) -> list:
-    """Draw the metrics of a panel above each other over one horizontal axis. `compare` is not used."""
+    """Draw the metrics of a panel above each other over one horizontal axis."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes = []
@@ -328,13 +315,12 @@ def panels(runs: list[LoggedRun], compare: bool) -> list[list[tuple[int, Callabl
     for title in dict.fromkeys(metric.panel for metric in known):
         metrics = [metric for metric in known if metric.panel == title]
         draw = {"Loss": draw_loss, "HellaSwag": draw_hellaswag}.get(title, draw_stack)
-        chosen.append(
-            (2 if title == "Loss" else 1, partial(draw, runs=runs, metrics=metrics, compare=compare))
-        )
+        width = 2 if title == "Loss" else 1
+        chosen.append((width, partial(draw, runs=runs, metrics=metrics, compare=compare)))
     routed = {run.name if len(runs) > 1 else "Expert load": run for run in runs if len(run.loads()[0])}
     chosen += [(1, partial(draw_load, run=run, title=title)) for title, run in routed.items()]
-    for title, run in routed.items() if len(routed) == 1 else ():
-        if len(run.loads()[0]) > 1:
+    for title, run in routed.items():
+        if len(routed) == 1 and len(run.loads()[0]) > 1:
             chosen.append((2, partial(draw_load_history, run=run, title=title)))
     rows = []
     for width, draw in chosen:
@@ -352,8 +338,8 @@ def headline(run: LoggedRun) -> str:
     if c.get("use_moe") and c.get("num_experts"):
         words.append(f"{c['num_experts']} experts, {c.get('num_experts_per_tok', 1)} active")
     words.append(f"step {run.rows[-1]['step']:,}" if run.rows else "no step logged yet")
-    for key, text in (("val_loss", "validation loss {:.3f}"), ("hella_acc_norm", "HellaSwag {:.1%}")):
-        words += [text.format(value) for value in run.points(key)[1][-1:]]
+    words += [f"validation loss {value:.3f}" for value in run.points("val_loss")[1][-1:]]
+    words += [f"HellaSwag {value:.1%}" for value in run.points("hella_acc_norm")[1][-1:]]
     return "  ·  ".join(words)
 
 
@@ -371,10 +357,9 @@ def save_picture(fig, out: Path) -> None:
 
 
 def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
-    """Draw the logs in `folders` over each other into the file `out` (.png, .svg or .pdf); returns `out`.
+    """Draw the logs in `folders` over each other into `out` (.png, .svg or .pdf); returns `out`.
 
-    x: step, tokens or time. One warning on stderr names all logs that are damaged or lack `x`. Raises
-    FileNotFoundError for a folder without a log, ValueError for an unknown `x` or format, or one in no log.
+    x: step, tokens or time. Raises FileNotFoundError for a folder without a log, ValueError for a wrong name.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # pyplot would open windows and keep figures alive

@@ -24,10 +24,9 @@ def load(source: str) -> GPTLMHeadModel:
     except OSError as error:  # transformers raises it, after it has asked the hub
         if os.path.exists(source) or isinstance(error, FileNotFoundError):
             raise
-        raise FileNotFoundError(
-            f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run), nor a "
-            f"model that Hugging Face's hub could give: {str(error).strip().splitlines()[0]}"
-        ) from error
+        here = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
+        there = f"nor a model that Hugging Face's hub could give: {str(error).strip().splitlines()[0]}"
+        raise FileNotFoundError(f"{here}, {there}") from error
     end = model.config.eos_token_id
     if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
         model.config.bos_token_id = end
@@ -51,24 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
     for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
-    try:
-        model = load(options.checkpoint or options.model).to(choose_device(options.device, 0))
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
     with contextlib.suppress(AttributeError, OSError):  # sys.stdout may be another kind of object
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal does not have
-    torch.manual_seed(options.seed)
     how = dict(do_sample=False)
     if options.temperature > 0:
         how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
     try:
+        model = load(options.checkpoint or options.model).to(choose_device(options.device, 0))
+        torch.manual_seed(options.seed)
         for number in range(1, options.num_samples + 1):
             print(f"--- sample {number}")
             print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how), flush=True)
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # a prompt that the model has no tokens for
+    except (ValueError, OSError) as error:  # no such model, or a prompt that it has no tokens for
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

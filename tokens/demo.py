@@ -1,6 +1,4 @@
-"""The demo corpus: prose that every Python carries, so that training can be tried without network."""
-
-from __future__ import annotations
+"""The demo corpus: prose that every Python carries, about 1.8 MB, to try training without network."""
 
 import ast
 import hashlib
@@ -8,7 +6,6 @@ import os
 import re
 import sys
 import sysconfig
-from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,14 +14,15 @@ from tokens.encodings import encode_pieces
 from tokens.shard_writer import ShardWriter, is_complete
 from tokens.shards import load_metas
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages __pycache__".split())
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as a train and a validation shard unless they are there; return their meta.json.
+    """Write the demo corpus as a train and a validation shard; return their meta.json.
 
-    Validation gets whole documents, in the order of their hashes, until it has a twentieth of the text. A
-    corpus that another version of Python has made is kept. Raises ValueError if the folder holds other data.
+    Validation gets documents in the order of their hashes until it has a twentieth of the text. A corpus that
+    is there is kept, also another Python version's. Raises ValueError if the folder holds other data.
     """
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
@@ -46,12 +44,10 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
 
 
 def demo_documents() -> Iterator[str]:
-    """The language's help topics and the docstrings of each module of the standard library, about 1.8 MB.
+    """The language's help topics and the docstrings of each module of the standard library.
 
-    One version of Python always gives the same order. No module is imported. Paragraphs that repeat earlier
-    ones are left out, because docstrings are copied between modules and help topics contain one another: a
-    document held out for validation has no twin in training.
-    Raises FileNotFoundError if this Python came without its library's sources.
+    Paragraphs that repeat earlier ones are left out, so that a document held out for validation has no twin
+    in training. Raises FileNotFoundError if this Python came without its library's sources.
     """
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()
@@ -67,24 +63,11 @@ def demo_documents() -> Iterator[str]:
                 tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
                 texts = [ast.literal_eval(text) for table in tables for text in table.values]
             else:
-                texts = ["\n\n".join(_docstrings(tree))]
+                nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+                texts = ["\n\n".join(filter(None, map(ast.get_docstring, nodes)))]
             yield from filter(None, (_without_repeats(text, seen) for text in texts))
     if not seen:
         raise FileNotFoundError(f"the demo corpus needs the standard library's .py files; {library} has none")
-
-
-def _docstrings(module: ast.Module) -> Iterator[str]:
-    """The docstrings of the module, its classes and functions, in the order of ast.walk.
-
-    ast.walk itself would also look into every expression, which takes most of the time.
-    """
-    nodes: deque[ast.AST] = deque([module])
-    while nodes:
-        node = nodes.popleft()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from filter(None, [ast.get_docstring(node)])
-        for part in ("body", "handlers", "orelse", "finalbody", "cases"):  # of statements
-            nodes.extend(getattr(node, part, ()))
 
 
 def _without_repeats(text: str, seen: set[tuple[str, ...]]) -> str:

@@ -1,13 +1,9 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
 An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files) or a name
-that tiktoken knows, such as "gpt2".
-
-tiktoken is imported by name inside a function, because a copy of this file lies in exported model folders:
-transformers refuses a folder whose code imports a package that is not installed, and "bytes" needs none.
+that tiktoken knows, such as "gpt2". tiktoken is imported by name inside a function: a copy of this file lies
+in exported model folders, and transformers refuses code that imports a package that is not installed.
 """
-
-from __future__ import annotations
 
 import difflib
 import functools
@@ -22,44 +18,32 @@ MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,9
 
 
 def load_encoding(name: str) -> Any:
-    """The tiktoken.Encoding of that name.
-
-    Raises ValueError if the name is unknown, OSError if tiktoken can neither find nor fetch its files.
-    """
+    """The tiktoken.Encoding of that name. Raises ValueError if it is unknown, OSError without its files."""
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":
-        # There are no merges, so any pieces give the same ids. Lines are fast.
-        pieces, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=pieces, mergeable_ranks=ranks, special_tokens={EOT: 256})
+        lines, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}  # any pieces give the same ids
+        return tiktoken.Encoding("bytes", pat_str=lines, mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(
-            f"encoding={name!r} is unknown{hint}; use one of {', '.join(known)}. (A model's config.json "
-            "sets its encoding.)"
-        )
+        choices = f"use one of {', '.join(known)} (a model's config.json sets its encoding)"
+        raise ValueError(f"encoding={name!r} is unknown{hint}; {choices}")
     return tiktoken.get_encoding(name)
 
 
 @functools.cache
 def get_encoding(name: str) -> Any:
-    """The tiktoken.Encoding of that name, for shards: its ids fit uint16 and <|endoftext|> is among them.
-
-    Raises ValueError if it is unknown, its files cannot be fetched, or its ids do not fit.
-    """
+    """load_encoding for shards: ValueError also if its files cannot be fetched or its ids exceed uint16."""
     try:
         encoding = load_encoding(name)
     except OSError as error:
-        raise ValueError(
-            f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__}); without network "
-            "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has stored them, or use --encoding bytes"
-        ) from error
+        problem = f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__})"
+        cure = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them, or use --encoding bytes"
+        raise ValueError(f"{problem}; without network {cure}") from error
     if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
-        raise ValueError(
-            f"encoding={name!r} has {encoding.n_vocab} ids; a shard's uint16 takes 65536, {EOT} among them: "
-            "use gpt2, r50k_base, p50k_base or bytes"
-        )
+        limit = f"a shard's uint16 takes 65536, {EOT} among them: use gpt2, r50k_base, p50k_base or bytes"
+        raise ValueError(f"encoding={name!r} has {encoding.n_vocab} ids; {limit}")
     return encoding
 
 
@@ -81,18 +65,12 @@ def encode_pieces(pieces: list[tuple[bool, str]], name: str) -> np.ndarray:
 
 
 def encode_text(text: str, name: str) -> list[int]:
-    """Token ids of `text` by the encoding of that name. Special tokens in it are ordinary text.
-
-    Raises ValueError or OSError as load_encoding does; "bytes" works without tiktoken.
-    """
+    """Token ids of `text`; special tokens in it are ordinary text. Raises as load_encoding does."""
     return list(text.encode("utf-8")) if name == "bytes" else load_encoding(name).encode_ordinary(text)
 
 
 def decode_tokens(ids: list[int], name: str) -> str:
-    """Text of token ids: invalid UTF-8 becomes U+FFFD, special and unknown tokens are left out.
-
-    Raises ValueError or OSError as load_encoding does; "bytes" works without tiktoken.
-    """
+    """Text of token ids. Invalid UTF-8 becomes U+FFFD; special and unknown tokens are left out."""
     if name == "bytes":
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
     encoding = load_encoding(name)

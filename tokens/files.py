@@ -1,7 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written.
-
-write_atomically(path, lambda file: file.write(data))
-"""
+"""Files that are whole or not there, whatever happens while they are written."""
 
 import os
 from collections.abc import Callable
@@ -14,10 +11,7 @@ class DataError(ValueError):
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(file) on a temporary file beside `path`, fsync it, rename it. Until then an old file stays.
-
-    Raises OSError if the file cannot be written, and whatever `write` raises.
-    """
+    """Call write(file) on a temporary file beside `path`, fsync it, rename it to `path`. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,5 +38,5 @@ def sync_folder(folder: Path) -> None:
 
 def root_error(error: BaseException) -> BaseException:
     """The OSError, such as "disk full", that torch.save hides behind a RuntimeError; otherwise `error`."""
-    hides = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-    return error.__context__ if hides else error
+    hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+    return error.__context__ if hidden else error

@@ -1,7 +1,4 @@
-"""HellaSwag's questions for hellaswag.py: downloads the files once, and checks what they hold.
-
-Source: https://github.com/rowanz/hellaswag
-"""
+"""HellaSwag's questions (https://github.com/rowanz/hellaswag): downloads them once, and checks each."""
 
 import hashlib
 import http.client
@@ -13,9 +10,7 @@ from pathlib import Path
 from tokens.files import write_atomically
 
 DATA_DIR = Path(__file__).parents[1] / "hellaswag"
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{}"
-# Bytes and SHA-256, as in tensorflow/datasets (url_checksums/hellaswag.txt) and huggingface/datasets
-# (datasets/hellaswag/dataset_infos.json). The test file is not here: it has no labels.
+# Bytes and SHA-256, as in tensorflow/datasets (url_checksums/hellaswag.txt).
 HELLASWAG_FILES = {
     "train": (47496131, "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d"),
     "val": (12246618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
@@ -27,16 +22,13 @@ class HellaSwagUnavailable(FileNotFoundError):
 
 
 def download(split: str = "val") -> Path:
-    """Path of a split's file, which is downloaded into hellaswag/ beside hellaswag.py if it is not there yet.
-
-    Raises HellaSwagUnavailable if that fails, ValueError for a split that does not exist or has no labels.
-    """
+    """Path of a split's file, downloaded if it is not there. Raises HellaSwagUnavailable, ValueError."""
     if split not in HELLASWAG_FILES:
         raise ValueError(f"split={split!r}: choose train or val (the test file has no labels)")
     path = DATA_DIR / f"hellaswag_{split}.jsonl"
     if path.exists():
         return path
-    url = URL.format(path.name)
+    url = f"https://raw.githubusercontent.com/rowanz/hellaswag/master/data/{path.name}"
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response:
@@ -63,12 +55,11 @@ def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iter
         raise HellaSwagUnavailable(f"cannot read the questions in {path}: {error.strerror}") from error
     with lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    example = check_example(json.loads(line.decode("utf-8")))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                yield example
+            try:
+                if line.strip():
+                    yield check_example(json.loads(line.decode("utf-8")))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 def check_example(example: object) -> dict:

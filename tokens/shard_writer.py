@@ -1,14 +1,10 @@
 """Tokens into shards: what a killed process has written is kept, and writing goes on after it.
 
-    writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
-    position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
-    writer.add(tokens, position, skip)
-    meta = writer.finish(position, "book.txt")
-
-Here `tokens` are those of the text from `position` on, of which the first `skip` are in shards already.
+writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
+position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
+writer.add(tokens, position, skip)  # of the text from `position` on; the first `skip` are in shards already
+meta = writer.finish(position, "book.txt")
 """
-
-from __future__ import annotations
 
 import glob
 import json
@@ -35,8 +31,7 @@ def count_tokens(path: str) -> int:
 
 def is_complete(folder: str, meta: dict) -> bool:
     """Whether a meta.json is final and all the shards it lists are whole."""
-    shards = meta.get("shards", {})
-    whole = (count_tokens(os.path.join(folder, name)) == n for name, n in shards.items())
+    whole = (count_tokens(os.path.join(folder, name)) == n for name, n in meta.get("shards", {}).items())
     return meta.get("complete", False) and all(whole)
 
 
@@ -54,9 +49,7 @@ class ShardWriter:
     shard is known after any kill. Without meta.json everything is read again, and must equal what is there. A
     shard is written only when more tokens follow: a source that is too small leaves nothing behind.
 
-    settings: "source", "encoding" and whatever else decides which tokens come out; meta.json keeps them. With
-    "part" and "num_parts" several machines write into one folder, and part 0 writes the validation shard.
-
+    settings: whatever decides which tokens come out, at least "source" and "encoding"; meta.json keeps them.
     Raises ValueError if the folder holds other data.
     """
 
@@ -71,14 +64,13 @@ class ShardWriter:
             for name, value in settings.items():
                 other = (meta | meta.get("settings", {})).get(name)
                 if other != value and (name != "part" or path == self.meta_path):
-                    raise ValueError(
-                        f"{folder} was made with {name}={other!r} ({path}), but now {name}={value!r}: give "
-                        "the settings it was made with, or another --out, or delete the folder"
-                    )
-        ours = re.compile(r"(train|val)_(p\d{4}_)?\d{6}\.bin")
-        shards = [name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))]
-        if foreign := [name for name in shards if not ours.fullmatch(name)]:
-            raise ValueError(f"{folder} holds {foreign[0]}, which is not of this data: give another --out")
+                    cure = "give the settings it was made with, or another --out, or delete the folder"
+                    was = f"{folder} was made with {name}={other!r} ({path})"
+                    raise ValueError(f"{was}, but now {name}={value!r}: {cure}")
+        for name in os.listdir(folder):
+            ours = re.fullmatch(r"(train|val)_(p\d{4}_)?\d{6}\.bin", name)
+            if name.endswith((".bin", ".npy")) and not ours:
+                raise ValueError(f"{folder} holds {name}, which is not of this data: give another --out")
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
             for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
@@ -95,7 +87,7 @@ class ShardWriter:
         return self.val_tokens if n < self.val_shards else self.shard_size
 
     def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
-        """(position to read on from, tokens to skip there) of the first shard that is missing or damaged."""
+        """(position, tokens to skip there) of the first shard that is missing or damaged."""
         self.val_tokens, self.shard_size = val_tokens, shard_size
         self.val_shards = int(self.part == 0 and val_tokens > 0)
         self.buffer = np.empty(max(self.size(0), shard_size), dtype=np.uint16)
@@ -120,13 +112,11 @@ class ShardWriter:
     def finish(self, position: dict, source: str) -> dict:
         """Write the last shard and the final meta.json; return it. Raises ValueError for too little text."""
         if self.n == 0 and (self.val_shards or not self.filled):
-            need = "no text"
-            if self.val_shards:
-                need = f"validation takes val_tokens={self.val_tokens}, pass less"
-            raise ValueError(
-                f"source={source!r} is too small (part {self.part} of {self.num_parts}): "
-                f"{position['documents']} documents, {self.filled} tokens; {need}"
+            need = (
+                f"validation takes val_tokens={self.val_tokens}, pass less" if self.val_shards else "no text"
             )
+            small = f"source={source!r} is too small (part {self.part} of {self.num_parts})"
+            raise ValueError(f"{small}: {position['documents']} documents, {self.filled} tokens; {need}")
         self._flush(None)
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)
@@ -148,6 +138,5 @@ class ShardWriter:
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
         meta |= {"source": self.settings["source"], **more, "settings": self.settings}
-        text = json.dumps(meta, indent=1).encode()
-        write_atomically(self.meta_path, lambda file: file.write(text))
+        write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
         return meta

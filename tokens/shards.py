@@ -1,11 +1,9 @@
-"""Tokens on disk and in batches: the shard format, and the loader that reads it.
+"""Tokens on disk and in batches: the shard format (see docs/formats.md), and the loader that reads it.
 
     loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
     x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
-A shard is llm.c's (https://github.com/karpathy/llm.c, dev/data/data_common.py): 256 little-endian int32
-(magic 20240520, version 1, number of tokens, zeros), then the tokens as uint16. Documents follow one another,
-each beginning with <|endoftext|>, and run over from shard to shard. meta.json beside them names the encoding.
+A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -31,22 +30,17 @@ from tokens.files import write_atomically
 if TYPE_CHECKING:
     import torch  # the methods import it: the tokenising processes start far sooner without it
 
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # as in llm.c, dev/data/data_common.py
 OPEN_SHARDS = 256  # memory maps that a loader keeps; each takes a file descriptor, often limited to 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
-# ----------------------------------------------------------------------------------------------------------
-# SHARDS
 
-
+# -------------------------------------------------------------------------------------------------- SHARDS
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ValueError(f"{path}: tokens must be a 1-D uint16 array, not {tokens.ndim}-D {tokens.dtype}")
-    if not 0 < len(tokens) < 1 << 31:
-        raise ValueError(f"{path}: a shard holds 1 to 2147483647 tokens, not {len(tokens)}")
+    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
+        kind = f"{tokens.dtype} of shape {tokens.shape}"
+        raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 tokens, not {kind}")
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     data = np.ascontiguousarray(tokens, dtype="<u2").data
@@ -54,12 +48,10 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, uint16 (which must be converted before torch gets them).
+    """The tokens of a shard, memory-mapped, uint16. Its first bytes tell which of the three formats it has.
 
-    Its first bytes tell the format: llm.c's, or numpy's .npy (build-nanogpt), otherwise headerless uint16
-    (nanoGPT). Raises FileNotFoundError, or ValueError if the file is not a whole shard.
+    Raises FileNotFoundError, or ValueError if the file is not a whole shard.
     """
-    path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
     with open(path, "rb") as file:
@@ -77,25 +69,25 @@ def read_shard(path: str | os.PathLike) -> np.memmap:
             start, count = 0, size // 2
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
-    if size != start + 2 * count:
-        wrong, need = "truncated" if size < start + 2 * count else "padded", start + 2 * count
+    need = start + 2 * count
+    if size != need:
+        wrong = "truncated" if size < need else "padded"
         sizes = f"header and {count} tokens take {need} bytes, it has {size}"
         raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
     return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
 
 
-def _rebuild(path: str) -> str:
+def _rebuild(path: str | os.PathLike) -> str:
     folder = os.path.dirname(path) or "."
     return f"rebuild it: `python fineweb.py --out {folder}` with the other settings it was made with"
 
 
-def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
+def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
     """(offset of the data, number of tokens) of an .npy file."""
     file.seek(0)
     try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read[version](file)
+        major, minor = np.lib.format.read_magic(file)
+        shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
     except Exception as error:  # the header is Python source: a damaged one fails in many ways
         raise ValueError(f"{path} has a damaged .npy header ({error!r}); {_rebuild(path)}") from error
     if dtype != np.dtype("<u2") or len(shape) != 1:
@@ -103,7 +95,7 @@ def _read_npy_header(path: str, file: BinaryIO) -> tuple[int, int]:
     return file.tell(), shape[0]
 
 
-def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
+def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
     """Raise ValueError if a file without a header is something other than bare tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
@@ -124,37 +116,31 @@ def _refuse_foreign(path: str, head: bytes, magic: int) -> None:
 def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
     """Shards in reading order: those of a folder with `split` in their names, or all that match a pattern.
 
-    The names of llm.c, build-nanogpt and nanoGPT are found too (fineweb_train_000001.bin, train.bin, ...).
-    Raises FileNotFoundError that says what is missing and how to make it.
+    The names of llm.c, build-nanogpt and nanoGPT are found too. Raises FileNotFoundError if there are none.
     """
     where = os.fspath(where)
     if not os.path.isdir(where):
         paths = sorted(path for path in glob.glob(where) if os.path.isfile(path))
         if not paths:
-            raise FileNotFoundError(
-                f"no data: {where} is neither a folder nor a file nor matches any. Make some with "
-                "`python fineweb.py --out FOLDER`, or without network `python fineweb.py --demo --out FOLDER`"
-            )
+            make = "`python fineweb.py --out FOLDER`; without network `python fineweb.py --demo --out FOLDER`"
+            raise FileNotFoundError(f"no data: {where} is neither a folder nor a file; make some: {make}")
         return paths
     names = sorted(name for name in os.listdir(where) if name.endswith((".bin", ".npy")))
     paths = [os.path.join(where, name) for name in names if split in re.split(r"[_.-]", name)]
     if not paths:
-        raise FileNotFoundError(
-            f"no {split} shard ({split}_*.bin) among the {len(names)} shards in {where}. Make them with "
-            f"`python fineweb.py --out {where}`; --val_tokens says how many tokens validation gets"
-        )
+        make = f"`python fineweb.py --out {where}`; --val_tokens says how many tokens validation gets"
+        missing = f"no {split} shard ({split}_*.bin) among the {len(names)} shards in {where}"
+        raise FileNotFoundError(f"{missing}; make them: {make}")
     return paths
 
 
 def load_metas(folder: str) -> dict[str, dict]:
     """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json). Raises ValueError."""
-    metas = {}
     kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
-    names = "meta.json", "meta_p[0-9]*.json"
-    for path in sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name))):
+    metas, base = {}, os.path.join(glob.escape(folder), "meta")
+    for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:
-            with open(path, encoding="utf-8") as file:
-                metas[path] = json.load(file)
+            metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             for name, kind in kinds.items():
                 if not isinstance(metas[path][name], kind):
                     raise TypeError(f"{name} is {metas[path][name]!r}")
@@ -164,16 +150,14 @@ def load_metas(folder: str) -> dict[str, dict]:
 
 
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
-    """meta.json of a data folder: "encoding", "vocab_size", "eot_token", "tokens" by split, "source", ...
+    """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given.
 
-    pattern: if given, the folder is that of the first shard that matches it.
-    If several machines wrote the shards, their token counts are added. Without meta.json the tokens are taken
-    to be GPT-2's, with a warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
+    The token counts of several machines are added. Without meta.json the tokens are taken to be GPT-2's, with
+    a warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
     """
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
-        make_it = f"make it: `python fineweb.py --out {folder}`"
-        raise FileNotFoundError(f"there is no data folder {folder}; {make_it}")
+        raise FileNotFoundError(f"no data folder {folder}; make it: `python fineweb.py --out {folder}`")
     metas = load_metas(folder)
     if not metas:
         warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
@@ -190,10 +174,7 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     return meta
 
 
-# ----------------------------------------------------------------------------------------------------------
-# LOADER
-
-
+# -------------------------------------------------------------------------------------------------- LOADER
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """Images of `index`, (k,), under the permutation of range(n) that `keys`, (rounds,) uint64, select.
 
@@ -219,16 +200,15 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 class DistributedDataLoader:
     """Endless batches of a data set: the same stream for any number of ranks, any B and any accumulation.
 
-    A sample is a window of T tokens and the token after it. Windows do not overlap and stay in their shard:
-    up to T tokens at the end of a shard are unused. All ranks call next_batch() equally often. Each call
-    consumes the next B * world_size samples, of which rank r takes the r-th B.
+    A sample is a window of T tokens and the token after it. Windows do not overlap and stay in their shard.
+    All ranks call next_batch() equally often. Each call consumes the next B * world_size samples, of which
+    rank r takes the r-th B.
 
     pattern     glob pattern, folder (its train shards) or list of files
     shuffle     True: each epoch has every sample once, in an order that depends only on T, seed, the number
                 of the epoch and the lengths of the shards.
-                False: llm.c's order, batch after batch through each shard. If the rest of a shard is too
-                short for a batch of all ranks and one token, it is skipped. The last shard is followed by
-                the first. (llm.c's ranks leave a shard each at its own position; here all leave it together.)
+                False: llm.c's order, batch after batch through each shard; a rest too short for a batch of
+                all ranks is skipped (by all of them together, unlike in llm.c).
     vocab_size  every token read must be below it
     prefetch    number of batches that a background thread keeps ready, in the GPU's memory if device is CUDA
 
@@ -257,8 +237,7 @@ class DistributedDataLoader:
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
         digest, lengths = hashlib.sha256(), []
-        for path in self.files:
-            tokens = read_shard(path)
+        for tokens in map(read_shard, self.files):
             lengths.append(len(tokens))
             ends = tokens[:256].tobytes() + tokens[-256:].tobytes()
             digest.update(len(tokens).to_bytes(8, "little") + ends)
@@ -268,7 +247,7 @@ class DistributedDataLoader:
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
             raise ValueError(
-                f"too little data: one batch of B={B} on world_size={world_size} ranks needs {group} samples "
+                f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
                 f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
                 f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
                 f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
@@ -282,7 +261,7 @@ class DistributedDataLoader:
         self.position = 0  # samples handed out so far, to all ranks together
 
     def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of its first token) of a sample, for looking up the text of a strange batch."""
+        """(file, offset of its first token) of a sample, to look up the text of a strange batch."""
         (file,), (offset,) = self._locate(np.array([global_sample]))
         return self.files[file], int(offset)
 
@@ -310,11 +289,9 @@ class DistributedDataLoader:
             row[:] = self._open(self.files[file])[start : start + self.T + 1]
             if self.vocab_size is not None and row.max() >= self.vocab_size:
                 at = int(np.argmax(row >= self.vocab_size))
-                raise ValueError(
-                    f"{self.files[file]}: token {row[at]} at offset {start + at} is not below vocab_size="
-                    f"{self.vocab_size}: the shard is damaged, or its encoding is not the model's; "
-                    + _rebuild(self.files[file])
-                )
+                path, why = self.files[file], "the shard is damaged, or its encoding is not the model's"
+                wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
+                raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
         if self._upload is None:
             return batch, None
@@ -326,8 +303,7 @@ class DistributedDataLoader:
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, y), each (B, T) int64 on the device; y is one token later than x.
 
-        Raises ValueError for a token outside the vocabulary, OSError for a shard that has gone. The position
-        then stays where it was.
+        Raises ValueError for a token outside the vocabulary, OSError for a lost shard; the position stays.
         """
         import torch
 
@@ -337,7 +313,7 @@ class DistributedDataLoader:
         try:
             batch, arrived = self._batches.popleft().result()
         except BaseException:
-            self._seek(self.position)
+            self.reset(self.position)
             raise
         self.position += step
         if arrived is not None:
@@ -347,15 +323,12 @@ class DistributedDataLoader:
         x, y = batch.to(self.device)
         return x, y
 
-    def _seek(self, position: int) -> None:
+    def reset(self, position: int = 0) -> None:
+        """Go to a position; by default to the first sample, as before each validation."""
         for batch in self._batches:
             batch.cancel()
         self._batches.clear()
         self.position = position
-
-    def reset(self) -> None:
-        """Start from the first sample again, as before each validation."""
-        self._seek(0)
 
     def state_dict(self) -> dict:
         """The position (prefetched batches do not count), and what identifies the stream."""
@@ -365,8 +338,7 @@ class DistributedDataLoader:
         """Go on where `state` was taken, on any number of ranks. Raises ValueError for another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
-                raise ValueError(
-                    f"the data loader cannot go on: it was saved with {name}={state.get(name)!r}, but here "
-                    f"{name}={value!r} ({self.files[0]}, ...); give it the data and settings it had"
-                )
-        self._seek(state["position"])
+                saved = f"it was saved with {name}={state.get(name)!r}, but here {name}={value!r}"
+                give = f"({self.files[0]}, ...); give it the data and settings it had"
+                raise ValueError(f"the data loader cannot go on: {saved} {give}")
+        self.reset(state["position"])

@@ -5,11 +5,8 @@
     for begins, text in select(pieces, config, position): ...
 
 A document comes in pieces; `begins` says whether a piece is its first. `position` stays at the last piece
-that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out. (Local files are
-not read by `datasets`: it refuses invalid UTF-8, and its errors do not name the line.)
+that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out.
 """
-
-from __future__ import annotations
 
 import io
 import json
@@ -22,8 +19,8 @@ from typing import Any
 TASK_CHARS = 1 << 19  # characters handed to a tokenising process at a time: some 30 ms of work
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LETTER_BEFORE_SPACE = re.compile(rb".*[A-Za-z](?=[ \n])", re.DOTALL)  # up to the last such place
-# Number of the file; what is done of it (bytes of .txt, lines of .jsonl, rows of .parquet); bytes read of all
-# files; documents seen, those of this part, the empty ones of these; invalid characters replaced.
+# Number of the file; bytes, lines or rows done of it; bytes read of all files; documents seen, those of this
+# part, the empty ones of these; invalid characters replaced.
 START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
 Pieces = Iterator[tuple[bool, str, dict]]  # begins, text, what changes in the position
 
@@ -34,10 +31,10 @@ def decode(raw: bytes | bytearray) -> str:
 
 
 def read_txt(path: str, at: int, field: str = "") -> Pieces:
-    """Pieces of a .txt file from byte `at` on. The whole file is one document.
+    """Pieces of a .txt file, which is one document, from byte `at` on. It need not fit into memory.
 
-    It need not fit into memory. The pieces have the tokens of the whole: cuts are only made between an ASCII
-    letter and a space or line feed, where all of tiktoken's encodings begin a token without looking back.
+    The pieces have the tokens of the whole: cuts are only made between an ASCII letter and a space or line
+    feed, where all of tiktoken's encodings begin a token without looking back.
     """
     with open(path, "rb") as file:
         file.seek(at)
@@ -59,10 +56,10 @@ def read_jsonl(path: str, at: int, field: str) -> Pieces:
     with open(path, "rb") as file:
         lines = file
         if not path.endswith(".jsonl"):
-            if os.path.getsize(path) == 0:
-                raise ValueError(f"{path} is empty, which no compressed file is")
             import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
+            if os.path.getsize(path) == 0:
+                raise ValueError(f"{path} is empty, which no compressed file is")
             kind = "gzip" if path.endswith(".gz") else "zstd"
             lines = io.BufferedReader(pyarrow.CompressedInputStream(file, kind), 1 << 20)
         for number, line in enumerate(lines, 1):
@@ -99,8 +96,9 @@ def text_of(record: object, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: {type(record).__name__} instead of an object with the field {field!r}")
     if field not in record:
-        there = ", ".join(map(repr, record))
-        raise ValueError(f"{where}: no field {field!r}, only {there}; see --text_field")
+        raise ValueError(
+            f"{where}: no field {field!r}, only {', '.join(map(repr, record))}; see --text_field"
+        )
     if not isinstance(record[field], str | None):
         raise ValueError(f"{where}: the field {field!r} holds {type(record[field]).__name__}, not text")
     return record[field] or ""
@@ -122,11 +120,10 @@ def find_files(path: str) -> list[str]:
     """The file itself, or all files of text in and below a folder but hidden ones. ValueError if none."""
     found, seen = [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # links can lead to a folder again, and in circles
+        if os.path.realpath(folder) in seen:  # links can lead to a folder again, and in circles
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine visits the same ones
         found += [os.path.join(folder, name) for name in names if name[0] != "."]
     files = sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
@@ -154,14 +151,13 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     """The documents of a streamed dataset of the Hub, how many there are (None: unknown), config for select.
 
-    If the dataset has at least num_parts files, each part reads its own files and downloads nothing else.
-    Raises OSError (no such dataset, no network) or ValueError (no such subset, split or field).
+    Of num_parts files or more, each part downloads only its own. Raises OSError, or ValueError for a wrong name.
     """
     import datasets
 
-    split, revision = config.split, config.revision
-    data = datasets.load_dataset(config.source, config.subset, split=split, revision=revision, streaming=True)
-    total = getattr((data.info.splits or {}).get(split), "num_examples", None)
+    which = dict(split=config.split, revision=config.revision)
+    data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
     if config.num_parts > 1 and data.num_shards >= config.num_parts:
         data = data.shard(config.num_parts, config.part)
         config = replace(config, num_parts=1, part=0)
