@@ -15,27 +15,19 @@ from typing import Any
 import torch
 
 from tokens.files import write_atomically
+from training import checkpoints as ckpt
 from training import sharded
 from training.archives import NotFiniteError
-from training.checkpoints import (
-    checkpoint_path,
-    list_checkpoints,
-    prune_checkpoints,
-    save_checkpoint,
-    verify_checkpoint,
-)
 
 
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
 
     A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves older
-    checkpoints alone and does not stop the training; wants_retry() says when to try again. Old checkpoints
-    are deleted (prune_checkpoints) only after the new one has been read back and found good.
-
-    rank, savers: without `savers`, rank 0 holds everything that is saved, and save() does nothing on other
-    ranks. With `savers`, a process group of their own, all ranks save together to a folder (sharded.py). Such
-    a save succeeds on all ranks or fails on all; their threads learn of it a moment apart.
+    checkpoints alone and does not stop the training. Old checkpoints are deleted only after the new one has
+    been read back and found good. Without `savers`, rank 0 holds everything, and save() does nothing on other
+    ranks. With `savers`, a process group of their own, all ranks save together to a folder (sharded.py): such
+    a save succeeds on all ranks or fails on all.
     """
 
     def __init__(
@@ -60,11 +52,11 @@ class CheckpointWriter:
             return 0.0
         try:
             if self.saver is not None:
-                path = checkpoint_path(self.folder, checkpoint["step"]).with_suffix("")
+                path = ckpt.checkpoint_path(self.folder, checkpoint["step"], suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 used: dict[tuple, torch.Tensor] = {}
-                write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
+                write = partial(ckpt.save_checkpoint, self._copy(checkpoint, used), self.folder)
                 self._buffers = used
         except Exception as error:  # handled like an error in the thread
             self._report_failure(checkpoint["step"], error)
@@ -72,8 +64,7 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        arguments = (checkpoint["step"], write, before, pause)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(checkpoint["step"], write, before, pause))
         self._thread.start()
         return pause
 
@@ -85,10 +76,7 @@ class CheckpointWriter:
         return self.error
 
     def wants_retry(self) -> bool:
-        """Whether the last save failed, may succeed now, and began more than retry_s seconds ago.
-
-        False while a save is being written: its outcome is not known yet.
-        """
+        """Whether the last save has failed, may succeed now, and began more than retry_s seconds ago."""
         is_saving = self._thread is not None and self._thread.is_alive()
         waited = time.perf_counter() - self.tried_at > self.retry_s
         return not is_saving and self._is_retryable() and waited
@@ -97,10 +85,7 @@ class CheckpointWriter:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
 
     def wants_last_retry(self, stop: bool) -> bool:
-        """After the last save of a run: whether to save once more. Waits until retry_s seconds have passed.
-
-        False if `stop`, and after ten tries.
-        """
+        """After the last save of a run: whether to save once more, ten times at most. Waits for retry_s."""
         self.wait()
         if stop or self.tries_left == 0 or not self._is_retryable():
             return False
@@ -113,17 +98,16 @@ class CheckpointWriter:
     def _copy(self, value: Any, used: dict) -> Any:
         """`value` with its tensors copied to the host, into the buffers of the last save where they fit.
 
-        Tensors that share memory (tied embeddings) share a copy, so the file holds them once. Buffers for
-        CUDA tensors are pinned.
+        Tensors that share memory (tied embeddings) share a copy, so the file holds them once.
         """
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
                 buffer = self._buffers.get(key)
+                cuda = value.is_cuda
                 if buffer is None:
-                    pin = value.is_cuda
-                    buffer = torch.empty_like(value, device="cpu", pin_memory=pin, requires_grad=False)
-                used[key] = buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+                    buffer = torch.empty_like(value, device="cpu", pin_memory=cuda, requires_grad=False)
+                used[key] = buffer.copy_(value.detach(), non_blocking=cuda)
             return used[key]
         if isinstance(value, dict):
             return {key: self._copy(inner, used) for key, inner in value.items()}
@@ -154,14 +138,14 @@ class CheckpointWriter:
         if self.saver is not None:
             write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
         if self.keep_last > 0:
-            verify_checkpoint(path)
-            prune_checkpoints(self.folder, self.keep_last, self.keep_every)
+            ckpt.verify_checkpoint(path)
+            ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
         self.error = error
         try:
-            newest = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+            newest = self.path or next(iter(ckpt.list_checkpoints(self.folder)), "none yet")
         except OSError:  # the disk may be the reason for the failure
             newest = "unknown"
         text = str(error) or repr(error)

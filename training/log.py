@@ -2,14 +2,11 @@
 
     log = RunLog(Path("log"), None, first_step=0, tensorboard=True)
     log.record({"run": run_record(config, model, world, first_step=0)})
-    log.evaluation(250, {"val_loss": 3.29}, sample="Hello")     # what was measured before step 250
+    log.evaluation(250, {"val_loss": 3.29, "sample": "Hello"})  # what was measured before step 250
     log.step(record)                                            # what step 250 measured
     log.close()
 
-log.txt has lines `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`. main.log has llm.c's lines `s:STEP
-trl:LOSS`, `s:STEP tel:LOSS`, `s:STEP eval:ACC`. metrics.jsonl has one JSON object per line: {"run": {...}} at
-the start and at each resume, and one per step with everything measured; null stands for NaN and infinities.
-training/metrics.py says which number goes where; plot_log.py draws them.
+docs/formats.md describes the files. training/metrics.py says which number goes where; plot_log.py draws them.
 """
 
 import dataclasses
@@ -44,19 +41,16 @@ PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 
 
 class RunLog:
-    """The files of a run; only the master rank has one.
+    """The files of a run, on the master rank alone. The folder stays locked until close().
 
     Every line reaches the operating system at once. If a disk is full, lines wait in memory until there is
-    room, and the training goes on. The folder stays locked until close(). Files of an earlier run are moved
-    into a folder old_DATE. A resumed run first drops the lines of steps that it will do again, and a last
-    line that a kill has cut, so that every step appears once.
+    room. Files of an earlier run are moved into a folder old_DATE. A resumed run first drops the lines of steps
+    that it will do again, so that every step appears once.
 
-    resumed: the checkpoint that the run continues; None for a new run. first_step: its step, or 0.
-    wandb: send the curves and samples to Weights & Biases too; if that fails, the run only warns.
-    evaluates_first: the run evaluates before its first step. If it does not, what an earlier, finished run
-    measured there stays in the files.
-    say: prints a line. ValueError if another run has the folder or wandb is not installed; OSError if the
-    folder cannot be written.
+    resumed: the checkpoint that the run continues, or None. first_step: its step, or 0. wandb: send curves and
+    samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if not, what an
+    earlier, finished run measured there stays. ValueError if another run has the folder or wandb is not
+    installed; OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -106,17 +100,21 @@ class RunLog:
     ) -> None:  # fmt: skip
         """Write what was measured between two steps into all files, and take the sample out of `measured`.
 
-        measured: numbers by name and a text "sample", perhaps nothing. expert_load: as in `experts`; it is
-        written only beside measured numbers. elapsed_s: given only after the last step, when the numbers need
-        a record of their own; before any other step, the caller adds them to its record.
+        measured: numbers by name and a text "sample", perhaps nothing. expert_load (MoE layers, E): each expert's
+        share of the routed rows. elapsed_s: given only after the last step, when the numbers need a record of
+        their own; before any other step, the caller adds them to its record.
         """
         if sample := measured.pop("sample", ""):
-            self.sample(step, sample)
+            markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
+            self._tensorboard("add_text", "sample", markdown, step)
+            self._send(step, {"sample": sample})
         for metric in METRICS:
             if metric.evaluated and metric.log_word and metric.name in measured:
                 self.measurement(step, metric.log_word, measured[metric.name])
-        if measured and expert_load is not None:
-            self.experts(step, expert_load)
+        for layer, share in enumerate(expert_load or () if measured else ()):
+            fair = len(share) * np.array(share)  # (E,) in fair shares
+            if np.isfinite(fair).all():
+                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
         if measured and elapsed_s is not None:
             self.record({"step": step, "elapsed_s": elapsed_s, **measured})
 
@@ -127,24 +125,8 @@ class RunLog:
             if metric.log_word == word and metric.llmc_word:
                 self._append("main.log", f"s:{step} {metric.llmc_word}:{value:.6f}")
 
-    def sample(self, step: int, text: str) -> None:
-        """Write a sampled text for TensorBoard and Weights & Biases."""
-        markdown = "    " + text.replace("\n", "\n    ")  # four spaces keep Markdown from formatting the text
-        self._tensorboard("add_text", "sample", markdown, step)
-        self._send(step, {"sample": text})
-
-    def experts(self, step: int, load: list[list[float]]) -> None:
-        """Write a TensorBoard histogram of the experts' loads per MoE layer, in fair shares.
-
-        load (MoE layers, E): each expert's share of the routed rows; 1/E is fair.
-        """
-        for layer, share in enumerate(load):
-            fair = len(share) * np.array(share)
-            if np.isfinite(fair).all():
-                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
-
     def draw(self, wait: bool = False) -> str:
-        """Draw training.png in another process, unless the last picture is still being drawn. Never raises.
+        """Draw training.png in another process, unless it is drawing already.
 
         wait: wait for a picture of all that is logged by now, and return why there is none ("" if there is).
         """
@@ -191,8 +173,7 @@ class RunLog:
             if self.tensorboard is not None:
                 getattr(self.tensorboard, method)(*arguments)
         except OSError as error:
-            why = f"{error}; metrics.jsonl has everything"
-            self.say(f"WARNING: no more TensorBoard events of this run: {why}")
+            self.say(f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has it all")
             self.tensorboard = None
 
     def _append(self, name: str, line: str) -> None:
@@ -203,8 +184,8 @@ class RunLog:
                 self.disk_is_full = False
             except OSError as error:
                 if not self.disk_is_full:
-                    text = f"{name} cannot be written: {error}; its lines wait until there is room"
-                    self.say(f"WARNING: {text}")
+                    text = "its lines wait until there is room"
+                    self.say(f"WARNING: {name} cannot be written: {error}; {text}")
                 self.disk_is_full = True
 
     def _write(self) -> None:
@@ -243,9 +224,8 @@ def start_wandb(folder: Path, resumed: bool):
     """Start the folder's run in Weights & Biases, or continue it if `resumed`."""
     import wandb
 
-    file, known = folder / "wandb_id", None
-    if resumed and file.is_file():
-        known = file.read_text().strip()
+    file = folder / "wandb_id"
+    known = file.read_text().strip() if resumed and file.is_file() else None
     run = wandb.init(project="gpt-moe", name=folder.resolve().name, dir=str(folder), id=known, resume="allow")
     write_atomically(file, lambda out: out.write(run.id.encode()))
     return run
@@ -261,7 +241,7 @@ def json_safe(value: Any) -> Any:
 
 
 def run_record(config, model, world, first_step: int) -> dict:
-    """What a run is: settings, git revision, versions, machine. It holds no environment variables."""
+    """What a run is: settings, git revision, versions, machine; no environment variables."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -271,11 +251,8 @@ def run_record(config, model, world, first_step: int) -> dict:
     return {
         "config": dataclasses.asdict(config) | {"vocab_size": model.config.vocab_size},
         "model": model.config.to_diff_dict(),
-        "parameters": model.get_num_params(False),
-        "active_parameters": model.get_num_active_params(),
-        "world_size": world.size,
-        "first_step": first_step,
-        "git": revision,
+        "parameters": model.get_num_params(False), "active_parameters": model.get_num_active_params(),
+        "world_size": world.size, "first_step": first_step, "git": revision,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__, "cuda": torch.version.cuda,
@@ -286,12 +263,10 @@ def run_record(config, model, world, first_step: int) -> dict:
 
 
 def expert_load(model) -> dict:
-    """How the last optimizer step used the experts, over all ranks.
+    """How the last optimizer step used the experts, over all ranks; {} of a dense model.
 
-    expert_load (MoE layers, E): each expert's share of the routed rows. max_load: the largest load, in fair
-    shares. starved: fraction of the experts that are starved. router_entropy: entropy of the routing
-    probabilities in nats, mean over the layers; NaN before the first step of this process. A dense model has
-    none of these.
+    expert_load (MoE layers, E), max_load, starved, router_entropy: as docs/formats.md says. The entropy is the
+    layers' mean, NaN before the first step of this process.
     """
     if not model.moe_layers():
         return {}

@@ -1,10 +1,8 @@
 """A run's folder: one run at a time writes there, and what an earlier run left is kept or moved away.
 
-    lock = claim_folder(folder)                       # ValueError if another run writes there
-    moved_to = move_old_files(folder, resumed=None)
-    drop_repeated_lines(folder / "log.txt", first_step=250)
-
-training/log.py does this when it opens a log.
+lock = claim_folder(folder)                       # ValueError if another run writes there
+moved_to = move_old_files(folder, resumed=None)
+drop_repeated_lines(folder / "log.txt", first_step=250)
 """
 
 import json
@@ -26,7 +24,7 @@ RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  #
 
 
 def claim_folder(folder: Path) -> BinaryIO:
-    """Make a run's folder and lock it until the returned file is closed; delete half-written files in it.
+    """Make a run's folder, delete half-written files in it, lock it until the returned file is closed.
 
     ValueError if another run holds the lock. OSError if the folder cannot be written.
     """
@@ -37,9 +35,8 @@ def claim_folder(folder: Path) -> BinaryIO:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"log_dir={folder}: another run is writing there; wait for its end, or give another --log_dir"
-            ) from None
+            text = "another run is writing there; wait for its end, or give another --log_dir"
+            raise ValueError(f"log_dir={folder}: {text}") from None
         except OSError:
             pass  # some network file systems have no locks
         for temporary in folder.glob(".*.[0-9]*.tmp"):  # its process was killed while it wrote
@@ -53,8 +50,8 @@ def claim_folder(folder: Path) -> BinaryIO:
 def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     """Move files that do not belong to this run into a new folder old_DATE; return it, None if nothing moved.
 
-    A new run moves everything that an earlier run left. A run that resumes from a checkpoint in the folder
-    moves the newer checkpoints: they are damaged, or of steps that it will do again, perhaps differently.
+    A run that resumes from a checkpoint in the folder moves only the newer checkpoints: they are damaged, or of
+    steps that it will do again.
     """
     checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
     if resumed is not None and resumed.resolve() in checkpoints:

@@ -1,10 +1,4 @@
-"""The checkpoints of a run: what they hold, when a failed save is repeated, what is saved after an error.
-
-saver = RunSaver(run, print)
-with saver.saving_on_errors():
-    saver.remember(step, val_loss)      # whenever weights and optimizer state belong to `step`
-    saver.save()
-"""
+"""The checkpoints of a run: what they hold, when a failed save is repeated, what is saved after an error."""
 
 import contextlib
 import dataclasses
@@ -27,13 +21,11 @@ class RunSaver:
         self.run, self.say = run, say
         self.saved_step = run.resumed.get("step", 0)
         self.failed = False  # after saving_on_errors: whether a checkpoint or a line of a log is missing
-        self.writer = CheckpointWriter(
-            config.log_dir, config.keep_last, config.keep_every, say, layout.world.rank, layout.savers,
-            config.save_retry_s,
-        )  # fmt: skip
+        where = (config.log_dir, config.keep_last, config.keep_every)
+        self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
 
     def remember(self, step: int, val_loss: float | None) -> None:
-        """Note what a checkpoint of this step holds besides weights and optimizer state."""
+        """Note what a checkpoint of this step holds besides weights and optimizer state, which are its."""
         run = self.run
         run.updating = False
         self.state = {
@@ -53,7 +45,7 @@ class RunSaver:
         self.saved_step = step
 
     def _checkpoint(self) -> dict:
-        """The dictionary that training/checkpoints.py documents."""
+        """The dictionary that docs/formats.md lists."""
         run = self.run
         return {
             **self.state, "model": run.model.state_dict(), "config": run.model.config.to_dict(),
@@ -88,11 +80,8 @@ class RunSaver:
 
     @contextlib.contextmanager
     def saving_on_errors(self) -> Iterator[None]:
-        """Save what has been trained if an error ends the block. In any case finish what is being written.
-
-        After an error the ranks cannot work together any more. Rank 0 saves alone, if it has everything and
-        weights and optimizer state belong to the same step.
-        """
+        """If an error ends the block, rank 0 saves what has been trained, alone, if it has everything and
+        weights and optimizer state belong to the same step. In any case finish what is being written."""
         run = self.run
         try:
             yield
@@ -106,5 +95,4 @@ class RunSaver:
             raise
         finally:
             self.failed = self.writer.wait() is not None
-            if run.log is not None and not run.log.close():
-                self.failed = True
+            self.failed |= run.log is not None and not run.log.close()

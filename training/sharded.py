@@ -1,17 +1,8 @@
 """Checkpoints as folders, for models that no rank holds whole: every rank writes its part.
 
-    log/model_XXXXX/
-        __0_0.distcp, __1_0.distcp ...    parts of tensors, one file per rank
-        rest.pt       everything else in the checkpoint (torch.save)
-        index.json    where each part of each tensor lies; size and CRC-32 of each file; its own CRC-32
-        .metadata     torch's own index, a pickle for torch's tools: this program never reads it
-
-A folder and a single file log/model_XXXXX.pt (checkpoints.py) have the same content; each can be converted to
-the other. Tensors are named model.NAME and optimizer.NUMBER.NAME. torch.distributed.checkpoint (DCP) writes
-the parts, and plans which parts a rank reads: any number of ranks, in any layout, can read any folder.
-
-A folder is written under a temporary name and renamed when the files of all ranks are on the disk: under its
-own name it is complete. Several machines need a file system that they share.
+docs/formats.md lists the files of a folder. torch.distributed.checkpoint (DCP) writes the parts, and plans
+which parts a rank reads: any number of ranks, in any layout, can read any folder. Tensors are named
+model.NAME and optimizer.NUMBER.NAME. Several machines need a file system that they share.
 
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -71,10 +62,10 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
         checkpoint["optimizer"] = {**rest["optimizer"], "state": state}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        number, _, moment = name.partition(".")
         if kind == "model":
             checkpoint["model"][name] = tensor
         else:
+            number, _, moment = name.partition(".")
             checkpoint[kind]["state"][int(number)][moment] = tensor
     if rest["config"].get("tie_word_embeddings"):
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
@@ -96,19 +87,18 @@ class PartWriter(dcp.FileSystemWriter):
 
 
 class Saver:
-    """Saves checkpoints together with the other ranks of a process group, for CheckpointWriter.
+    """Saves checkpoints together with the other ranks of a group. An error on one rank raises one on all.
 
-    group: a CPU group (gloo) that nothing else uses; None: this process alone. Rank 0 writes rest.pt and the
-    index, and renames the folder. An error on one rank raises an error on all ranks.
+    group: a CPU group (gloo) that nothing else uses; None: this process alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part to the host, unless this process is alone; `commit` takes the result.
+        """Copy this rank's part of a checkpoint to the host, for commit(), which writes it to the folder `path`.
 
-        path: of the folder to write. Raises NotFiniteError; what torch raises if memory is short.
+        A process alone copies nothing. NotFiniteError; what torch raises if memory is short.
         """
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
@@ -124,7 +114,7 @@ class Saver:
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait until all ranks have written, rename the folder; returns its path.
+        """Write the parts, wait for all ranks, rename the folder; returns its path.
 
         OSError if any rank fails. The parts are then removed, which frees the space on a full disk.
         """
@@ -180,9 +170,8 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
     for name, stored in metadata.state_dict_metadata.items():
         parts = []
         for chunk in stored.chunks:
-            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            place = (info.relative_path, info.offset, info.length)
-            parts.append([list(chunk.offsets), list(chunk.sizes), *place])
+            at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            parts.append([list(chunk.offsets), list(chunk.sizes), at.relative_path, at.offset, at.length])
         dtype = str(stored.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
     index = json.dumps({"format": archives.CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
@@ -208,8 +197,8 @@ def save(checkpoint: dict, path: Path) -> None:
 def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
     """index.json: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
 
-    metadata.storage_data holds the arguments of archives.load_tensor for each part. CheckpointError if
-    index.json is missing or is not what `publish` writes; OSError as in `reading`.
+    metadata.storage_data holds the arguments of archives.load_tensor for each part. CheckpointError; OSError
+    as in `reading`.
     """
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
         outer = json.loads((path / INDEX_FILE).read_bytes())
@@ -238,10 +227,7 @@ def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
 
 
 def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
-    """ValueError unless the chunks are the cells of a grid that fills the shape: no gap and no overlap.
-
-    All layouts make grids, because a mesh of ranks cuts a dimension at the same places everywhere.
-    """
+    """ValueError unless the chunks are the cells of a grid that fills the shape, as all layouts make them."""
     cells, fills = 1, all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks)
     boxes = [tuple((o, o + s) for o, s in zip(c.offsets, c.sizes, strict=False)) for c in chunks]
     for dim, size in enumerate(shape) if fills else ():
@@ -282,9 +268,9 @@ def load(path: Path) -> dict:
 
 
 def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
-    """Fill tensors from the folder's tensors of the same names; of a DTensor, this rank's part.
+    """Fill tensors, of a DTensor this rank's part, from those of the same names. No rank waits for another.
 
-    No rank waits for another. CheckpointError, with the name, if a tensor is missing or has another shape.
+    CheckpointError, with the name, if a tensor is missing or has another shape.
     """
     metadata = read_index(path)[1]
     for name, target in targets.items():
