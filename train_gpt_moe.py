@@ -33,12 +33,12 @@ import torch
 from layers.attention import BACKENDS, prefer_backend
 from llmc import trainer as llmc
 from training import faults, parallel
+from training.checkpoint_writer import RunSaver
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from training.run_saver import RunSaver
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
 

@@ -42,8 +42,8 @@ import hellaswag
 import train_gpt_moe
 from model import GPTLMHeadModel
 from tokens.shards import DistributedDataLoader, read_shard, write_shard
-from training import evaluation, faults, parallel
 from training import checkpoints as ckpt
+from training import evaluation, faults, parallel
 from training.checkpoint_writer import CheckpointWriter
 from training.faults import Health, Signals
 from training.log import RunLog

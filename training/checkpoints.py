@@ -209,11 +209,10 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")
 
 
-def load_shards(rest: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer) -> dict:
+def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
     """A folder's checkpoint without its tensors becomes one with them; of DTensors, with this rank's part."""
     path = Path(rest["folder"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in model.state_dict().items()}
+    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in weights.items()}
     if rest["config"].get("tie_word_embeddings"):
         targets.pop("model.lm_head.weight")
     for name, stored in sharded.read_index(path)[1].state_dict_metadata.items():
@@ -232,12 +231,12 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
     """
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     try:
         if "folder" in state:
-            state = load_shards(state, model, optimizer)
-        own = model.state_dict()  # `like` takes this rank's part of whole tensors
+            state = load_shards(state, own, parameters)
+        # `like` takes this rank's part of whole tensors.
         weights = {name: like(v, own[name]) if name in own else v for name, v in state["model"].items()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {
             number: {k: like(v, parameters[number]) if torch.is_tensor(v) else v for k, v in values.items()}
             for number, values in state["optimizer"]["state"].items()
@@ -268,8 +267,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
     fields: the GPTConfig fields of a run without init_from; given: those that flags have set. A dense model
-    is upcycled if use_moe=True was given. ValueError, naming field and values, for a flag that contradicts the
-    architecture: only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
+    is upcycled if use_moe=True was given. ValueError, naming field and values, for a flag that contradicts
+    the architecture: only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
@@ -325,18 +324,3 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
         message = " ".join(str(error).split())
         raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
     return model.eval()
-
-
-def convert_checkpoint(source: str | Path, to: str | Path) -> None:
-    """Write a checkpoint as a single file (`to` ends with .pt) or as a folder; needs memory for all of it.
-
-    CheckpointError, FileNotFoundError; FileExistsError: nothing is overwritten.
-    """
-    checkpoint, to = load_checkpoint(source), Path(to)
-    if to.exists():
-        raise FileExistsError(f"{to}: there is something already; give another name")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if to.suffix == ".pt":
-        write_atomically(to, lambda file: torch.save(checkpoint, file))
-    else:
-        sharded.save(checkpoint, to)

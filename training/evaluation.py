@@ -19,8 +19,7 @@ from training import faults
 def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """If `measures`: val_loss, hella_acc and hella_acc_norm, as far as the run has them. If `samples`: a
-    sample's text, as "sample". Prints them through `terminal` (training/terminal.py).
+    """If `measures`: val_loss, hella_acc and hella_acc_norm, if the run has them. If `samples`: "sample".
 
     None as soon as interrupted(), which gives all ranks the same answer: a run that is told to stop saves
     instead of evaluating.
@@ -59,10 +58,7 @@ def samples_at(step: int, config: Any) -> bool:
 
 @torch.no_grad()
 def validate(run: Any, interrupted: Callable[[], bool]) -> float | None:
-    """Mean cross-entropy, nats per token, of the first val_steps batches of every rank: always the same ones.
-
-    None if interrupted(), as in `evaluate`.
-    """
+    """Mean cross-entropy, nats per token, of every rank's first val_steps batches; None if interrupted()."""
     model, loader, world, steps = run.model, run.val_loader, run.layout.world, run.config.val_steps
     model.eval()
     loader.reset()
@@ -97,10 +93,7 @@ def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
-    """Accuracies over all ranks; {}, and no further try in this run, if the questions cannot be had.
-
-    None if interrupted(), as in `validate`.
-    """
+    """Accuracies over all ranks; None if interrupted(); {}, and no further try, without the questions."""
     config, world = run.config, run.layout.world
     try:
         result = score_hellaswag(

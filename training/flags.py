@@ -1,12 +1,10 @@
 """Settings as the fields of a dataclass: their flags, their limits, named sets of overrides.
 
-    @dataclass
-    class TrainConfig:
-        B: int = setting(16, "sequences per micro-step", "--batch_size", least=1)
-    config, given = parse_flags(TrainConfig, overrides, sys.argv[1:], "what the program does")
-    check_limits(config)
-
-Parsing is transformers' HfArgumentParser's.
+@dataclass
+class TrainConfig:
+    B: int = setting(16, "sequences per micro-step", "--batch_size", least=1)
+config, given = parse_flags(TrainConfig, overrides, sys.argv[1:], "what the program does")
+check_limits(config)
 """
 
 import argparse
@@ -25,8 +23,7 @@ from huggingface.configuration import check_setting
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
 
-    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The
-    help text lists the choices.
+    limits: least, most, above, below, choices, as huggingface.configuration.check_setting knows them.
     """
     if "choices" in limits:
         limits["choices"] = tuple(limits["choices"])
@@ -64,8 +61,8 @@ def parse_flags(
 ) -> tuple[Any, set[str]]:
     """(an object of the dataclass `kind`, the names of those of its fields that a flag gave).
 
-    overrides: given the parsed flags, what the presets that they name put in place of the defaults. A flag
-    wins over it. arguments: None means the command line's. ValueError for a bad flag.
+    overrides: given the parsed flags, what their presets put in place of the defaults; a flag wins.
+    arguments: None means the command line's. ValueError for a bad flag.
     """
     parser = FlagParser(kind, allow_abbrev=False, description=description)
     chosen, unknown = parser.parse_known_args(arguments)

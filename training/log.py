@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,29 +29,32 @@ import torch
 import transformers
 
 from layers.usage import STARVED_BELOW
-from tokens.files import write_atomically
+from tokens.files import sync_folder, write_atomically
+from training.checkpoints import list_checkpoints
 from training.metrics import METRICS
-from training.run_folder import LOG_FILES, claim_folder, drop_repeated_lines, move_old_files
 
 try:
+    import fcntl
     import resource
-except ImportError:  # Windows does not have it
-    resource = None
+except ImportError:  # Windows does not have them
+    fcntl = resource = None
 
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
+LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
+RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all that a run leaves
 
 
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
 
     Every line reaches the operating system at once. If a disk is full, lines wait in memory until there is
-    room. Files of an earlier run are moved into a folder old_DATE. A resumed run first drops the lines of steps
-    that it will do again, so that every step appears once.
+    room. Files of an earlier run are moved into a folder old_DATE. A resumed run first drops the lines of
+    steps that it will do again, so that every step appears once.
 
-    resumed: the checkpoint that the run continues, or None. first_step: its step, or 0. wandb: send curves and
-    samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if not, what an
-    earlier, finished run measured there stays. ValueError if another run has the folder or wandb is not
-    installed; OSError if the folder cannot be written.
+    resumed: the checkpoint that the run continues, or None. first_step: its step, or 0. wandb: send curves
+    and samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if not,
+    what an earlier, finished run measured there stays. ValueError if another run has the folder or wandb is
+    not installed; OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -100,9 +104,9 @@ class RunLog:
     ) -> None:  # fmt: skip
         """Write what was measured between two steps into all files, and take the sample out of `measured`.
 
-        measured: numbers by name and a text "sample", perhaps nothing. expert_load (MoE layers, E): each expert's
-        share of the routed rows. elapsed_s: given only after the last step, when the numbers need a record of
-        their own; before any other step, the caller adds them to its record.
+        measured: numbers by name and a text "sample", perhaps nothing. expert_load (MoE layers, E): each
+        expert's share of the routed rows. elapsed_s: given only after the last step, when the numbers need a
+        record of their own; before any other step, the caller adds them to its record.
         """
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
@@ -231,6 +235,88 @@ def start_wandb(folder: Path, resumed: bool):
     return run
 
 
+# ---------------------------------------------------------------------------- WHAT AN EARLIER RUN LEFT
+
+
+def claim_folder(folder: Path) -> BinaryIO:
+    """Make a run's folder, delete half-written files in it, lock it until the returned file is closed.
+
+    ValueError if another run holds the lock. OSError if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another run is writing there; wait for its end, or give another --log_dir"
+            raise ValueError(f"log_dir={folder}: {text}") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        for temporary in folder.glob(".*.[0-9]*.tmp"):  # its process was killed while it wrote
+            temporary.unlink()
+    except OSError as error:
+        text = f"log_dir={folder}: cannot write there: {error.strerror}; mend that, or give another --log_dir"
+        raise OSError(error.errno, text) from error
+    return lock
+
+
+def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
+    """Move files that do not belong to this run into a new folder old_DATE; return it, None if nothing moved.
+
+    A run that resumes from a checkpoint in the folder moves only the newer checkpoints: they are damaged, or
+    of steps that it will do again.
+    """
+    checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
+    if resumed is not None and resumed.resolve() in checkpoints:
+        found = checkpoints[: checkpoints.index(resumed.resolve())]
+        if found:
+            write_atomically(folder / "latest", lambda file: file.write(resumed.name.encode()))
+    else:
+        found = [path for name in RUN_FILES for path in folder.glob(name)]
+    if not found:
+        return None
+    old, number = folder / time.strftime("old_%Y%m%d-%H%M%S"), 1
+    while old.exists():
+        number += 1
+        old = old.with_name(f"{old.name.split('.')[0]}.{number}")
+    old.mkdir()
+    for path in found:
+        shutil.move(path, old / path.name)
+    sync_folder(folder)
+    return old
+
+
+def drop_repeated_lines(path: Path, first_step: int, evaluates_first: bool = True) -> None:
+    """Remove the lines of a log file that a run which resumes before first_step will write again."""
+    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    kept = [line for line in lines if stays_after_resume(line, first_step, evaluates_first)]
+    if kept != lines:
+        write_atomically(path, lambda file: file.writelines(kept))
+
+
+def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = True) -> bool:
+    """Whether a line of a log file stays when a run resumes before first_step: it is whole, and of an earlier
+    step or of none. Lines of the evaluation before first_step stay if the run will not evaluate there."""
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        if line.startswith(b"{"):
+            record = json.loads(line)
+            step = record.get("step", record.get("run", {}).get("first_step", -1))
+            is_evaluation = "step" in record and "loss" not in record
+        else:  # "STEP train LOSS" or "s:STEP trl:LOSS"
+            step, word, value = line.removeprefix(b"s:").replace(b":", b" ").split()
+            step, _, is_evaluation = int(step), float(value), word not in (b"train", b"trl")
+        return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+# ---------------------------------------------------------------------------- WHAT IS LOGGED
+
+
 def json_safe(value: Any) -> Any:
     """`value` with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
@@ -265,7 +351,7 @@ def run_record(config, model, world, first_step: int) -> dict:
 def expert_load(model) -> dict:
     """How the last optimizer step used the experts, over all ranks; {} of a dense model.
 
-    expert_load (MoE layers, E), max_load, starved, router_entropy: as docs/formats.md says. The entropy is the
+    expert_load (MoE layers, E), max_load, starved, router_entropy: see docs/formats.md. The entropy is the
     layers' mean, NaN before the first step of this process.
     """
     if not model.moe_layers():

@@ -96,7 +96,7 @@ class Saver:
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part of a checkpoint to the host, for commit(), which writes it to the folder `path`.
+        """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`.
 
         A process alone copies nothing. NotFiniteError; what torch raises if memory is short.
         """

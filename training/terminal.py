@@ -3,7 +3,6 @@
     with Terminal(config, first_step, is_master) as terminal:
         terminal.say("step 250: validation loss 3.2924")   # printed above the live line
         terminal.step(record)                              # record: an object of metrics.jsonl
-        terminal.experts(250, model)                       # one row of characters per MoE layer
 
 Only the master rank prints. training/metrics.py says which numbers are shown, and how.
 """
@@ -57,7 +56,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        self.bar.close()
 
     def say(self, text: str) -> None:
         """Print a line of its own on the master's stdout."""
@@ -84,25 +83,19 @@ class Terminal:
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
-    def close(self) -> None:
-        """End the live line; what is shown stays."""
-        self.bar.close()
-
     def summary(self, model: Any, memory: int, val_loss: float | None, checkpoint: Any) -> None:
         """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none"."""
         config, lines = self.config, []
         if model.moe_layers() and config.max_steps > 0 and not config.inference_only:
             lines.append(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
-            lines.append(usage_table(model))
-        count, average = self.average_ms()
-        lines.append(f"final {count} iters avg: {average:.3f}ms")
+            lines += usage_table(model)
+        lines.append("final {} iters avg: {:.3f}ms".format(*self.average_ms()))
         lines.append(f"peak memory consumption: {memory // 2**20} MiB")
         if val_loss is not None:
             lines.append(f"validation loss {val_loss:.4f} nats per token after {config.max_steps} steps")
         if str(checkpoint) != "none":
-            lines.append(f"checkpoint      {checkpoint}")
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
-            lines.append(f"next            {shlex.join(command)}")
+            lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
         self.say("\n".join(lines))
 
     def average_ms(self) -> tuple[int, float]:
@@ -113,7 +106,7 @@ class Terminal:
 
 
 def live_line(record: dict, max_steps: int) -> str:
-    """The live line: progress, losses, speed, and where they are known the experts' load and bad steps."""
+    """The live line: progress, and the numbers that are known."""
     words = [m.live.format(record[m.name]) for m in METRICS if m.live and m.is_shown(record)]
     return " | ".join([f"{record['step'] + 1}/{max_steps}", *words])
 
@@ -126,9 +119,9 @@ def step_line(record: dict, max_steps: int) -> str:
 
 def heat_map(counts: torch.Tensor) -> list[str]:
     """Routed rows (MoE layers, E) as one line per layer, with one character per expert: higher is busier."""
+    levels = LEVELS
     try:
-        LEVELS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-        levels = LEVELS
+        levels.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
         levels = PLAIN_LEVELS
     counts = counts.cpu().double()  # .cpu() first: MPS has no float64
@@ -137,13 +130,12 @@ def heat_map(counts: torch.Tensor) -> list[str]:
     for layer, row in enumerate(load.tolist()):
         cells = "".join(levels[min(len(levels) - 1, round(4 * share))] for share in row)
         starved = sum(share < STARVED_BELOW for share in row)
-        lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}")
-        if starved:
-            lines[-1] += f", {starved} starved"
+        tail = f", {starved} starved" if starved else ""
+        lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}{tail}")
     return lines
 
 
-def usage_table(model: Any) -> str:
+def usage_table(model: Any) -> list[str]:
     """Each expert's percentage of the last step's routed rows: one line per MoE layer."""
     lines = []
     for layer, moe in enumerate(model.moe_layers()):
@@ -151,7 +143,7 @@ def usage_table(model: Any) -> str:
         share = counts / counts.sum().clamp(min=1)
         cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
         lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
-    return "\n".join(lines)
+    return lines
 
 
 def duration(seconds: float) -> str:
