@@ -1,8 +1,5 @@
 """The zip archives of torch.save that checkpoints consist of: read without trust in what they hold.
 
-    with reading(path, "not a checkpoint"), open(path, "rb") as file:
-        state = load_archive(file)      # compares every CRC-32 first; executes no pickle
-
 References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
 https://docs.pytorch.org/docs/stable/notes/serialization.html
 """
@@ -120,11 +117,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def reading(file: Path, problem: str) -> Iterator[None]:
-    """Replace any error of the block, which reads `file`, by one that says whether the file is to blame.
-
-    CheckpointError, with `problem`, if it is. OSError if the machine is (no memory, no permission, a disk
-    that does not answer): the file may be good then, and resuming from an older one would lose work.
-    """
+    """Replace an error of the block by a CheckpointError, with `problem`, or by an OSError if the machine is
+    to blame (no memory, no permission, a disk that does not answer), because the file may be good then."""
     try:
         yield
     except CheckpointError:

@@ -1,9 +1,4 @@
-"""Writes checkpoints in a background thread; decides what a run saves, and when it tries again.
-
-writer = CheckpointWriter("log", keep_last=3)
-writer.save(checkpoint)     # returns after copying; the next save waits until this one is written
-error = writer.wait()       # the exception of the last save, or None
-"""
+"""Writes checkpoints in a background thread; decides what a run saves, and when it tries again."""
 
 import contextlib
 import dataclasses
@@ -25,11 +20,10 @@ from training.archives import NotFiniteError
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
 
-    A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves older
-    checkpoints alone and does not stop the training. Old checkpoints are deleted only after the new one has
-    been read back and found good. Without `savers`, rank 0 holds everything, and save() does nothing on other
-    ranks. With `savers`, a process group of their own, all ranks save together to a folder (sharded.py): such
-    a save succeeds on all ranks or fails on all.
+    A save that fails (disk full, no memory, values not finite) says so at once through `say`; the training
+    goes on. Old checkpoints are deleted only after the new one has been read back and found good. Without
+    `savers`, rank 0 holds everything, and save() does nothing on other ranks. With `savers`, a group of their
+    own, all ranks save together to a folder (sharded.py), and succeed or fail together.
     """
 
     def __init__(
@@ -47,7 +41,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
-        """Start writing; the thread calls before() first. Returns the seconds that training stood still."""
+        """Wait for the save before, copy, start writing; the thread calls before() first. Returns the seconds
+        that training stood still."""
         begin = self.tried_at = time.perf_counter()
         self.wait()
         if self.saver is None and self.rank != 0:
@@ -79,9 +74,8 @@ class CheckpointWriter:
 
     def wants_retry(self) -> bool:
         """Whether the last save has failed, may succeed now, and began more than retry_s seconds ago."""
-        is_saving = self._thread is not None and self._thread.is_alive()
-        waited = time.perf_counter() - self.tried_at > self.retry_s
-        return not is_saving and self._is_retryable() and waited
+        saves = self._thread is not None and self._thread.is_alive()
+        return not saves and self._is_retryable() and time.perf_counter() - self.tried_at > self.retry_s
 
     def _is_retryable(self) -> bool:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
@@ -99,9 +93,7 @@ class CheckpointWriter:
 
     def _copy(self, value: Any, used: dict) -> Any:
         """`value` with its tensors copied to the host, into the buffers of the last save where they fit.
-
-        Tensors that share memory (tied embeddings) share a copy, so the file holds them once.
-        """
+        Tensors that share memory (tied embeddings) share a copy, so the file holds them once."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
@@ -150,8 +142,8 @@ class CheckpointWriter:
             newest = self.path or next(iter(ckpt.list_checkpoints(self.folder)), "none yet")
         except OSError:  # the disk may be the reason for the failure
             newest = "unknown"
-        text = str(error) or repr(error)
-        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {text}. Training goes on; newest: {newest}")
+        text = f"CHECKPOINT NOT WRITTEN: {str(error) or repr(error)}"
+        self.say(f"step {step}: WARNING: {text}. Training goes on; newest: {newest}")
 
 
 class RunSaver:

@@ -28,10 +28,8 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the en
 
 
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path.
-
-    OSError if it cannot be written; NotFiniteError if a value in it is not finite.
-    """
+    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path. OSError
+    if it cannot be written; NotFiniteError if a value in it is not finite."""
     archives.check_finite(checkpoint["step"], dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
@@ -62,10 +60,8 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums.
-
-    CheckpointError: it is damaged. FileNotFoundError. Another OSError: as in `reading`, it may be good.
-    """
+    """Read all of a checkpoint and compare it with its checksums. CheckpointError: it is damaged.
+    FileNotFoundError. Another OSError: as in `reading`, it may be good."""
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
@@ -76,7 +72,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def checkpoint_path(folder: str | Path, step: int, suffix: str = ".pt") -> Path:
-    """Where the checkpoint of a step lies. suffix: "" if it is a folder."""
+    """Where the checkpoint of a step lies. suffix: "" for a folder."""
     return Path(folder) / f"model_{step:05d}{suffix}"
 
 
@@ -99,11 +95,8 @@ def follow_latest(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The checkpoint, verified, tensors on the CPU. log/latest stands for the checkpoint it names.
-
-    whole=False: of a folder, all but weights and moments; `restore` then reads this rank's part of them.
-    trusted=True: another rank has verified the folder. Raises the errors of verify_checkpoint.
-    """
+    """The checkpoint, verified, on the CPU. Errors as in verify_checkpoint. whole=False: of a folder, all but
+    weights and moments, which `restore` reads. trusted=True: another rank has verified the folder."""
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
@@ -128,9 +121,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
-
-    NewerFormatError and OSError end the search, because the newest checkpoint may be good.
-    """
+    NewerFormatError and OSError end the search, because the newest checkpoint may be good."""
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path, whole)
@@ -155,11 +146,8 @@ FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotat
 
 
 def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest good one in log_dir.
-
-    (None, None) to start afresh. All ranks take what rank 0 has found: others may see an older state of a
-    shared disk. CheckpointError, FileNotFoundError.
-    """
+    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest one that rank 0 sees;
+    (None, None) to start afresh. CheckpointError, FileNotFoundError."""
     if not resume:
         return None, None
     if resume != "auto":
@@ -176,15 +164,12 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
     """Give a resumed run's config the settings of its checkpoint, except `given`, those that flags have set.
-
-    CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change.
-    """
+    CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
         lacks = f"{path}: no {', '.join(sorted(missing))} in it"
         raise CheckpointError(f"{lacks}: weights for a new run (--init_from), not a run to --resume")
-    kept = FIXED_SETTINGS & state["config"].keys()
-    saved = state["train_config"] | {name: state["config"][name] for name in kept}
+    saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     for name in LAYOUT_SETTINGS:
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
@@ -224,11 +209,8 @@ def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[t
 
 
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
-    """Restore weights, moments, routers' statistics, position in the data and random state.
-
-    Learning rate, weight decay and the like stay as the optimizer was built: flags may have changed them.
-    ValueError, naming what differs, if the data or the architecture is another one.
-    """
+    """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
+    such as weight decay. ValueError, naming what differs, if the data or the architecture is another one."""
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
@@ -266,9 +248,9 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
-    fields: the GPTConfig fields of a run without init_from; given: those that flags have set. A dense model
-    is upcycled if use_moe=True was given. ValueError, naming field and values, for a flag that contradicts
-    the architecture: only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
+    fields: the GPTConfig fields of a run without init_from; given: those that flags have set, of which
+    use_moe=True upcycles a dense model. ValueError for a flag that contradicts the architecture: only
+    MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
@@ -306,10 +288,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model from a checkpoint file, a folder (any that from_pretrained knows) or a hub name such as "gpt2".
-
-    Evaluation mode, CPU. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name.
-    """
+    """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
+    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name."""
     path = Path(source)  # without a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
     if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):

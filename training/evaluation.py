@@ -19,16 +19,12 @@ from training import faults
 def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """If `measures`: val_loss, hella_acc and hella_acc_norm, if the run has them. If `samples`: "sample".
-
-    None as soon as interrupted(), which gives all ranks the same answer: a run that is told to stop saves
-    instead of evaluating.
-    """
+    """val_loss, hella_acc, hella_acc_norm if `measures` and the run has them; a "sample" if `samples`. None
+    as soon as interrupted(), which all ranks answer alike: a run that is told to stop saves instead."""
     measured = {}
     with torch.compiler.set_stance("force_eager"):
         if measures and run.val_loader is not None:
-            loss = validate(run, interrupted)
-            if loss is None:
+            if (loss := validate(run, interrupted)) is None:
                 return None
             measured["val_loss"] = loss
             terminal.say(f"step {step}: validation loss {loss:.4f}")
@@ -38,8 +34,7 @@ def evaluate(
             measured["sample"] = sample(run, step)
             terminal.say(f"step {step}: sample: {measured['sample']!r}")
         if measures and run.hellaswag:
-            accuracies = hellaswag(run, terminal.say, interrupted)
-            if accuracies is None:
+            if (accuracies := hellaswag(run, terminal.say, interrupted)) is None:
                 return None
             measured |= accuracies
     return measured

@@ -6,8 +6,7 @@
     lost rank, bad data, no memory    rank 0 saves what has been trained, if it has all of it and learns of
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-A run needs time to save when it is stopped: torchrun sends its workers SIGKILL 30 seconds after SIGTERM, or,
-from torch 2.13 on, after the time that --shutdown-timeout gives.
+torchrun sends SIGKILL 30 seconds after SIGTERM or, from torch 2.13 on, after --shutdown-timeout.
 """
 
 import contextlib
@@ -127,12 +126,9 @@ class Signals:
             self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
 
 
-# ---------------------------------------------------------------------------- GARBAGE COLLECTOR
-
-
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """In the block Python's garbage collector does not run by itself, because all ranks would wait for it."""
+    """Python's garbage collector does not run by itself in the block: all ranks would wait for one."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -147,11 +143,8 @@ def collector_paused() -> Iterator[None]:
 
 
 class Health:
-    """Counts steps whose loss or gradient is not finite, and notices sudden jumps of the loss.
-
-    A jump is a loss more than SIGMAS standard deviations above its running mean over about MEMORY steps; the
-    first MEMORY steps have none. A jump is reported and changes nothing.
-    """
+    """Counts steps whose loss or gradient is not finite, and reports jumps of the loss: more than SIGMAS
+    standard deviations above its mean over about MEMORY steps, not in the first MEMORY."""
 
     SIGMAS, MEMORY = 6.0, 50
 
@@ -196,9 +189,7 @@ def discard_routing(model: nn.Module) -> None:
 
 def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
     """Which parameters, gradients and samples are not finite, after the backward passes of a bad step.
-
-    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out.
-    """
+    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out."""
     named = list(model.named_parameters())
     values = [name for name, p in named if not p.isfinite().all()]
     gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -232,13 +223,9 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def report(error: Exception, config=None) -> int:
-    """Print an error in one line on stderr, without a traceback; returns the exit code.
-
-    Ranks that are not the first of their machine wait: if the launcher stops them meanwhile, the first one's
-    line is enough; if not, the error is theirs alone.
-    """
-    text = " ".join(str(error).split())
-    code = BAD_SETTINGS
+    """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
+    others wait: if the launcher stops them meanwhile, that line is enough."""
+    text, code = " ".join(str(error).split()), BAD_SETTINGS
     if isinstance(error, torch.OutOfMemoryError):
         code = FAILED
         sizes = f"B={config.B}, T={config.T}, n_layer={config.n_layer}"

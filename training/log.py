@@ -1,11 +1,5 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard's events in tb/.
 
-    log = RunLog(Path("log"), None, first_step=0, tensorboard=True)
-    log.record({"run": run_record(config, model, world, first_step=0)})
-    log.evaluation(250, {"val_loss": 3.29, "sample": "Hello"})  # what was measured before step 250
-    log.step(record)                                            # what step 250 measured
-    log.close()
-
 docs/formats.md describes the files. training/metrics.py says which number goes where; plot_log.py draws them.
 """
 
@@ -47,14 +41,11 @@ RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  #
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
 
-    Every line reaches the operating system at once. If a disk is full, lines wait in memory until there is
-    room. Files of an earlier run are moved into a folder old_DATE. A resumed run first drops the lines of
-    steps that it will do again, so that every step appears once.
-
-    resumed: the checkpoint that the run continues, or None. first_step: its step, or 0. wandb: send curves
-    and samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if not,
-    what an earlier, finished run measured there stays. ValueError if another run has the folder or wandb is
-    not installed; OSError if the folder cannot be written.
+    If a disk is full, lines wait in memory until there is room. Files of an earlier run go into a folder
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. wandb: send
+    curves and samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if
+    not, what an earlier, finished run measured there stays. ValueError if another run has the folder or wandb
+    is not installed; OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -72,7 +63,6 @@ class RunLog:
         self.files: dict[str, BinaryIO] = {}
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints calls sync()
-        self.disk_is_full = False
         for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open(folder / name, "ab", buffering=0)
@@ -102,11 +92,10 @@ class RunLog:
         self, step: int, measured: dict, expert_load: list[list[float]] | None = None,
         elapsed_s: float | None = None,
     ) -> None:  # fmt: skip
-        """Write what was measured between two steps into all files, and take the sample out of `measured`.
+        """Write what was measured between two steps: numbers, and perhaps a "sample", which leaves the dict.
 
-        measured: numbers by name and a text "sample", perhaps nothing. expert_load (MoE layers, E): each
-        expert's share of the routed rows. elapsed_s: given only after the last step, when the numbers need a
-        record of their own; before any other step, the caller adds them to its record.
+        expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
+        last step, when the numbers need a record of their own; before any other, the caller records them.
         """
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
@@ -130,25 +119,21 @@ class RunLog:
                 self._append("main.log", f"s:{step} {metric.llmc_word}:{value:.6f}")
 
     def draw(self, wait: bool = False) -> str:
-        """Draw training.png in another process, unless it is drawing already.
-
-        wait: wait for a picture of all that is logged by now, and return why there is none ("" if there is).
-        """
-        command = [sys.executable, str(PLOT_LOG), str(self.folder)]
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        try:
+        """Draw training.png in another process, unless it is drawing already. wait: wait for a picture of all
+        that is logged by now, and return why there is none ("" if there is)."""
+        if self.drawing is not None and self.drawing.poll() is None:
             if not wait:
-                if self.drawing is None or self.drawing.poll() is not None:
-                    self.drawing = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
                 return ""
-            if self.drawing is not None:
-                self.drawing.wait()
-            done = subprocess.run(command, **pipes, stderr=subprocess.PIPE, errors="replace")
+            self.drawing.wait()
+        command, null = [sys.executable, str(PLOT_LOG), str(self.folder)], subprocess.DEVNULL
+        errors = subprocess.PIPE if wait else null
+        try:
+            self.drawing = subprocess.Popen(command, stdin=null, stdout=null, stderr=errors, errors="replace")
         except OSError as error:
             return str(error)
-        lines = done.stderr.splitlines()
-        if done.returncode != 0:
-            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {done.returncode}"
+        lines = self.drawing.communicate()[1].splitlines() if wait else []
+        if code := self.drawing.returncode:
+            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {code}"
         for line in lines:
             if line.startswith("plot_log: "):
                 self.say(line)
@@ -182,15 +167,13 @@ class RunLog:
 
     def _append(self, name: str, line: str) -> None:
         with self.writing:
+            waits = any(self.unwritten.values())  # a warning has said so
             self.unwritten[name] += line.encode() + b"\n"
             try:
                 self._write()
-                self.disk_is_full = False
             except OSError as error:
-                if not self.disk_is_full:
-                    text = "its lines wait until there is room"
-                    self.say(f"WARNING: {name} cannot be written: {error}; {text}")
-                self.disk_is_full = True
+                if not waits:
+                    self.say(f"WARNING: {name} cannot be written: {error}; its lines wait for room")
 
     def _write(self) -> None:
         for name, waiting in self.unwritten.items():
@@ -235,14 +218,9 @@ def start_wandb(folder: Path, resumed: bool):
     return run
 
 
-# ---------------------------------------------------------------------------- WHAT AN EARLIER RUN LEFT
-
-
 def claim_folder(folder: Path) -> BinaryIO:
     """Make a run's folder, delete half-written files in it, lock it until the returned file is closed.
-
-    ValueError if another run holds the lock. OSError if the folder cannot be written.
-    """
+    ValueError if another run holds the lock. OSError if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")
@@ -263,11 +241,8 @@ def claim_folder(folder: Path) -> BinaryIO:
 
 
 def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
-    """Move files that do not belong to this run into a new folder old_DATE; return it, None if nothing moved.
-
-    A run that resumes from a checkpoint in the folder moves only the newer checkpoints: they are damaged, or
-    of steps that it will do again.
-    """
+    """Move files that do not belong to this run into a new folder old_DATE; return it, or None. A run that
+    resumes here moves only newer checkpoints: they are damaged, or of steps that it will do again."""
     checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
     if resumed is not None and resumed.resolve() in checkpoints:
         found = checkpoints[: checkpoints.index(resumed.resolve())]
@@ -314,9 +289,6 @@ def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = Tru
         return False
 
 
-# ---------------------------------------------------------------------------- WHAT IS LOGGED
-
-
 def json_safe(value: Any) -> Any:
     """`value` with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
@@ -343,17 +315,13 @@ def run_record(config, model, world, first_step: int) -> dict:
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__, "cuda": torch.version.cuda,
         },
-        "device": f"{world.device.type} {device}".strip(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": f"{world.device.type} {device}".strip(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
 
 def expert_load(model) -> dict:
-    """How the last optimizer step used the experts, over all ranks; {} of a dense model.
-
-    expert_load (MoE layers, E), max_load, starved, router_entropy: see docs/formats.md. The entropy is the
-    layers' mean, NaN before the first step of this process.
-    """
+    """How the last optimizer step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {}
+    of a dense model. The entropy is the layers' mean, NaN before the first step of this process."""
     if not model.moe_layers():
         return {}
     found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
@@ -372,7 +340,5 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of the CUDA allocator, or else of this process; 0 where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB

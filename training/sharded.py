@@ -34,10 +34,8 @@ DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype
 
 
 def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of model and optimizer by name, and the checkpoint without them.
-
-    Scalars such as AdamW's step stay in the checkpoint. Tied embeddings are one tensor.
-    """
+    """The tensors of model and optimizer by name, and the checkpoint without them. Scalars such as AdamW's
+    step stay in the checkpoint. Tied embeddings are one tensor."""
     rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
@@ -88,18 +86,14 @@ class PartWriter(dcp.FileSystemWriter):
 
 class Saver:
     """Saves checkpoints together with the other ranks of a group. An error on one rank raises one on all.
-
-    group: a CPU group (gloo) that nothing else uses; None: this process alone.
-    """
+    group: a CPU group (gloo) that nothing else uses; None: this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`.
-
-        A process alone copies nothing. NotFiniteError; what torch raises if memory is short.
-        """
+        """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`. A
+        process alone copies nothing. NotFiniteError; what torch raises if memory is short."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
@@ -114,10 +108,8 @@ class Saver:
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait for all ranks, rename the folder; returns its path.
-
-        OSError if any rank fails. The parts are then removed, which frees the space on a full disk.
-        """
+        """Write the parts, wait for all ranks, rename the folder; returns its path. OSError if any rank
+        fails. The parts are then removed, which frees the space on a full disk."""
         tensors, rest, writer, path = staged
         temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
@@ -195,11 +187,8 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
-    """index.json: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
-
-    metadata.storage_data holds the arguments of archives.load_tensor for each part. CheckpointError; OSError
-    as in `reading`.
-    """
+    """[size, CRC-32] of each file, and the metadata from which DCP plans what to read; its storage_data are
+    archives.load_tensor's arguments for each part. CheckpointError; OSError as in `reading`."""
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
         outer = json.loads((path / INDEX_FILE).read_bytes())
         if zlib.crc32(outer["index"].encode()) != outer["crc32"]:
@@ -269,9 +258,7 @@ def load(path: Path) -> dict:
 
 def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
     """Fill tensors, of a DTensor this rank's part, from those of the same names. No rank waits for another.
-
-    CheckpointError, with the name, if a tensor is missing or has another shape.
-    """
+    CheckpointError, with the name, if a tensor is missing or has another shape."""
     metadata = read_index(path)[1]
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)

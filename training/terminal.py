@@ -1,9 +1,5 @@
 """What a run shows in the terminal: one live line where a person watches, or else plain lines for grep.
 
-    with Terminal(config, first_step, is_master) as terminal:
-        terminal.say("step 250: validation loss 3.2924")   # printed above the live line
-        terminal.step(record)                              # record: an object of metrics.jsonl
-
 Only the master rank prints. training/metrics.py says which numbers are shown, and how.
 """
 
@@ -43,8 +39,7 @@ class Terminal:
     def __init__(self, config: Any, first_step: int, is_master: bool):
         self.config, self.is_master = config, is_master
         # If stdout or stderr is a file, it should get all lines, so there is no live line.
-        streams = (sys.stdout, sys.stderr)
-        self.watched = is_master and all(stream is not None and stream.isatty() for stream in streams)
+        self.watched = is_master and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self.bar = tqdm(
             total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
             bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True,
@@ -64,7 +59,7 @@ class Terminal:
             tell(text, self.bar.write if self.watched else print)
 
     def step(self, record: dict) -> None:
-        """Show an optimizer step: in the live line, or every log_every steps in a line of its own."""
+        """Show the record of a step: in the live line, or every log_every steps in a line of its own."""
         config, step = self.config, record["step"]
         self.ms.append(record["ms"])
         self.evaluated |= {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
@@ -88,7 +83,11 @@ class Terminal:
         config, lines = self.config, []
         if model.moe_layers() and config.max_steps > 0 and not config.inference_only:
             lines.append(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
-            lines += usage_table(model)
+            for layer, moe in enumerate(model.moe_layers()):
+                counts = moe.last_step_counts().cpu()
+                share = counts / counts.sum().clamp(min=1)
+                cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
+                lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
         lines.append("final {} iters avg: {:.3f}ms".format(*self.average_ms()))
         lines.append(f"peak memory consumption: {memory // 2**20} MiB")
         if val_loss is not None:
@@ -132,17 +131,6 @@ def heat_map(counts: torch.Tensor) -> list[str]:
         starved = sum(share < STARVED_BELOW for share in row)
         tail = f", {starved} starved" if starved else ""
         lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}{tail}")
-    return lines
-
-
-def usage_table(model: Any) -> list[str]:
-    """Each expert's percentage of the last step's routed rows: one line per MoE layer."""
-    lines = []
-    for layer, moe in enumerate(model.moe_layers()):
-        counts = moe.last_step_counts().cpu()
-        share = counts / counts.sum().clamp(min=1)
-        cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
-        lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
     return lines
 
 
