@@ -1,12 +1,10 @@
-"""Work with training checkpoints: verify them, convert them between file and folder, export them.
+"""Work with training checkpoints (docs/formats.md): verify, convert between file and folder, export.
 
-    python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
-    python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
-    python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
-    python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
-    python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
-
-docs/formats.md says what a checkpoint holds.
+python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
+python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
+python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
+python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
+python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 """
 
 import argparse

@@ -20,10 +20,9 @@ from training.archives import NotFiniteError
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
 
-    A save that fails (disk full, no memory, values not finite) says so at once through `say`; the training
-    goes on. Old checkpoints are deleted only after the new one has been read back and found good. Without
-    `savers`, rank 0 holds everything, and save() does nothing on other ranks. With `savers`, a group of their
-    own, all ranks save together to a folder (sharded.py), and succeed or fail together.
+    A save that fails (disk full, no memory, values not finite) says so at once; the training goes on. Old
+    checkpoints are deleted only after the new one has been read back and found good. Without `savers`, rank 0
+    saves alone. With `savers`, a group of their own, all ranks save a folder together (sharded.py).
     """
 
     def __init__(
@@ -31,8 +30,7 @@ class CheckpointWriter:
         rank: int = 0, savers: Any = None, retry_s: float = 60,
     ):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
-        self.rank = rank
-        self.saver = sharded.Saver(savers) if savers is not None else None
+        self.rank, self.saver = rank, sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
         self.error: Exception | None = None  # of the last save that ended
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
@@ -41,8 +39,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
-        """Wait for the save before, copy, start writing; the thread calls before() first. Returns the seconds
-        that training stood still."""
+        """Copy, call before() and write in the thread. Returns the seconds that training stood still."""
         begin = self.tried_at = time.perf_counter()
         self.wait()
         if self.saver is None and self.rank != 0:

@@ -72,10 +72,9 @@ def sample(run: Any, step: int) -> str:
     config = run.config
     torch.manual_seed((config.seed + step) % 2**63)
     how = dict(max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
-    if run.layout.shares_parameters:
-        how["synced_gpus"] = True  # no rank stops while another needs its part of the model
+    together = run.layout.shares_parameters or None  # no rank stops while another needs its part of the model
     with run.autocast():
-        return run.model.generate(config.prompt, **how)
+        return run.model.generate(config.prompt, synced_gpus=together, **how)
 
 
 def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:

@@ -78,7 +78,6 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def _listen(self, wakeup: socket.socket) -> None:
-        """What the thread runs."""
         end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
         interrupts = 0
         with wakeup:

@@ -1,7 +1,4 @@
-"""Settings as the fields of a dataclass: their flags, their limits, named sets of overrides.
-
-Each field of train_gpt_moe.py's TrainConfig is a setting(); parse_flags() and check_limits() read them.
-"""
+"""Settings as the fields of a dataclass (train_gpt_moe.py's TrainConfig): their flags and their limits."""
 
 import argparse
 import copy
@@ -53,7 +50,7 @@ class FlagParser(HfArgumentParser):
 def parse_flags(
     kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, description: str
 ) -> tuple[Any, set[str]]:
-    """(an object of the dataclass `kind`, the names of its fields that flags gave). overrides: given these, what
+    """(an object of the class `kind`, the names of its fields that flags gave). overrides: given these, what
     a preset among them puts in place of the defaults. ValueError for a bad flag."""
     parser = FlagParser(kind, allow_abbrev=False, description=description)
     _, unknown = parser.parse_known_args(arguments)

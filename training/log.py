@@ -42,10 +42,9 @@ class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
 
     If a disk is full, lines wait in memory until there is room. Files of an earlier run go into a folder
-    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. wandb: send
-    curves and samples to Weights & Biases too. evaluates_first: the run evaluates before its first step; if
-    not, what an earlier, finished run measured there stays. ValueError if another run has the folder or wandb
-    is not installed; OSError if the folder cannot be written.
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but without
+    evaluates_first it keeps those of the evaluation there. wandb: send curves and samples to Weights & Biases
+    too. ValueError if another run has the folder or wandb is not installed; OSError if it cannot be written.
     """
 
     def __init__(
@@ -57,8 +56,7 @@ class RunLog:
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb=True, but it is not installed; pip install wandb")
         self.lock = claim_folder(folder)
-        moved_to = move_old_files(folder, resumed)
-        if moved_to:
+        if moved_to := move_old_files(folder, resumed):
             say(f"moved the files of an earlier run in {folder} to {moved_to}")
         self.files: dict[str, BinaryIO] = {}
         self.unwritten = {name: bytearray() for name in LOG_FILES}
@@ -89,9 +87,8 @@ class RunLog:
         self.measurement(record["step"], "train", record["loss"])
 
     def evaluation(
-        self, step: int, measured: dict, expert_load: list[list[float]] | None = None,
-        elapsed_s: float | None = None,
-    ) -> None:  # fmt: skip
+        self, step: int, measured: dict, expert_load: list | None = None, elapsed_s: float | None = None
+    ) -> None:
         """Write what was measured between two steps: numbers, and perhaps a "sample", which leaves the dict.
 
         expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the

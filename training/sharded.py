@@ -1,8 +1,7 @@
 """Checkpoints as folders, for models that no rank holds whole: every rank writes its part.
 
 docs/formats.md lists the files of a folder. torch.distributed.checkpoint (DCP) writes the parts, and plans
-which parts a rank reads: any number of ranks, in any layout, can read any folder. Tensors are named
-model.NAME and optimizer.NUMBER.NAME. Several machines need a file system that they share.
+which a rank reads: any number of ranks, in any layout, can read any folder on a disk that they share.
 
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -34,8 +33,8 @@ DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype
 
 
 def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of model and optimizer by name, and the checkpoint without them. Scalars such as AdamW's
-    step stay in the checkpoint. Tied embeddings are one tensor."""
+    """The tensors, named model.NAME and optimizer.NUMBER.NAME, and the checkpoint without them. Scalars such
+    as AdamW's step stay in the checkpoint. Tied embeddings are one tensor."""
     rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
