@@ -1,19 +1,22 @@
-"""Work with training checkpoints: verify them, convert them between file and folder, export them.
+"""Work with training checkpoints (docs/formats.md): verify, convert between file and folder, export.
 
-    python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
-    python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
-    python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
-    python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
-    python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
-
-training/checkpoints.py says what a checkpoint holds, and has the functions.
+python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
+python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
+python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
+python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
+python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 """
 
 import argparse
 import sys
+from pathlib import Path
+
+import torch
 
 from huggingface.export import export_folder
-from training.checkpoints import convert_checkpoint, load_checkpoint, load_model
+from tokens.files import write_atomically
+from training import sharded
+from training.checkpoints import load_checkpoint, load_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", help="where to; empty, new, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
-    export.add_argument(
-        "--tokenizer", action=argparse.BooleanOptionalAction, default=True, help="add a tokenizer's files"
-    )
+    flag = argparse.BooleanOptionalAction
+    export.add_argument("--tokenizer", action=flag, default=True, help="add a tokenizer's files")
     verify = commands.add_parser("verify", help="compare every byte with its checksum")
     verify.add_argument("checkpoint")
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")
@@ -40,8 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
             step, val_loss = checkpoint["step"], checkpoint.get("val_loss")
             print(f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}")
         elif options.command == "convert":
-            convert_checkpoint(options.checkpoint, options.to)
-            print(f"wrote {options.to}")
+            checkpoint, to = load_checkpoint(options.checkpoint), Path(options.to)
+            if to.exists():
+                raise FileExistsError(f"{to}: there is something already; give another name")
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if to.suffix == ".pt":
+                write_atomically(to, lambda file: torch.save(checkpoint, file))
+            else:
+                sharded.save(checkpoint, to)
+            print(f"wrote {to}")
         else:
             export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
             print(f"wrote {options.folder}")

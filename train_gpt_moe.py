@@ -35,12 +35,12 @@ from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
 from training import faults, parallel
+from training.checkpoint_writer import RunSaver
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
-from training.run_saver import RunSaver
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
 

@@ -24,7 +24,7 @@ from processes import equal, full_disk
 
 import checkpoint
 from model import GPT, GPTConfig, GPTLMHeadModel
-from training import archives, checkpoint_writer
+from training import archives
 from training import checkpoints as ckpt
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
@@ -132,7 +132,7 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, keep_last=1, say=said.append)
     writer.save(small(1))
     writer.wait()
-    save = checkpoint_writer.save_checkpoint
+    save = ckpt.save_checkpoint
 
     def damage(checkpoint, folder):
         path = save(checkpoint, folder)
@@ -141,7 +141,7 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
         path.write_bytes(content)
         return path
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", damage)
+    monkeypatch.setattr(ckpt, "save_checkpoint", damage)
     writer.save(small(2))
     assert isinstance(writer.wait(), CheckpointError) and "CHECKPOINT NOT WRITTEN" in said[-1]
     assert load_newest(tmp_path, said.append)[0].name == "model_00001.pt"

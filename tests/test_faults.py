@@ -42,8 +42,8 @@ import hellaswag
 import train_gpt_moe
 from model import GPTLMHeadModel
 from tokens.shards import DistributedDataLoader, read_shard, write_shard
-from training import checkpoint_writer, evaluation, faults, parallel
 from training import checkpoints as ckpt
+from training import evaluation, faults, parallel
 from training.checkpoint_writer import CheckpointWriter
 from training.faults import Health, Signals
 from training.log import RunLog
@@ -265,14 +265,14 @@ def test_sigusr1_in_an_evaluation_saves_at_once(straight, data, tmp_path, signal
 @pytest.mark.parametrize("fails", [[0], [1, 2]])
 def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch, capsys, fails):
     """A disk that is full for a while: when the run saves before step 6, or in the end, before step 12."""
-    save, tries = checkpoint_writer.save_checkpoint, itertools.count()
+    save, tries = ckpt.save_checkpoint, itertools.count()
 
     def sometimes(checkpoint, folder):
         if next(tries) in fails:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(checkpoint, folder)
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", sometimes)
+    monkeypatch.setattr(ckpt, "save_checkpoint", sometimes)
     wants_retry = CheckpointWriter.wants_retry  # here after the save has ended, however slow its thread is
     monkeypatch.setattr(CheckpointWriter, "wants_retry", lambda self: (self.wait(), wants_retry(self))[1])
     assert train_gpt_moe.main(flags(data, tmp_path, "--checkpoint_every", 6, "--save_retry_s", 0)) == 0

@@ -37,7 +37,7 @@ from processes import (
 import train_gpt_moe
 from tokens.shards import read_shard, write_shard
 from training import checkpoints as ckpt
-from training import run_folder
+from training import log as run_log
 from training.log import RunLog
 
 
@@ -352,11 +352,11 @@ def test_weights_alone_and_missing_files_cannot_be_resumed(straight, tmp_path, c
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, capsys):
-    lock = run_folder.claim_folder(tmp_path)
+    lock = run_log.claim_folder(tmp_path)
     assert train_gpt_moe.main(flags(data, tmp_path)) == 2
     assert "another run is writing there" in capsys.readouterr().err
     lock.close()
-    run_folder.claim_folder(tmp_path).close()
+    run_log.claim_folder(tmp_path).close()
 
 
 # ---------------------------------------------------------------------------- log files
@@ -401,7 +401,7 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     ],
 )  # fmt: skip
 def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
-    assert run_folder.stays_after_resume(line, 3) == kept
+    assert run_log.stays_after_resume(line, 3) == kept
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
     ],
 )  # fmt: skip
 def test_which_lines_stay_where_step_3_is_not_evaluated_again(line, kept):
-    assert run_folder.stays_after_resume(line, 3, evaluates_first=False) == kept
+    assert run_log.stays_after_resume(line, 3, evaluates_first=False) == kept
 
 
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):

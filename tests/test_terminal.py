@@ -77,7 +77,7 @@ def test_a_file_gets_every_line_whatever_the_other_stream_is(name, monkeypatch, 
     shown = Terminal(TrainConfig(max_steps=3, log_every=1), 0, is_master=True)
     for step in range(3):
         shown.step(record(step))
-    shown.close()
+    shown.bar.close()
     text = capsys.readouterr().out if name == "stdout" else sys.stdout.getvalue()
     assert not shown.watched and text.count("| lr ") == 3
     assert name == "stderr" or sys.stderr.getvalue() == ""
@@ -125,7 +125,7 @@ def test_other_ranks_are_silent(capsys):
     shown.say("text")
     shown.step(record(0))
     shown.experts(1, GPTLMHeadModel(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=16, block_size=8)))
-    shown.close()
+    shown.bar.close()
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 

@@ -1,9 +1,4 @@
-"""The files that checkpoints consist of: read without trust in what they hold, checked before they are saved.
-
-    with reading(path, "not a checkpoint"), open(path, "rb") as file:
-        state = load_archive(file)      # compares every CRC-32 first; executes no pickle
-
-A checkpoint is one zip archive of torch.save (checkpoints.py), or a folder with several (sharded.py).
+"""The zip archives of torch.save that checkpoints consist of: read without trust in what they hold.
 
 References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
 https://docs.pytorch.org/docs/stable/notes/serialization.html
@@ -70,10 +65,7 @@ def size_and_checksum(path: Path) -> list[int]:
 
 
 def check_archive(file: BinaryIO) -> None:
-    """Compare everything in a zip archive that torch.save wrote with the archive's checksums.
-
-    Raises ValueError or one of the many errors that a damaged archive provokes: use it inside `reading`.
-    """
+    """Compare all that torch.save wrote with its checksums. Any error may come: use it inside `reading`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 17)))
     file.read()  # raises the disk's own error; zipfile would replace it by "not a zip file"
@@ -102,9 +94,7 @@ def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: t
             raise ValueError("the file is cut off")
         stream.seek(start)
         tensor = load_archive(io.BytesIO(stream.read(length)))
-        plain = (
-            type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided
-        )
+        plain = type(tensor) is torch.Tensor and (tensor.device.type, tensor.layout) == ("cpu", torch.strided)
         if not plain or (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(f"it is no {dtype} tensor of shape {list(shape)}")
     return tensor
@@ -113,15 +103,11 @@ def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: t
 def check_content(path: Path, checkpoint: Any, **kinds: type) -> None:
     """CheckpointError unless it is a dictionary with entries of these types and a format that we know."""
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kinds[k]) for k in kinds):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of train_gpt_moe.py: it lacks one of {', '.join(kinds)}"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of ours: it lacks one of {', '.join(kinds)}")
     made = checkpoint.get("format", CHECKPOINT_FORMAT)
     if not isinstance(made, int) or made > CHECKPOINT_FORMAT:
-        raise NewerFormatError(
-            f"{path}: made by a newer version: its format is {made!r}, this one reads up to "
-            f"{CHECKPOINT_FORMAT}; update the program"
-        )
+        text = f"{path}: made by a newer version: its format is {made!r}"
+        raise NewerFormatError(f"{text}, this one reads up to {CHECKPOINT_FORMAT}; update the program")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -131,11 +117,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def reading(file: Path, problem: str) -> Iterator[None]:
-    """Replace any error of the block, which reads `file`, by one that says whether the file is to blame.
-
-    CheckpointError, with `problem`, if it is. OSError if the machine is: no memory, no permission, a disk
-    that does not answer. The file may be good then, and resuming from an older one would lose work.
-    """
+    """Replace an error of the block by a CheckpointError, with `problem`, or by an OSError if the machine is
+    to blame (no memory, no permission, a disk that does not answer), because the file may be good then."""
     try:
         yield
     except CheckpointError:
@@ -145,8 +128,7 @@ def reading(file: Path, problem: str) -> Iterator[None]:
             why = str(error).splitlines()[0] if str(error) else "MemoryError"
             text = f"no memory to read it, free some and try again ({why})"
             raise OSError(errno.ENOMEM, text, str(file)) from error
-        # EINVAL: a damaged file gave an offset that does not exist.
-        of_the_file = (errno.ENOENT, errno.EISDIR, errno.EINVAL)
+        of_the_file = (errno.ENOENT, errno.EISDIR, errno.EINVAL)  # EINVAL: an offset that does not exist
         if isinstance(error, OSError) and error.errno not in of_the_file:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(file)) from error
         reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,13 +1,10 @@
-"""Writes the checkpoints of a run in a background thread.
+"""Writes checkpoints in a background thread; decides what a run saves, and when it tries again."""
 
-writer = CheckpointWriter("log", keep_last=3)
-writer.save(checkpoint)     # returns after copying; the next save waits until this one is written
-error = writer.wait()       # the exception of the last save, or None
-"""
-
+import contextlib
+import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,27 +12,17 @@ from typing import Any
 import torch
 
 from tokens.files import write_atomically
-from training import sharded
+from training import checkpoints as ckpt
+from training import faults, parallel, sharded
 from training.archives import NotFiniteError
-from training.checkpoints import (
-    checkpoint_path,
-    list_checkpoints,
-    prune_checkpoints,
-    save_checkpoint,
-    verify_checkpoint,
-)
 
 
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
 
-    A save that fails (disk full, no memory, values not finite) says so at once through `say`, leaves older
-    checkpoints alone and does not stop the training; wants_retry() says when to try again. Old checkpoints
-    are deleted (prune_checkpoints) only after the new one has been read back and found good.
-
-    rank, savers: without `savers`, rank 0 holds everything that is saved, and save() does nothing on other
-    ranks. With `savers`, a process group of their own, all ranks save together to a folder (sharded.py). Such
-    a save succeeds on all ranks or fails on all; their threads learn of it a moment apart.
+    A save that fails (disk full, no memory, values not finite) says so at once; the training goes on. Old
+    checkpoints are deleted only after the new one has been read back and found good. Without `savers`, rank 0
+    saves alone. With `savers`, a group of their own, all ranks save a folder together (sharded.py).
     """
 
     def __init__(
@@ -43,8 +30,7 @@ class CheckpointWriter:
         rank: int = 0, savers: Any = None, retry_s: float = 60,
     ):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
-        self.rank = rank
-        self.saver = sharded.Saver(savers) if savers is not None else None
+        self.rank, self.saver = rank, sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
         self.error: Exception | None = None  # of the last save that ended
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
@@ -53,18 +39,18 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
-        """Start writing; the thread calls before() first. Returns the seconds that training stood still."""
+        """Copy, call before() and write in the thread. Returns the seconds that training stood still."""
         begin = self.tried_at = time.perf_counter()
         self.wait()
         if self.saver is None and self.rank != 0:
             return 0.0
         try:
             if self.saver is not None:
-                path = checkpoint_path(self.folder, checkpoint["step"]).with_suffix("")
+                path = ckpt.checkpoint_path(self.folder, checkpoint["step"], suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 used: dict[tuple, torch.Tensor] = {}
-                write = partial(save_checkpoint, self._copy(checkpoint, used), self.folder)
+                write = partial(ckpt.save_checkpoint, self._copy(checkpoint, used), self.folder)
                 self._buffers = used
         except Exception as error:  # handled like an error in the thread
             self._report_failure(checkpoint["step"], error)
@@ -72,8 +58,7 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        arguments = (checkpoint["step"], write, before, pause)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(checkpoint["step"], write, before, pause))
         self._thread.start()
         return pause
 
@@ -85,22 +70,15 @@ class CheckpointWriter:
         return self.error
 
     def wants_retry(self) -> bool:
-        """Whether the last save failed, may succeed now, and began more than retry_s seconds ago.
-
-        False while a save is being written: its outcome is not known yet.
-        """
-        is_saving = self._thread is not None and self._thread.is_alive()
-        waited = time.perf_counter() - self.tried_at > self.retry_s
-        return not is_saving and self._is_retryable() and waited
+        """Whether the last save has failed, may succeed now, and began more than retry_s seconds ago."""
+        saves = self._thread is not None and self._thread.is_alive()
+        return not saves and self._is_retryable() and time.perf_counter() - self.tried_at > self.retry_s
 
     def _is_retryable(self) -> bool:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
 
     def wants_last_retry(self, stop: bool) -> bool:
-        """After the last save of a run: whether to save once more. Waits until retry_s seconds have passed.
-
-        False if `stop`, and after ten tries.
-        """
+        """After the last save of a run: whether to save once more, ten times at most. Waits for retry_s."""
         self.wait()
         if stop or self.tries_left == 0 or not self._is_retryable():
             return False
@@ -112,18 +90,15 @@ class CheckpointWriter:
 
     def _copy(self, value: Any, used: dict) -> Any:
         """`value` with its tensors copied to the host, into the buffers of the last save where they fit.
-
-        Tensors that share memory (tied embeddings) share a copy, so the file holds them once. Buffers for
-        CUDA tensors are pinned.
-        """
+        Tensors that share memory (tied embeddings) share a copy, so the file holds them once."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
                 buffer = self._buffers.get(key)
+                cuda = value.is_cuda
                 if buffer is None:
-                    pin = value.is_cuda
-                    buffer = torch.empty_like(value, device="cpu", pin_memory=pin, requires_grad=False)
-                used[key] = buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+                    buffer = torch.empty_like(value, device="cpu", pin_memory=cuda, requires_grad=False)
+                used[key] = buffer.copy_(value.detach(), non_blocking=cuda)
             return used[key]
         if isinstance(value, dict):
             return {key: self._copy(inner, used) for key, inner in value.items()}
@@ -154,15 +129,100 @@ class CheckpointWriter:
         if self.saver is not None:
             write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
         if self.keep_last > 0:
-            verify_checkpoint(path)
-            prune_checkpoints(self.folder, self.keep_last, self.keep_every)
+            ckpt.verify_checkpoint(path)
+            ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 
     def _report_failure(self, step: int, error: Exception) -> None:
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
         self.error = error
         try:
-            newest = self.path or next(iter(list_checkpoints(self.folder)), "none yet")
+            newest = self.path or next(iter(ckpt.list_checkpoints(self.folder)), "none yet")
         except OSError:  # the disk may be the reason for the failure
             newest = "unknown"
-        text = str(error) or repr(error)
-        self.say(f"step {step}: WARNING: CHECKPOINT NOT WRITTEN: {text}. Training goes on; newest: {newest}")
+        text = f"CHECKPOINT NOT WRITTEN: {str(error) or repr(error)}"
+        self.say(f"step {step}: WARNING: {text}. Training goes on; newest: {newest}")
+
+
+class RunSaver:
+    """Saves a run (training.setup.Run). All ranks call its methods at the same steps."""
+
+    def __init__(self, run: Any, say: Callable[[str], None]):
+        config, layout = run.config, run.layout
+        self.run, self.say = run, say
+        self.saved_step = run.resumed.get("step", 0)
+        self.failed = False  # after saving_on_errors: whether a checkpoint or a line of a log is missing
+        where = (config.log_dir, config.keep_last, config.keep_every)
+        self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
+
+    def remember(self, step: int, val_loss: float | None) -> None:
+        """Note what a checkpoint of this step holds besides weights and optimizer state, which are its."""
+        run = self.run
+        run.updating = False
+        self.state = {
+            "step": step, "val_loss": val_loss, "loader": run.train_loader.state_dict(),
+            "health": run.health.state_dict(), "rng": torch.get_rng_state(),
+        }  # fmt: skip
+        if run.health.in_a_row == 0:
+            self.last_good_state = self.state
+
+    def save(self, again: bool = False) -> None:
+        """Start writing the checkpoint of the remembered step, unless it is saved. again: in any case."""
+        run, step = self.run, self.state["step"]
+        if not run.trains or (step <= self.saved_step and not again):
+            return
+        if run.layout.world.is_master or run.layout.saves_together:
+            self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
+        self.saved_step = step
+
+    def _checkpoint(self) -> dict:
+        """The dictionary that docs/formats.md lists."""
+        run = self.run
+        return {
+            **self.state, "model": run.model.state_dict(), "config": run.model.config.to_dict(),
+            "optimizer": parallel.optimizer_state(run.optimizer, run.layout),
+            "scaler": run.scaler.state_dict(), "train_config": dataclasses.asdict(run.config),
+            "elapsed_s": run.elapsed(), "world_size": run.layout.world.size,
+        }  # fmt: skip
+
+    def is_urgent(self) -> bool:
+        """Whether any rank has been told to stop, or to save a step that is not saved yet."""
+        signals, unsaved = self.run.signals, self.run.trains and self.state["step"] > self.saved_step
+        return self.run.layout.any(signals.stop_requested or (signals.save_requested and unsaved))
+
+    def request_retry(self) -> None:
+        """If the last save failed some time ago, ask all ranks to save after this step."""
+        if self.writer.wants_retry():
+            self.run.signals.request_save()
+
+    def retry_until_saved(self) -> None:
+        """At the end of a run: repeat a save that failed until it succeeds or the run is told to stop."""
+        while self.run.layout.any(self.writer.wants_last_retry(self.run.signals.stop_requested)):
+            self.save(again=True)
+
+    def save_before_bad_steps(self) -> None:
+        """Save as of the last good step, so that a resumed run tries all of the skipped steps again."""
+        self.state = self.last_good_state
+        self.save()
+
+    def newest(self) -> Path | str:
+        """The newest checkpoint of the run, or "none"."""
+        return next(iter(ckpt.list_checkpoints(self.run.config.log_dir)), "none")
+
+    @contextlib.contextmanager
+    def saving_on_errors(self) -> Iterator[None]:
+        """If an error ends the block, rank 0 saves what has been trained, alone, if it has everything and
+        weights and optimizer state belong to the same step. In any case finish what is being written."""
+        run = self.run
+        try:
+            yield
+        except Exception:
+            step = self.state["step"]
+            savable = run.trains and not run.updating and not run.layout.saves_together
+            if run.layout.world.is_master and savable and step > self.saved_step:
+                faults.discard_routing(run.model)
+                self.say(f"step {step}: an error; saving what has been trained before it")
+                self.writer.save(self._checkpoint(), run.log.sync)
+            raise
+        finally:
+            self.failed = self.writer.wait() is not None
+            self.failed |= run.log is not None and not run.log.close()

@@ -1,21 +1,8 @@
 """Training checkpoints: save, verify, find, load; begin or resume a run from them.
 
-A checkpoint log/model_XXXXX.pt is a dictionary that torch.load reads under its default weights_only=True:
-    model         state dict of GPT and GPTLMHeadModel (they are the same)
-    config        GPTConfig.to_dict(): GPT(checkpoint["config"]) accepts it
-    step          number of optimizer steps done
-    val_loss      last validation loss before this step, nats per token, or None
-    optimizer, loader, rng    state dicts of optimizer and data loader; torch's random state
-    train_config  all settings of the run
-    elapsed_s, health, scaler, world_size, format    seconds trained so far; bad steps, the loss's mean;
-                  float16's loss scale; number of processes; 1
-
-A file is written under a temporary name, fsynced and renamed, and the folder is fsynced: a kill, a crash or a
-full disk at any byte leaves the older checkpoints as they were. Every tensor has a CRC-32, which is compared
-before anything is loaded (torch.load alone ignores it): any change of up to 32 bits in a row is found, others
-with a probability of 1 - 2**-32. log/latest holds the name of the newest checkpoint. Where no rank holds the
-whole model (--parallel fsdp, --ep_size), a checkpoint is a folder log/model_XXXXX with the same content
-(sharded.py). Every function here takes either.
+A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model (--parallel fsdp, --ep_size,
+sharded.py), a folder log/model_XXXXX with the same content, which docs/formats.md lists. Every function here
+takes either. All checksums are compared before anything is loaded, because torch.load ignores them.
 """
 
 import dataclasses
@@ -30,18 +17,8 @@ import torch
 
 from model import GPTConfig, GPTLMHeadModel
 from tokens.files import write_atomically
-from training import sharded
-from training.archives import (
-    CHECKPOINT_FORMAT,
-    CheckpointError,
-    NewerFormatError,
-    check_archive,
-    check_content,
-    check_finite,
-    is_out_of_memory,
-    reading,
-    remove,
-)
+from training import archives, sharded
+from training.archives import CHECKPOINT_FORMAT, CheckpointError, NewerFormatError, is_out_of_memory, reading
 from training.parallel import like
 from training.upcycle import upcycle
 
@@ -51,12 +28,9 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the en
 
 
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path.
-
-    OSError if it cannot be written; NotFiniteError if a value is not finite, because such a file would only
-    displace good ones.
-    """
-    check_finite(checkpoint["step"], dict(named_tensors(checkpoint)))
+    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path. OSError
+    if it cannot be written; NotFiniteError if a value in it is not finite."""
+    archives.check_finite(checkpoint["step"], dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))
@@ -74,14 +48,11 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete all but the newest `keep_last` (0: delete none) and multiples of `keep_every` steps.
-
-    Returns the deleted ones.
-    """
+    """Delete, and return, all but the newest `keep_last` (0: all stay) and multiples of `keep_every`."""
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
     for path in old:
-        remove(path)
+        archives.remove(path)
     return old
 
 
@@ -89,26 +60,20 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums.
-
-    CheckpointError: it is damaged; FileNotFoundError; another OSError, naming the file, if memory, permission
-    or the disk is the problem: the checkpoint may be good.
-    """
+    """Read all of a checkpoint and compare it with its checksums. CheckpointError: it is damaged.
+    FileNotFoundError. Another OSError: as in `reading`, it may be good."""
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        text = f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows those there are"
-        raise FileNotFoundError(text) from None
-    with reading(path, "not a checkpoint, or damaged, or cut off"), file:
-        check_archive(file)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows all there are")
+    with reading(path, "not a checkpoint, or damaged, or cut off"), open(path, "rb") as file:
+        archives.check_archive(file)
 
 
-def checkpoint_path(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, if it is a file."""
-    return Path(folder) / f"model_{step:05d}.pt"
+def checkpoint_path(folder: str | Path, step: int, suffix: str = ".pt") -> Path:
+    """Where the checkpoint of a step lies. suffix: "" for a folder."""
+    return Path(folder) / f"model_{step:05d}{suffix}"
 
 
 def step_of(path: Path) -> int:
@@ -130,11 +95,8 @@ def follow_latest(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The checkpoint, verified, tensors on the CPU. log/latest stands for the checkpoint it names.
-
-    whole=False: of a folder, all but weights and moments; `restore` then reads this rank's part of them.
-    trusted=True: another rank has verified the folder. Raises the errors of verify_checkpoint.
-    """
+    """The checkpoint, verified, on the CPU. Errors as in verify_checkpoint. whole=False: of a folder, all but
+    weights and moments, which `restore` reads. trusted=True: another rank has verified the folder."""
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
@@ -143,16 +105,13 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
     # torch.load with the name of a file would hide the system's errors.
     with reading(path, "torch.load cannot read it safely"), open(path, "rb") as file:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    check_content(path, checkpoint, model=dict, config=dict, step=int)
+    archives.check_content(path, checkpoint, model=dict, config=dict, step=int)
     return checkpoint
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoints in the folder, newest (most steps) first; they may be damaged.
-
-    OSError if the folder exists but cannot be read (glob would return nothing).
-    """
-    try:
+    """All checkpoints in the folder, newest first; they may be damaged. OSError if it cannot be read."""
+    try:  # glob would hide the error
         found = [Path(folder, name) for name in os.listdir(folder) if CHECKPOINT_NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -162,10 +121,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
-
-    NewerFormatError and OSError end the search: an older checkpoint must not be taken because this program is
-    old, memory is short or the disk does not answer.
-    """
+    NewerFormatError and OSError end the search, because the newest checkpoint may be good."""
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path, whole)
@@ -179,10 +135,8 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 # ---------------------------------------------------------------------------- RESUME
 
 # A resumed run keeps all settings that no flag sets, except these: where things are, what it runs on.
-SETTINGS_NOT_KEPT = {
-    "preset", "log_dir", "resume", "init_from", "device", "parallel", "zero_stage", "ep_size",
-    "activation_checkpointing",
-}  # fmt: skip
+LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
+SETTINGS_NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", *LAYOUT_SETTINGS}
 # Fields of the architecture that may change, because no learned weight depends on them.
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
@@ -192,11 +146,8 @@ FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotat
 
 
 def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest good one in log_dir.
-
-    (None, None) to start afresh. All ranks take the one that rank 0 has found, because others may see an
-    older state of a shared disk. CheckpointError, FileNotFoundError.
-    """
+    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest one that rank 0 sees;
+    (None, None) to start afresh. CheckpointError, FileNotFoundError."""
     if not resume:
         return None, None
     if resume != "auto":
@@ -206,61 +157,47 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
     found = [step_of(path), path.is_dir()] if path else [0, 0]
     step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
     if step > 0 and not world.is_master:
-        path = checkpoint_path(log_dir, step)
-        path = path.with_suffix("") if is_folder else path
+        path = checkpoint_path(log_dir, step, "" if is_folder else ".pt")
         state = load_checkpoint(path, whole=False, trusted=True)
     return path, state
 
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
-    """Give a resumed run the settings of its checkpoint, except those that a flag sets and may change.
-
-    config: the run's dataclass, changed in place; given: the settings that flags have set. CheckpointError if
-    the checkpoint holds no run; ValueError for a flag that a resumed run cannot change.
-    """
+    """Give a resumed run's config the settings of its checkpoint, except `given`, those that flags have set.
+    CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
-        raise CheckpointError(
-            f"{path}: no {', '.join(sorted(missing))} in it: weights to begin a new run with (--init_from), "
-            "not a run to go on with (--resume)"
-        )
-    kept = FIXED_SETTINGS & state["config"].keys()
-    saved = state["train_config"] | {name: state["config"][name] for name in kept}
-    for name in ("parallel", "zero_stage", "ep_size", "activation_checkpointing"):
+        lacks = f"{path}: no {', '.join(sorted(missing))} in it"
+        raise CheckpointError(f"{lacks}: weights for a new run (--init_from), not a run to --resume")
+    saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
+    for name in LAYOUT_SETTINGS:
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
             say(f"resume: {name} was {saved[name]!r} and is {now!r}; --{name} {saved[name]} would keep it")
     unlike = []
-    for field in dataclasses.fields(config):
-        name, now = field.name, getattr(config, field.name)
-        if name in SETTINGS_NOT_KEPT or name not in saved:
-            continue
+    for name in [f.name for f in dataclasses.fields(config) if f.name in saved.keys() - SETTINGS_NOT_KEPT]:
+        now = getattr(config, name)
         derived = name in ("block_size", "vocab_size") and now <= 0
         if name not in given or derived:
             setattr(config, name, saved[name])
             if now != saved[name] and name not in FIXED_SETTINGS:
                 unlike.append(f"{name}={saved[name]!r}")
         elif now != saved[name] and name in FIXED_SETTINGS:
-            raise ValueError(
-                f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away, "
-                f"or start another run from these weights (--init_from {path})"
-            )
+            text = f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away"
+            raise ValueError(f"{text}, or start another run from these weights (--init_from {path})")
         elif now != saved[name]:
             say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
     if unlike:
         say(f"resume: as in the checkpoint, not as here: {', '.join(unlike)}; flags change them")
     if config.max_steps < state["step"]:
-        raise ValueError(
-            f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}; give "
-            "more, or --resume an earlier checkpoint"
-        )
+        done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
+        raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")
 
 
-def load_shards(rest: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer) -> dict:
+def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
     """A folder's checkpoint without its tensors becomes one with them; of DTensors, with this rank's part."""
     path = Path(rest["folder"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in model.state_dict().items()}
+    targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in weights.items()}
     if rest["config"].get("tie_word_embeddings"):
         targets.pop("model.lm_head.weight")
     for name, stored in sharded.read_index(path)[1].state_dict_metadata.items():
@@ -272,20 +209,16 @@ def load_shards(rest: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimi
 
 
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
-    """Restore weights, moments, routers' statistics, position in the data and random state.
-
-    ValueError, naming what differs, if the data or the architecture is another one; what torch raises if
-    memory is short. Learning rate, weight decay and the like stay as the optimizer was built, because flags
-    may have changed them.
-    """
+    """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
+    such as weight decay. ValueError, naming what differs, if the data or the architecture is another one."""
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     try:
         if "folder" in state:
-            state = load_shards(state, model, optimizer)
-        own = model.state_dict()  # `like` takes this rank's part of whole tensors
+            state = load_shards(state, own, parameters)
+        # `like` takes this rank's part of whole tensors.
         weights = {name: like(v, own[name]) if name in own else v for name, v in state["model"].items()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = {
             number: {k: like(v, parameters[number]) if torch.is_tensor(v) else v for k, v in values.items()}
             for number, values in state["optimizer"]["state"].items()
@@ -315,22 +248,18 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
-    A dense model is upcycled if use_moe=True was given. fields: the GPTConfig fields of a run without
-    init_from; given: the fields that flags have set. ValueError, naming field and values, for a flag that
-    contradicts the architecture: only dropout, the losses' weights, a shorter block_size and what upcycling
-    needs may differ.
+    fields: the GPTConfig fields of a run without init_from; given: those that flags have set, of which
+    use_moe=True upcycles a dense model. ValueError for a flag that contradicts the architecture: only
+    MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
-        raise ValueError(
-            f"encoding={theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data; "
-            + (
-                'write the right one into its config.json, as "encoding"'
-                if theirs.encoding == "unknown"
-                else f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
-            )
-        )
+        remedy = f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
+        if theirs.encoding == "unknown":
+            remedy = 'write the right one into its config.json, as "encoding"'
+        here = f"encoding={theirs.encoding!r} in init_from={init_from}"
+        raise ValueError(f"{here}, but {fields['encoding']!r} in the data; {remedy}")
     upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe
     may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"}
     if upcycles:
@@ -338,10 +267,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
         may_differ |= {"norm_topk_prob", "num_shared_experts", "expert_hidden_size"}
     for name in sorted(given & fields.keys() - may_differ):
         if fields[name] != getattr(theirs, name):
-            raise ValueError(
-                f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}; "
-                "leave the flag away"
-            )
+            text = f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}"
+            raise ValueError(f"{text}; leave the flag away")
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
     changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
@@ -360,8 +287,14 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     return model.train()
 
 
-def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
-    """The model of a loaded checkpoint, in evaluation mode on the CPU. CheckpointError if they do not fit."""
+def load_model(source: str | Path) -> GPTLMHeadModel:
+    """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
+    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name."""
+    path = Path(source)  # without a slash at the end
+    ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
+    if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
+        return GPTLMHeadModel.from_pretrained(str(source)).eval()
+    checkpoint = load_checkpoint(source)
     try:
         model = GPTLMHeadModel(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
@@ -371,30 +304,3 @@ def model_from_checkpoint(checkpoint: dict) -> GPTLMHeadModel:
         message = " ".join(str(error).split())
         raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
     return model.eval()
-
-
-def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model from a checkpoint file, a folder (any that from_pretrained knows) or a hub name such as "gpt2".
-
-    Evaluation mode, CPU. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name.
-    """
-    path = Path(source)  # without a slash at the end
-    ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
-    if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
-        return model_from_checkpoint(load_checkpoint(source))
-    return GPTLMHeadModel.from_pretrained(str(source)).eval()
-
-
-def convert_checkpoint(source: str | Path, to: str | Path) -> None:
-    """Write a checkpoint as a single file (`to` ends with .pt) or as a folder; needs memory for all of it.
-
-    CheckpointError, FileNotFoundError; FileExistsError: nothing is overwritten.
-    """
-    checkpoint, to = load_checkpoint(source), Path(to)
-    if to.exists():
-        raise FileExistsError(f"{to}: there is something already; give another name")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if to.suffix == ".pt":
-        write_atomically(to, lambda file: torch.save(checkpoint, file))
-    else:
-        sharded.save(checkpoint, to)

@@ -19,17 +19,12 @@ from training import faults
 def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """If `measures`: val_loss, hella_acc and hella_acc_norm, as far as the run has them. If `samples`: a
-    sample's text, as "sample". Prints them through `terminal` (training/terminal.py).
-
-    None as soon as interrupted(), which gives all ranks the same answer: a run that is told to stop saves
-    instead of evaluating.
-    """
+    """val_loss, hella_acc, hella_acc_norm if `measures` and the run has them; a "sample" if `samples`. None
+    as soon as interrupted(), which all ranks answer alike: a run that is told to stop saves instead."""
     measured = {}
     with torch.compiler.set_stance("force_eager"):
         if measures and run.val_loader is not None:
-            loss = validate(run, interrupted)
-            if loss is None:
+            if (loss := validate(run, interrupted)) is None:
                 return None
             measured["val_loss"] = loss
             terminal.say(f"step {step}: validation loss {loss:.4f}")
@@ -39,8 +34,7 @@ def evaluate(
             measured["sample"] = sample(run, step)
             terminal.say(f"step {step}: sample: {measured['sample']!r}")
         if measures and run.hellaswag:
-            accuracies = hellaswag(run, terminal.say, interrupted)
-            if accuracies is None:
+            if (accuracies := hellaswag(run, terminal.say, interrupted)) is None:
                 return None
             measured |= accuracies
     return measured
@@ -59,10 +53,7 @@ def samples_at(step: int, config: Any) -> bool:
 
 @torch.no_grad()
 def validate(run: Any, interrupted: Callable[[], bool]) -> float | None:
-    """Mean cross-entropy, nats per token, of the first val_steps batches of every rank: always the same ones.
-
-    None if interrupted(), as in `evaluate`.
-    """
+    """Mean cross-entropy, nats per token, of every rank's first val_steps batches; None if interrupted()."""
     model, loader, world, steps = run.model, run.val_loader, run.layout.world, run.config.val_steps
     model.eval()
     loader.reset()
@@ -81,10 +72,9 @@ def sample(run: Any, step: int) -> str:
     config = run.config
     torch.manual_seed((config.seed + step) % 2**63)
     how = dict(max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
-    if run.layout.shares_parameters:
-        how["synced_gpus"] = True  # no rank stops while another needs its part of the model
+    together = run.layout.shares_parameters or None  # no rank stops while another needs its part of the model
     with run.autocast():
-        return run.model.generate(config.prompt, **how)
+        return run.model.generate(config.prompt, synced_gpus=together, **how)
 
 
 def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
@@ -97,10 +87,7 @@ def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
-    """Accuracies over all ranks; {}, and no further try in this run, if the questions cannot be had.
-
-    None if interrupted(), as in `validate`.
-    """
+    """Accuracies over all ranks; None if interrupted(); {}, and no further try, without the questions."""
     config, world = run.config, run.layout.world
     try:
         result = score_hellaswag(

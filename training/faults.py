@@ -6,8 +6,7 @@
     lost rank, bad data, no memory    rank 0 saves what has been trained, if it has all of it and learns of
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-A run needs time to save when it is stopped: torchrun sends its workers SIGKILL 30 seconds after SIGTERM, or,
-from torch 2.13 on, after the time that --shutdown-timeout gives.
+torchrun sends SIGKILL 30 seconds after SIGTERM or, from torch 2.13 on, after --shutdown-timeout.
 """
 
 import contextlib
@@ -43,11 +42,9 @@ class Signals:
             flags = all_reduce(signals.take(device))     # what this rank has received since the last take()
             signals.agree(flags.tolist())                # what any rank has received: exit_code, save_now
 
-    Outside the block signals do what they do by default; a second SIGINT inside it ends the process at once.
-
     Python runs its signal handlers between two of its instructions, never while it waits in a collective. The
     C part of the handler, though, writes the signal's number to a socket (signal.set_wakeup_fd), from which a
-    thread reads it whatever the main thread waits for.
+    thread reads it at once: a second SIGINT ends the process even then.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -58,60 +55,50 @@ class Signals:
         self.save_now = False  # whether any rank has been told to save
         self._received: set[str] = set()
         self._handlers_before: dict[int, object] = {}
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "Signals":
         for name in self.NAMES:
-            if hasattr(signal, name):  # Windows lacks SIGUSR1
-                number = getattr(signal, name)
+            if number := getattr(signal, name, None):  # Windows lacks SIGUSR1
                 self._handlers_before[number] = signal.signal(number, self._receive)
-        self._wakeup = socket.socketpair()
-        for end in self._wakeup:
-            end.setblocking(end is self._wakeup[0])
-        self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(self._wakeup[0],), daemon=True).start()
+        reader, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
-        if self._wakeup is not None:
-            signal.set_wakeup_fd(self._wakeup_before)
-            self._wakeup[1].close()  # the thread reads the end of the stream
-            self._wakeup = None
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._wakeup.close()  # the thread reads the end of the stream
 
     def _receive(self, number: int, frame) -> None:
-        """Python calls this in the main thread, between two instructions."""
         self._received.add(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
     def _listen(self, wakeup: socket.socket) -> None:
-        """A thread of its own reads here at once what the C handler writes."""
+        end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
         interrupts = 0
         with wakeup:
             while numbers := wakeup.recv(64):
                 interrupts += numbers.count(signal.SIGINT)
                 if interrupts > 1:
                     os._exit(128 + signal.SIGINT)
-                for name in sorted({signal.Signals(number).name for number in numbers} & set(self.NAMES)):
-                    self._announce(name)
+                names = {signal.Signals(number).name for number in numbers} & set(self.NAMES)
+                for name in sorted(names) if self.talkative else ():
+                    text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
+                    with contextlib.suppress(OSError):  # stderr's reader is gone, as after `2>&1 | tee out`
+                        os.write(sys.__stderr__.fileno(), text.encode())
 
-    def _announce(self, name: str) -> None:
-        if self.talkative:
-            end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
-            text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
-            with contextlib.suppress(OSError):  # stderr's reader is gone, as after `2>&1 | tee out`
-                os.write(sys.__stderr__.fileno(), text.encode())
+    def request_save(self) -> None:
+        """Act as if this rank had received SIGUSR1."""
+        self._received.add("SIGUSR1")
 
     @property
     def save_requested(self) -> bool:
         """Whether this rank has been told to save and continue since the last take()."""
         return "SIGUSR1" in self._received
-
-    def request_save(self) -> None:
-        """Act as if this rank had received SIGUSR1."""
-        self._received.add("SIGUSR1")
 
     @property
     def stop_requested(self) -> bool:
@@ -127,26 +114,20 @@ class Signals:
         """(3,) fp32: 1 where this rank has received SIGINT, SIGTERM, SIGUSR1 since the last call."""
         received, self._received = self._received, set()
         flags = torch.zeros(len(self.NAMES), device=device)
-        for i, name in enumerate(self.NAMES):
-            if name in received:
-                flags[i] = 1.0  # copying a whole tensor from the host would wait for the device
+        for name in received:
+            flags[self.NAMES.index(name)] = 1.0  # copying a tensor from the host would wait for the device
         return flags
 
     def agree(self, counts: list[float]) -> None:
         """Take note of how many ranks have received each of the three signals."""
-        interrupted, terminated, save = (count > 0 for count in counts)
+        interrupted, terminated, self.save_now = (count > 0 for count in counts)
         if interrupted or terminated:
             self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
-        self.save_now = save
-
-
-# ---------------------------------------------------------------------------- GARBAGE COLLECTOR
 
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's garbage collector does not run by itself in the block: in the middle of a step all ranks would
-    wait for the one that collects. Objects that exist already are never looked through again."""
+    """Python's garbage collector does not run by itself in the block: all ranks would wait for one."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -161,11 +142,8 @@ def collector_paused() -> Iterator[None]:
 
 
 class Health:
-    """Counts steps whose loss or gradient is not finite, and notices sudden jumps of the loss.
-
-    A jump is a loss more than SIGMAS standard deviations above its running mean. Mean and deviation remember
-    about the last 50 steps; nothing is reported before 50 steps. A jump is reported and changes nothing.
-    """
+    """Counts steps whose loss or gradient is not finite, and reports jumps of the loss: more than SIGMAS
+    standard deviations above its mean over about MEMORY steps, not in the first MEMORY."""
 
     SIGMAS, MEMORY = 6.0, 50
 
@@ -183,7 +161,7 @@ class Health:
         return bad
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a finite loss jumped; the loss then becomes part of the running mean."""
+        """Whether a finite loss jumped. It becomes part of the running mean."""
         jump = loss - self.mean
         spike = self.seen >= self.MEMORY and jump > self.SIGMAS * math.sqrt(self.variance)
         self.seen += 1
@@ -198,7 +176,7 @@ class Health:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The random seed of a step. Dropout depends on nothing else, and so is the same after a resume."""
+    """The random seed of a step: dropout depends on nothing else, and so is the same after a resume."""
     return ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
 
 
@@ -210,24 +188,20 @@ def discard_routing(model: nn.Module) -> None:
 
 def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
     """Which parameters, gradients and samples are not finite, after the backward passes of a bad step.
-
-    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out.
-    """
+    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out."""
     named = list(model.named_parameters())
-    bad_values = [name for name, p in named if not p.isfinite().all()]
-    bad_gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-    lines = [
-        f"parameters that are not finite: {shorten(bad_values)}",
-        f"parameters whose gradient is not finite: {shorten(bad_gradients)} (of {len(named)})",
-    ]
+    values = [name for name, p in named if not p.isfinite().all()]
+    gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
     bad = [i for i, loss in enumerate(micro_losses) if not loss.isfinite()]
-    micro_step = bad[0] if bad else 0
     begin = loader.position - len(micro_losses) * loader.world_size * loader.B  # samples before the step
-    first = begin + (micro_step * loader.world_size + loader.rank) * loader.B
+    first = begin + ((bad[0] if bad else 0) * loader.world_size + loader.rank) * loader.B
     places = ["{} at token {}".format(*loader.locate(sample)) for sample in range(first, first + loader.B)]
     what = f"micro-step {bad[0]} is the first whose loss is not finite" if bad else "all losses are finite"
-    lines.append(f"rank {loader.rank}: {what}; batch: {shorten(places)}")
-    return "\n".join("  " + line for line in lines)
+    return (
+        f"  parameters that are not finite: {shorten(values)}\n"
+        f"  parameters whose gradient is not finite: {shorten(gradients)} (of {len(named)})\n"
+        f"  rank {loader.rank}: {what}; batch: {shorten(places)}"
+    )
 
 
 def shorten(names: list[str], most: int = 6) -> str:
@@ -248,19 +222,16 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def report(error: Exception, config=None) -> int:
-    """Print an error in one line on stderr, without a traceback; returns the exit code.
-
-    The first rank of each machine prints an error that all ranks have. The other ranks wait: if the launcher
-    stops them meanwhile, that line is enough; if not, the error is theirs alone and they print it.
-    """
-    text = " ".join(str(error).split())
-    code = BAD_SETTINGS
+    """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
+    others wait: if the launcher stops them meanwhile, that line is enough."""
+    text, code = " ".join(str(error).split()), BAD_SETTINGS
     if isinstance(error, torch.OutOfMemoryError):
         code = FAILED
-        text = (
-            f"out of memory with B={config.B}, T={config.T}, n_layer={config.n_layer}: lower --B (the step "
-            f"stays the same, in more micro-steps), then --T, then --n_layer or --n_embd. {text}"
+        sizes = f"B={config.B}, T={config.T}, n_layer={config.n_layer}"
+        mend = (
+            "lower --B (the step stays the same, in more micro-steps), then --T, then --n_layer or --n_embd"
         )
+        text = f"out of memory with {sizes}: {mend}. {text}"
     elif isinstance(error, OSError):
         code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno == errno.EROFS else FAILED
     if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -1,13 +1,4 @@
-"""Settings as the fields of a dataclass: their flags, their limits, named sets of overrides.
-
-    @dataclass
-    class TrainConfig:
-        B: int = setting(16, "sequences per micro-step", "--batch_size", least=1)
-    config, given = parse_flags(TrainConfig, overrides, sys.argv[1:], "what the program does")
-    check_limits(config)
-
-Parsing is transformers' HfArgumentParser's.
-"""
+"""Settings as the fields of a dataclass (train_gpt_moe.py's TrainConfig): their flags and their limits."""
 
 import argparse
 import copy
@@ -23,11 +14,8 @@ from huggingface.configuration import check_setting
 
 
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
-    """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`.
-
-    limits: as huggingface.configuration.check_setting knows them: least, most, above, below, choices. The
-    help text lists the choices.
-    """
+    """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`. limits: least, most, above,
+    below, choices, as huggingface.configuration.check_setting knows them."""
     if "choices" in limits:
         limits["choices"] = tuple(limits["choices"])
         help += f": {', '.join(map(str, limits['choices']))}"
@@ -62,22 +50,16 @@ class FlagParser(HfArgumentParser):
 def parse_flags(
     kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, description: str
 ) -> tuple[Any, set[str]]:
-    """(an object of the dataclass `kind`, the names of those of its fields that a flag gave).
-
-    overrides: given the parsed flags, what the presets that they name put in place of the defaults. A flag
-    wins over it. arguments: None means the command line's. ValueError for a bad flag.
-    """
+    """(an object of the class `kind`, the names of its fields that flags gave). overrides: given these, what
+    a preset among them puts in place of the defaults. ValueError for a bad flag."""
     parser = FlagParser(kind, allow_abbrev=False, description=description)
-    chosen, unknown = parser.parse_known_args(arguments)
+    _, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
-    parser.set_defaults(**overrides(chosen))
-    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    # A setting was given as a flag if another default would not have changed it.
-    marker = object()
+    marker = object()  # the default of all flags, to find those that are given
     parser.set_defaults(**{field.name: marker for field in dataclasses.fields(kind)})
-    flags = {name for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
-    return config, flags
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
+    return kind(**(overrides(kind(**given)) | given)), set(given)

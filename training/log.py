@@ -1,15 +1,6 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard's events in tb/.
 
-    log = RunLog(Path("log"), None, first_step=0, tensorboard=True)
-    log.record({"run": run_record(config, model, world, first_step=0)})
-    log.evaluation(250, {"val_loss": 3.29}, sample="Hello")     # what was measured before step 250
-    log.step(record)                                            # what step 250 measured
-    log.close()
-
-log.txt has lines `STEP train LOSS`, `STEP val LOSS`, `STEP hella ACC`. main.log has llm.c's lines `s:STEP
-trl:LOSS`, `s:STEP tel:LOSS`, `s:STEP eval:ACC`. metrics.jsonl has one JSON object per line: {"run": {...}} at
-the start and at each resume, and one per step with everything measured; null stands for NaN and infinities.
-training/metrics.py says which number goes where; plot_log.py draws them.
+docs/formats.md describes the files. training/metrics.py says which number goes where; plot_log.py draws them.
 """
 
 import dataclasses
@@ -18,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,32 +23,28 @@ import torch
 import transformers
 
 from layers.usage import STARVED_BELOW
-from tokens.files import write_atomically
+from tokens.files import sync_folder, write_atomically
+from training.checkpoints import list_checkpoints
 from training.metrics import METRICS
-from training.run_folder import LOG_FILES, claim_folder, drop_repeated_lines, move_old_files
 
 try:
+    import fcntl
     import resource
-except ImportError:  # Windows does not have it
-    resource = None
+except ImportError:  # Windows does not have them
+    fcntl = resource = None
 
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
+LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
+RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all that a run leaves
 
 
 class RunLog:
-    """The files of a run; only the master rank has one.
+    """The files of a run, on the master rank alone. The folder stays locked until close().
 
-    Every line reaches the operating system at once. If a disk is full, lines wait in memory until there is
-    room, and the training goes on. The folder stays locked until close(). Files of an earlier run are moved
-    into a folder old_DATE. A resumed run first drops the lines of steps that it will do again, and a last
-    line that a kill has cut, so that every step appears once.
-
-    resumed: the checkpoint that the run continues; None for a new run. first_step: its step, or 0.
-    wandb: send the curves and samples to Weights & Biases too; if that fails, the run only warns.
-    evaluates_first: the run evaluates before its first step. If it does not, what an earlier, finished run
-    measured there stays in the files.
-    say: prints a line. ValueError if another run has the folder or wandb is not installed; OSError if the
-    folder cannot be written.
+    If a disk is full, lines wait in memory until there is room. Files of an earlier run go into a folder
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but without
+    evaluates_first it keeps those of the evaluation there. wandb: send curves and samples to Weights & Biases
+    too. ValueError if another run has the folder or wandb is not installed; OSError if it cannot be written.
     """
 
     def __init__(
@@ -68,13 +56,11 @@ class RunLog:
         if wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb=True, but it is not installed; pip install wandb")
         self.lock = claim_folder(folder)
-        moved_to = move_old_files(folder, resumed)
-        if moved_to:
+        if moved_to := move_old_files(folder, resumed):
             say(f"moved the files of an earlier run in {folder} to {moved_to}")
         self.files: dict[str, BinaryIO] = {}
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints calls sync()
-        self.disk_is_full = False
         for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open(folder / name, "ab", buffering=0)
@@ -101,22 +87,24 @@ class RunLog:
         self.measurement(record["step"], "train", record["loss"])
 
     def evaluation(
-        self, step: int, measured: dict, expert_load: list[list[float]] | None = None,
-        elapsed_s: float | None = None,
-    ) -> None:  # fmt: skip
-        """Write what was measured between two steps into all files, and take the sample out of `measured`.
+        self, step: int, measured: dict, expert_load: list | None = None, elapsed_s: float | None = None
+    ) -> None:
+        """Write what was measured between two steps: numbers, and perhaps a "sample", which leaves the dict.
 
-        measured: numbers by name and a text "sample", perhaps nothing. expert_load: as in `experts`; it is
-        written only beside measured numbers. elapsed_s: given only after the last step, when the numbers need
-        a record of their own; before any other step, the caller adds them to its record.
+        expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
+        last step, when the numbers need a record of their own; before any other, the caller records them.
         """
         if sample := measured.pop("sample", ""):
-            self.sample(step, sample)
+            markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
+            self._tensorboard("add_text", "sample", markdown, step)
+            self._send(step, {"sample": sample})
         for metric in METRICS:
             if metric.evaluated and metric.log_word and metric.name in measured:
                 self.measurement(step, metric.log_word, measured[metric.name])
-        if measured and expert_load is not None:
-            self.experts(step, expert_load)
+        for layer, share in enumerate(expert_load or () if measured else ()):
+            fair = len(share) * np.array(share)  # (E,) in fair shares
+            if np.isfinite(fair).all():
+                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
         if measured and elapsed_s is not None:
             self.record({"step": step, "elapsed_s": elapsed_s, **measured})
 
@@ -127,42 +115,22 @@ class RunLog:
             if metric.log_word == word and metric.llmc_word:
                 self._append("main.log", f"s:{step} {metric.llmc_word}:{value:.6f}")
 
-    def sample(self, step: int, text: str) -> None:
-        """Write a sampled text for TensorBoard and Weights & Biases."""
-        markdown = "    " + text.replace("\n", "\n    ")  # four spaces keep Markdown from formatting the text
-        self._tensorboard("add_text", "sample", markdown, step)
-        self._send(step, {"sample": text})
-
-    def experts(self, step: int, load: list[list[float]]) -> None:
-        """Write a TensorBoard histogram of the experts' loads per MoE layer, in fair shares.
-
-        load (MoE layers, E): each expert's share of the routed rows; 1/E is fair.
-        """
-        for layer, share in enumerate(load):
-            fair = len(share) * np.array(share)
-            if np.isfinite(fair).all():
-                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
-
     def draw(self, wait: bool = False) -> str:
-        """Draw training.png in another process, unless the last picture is still being drawn. Never raises.
-
-        wait: wait for a picture of all that is logged by now, and return why there is none ("" if there is).
-        """
-        command = [sys.executable, str(PLOT_LOG), str(self.folder)]
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        try:
+        """Draw training.png in another process, unless it is drawing already. wait: wait for a picture of all
+        that is logged by now, and return why there is none ("" if there is)."""
+        if self.drawing is not None and self.drawing.poll() is None:
             if not wait:
-                if self.drawing is None or self.drawing.poll() is not None:
-                    self.drawing = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL)
                 return ""
-            if self.drawing is not None:
-                self.drawing.wait()
-            done = subprocess.run(command, **pipes, stderr=subprocess.PIPE, errors="replace")
+            self.drawing.wait()
+        command, null = [sys.executable, str(PLOT_LOG), str(self.folder)], subprocess.DEVNULL
+        errors = subprocess.PIPE if wait else null
+        try:
+            self.drawing = subprocess.Popen(command, stdin=null, stdout=null, stderr=errors, errors="replace")
         except OSError as error:
             return str(error)
-        lines = done.stderr.splitlines()
-        if done.returncode != 0:
-            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {done.returncode}"
+        lines = self.drawing.communicate()[1].splitlines() if wait else []
+        if code := self.drawing.returncode:
+            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {code}"
         for line in lines:
             if line.startswith("plot_log: "):
                 self.say(line)
@@ -191,21 +159,18 @@ class RunLog:
             if self.tensorboard is not None:
                 getattr(self.tensorboard, method)(*arguments)
         except OSError as error:
-            why = f"{error}; metrics.jsonl has everything"
-            self.say(f"WARNING: no more TensorBoard events of this run: {why}")
+            self.say(f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has it all")
             self.tensorboard = None
 
     def _append(self, name: str, line: str) -> None:
         with self.writing:
+            waits = any(self.unwritten.values())  # a warning has said so
             self.unwritten[name] += line.encode() + b"\n"
             try:
                 self._write()
-                self.disk_is_full = False
             except OSError as error:
-                if not self.disk_is_full:
-                    text = f"{name} cannot be written: {error}; its lines wait until there is room"
-                    self.say(f"WARNING: {text}")
-                self.disk_is_full = True
+                if not waits:
+                    self.say(f"WARNING: {name} cannot be written: {error}; its lines wait for room")
 
     def _write(self) -> None:
         for name, waiting in self.unwritten.items():
@@ -243,12 +208,82 @@ def start_wandb(folder: Path, resumed: bool):
     """Start the folder's run in Weights & Biases, or continue it if `resumed`."""
     import wandb
 
-    file, known = folder / "wandb_id", None
-    if resumed and file.is_file():
-        known = file.read_text().strip()
+    file = folder / "wandb_id"
+    known = file.read_text().strip() if resumed and file.is_file() else None
     run = wandb.init(project="gpt-moe", name=folder.resolve().name, dir=str(folder), id=known, resume="allow")
     write_atomically(file, lambda out: out.write(run.id.encode()))
     return run
+
+
+def claim_folder(folder: Path) -> BinaryIO:
+    """Make a run's folder, delete half-written files in it, lock it until the returned file is closed.
+    ValueError if another run holds the lock. OSError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = "another run is writing there; wait for its end, or give another --log_dir"
+            raise ValueError(f"log_dir={folder}: {text}") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        for temporary in folder.glob(".*.[0-9]*.tmp"):  # its process was killed while it wrote
+            temporary.unlink()
+    except OSError as error:
+        text = f"log_dir={folder}: cannot write there: {error.strerror}; mend that, or give another --log_dir"
+        raise OSError(error.errno, text) from error
+    return lock
+
+
+def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
+    """Move files that do not belong to this run into a new folder old_DATE; return it, or None. A run that
+    resumes here moves only newer checkpoints: they are damaged, or of steps that it will do again."""
+    checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
+    if resumed is not None and resumed.resolve() in checkpoints:
+        found = checkpoints[: checkpoints.index(resumed.resolve())]
+        if found:
+            write_atomically(folder / "latest", lambda file: file.write(resumed.name.encode()))
+    else:
+        found = [path for name in RUN_FILES for path in folder.glob(name)]
+    if not found:
+        return None
+    old, number = folder / time.strftime("old_%Y%m%d-%H%M%S"), 1
+    while old.exists():
+        number += 1
+        old = old.with_name(f"{old.name.split('.')[0]}.{number}")
+    old.mkdir()
+    for path in found:
+        shutil.move(path, old / path.name)
+    sync_folder(folder)
+    return old
+
+
+def drop_repeated_lines(path: Path, first_step: int, evaluates_first: bool = True) -> None:
+    """Remove the lines of a log file that a run which resumes before first_step will write again."""
+    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    kept = [line for line in lines if stays_after_resume(line, first_step, evaluates_first)]
+    if kept != lines:
+        write_atomically(path, lambda file: file.writelines(kept))
+
+
+def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = True) -> bool:
+    """Whether a line of a log file stays when a run resumes before first_step: it is whole, and of an earlier
+    step or of none. Lines of the evaluation before first_step stay if the run will not evaluate there."""
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        if line.startswith(b"{"):
+            record = json.loads(line)
+            step = record.get("step", record.get("run", {}).get("first_step", -1))
+            is_evaluation = "step" in record and "loss" not in record
+        else:  # "STEP train LOSS" or "s:STEP trl:LOSS"
+            step, word, value = line.removeprefix(b"s:").replace(b":", b" ").split()
+            step, _, is_evaluation = int(step), float(value), word not in (b"train", b"trl")
+        return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
+    except (ValueError, TypeError, AttributeError):
+        return False
 
 
 def json_safe(value: Any) -> Any:
@@ -261,7 +296,7 @@ def json_safe(value: Any) -> Any:
 
 
 def run_record(config, model, world, first_step: int) -> dict:
-    """What a run is: settings, git revision, versions, machine. It holds no environment variables."""
+    """What a run is: settings, git revision, versions, machine; no environment variables."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -271,28 +306,19 @@ def run_record(config, model, world, first_step: int) -> dict:
     return {
         "config": dataclasses.asdict(config) | {"vocab_size": model.config.vocab_size},
         "model": model.config.to_diff_dict(),
-        "parameters": model.get_num_params(False),
-        "active_parameters": model.get_num_active_params(),
-        "world_size": world.size,
-        "first_step": first_step,
-        "git": revision,
+        "parameters": model.get_num_params(False), "active_parameters": model.get_num_active_params(),
+        "world_size": world.size, "first_step": first_step, "git": revision,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__, "cuda": torch.version.cuda,
         },
-        "device": f"{world.device.type} {device}".strip(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": f"{world.device.type} {device}".strip(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
 
 def expert_load(model) -> dict:
-    """How the last optimizer step used the experts, over all ranks.
-
-    expert_load (MoE layers, E): each expert's share of the routed rows. max_load: the largest load, in fair
-    shares. starved: fraction of the experts that are starved. router_entropy: entropy of the routing
-    probabilities in nats, mean over the layers; NaN before the first step of this process. A dense model has
-    none of these.
-    """
+    """How the last optimizer step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {}
+    of a dense model. The entropy is the layers' mean, NaN before the first step of this process."""
     if not model.moe_layers():
         return {}
     found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
@@ -311,7 +337,5 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of the CUDA allocator, or else of this process; 0 where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB

@@ -1,9 +1,7 @@
 """The numbers that a run measures: one row each says how and where they are shown.
 
 A step's record, one object of metrics.jsonl, holds these numbers by name. To show another number of the
-record, add a row. training/log.py reads the rows for log.txt, main.log, TensorBoard and Weights & Biases,
-training/terminal.py for the live line and the step line, plot_log.py for the picture.
-This file imports nothing heavy, so that plot_log.py starts fast.
+record, add a row. This file imports nothing heavy, so that plot_log.py starts fast.
 """
 
 from dataclasses import dataclass
@@ -23,9 +21,7 @@ class Metric:
     log_word: str = ""  # its lines in log.txt are `STEP WORD VALUE`
     llmc_word: str = ""  # its lines in main.log, llm.c's format, are `s:STEP WORD:VALUE`
     panel: str = ""  # title of its panel in the picture; panels and their curves stand in the order of rows
-    drawn: str = (
-        "smoothed"  # or matplotlib's drawstyle: "default" (lines), "steps-post" (holds until the next)
-    )
+    drawn: str = "smoothed"  # or matplotlib's drawstyle: "default" (lines), "steps-post"
     log_scale: bool = False
     percent: bool = False  # the axis shows 0.5 as 50%
     axis_low: float = 0.0  # where the axis begins

@@ -1,17 +1,7 @@
 """Checkpoints as folders, for models that no rank holds whole: every rank writes its part.
 
-    log/model_XXXXX/
-        __0_0.distcp, __1_0.distcp ...    parts of tensors, one file per rank
-        rest.pt       everything else in the checkpoint (torch.save)
-        index.json    where each part of each tensor lies; size and CRC-32 of each file; its own CRC-32
-        .metadata     torch's own index, a pickle for torch's tools: this program never reads it
-
-A folder and a single file log/model_XXXXX.pt (checkpoints.py) have the same content; each can be converted to
-the other. Tensors are named model.NAME and optimizer.NUMBER.NAME. torch.distributed.checkpoint (DCP) writes
-the parts, and plans which parts a rank reads: any number of ranks, in any layout, can read any folder.
-
-A folder is written under a temporary name and renamed when the files of all ranks are on the disk: under its
-own name it is complete. Several machines need a file system that they share.
+docs/formats.md lists the files of a folder. torch.distributed.checkpoint (DCP) writes the parts, and plans
+which a rank reads: any number of ranks, in any layout, can read any folder on a disk that they share.
 
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -43,10 +33,8 @@ DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype
 
 
 def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of model and optimizer by name, and the checkpoint without them.
-
-    Scalars such as AdamW's step stay in the checkpoint. Tied embeddings are one tensor.
-    """
+    """The tensors, named model.NAME and optimizer.NUMBER.NAME, and the checkpoint without them. Scalars such
+    as AdamW's step stay in the checkpoint. Tied embeddings are one tensor."""
     rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
@@ -71,10 +59,10 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
         checkpoint["optimizer"] = {**rest["optimizer"], "state": state}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
-        number, _, moment = name.partition(".")
         if kind == "model":
             checkpoint["model"][name] = tensor
         else:
+            number, _, moment = name.partition(".")
             checkpoint[kind]["state"][int(number)][moment] = tensor
     if rest["config"].get("tie_word_embeddings"):
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
@@ -96,20 +84,15 @@ class PartWriter(dcp.FileSystemWriter):
 
 
 class Saver:
-    """Saves checkpoints together with the other ranks of a process group, for CheckpointWriter.
-
-    group: a CPU group (gloo) that nothing else uses; None: this process alone. Rank 0 writes rest.pt and the
-    index, and renames the folder. An error on one rank raises an error on all ranks.
-    """
+    """Saves checkpoints together with the other ranks of a group. An error on one rank raises one on all.
+    group: a CPU group (gloo) that nothing else uses; None: this process alone."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part to the host, unless this process is alone; `commit` takes the result.
-
-        path: of the folder to write. Raises NotFiniteError; what torch raises if memory is short.
-        """
+        """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`. A
+        process alone copies nothing. NotFiniteError; what torch raises if memory is short."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
@@ -124,10 +107,8 @@ class Saver:
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait until all ranks have written, rename the folder; returns its path.
-
-        OSError if any rank fails. The parts are then removed, which frees the space on a full disk.
-        """
+        """Write the parts, wait for all ranks, rename the folder; returns its path. OSError if any rank
+        fails. The parts are then removed, which frees the space on a full disk."""
         tensors, rest, writer, path = staged
         temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
@@ -180,9 +161,8 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
     for name, stored in metadata.state_dict_metadata.items():
         parts = []
         for chunk in stored.chunks:
-            info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            place = (info.relative_path, info.offset, info.length)
-            parts.append([list(chunk.offsets), list(chunk.sizes), *place])
+            at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            parts.append([list(chunk.offsets), list(chunk.sizes), at.relative_path, at.offset, at.length])
         dtype = str(stored.properties.dtype).removeprefix("torch.")
         tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
     index = json.dumps({"format": archives.CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
@@ -206,11 +186,8 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
-    """index.json: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
-
-    metadata.storage_data holds the arguments of archives.load_tensor for each part. CheckpointError if
-    index.json is missing or is not what `publish` writes; OSError as in `reading`.
-    """
+    """[size, CRC-32] of each file, and the metadata from which DCP plans what to read; its storage_data are
+    archives.load_tensor's arguments for each part. CheckpointError; OSError as in `reading`."""
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
         outer = json.loads((path / INDEX_FILE).read_bytes())
         if zlib.crc32(outer["index"].encode()) != outer["crc32"]:
@@ -238,10 +215,7 @@ def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
 
 
 def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
-    """ValueError unless the chunks are the cells of a grid that fills the shape: no gap and no overlap.
-
-    All layouts make grids, because a mesh of ranks cuts a dimension at the same places everywhere.
-    """
+    """ValueError unless the chunks are the cells of a grid that fills the shape, as all layouts make them."""
     cells, fills = 1, all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks)
     boxes = [tuple((o, o + s) for o, s in zip(c.offsets, c.sizes, strict=False)) for c in chunks]
     for dim, size in enumerate(shape) if fills else ():
@@ -282,10 +256,8 @@ def load(path: Path) -> dict:
 
 
 def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
-    """Fill tensors from the folder's tensors of the same names; of a DTensor, this rank's part.
-
-    No rank waits for another. CheckpointError, with the name, if a tensor is missing or has another shape.
-    """
+    """Fill tensors, of a DTensor this rank's part, from those of the same names. No rank waits for another.
+    CheckpointError, with the name, if a tensor is missing or has another shape."""
     metadata = read_index(path)[1]
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)

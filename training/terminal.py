@@ -1,10 +1,5 @@
 """What a run shows in the terminal: one live line where a person watches, or else plain lines for grep.
 
-    with Terminal(config, first_step, is_master) as terminal:
-        terminal.say("step 250: validation loss 3.2924")   # printed above the live line
-        terminal.step(record)                              # record: an object of metrics.jsonl
-        terminal.experts(250, model)                       # one row of characters per MoE layer
-
 Only the master rank prints. training/metrics.py says which numbers are shown, and how.
 """
 
@@ -44,8 +39,7 @@ class Terminal:
     def __init__(self, config: Any, first_step: int, is_master: bool):
         self.config, self.is_master = config, is_master
         # If stdout or stderr is a file, it should get all lines, so there is no live line.
-        streams = (sys.stdout, sys.stderr)
-        self.watched = is_master and all(stream is not None and stream.isatty() for stream in streams)
+        self.watched = is_master and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
         self.bar = tqdm(
             total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
             bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True,
@@ -57,7 +51,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        self.bar.close()
 
     def say(self, text: str) -> None:
         """Print a line of its own on the master's stdout."""
@@ -65,7 +59,7 @@ class Terminal:
             tell(text, self.bar.write if self.watched else print)
 
     def step(self, record: dict) -> None:
-        """Show an optimizer step: in the live line, or every log_every steps in a line of its own."""
+        """Show the record of a step: in the live line, or every log_every steps in a line of its own."""
         config, step = self.config, record["step"]
         self.ms.append(record["ms"])
         self.evaluated |= {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
@@ -84,25 +78,23 @@ class Terminal:
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
-    def close(self) -> None:
-        """End the live line; what is shown stays."""
-        self.bar.close()
-
     def summary(self, model: Any, memory: int, val_loss: float | None, checkpoint: Any) -> None:
         """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none"."""
         config, lines = self.config, []
         if model.moe_layers() and config.max_steps > 0 and not config.inference_only:
             lines.append(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
-            lines.append(usage_table(model))
-        count, average = self.average_ms()
-        lines.append(f"final {count} iters avg: {average:.3f}ms")
+            for layer, moe in enumerate(model.moe_layers()):
+                counts = moe.last_step_counts().cpu()
+                share = counts / counts.sum().clamp(min=1)
+                cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
+                lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
+        lines.append("final {} iters avg: {:.3f}ms".format(*self.average_ms()))
         lines.append(f"peak memory consumption: {memory // 2**20} MiB")
         if val_loss is not None:
             lines.append(f"validation loss {val_loss:.4f} nats per token after {config.max_steps} steps")
         if str(checkpoint) != "none":
-            lines.append(f"checkpoint      {checkpoint}")
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
-            lines.append(f"next            {shlex.join(command)}")
+            lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
         self.say("\n".join(lines))
 
     def average_ms(self) -> tuple[int, float]:
@@ -113,7 +105,7 @@ class Terminal:
 
 
 def live_line(record: dict, max_steps: int) -> str:
-    """The live line: progress, losses, speed, and where they are known the experts' load and bad steps."""
+    """The live line: progress, and the numbers that are known."""
     words = [m.live.format(record[m.name]) for m in METRICS if m.live and m.is_shown(record)]
     return " | ".join([f"{record['step'] + 1}/{max_steps}", *words])
 
@@ -126,9 +118,9 @@ def step_line(record: dict, max_steps: int) -> str:
 
 def heat_map(counts: torch.Tensor) -> list[str]:
     """Routed rows (MoE layers, E) as one line per layer, with one character per expert: higher is busier."""
+    levels = LEVELS
     try:
-        LEVELS.encode(getattr(sys.stdout, "encoding", None) or "ascii")
-        levels = LEVELS
+        levels.encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except UnicodeEncodeError:
         levels = PLAIN_LEVELS
     counts = counts.cpu().double()  # .cpu() first: MPS has no float64
@@ -137,21 +129,9 @@ def heat_map(counts: torch.Tensor) -> list[str]:
     for layer, row in enumerate(load.tolist()):
         cells = "".join(levels[min(len(levels) - 1, round(4 * share))] for share in row)
         starved = sum(share < STARVED_BELOW for share in row)
-        lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}")
-        if starved:
-            lines[-1] += f", {starved} starved"
+        tail = f", {starved} starved" if starved else ""
+        lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}{tail}")
     return lines
-
-
-def usage_table(model: Any) -> str:
-    """Each expert's percentage of the last step's routed rows: one line per MoE layer."""
-    lines = []
-    for layer, moe in enumerate(model.moe_layers()):
-        counts = moe.last_step_counts().cpu()
-        share = counts / counts.sum().clamp(min=1)
-        cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
-        lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
-    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
