@@ -151,7 +151,7 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     """The documents of a streamed dataset of the Hub, how many there are (None: unknown), config for select.
 
-    With num_parts files or more, each part downloads only its own. Raises OSError; ValueError for wrong names.
+    With num_parts files or more, each part downloads only its own. Raises OSError, ValueError.
     """
     import datasets
 
