@@ -13,7 +13,7 @@ from bench.measure import RandomBatch, alternate, make_run, memory_bytes
 from bench.nanogpt import NanoGPT
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
-from training.compile import compile_blocks
+from training.parallel import compile_blocks
 
 MODEL_SIZES = {
     "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU

@@ -1,7 +1,4 @@
-"""Tensors that several ranks share (DTensors): what this rank has of them.
-
-A plain tensor counts as one of which this rank has everything, so callers need no special case.
-"""
+"""What this rank has of a tensor that several ranks share (DTensor), or everything of a plain tensor."""
 
 import math
 from collections.abc import Sequence

@@ -9,8 +9,7 @@ Each of the W ranks of a group holds E/W experts of every layer, and has tokens 
     2. each rank sorts the rows that it received by expert, and runs its experts on them
     3. a second all-to-all sends the results back, where they are weighted and added up
 
-No token is dropped. While the first all-to-all is in flight, the layer computes the shared experts, in the
-backward pass too. Forward and backward each send 2 R C elements per layer, (W-1)/W of them to other ranks.
+While the first all-to-all is in flight, the layer computes the shared experts, in the backward pass too.
 
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
 Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks.
@@ -88,9 +87,8 @@ class Exchange:
     @torch.compiler.disable  # the numbers of rows are known on the host only after an exchange
     def __call__(self, experts: Experts, x: Tensor, routing: Routing, meanwhile: Callable) -> tuple:
         """x (N, C) -> (y (N, C), meanwhile()). A collective, for which N may differ between the ranks."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         counts = routing.counts()  # (E,)
         arriving = torch.empty_like(counts)  # (W * E/W,) from each rank for each expert here
         dist.all_to_all_single(arriving, counts, group=self.group)

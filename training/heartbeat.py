@@ -26,8 +26,8 @@ class Heartbeat:
     One thread increases a counter in the store, over a connection of its own, every INTERVAL seconds. On
     rank 0 it reads the counters of all ranks and writes who is lost; on others it reads that, and rank 0's
     counter. A second thread notices when the store does not answer. Timeouts are counted in checks, not in
-    seconds, so that a process that was suspended does not take others for lost. Once a rank is lost, the
-    process has EXIT_TIMEOUT seconds to end before it is ended with exit code 1, after its last checkpoint.
+    seconds, so that a process that was suspended does not take others for lost. Once a rank is lost, this
+    process has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint, and ends it.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store):

@@ -1,4 +1,4 @@
-"""Where a training runs: device, process group, and the layout of model and optimizer on the ranks.
+"""Where a training runs: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
 One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 
@@ -11,8 +11,11 @@ import functools
 import gc
 import inspect
 import os
+import shutil
+import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,6 +92,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def check_compiler(device: torch.device) -> None:
+    """ValueError if the compiler that torch.compile needs for this device is not installed."""
+    if device.type == "cuda":  # for Triton
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+    if not any(map(shutil.which, names)):
+        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here"
+        raise ValueError(f"{problem}; install it, or --use_compile False")
+
+
 def start(device: str = "", parallel: str = "ddp") -> World:
     """Choose the device and join the process group, if there is one; heartbeats begin. ValueError for an
     environment that makes no sense, ranks that do not meet, and several processes with parallel="none"."""
@@ -113,8 +127,8 @@ def start(device: str = "", parallel: str = "ddp") -> World:
     store, heartbeat = rendezvous(rank, size, os.environ["MASTER_ADDR"], port)
     # With a device_id NCCL connects now, and an unreachable rank fails here.
     backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-    group = dict(store=store, rank=rank, world_size=size, device_id=device_id)
-    dist.init_process_group(backend, timeout=TIMEOUT, **group)
+    members = dict(store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
     heartbeat.start()
     atexit.register(heartbeat.stop)
     return World(rank, local_rank, size, chosen, heartbeat)
@@ -306,6 +320,23 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
                 fully_shard(block.mlp.experts, mesh=replica, mp_policy=policy, shard_placement_fn=placement)
         fully_shard(block, mesh=layout.all_ranks, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=layout.all_ranks)
+
+
+def compile_blocks(model: nn.Module, layout: Layout) -> None:
+    """Compile every block in place. All share one graph; to compile the whole model takes four times as long.
+
+    A block is one graph, except where ranks share an MoE layer's parameters: FSDP gathers its router, or
+    ranks exchange rows, in the middle of it.
+    """
+    torch._dynamo.config.optimize_ddp = False  # no cuts at DDP's buckets: it reduces between the blocks
+    # Inductor advises TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    for block in model.transformer.h:
+        whole = not (layout.shares_parameters and isinstance(block.mlp, MoE))
+        if layout.parallel == "fsdp":
+            block.forward = torch.compile(block.forward, fullgraph=whole)
+        else:
+            block.compile(fullgraph=whole)
 
 
 def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:

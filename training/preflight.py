@@ -64,9 +64,7 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
 
 def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
     """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile."""
-    if (
-        shape._attn_implementation == "eager"
-    ):  # weights in fp32 and in the dtype of the product with the values
+    if shape._attn_implementation == "eager":  # weights in fp32 and in the dtype of the next product
         dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0  # mask and result
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
     return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)  # CPUs: no fused one with dropout

@@ -22,7 +22,6 @@ from tokens.demo import prepare_demo
 from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
 from training import faults, parallel
-from training.compile import check_compiler, compile_blocks
 from training.evaluation import cannot_sample, evaluates_at
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
@@ -99,7 +98,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world, None if state else given, print0)
     if config.use_compile:
-        check_compiler(world.device)
+        parallel.check_compiler(world.device)
     meta = read_data(config, world, print0)
     train_loader, val_loader = build_loaders(config, world, meta)
     dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
@@ -124,7 +123,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         model.set_attn_implementation("eager")
     agree_on_backend(config, model, world, dtype, print0)
     if config.use_compile:
-        compile_blocks(model, layout)
+        parallel.compile_blocks(model, layout)
     return Run(
         config, layout, model, optimizer, train_loader, accumulation, dtype, val_loader, resumed, path,
         hellaswag=config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data)),
