@@ -146,10 +146,7 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
 
 
 def build(config: DataConfig) -> dict:
-    """Turn a source into shards; returns their meta.json.
-
-    Raises ValueError or FileNotFoundError for bad settings or data, other OSErrors for disk and network.
-    """
+    """Turn a source into shards; return their meta.json. Raises ValueError, OSError, as main tells."""
     config = with_defaults(config)
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "demo")}
     local = os.path.exists(config.source)

@@ -102,10 +102,7 @@ class Question(NamedTuple):
 
 
 def build_question(example: dict, encoding: str, style: str, block_size: int) -> Question:
-    """Tokenize and crop: a row has at most block_size + 1 tokens, of which the model sees all but the last.
-
-    The context keeps at least one token. Of an ending longer than block_size only its last tokens are scored.
-    """
+    """Tokenize, and crop rows on the left to block_size + 1 tokens; one token of the context always stays."""
     context, endings, characters = tokenize(example, encoding, style)
     rows = []
     for ending in endings:
@@ -117,14 +114,11 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
     return Question(rows, norms, example["label"], cropped, not {"ctx_a", "ctx_b"} <= example.keys())
 
 
-@functools.lru_cache(maxsize=1)  # a training run asks for the same questions again and again
+@functools.lru_cache(maxsize=1)  # a training run asks again and again; a new mtime reads the file again
 def load_questions(
     path: Path, limit: int | None, style: str, encoding: str, block_size: int, vocab_size: int, mtime: int = 0
 ) -> tuple[Question, ...]:
-    """The first `limit` questions (None: all) of a file, which is read again if its mtime changes.
-
-    Raises as iterate_examples does; ValueError also for no questions, an unknown style, too many token ids.
-    """
+    """The first `limit` questions (None: all) of a file. Raises ValueError, HellaSwagUnavailable."""
     try:
         ids = 256 if encoding == "bytes" else load_encoding(encoding).n_vocab
     except OSError as error:
@@ -236,7 +230,7 @@ def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.T
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
 
     A token sees what comes before it in the context and its own ending; with a window, what is near in the
-    text (not in the row). Padding sees at least itself, so that no row of the mask is empty.
+    text (not in the row). Padding sees itself, so that no row of the mask is empty.
     """
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
@@ -271,8 +265,7 @@ def score_batched(
 ) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
 
-    Another Hugging Face model than ours gets one plain row per ending. All ranks run equally many forwards of
-    equal T, because a sharded model needs that.
+    All ranks run equally many forwards of equal T, because a sharded model needs that.
     """
     model = unwrap(model)
     device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
@@ -320,10 +313,7 @@ class HellaSwagResult:
 
 
 def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResult:
-    """Choices and accuracies. Of equal scores the first is chosen, as by numpy's argmax.
-
-    Standard errors are a sample mean's, as in lm-evaluation-harness: sqrt(p (1-p) / (n-1)); nan if n = 1.
-    """
+    """Choices (the first of equal scores) and accuracies; standard errors as in lm-evaluation-harness."""
     n, norms = len(questions), torch.tensor([question.norms for question in questions])
     chosen = [score.numpy().argmin(axis=1).tolist() for score in (losses, losses / norms)]
     labels, cropped = [question.label for question in questions], sum(q.cropped for q in questions)
@@ -360,10 +350,9 @@ def evaluate(
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
 
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
-    encoding: None: config.encoding, or GPT-2's for a GPT-2. tokens_per_batch: positions in a forward.
-    world_size: if above 1, all ranks call this alike and get the whole result. autocast: a dtype to compute
-    in. interrupted: called before every forward, with the same answer on all ranks; the result is None after
-    True. Raises HellaSwagUnavailable for no questions, ValueError for bad ones and for wrong arguments.
+    encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks call this alike
+    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, with
+    the same answer on all ranks; after True the result is None. Raises HellaSwagUnavailable, ValueError.
     """
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)

@@ -82,7 +82,6 @@ def parse_line(line: str) -> dict:
     """A line of metrics.jsonl or log.txt as {"run": config} or as a step's record.
 
     expert_load (shares) gives `load` (in fair shares) and, if they are not logged, `max_load` and `starved`.
-    Raises ValueError, KeyError, TypeError, AttributeError or OverflowError on any other line.
     """
     if line[0] != "{":
         step, word, value = line.split()
@@ -113,7 +112,7 @@ def read_run(folder: str) -> LoggedRun:
             for number, line in enumerate(file, 1):
                 try:
                     record = parse_line(line)
-                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # any other line
                     bad += [str(number)] if line.strip() else []
                     continue
                 if "run" in record:
@@ -357,10 +356,7 @@ def save_picture(fig, out: Path) -> None:
 
 
 def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
-    """Draw the logs in `folders` over each other into `out` (.png, .svg or .pdf); returns `out`.
-
-    x: step, tokens or time. Raises FileNotFoundError for a folder without a log, ValueError for a wrong name.
-    """
+    """Draw the logs in `folders` over each other into the file `out`. Raises OSError, ValueError."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # pyplot would open windows and keep figures alive
     from matplotlib.lines import Line2D

@@ -19,10 +19,9 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as a train and a validation shard; return their meta.json.
+    """Write the demo corpus as two shards unless they are there, also of another Python; return meta.json.
 
-    Validation gets documents in the order of their hashes until it has a twentieth of the text. A corpus that
-    is there is kept, also another Python version's. Raises ValueError if the folder holds other data.
+    Validation gets a twentieth of the text, by the documents' hashes. Raises ValueError for a folder in use.
     """
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
@@ -46,8 +45,7 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
 def demo_documents() -> Iterator[str]:
     """The language's help topics and the docstrings of each module of the standard library.
 
-    Paragraphs that repeat earlier ones are left out, so that a document held out for validation has no twin
-    in training. Raises FileNotFoundError if this Python came without its library's sources.
+    Repeated paragraphs are left out: no validation document has a twin in training. Raises FileNotFoundError.
     """
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()

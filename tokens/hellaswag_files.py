@@ -44,10 +44,7 @@ def download(split: str = "val") -> Path:
 
 
 def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iterator[dict]:
-    """The questions of a split, or of a file with a JSON object on each line, as checked dictionaries.
-
-    Raises ValueError that names file and line of a bad one, HellaSwagUnavailable if there is no file.
-    """
+    """Checked questions of a split or a .jsonl file. Raises ValueError with the line, HellaSwagUnavailable."""
     path = download(split) if data is None else Path(data)
     try:
         lines = open(path, "rb")

@@ -48,7 +48,6 @@ class ShardWriter:
     Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
     shard is known after any kill. Without meta.json everything is read again, and must equal what is there. A
     shard is written only when more tokens follow: a source that is too small leaves nothing behind.
-
     settings: whatever decides which tokens come out, at least "source" and "encoding"; meta.json keeps them.
     Raises ValueError if the folder holds other data.
     """

@@ -48,10 +48,7 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, uint16. Its first bytes tell which of the three formats it has.
-
-    Raises FileNotFoundError, or ValueError if the file is not a whole shard.
-    """
+    """The tokens of a shard, memory-mapped, uint16. Raises FileNotFoundError, ValueError if damaged."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
     with open(path, "rb") as file:
@@ -114,10 +111,7 @@ def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
 
 
 def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
-    """Shards in reading order: those of a folder with `split` in their names, or all that match a pattern.
-
-    The names of llm.c, build-nanogpt and nanoGPT are found too. Raises FileNotFoundError if there are none.
-    """
+    """Shards, sorted: a folder's with `split` in their names, or a pattern's. Raises FileNotFoundError."""
     where = os.fspath(where)
     if not os.path.isdir(where):
         paths = sorted(path for path in glob.glob(where) if os.path.isfile(path))
@@ -180,7 +174,6 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
     It is a Feistel network on just enough bits for n, applied again until the result is below n (Black and
     Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser.
-    A table of the permutation would cost each rank 80 MB and a second an epoch for 10 billion tokens.
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -205,8 +198,7 @@ class DistributedDataLoader:
     rank r takes the r-th B.
 
     pattern     glob pattern, folder (its train shards) or list of files
-    shuffle     True: each epoch has every sample once, in an order that depends only on T, seed, the number
-                of the epoch and the lengths of the shards.
+    shuffle     True: each epoch has every sample once, in an order that T, seed, epoch and shards decide.
                 False: llm.c's order, batch after batch through each shard; a rest too short for a batch of
                 all ranks is skipped (by all of them together, unlike in llm.c).
     vocab_size  every token read must be below it
@@ -277,10 +269,7 @@ class DistributedDataLoader:
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Inputs and targets of this rank's batch at a position, (2, B, T) int64.
-
-        With CUDA the copy to the GPU has only begun; the event is recorded when it is done.
-        """
+        """This rank's inputs and targets at a position, (2, B, T) int64; when their copy to the GPU is done."""
         import torch
 
         tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
@@ -301,10 +290,7 @@ class DistributedDataLoader:
             return batch, self._upload.record_event()
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, y), each (B, T) int64 on the device; y is one token later than x.
-
-        Raises ValueError for a token outside the vocabulary, OSError for a lost shard; the position stays.
-        """
+        """(x, y), each (B, T) int64; y is one token later. After ValueError or OSError the position stays."""
         import torch
 
         step = self.B * self.world_size

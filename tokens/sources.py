@@ -149,16 +149,13 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
 
 
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
-    """The documents of a streamed dataset of the Hub, how many there are (None: unknown), config for select.
-
-    With num_parts files or more, each part downloads only its own. Raises OSError, ValueError.
-    """
+    """(documents of a Hub dataset, their number if known, config for select). Raises OSError, ValueError."""
     import datasets
 
     which = dict(split=config.split, revision=config.revision)
     data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
     total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
-    if config.num_parts > 1 and data.num_shards >= config.num_parts:
+    if config.num_parts > 1 and data.num_shards >= config.num_parts:  # each part downloads only its own files
         data = data.shard(config.num_parts, config.part)
         config = replace(config, num_parts=1, part=0)
     if "hub" in position:
