@@ -33,7 +33,6 @@ from processes import (
     start_ranks,
     wait_for,
     wait_for_text,
-    write_data,
 )  # fmt: skip
 from test_checkpoint import dense_model
 from test_hellaswag import make_examples
@@ -54,20 +53,6 @@ def main(arguments: list[str]) -> int:
     """What `start_ranks(..., script="test_faults")` runs: a rank that waits for the first one's error."""
     faults.REPORT_DELAY = 600
     return train_gpt_moe.main(arguments)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with shards."""
-    return write_data(tmp_path_factory.mktemp("data") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    log_dir = tmp_path_factory.mktemp("straight")
-    assert train_gpt_moe.main(flags(data, log_dir)) == 0
-    return log_dir
 
 
 # ---------------------------------------------------------------------------- signals
@@ -677,13 +662,10 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.startswith("train_gpt_moe.py: ")
 
 
-def test_the_log_names_no_environment(straight, monkeypatch, data, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret_value_of_the_test")
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0)) == 0
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"hf_secret_value" not in written
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["run"]
-    assert first["world_size"] == 1 and first["first_step"] == 0
+def test_the_log_names_no_environment(straight):
+    """conftest.py sets HF_TOKEN for this run."""
+    files = [path for path in straight.parent.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not any(b"hf_secret_value" in path.read_bytes() for path in files)
 
 
 # ---------------------------------------------------------------------------- security

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, shared_file
-from processes import flags, write_data
+from models import strong, tiny, tokens
+from processes import flags
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
@@ -40,27 +41,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def tiny(**fields) -> GPTConfig:
-    defaults = dict(
-        n_layer=2, n_head=4, n_embd=64, vocab_size=97, block_size=24, num_experts=4, num_experts_per_tok=2
-    )
-    return GPTConfig(**defaults | fields)
-
-
-def strong(model, std=0.2, seed=0):
-    """The model with weights so large that every token depends on all before it; norms around one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
-    return model.eval()
-
-
-def tokens(B=3, T=5, V=97, seed=0):
-    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
 def greedy_by_hand(model, ids, new):
     """nanoGPT's loop: the whole text, cropped to block_size, through the model for every token."""
     with torch.no_grad():
@@ -80,7 +60,7 @@ def model(request):
 
 
 def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
-    ids = tokens()
+    ids = tokens(T=5)
     expected = greedy_by_hand(model, ids, 30)  # 35 tokens, block_size is 24
     assert len(expected[:, 5:].unique()) > 8  # no stuck loop that any fault would repeat as well
     for cache in (dict(use_cache=True), dict(use_cache=False)):
@@ -95,7 +75,7 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
 
 
 def test_static_cache(model):
-    ids = tokens()
+    ids = tokens(T=5)
     expected = greedy_by_hand(model, ids, 16)
     found = model.generate(ids, max_new_tokens=16, do_sample=False, cache_implementation="static")
     assert torch.equal(found, expected)
@@ -106,7 +86,7 @@ def test_static_cache(model):
 
 
 def test_beams_and_seeded_samples_do_not_depend_on_the_cache(model):
-    ids = tokens(B=2)
+    ids = tokens(B=2, T=5)
     for how in (dict(num_beams=3, do_sample=False), dict(do_sample=True, top_k=20, temperature=0.8)):
         results = []
         for use_cache in (True, False):
@@ -133,7 +113,7 @@ def test_a_left_padded_batch_equals_its_rows(model, cache):
 
 def test_generation_from_embeddings():
     model = strong(GPTLMHeadModel(tiny()))
-    ids = tokens()
+    ids = tokens(T=5)
     found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=8, do_sample=False)
     assert torch.equal(found, greedy_by_hand(model, ids, 8)[:, 5:])
 
@@ -166,7 +146,7 @@ def test_stop_strings():
 
 def test_a_forward_bound_from_outside_is_no_obstacle():
     """accelerate binds a model's forward anew, for bf16 or offloaded weights."""
-    ids, base = tokens(), strong(GPT(tiny()))
+    ids, base = tokens(T=5), strong(GPT(tiny()))
     expected = base.generate(ids, max_new_tokens=6, do_sample=False)
     bound = base.forward
     base.forward = lambda *args, **kwargs: bound(*args, **kwargs)
@@ -183,7 +163,7 @@ def test_generation_leaves_no_trace_in_training():
         for seed in range(2):
             _, loss = model(tokens(T=24, seed=seed), targets=tokens(T=24, seed=seed + 1))
             if generates:
-                model.generate(tokens(), max_new_tokens=3, do_sample=False)
+                model.generate(tokens(T=5), max_new_tokens=3, do_sample=False)
                 assert model.training
         model.update_routers()
         losses.append((loss.item(), torch.stack([moe.get_usage_counts() for moe in model.moe_layers()])))
@@ -196,18 +176,18 @@ def test_generation_leaves_every_part_in_its_mode():
     model.transformer.h[0].eval()
     model.transformer.h[0].mlp.dropout.train()
     modes = {name: module.training for name, module in model.named_modules()}
-    model.generate(tokens(), max_new_tokens=2)
+    model.generate(tokens(T=5), max_new_tokens=2)
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(ValueError, match="gives token 122, but vocab_size=97"):  # and after an error
         model.generate("z")
     assert {name: module.training for name, module in model.named_modules()} == modes
-    model.eval().generate(tokens(), max_new_tokens=2)
+    model.eval().generate(tokens(T=5), max_new_tokens=2)
     assert not any(module.training for module in model.modules())
 
 
 def test_ids_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
     model = strong(GPTLMHeadModel(tiny(encoding_size=60)))
-    ids = tokens(V=60)
+    ids = tokens(V=60, T=5)
     assert greedy_by_hand(model, ids, 18).max() >= 60
     torch.manual_seed(0)
     assert model.generate(ids, max_new_tokens=30, do_sample=True).max() < 60
@@ -357,7 +337,7 @@ def test_gpt2_folders_load(files, tmp_path):
     assert ours.lm_head.weight is ours.transformer.wte.weight
     assert all(p.device.type == "cpu" and p.requires_grad for p in ours.parameters())
     greedy = dict(max_new_tokens=12, do_sample=False)
-    assert torch.equal(ours.generate(tokens(), **greedy), theirs.generate(tokens(), **greedy))
+    assert torch.equal(ours.generate(tokens(T=5), **greedy), theirs.generate(tokens(T=5), **greedy))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +392,7 @@ def test_precision_and_loading_information_are_passed_on(tmp_path):
         )
         assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert model(tokens()).logits.isfinite().all()
+        assert model(tokens(T=5)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -582,7 +562,7 @@ def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding
         assert there["text"] == there["string"] == expected[0] != prompts[0]
         assert there["batch"] == expected
     again = GPTLMHeadModel.from_pretrained(tmp_path / "saved again")
-    assert torch.equal(again(tokens(V=257)).logits, saved(tokens(V=257)).logits)
+    assert torch.equal(again(tokens(V=257, T=5)).logits, saved(tokens(V=257, T=5)).logits)
 
 
 def test_code_is_exported_flat_and_again(tmp_path):
@@ -626,13 +606,13 @@ with torch.no_grad():
 """
 
 
-def test_checkpoints_and_folders_of_before_the_redesign_load(tmp_path):
+def test_checkpoints_and_folders_of_before_the_redesign_load(data, tmp_path):
     archive = ["git", "archive", "-o", str(tmp_path / "before.tar"), BEFORE_THE_REDESIGN]
     if subprocess.run(archive, cwd=ROOT, capture_output=True).returncode != 0:
         pytest.skip(f"git has no revision {BEFORE_THE_REDESIGN} here")
     shutil.unpack_archive(tmp_path / "before.tar", tmp_path / "before")
     shape = ["--max_steps", 3, "--num_experts", 4, "--num_shared_experts", 1, "--qk_norm", "True"]
-    arguments = flags(write_data(tmp_path / "data"), tmp_path / "log", *shape)
+    arguments = flags(data, tmp_path / "log", *shape)
     run_elsewhere(BEFORE, [tmp_path / "before", tmp_path, *arguments], tmp_path)
     for model in (
         load_model(tmp_path / "log" / "model_00003.pt"),
@@ -655,7 +635,7 @@ def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypat
         places = (f"layers.{name}", f"{package}.{name}")
         mine, other = (getattr(sys.modules[place], operator) for place in places)
         assert mine._opoverload.name() != other._opoverload.name()
-    ids, losses = tokens(V=256), []
+    ids, losses = tokens(V=256, T=5), []
     for model in (ours, theirs, ours):
         model.loss_chunk = 2
         loss = model(ids, labels=ids).loss
@@ -678,7 +658,7 @@ def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     again = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert all(moe.get_usage_counts().sum() == 0 for moe in again.moe_layers())
-    assert torch.equal(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
+    assert torch.equal(again.eval()(tokens(T=5)).logits, model.eval()(tokens(T=5)).logits)
     export_folder(model, tmp_path / "bare", tokenizer=False, max_shard_size="100KB")
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     assert (tmp_path / "bare" / "model.safetensors.index.json").exists()
@@ -756,7 +736,7 @@ def test_a_vocabulary_without_padding_is_exported_whole(tmp_path, caplog):
     export_folder(model, tmp_path, format="gpt2", tokenizer=False)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
     assert not caplog.text
-    assert (theirs(tokens()).logits - model(tokens()).logits).abs().max() < 1e-5
+    assert (theirs(tokens(T=5)).logits - model(tokens(T=5)).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import ROOT
-from processes import finish, flags, free_port, same_run, start_ranks, wait_for, write_data
+from processes import finish, flags, free_port, same_run, start_ranks, wait_for
 
 import train_gpt_moe
 from training import heartbeat, parallel
@@ -34,12 +34,6 @@ def main(arguments: list[str]) -> int:
     heartbeat.INTERVAL, heartbeat.HEARTBEAT_TIMEOUT, heartbeat.TIMEOUT_AFTER_ERROR = 0.2, 6.0, 3.0
     heartbeat.EXIT_TIMEOUT = float(os.environ["EXIT_TIMEOUT"])
     return train_gpt_moe.main(arguments)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with shards."""
-    return write_data(tmp_path_factory.mktemp("data") / "bytes")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from processes import finish, flags, metrics, start, start_ranks, wait_for, write_data
+from processes import finish, flags, metrics, start, start_ranks, wait_for
 
 import train_gpt_moe
 from layers.sharding import local
@@ -319,9 +319,8 @@ def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
         check_config(config, parallel.World(0, 0, size, torch.device("cpu")))
 
 
-def test_a_run_goes_on_in_another_layout(tmp_path):
+def test_a_run_goes_on_in_another_layout(data, tmp_path):
     """Two processes with FSDP and shared experts, then one process from their folder in mid-run."""
-    data = write_data(tmp_path / "data")
     more = ["--dropout", "0", "--infer_step", "6", "--sample_every", "6", "--sample_tokens", "4"]
     both = [*flags(data, tmp_path / "two", *more), "--parallel", "fsdp", "--ep_size", "2"]
     ranks = start_ranks(2, both, tmp_path / "output")
@@ -343,17 +342,17 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")
-def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+def test_no_thread_of_the_process_group_outlives_it(data, tmp_path):
     """One that is about to give a tensor back when the interpreter ends would end the process by SIGABRT."""
-    run = flags(write_data(tmp_path / "data"), tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
+    run = flags(data, tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
     ranks = start_ranks(2, run, tmp_path / "output", script="test_parallel")
     assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
 
 
-def test_a_kill_leaves_whole_folders_and_the_run_goes_on(tmp_path):
+def test_a_kill_leaves_whole_folders_and_the_run_goes_on(data, tmp_path):
     """Two processes save at every step, and are killed; one process takes the newest folder and finishes."""
     more = ["--dropout", "0", "--checkpoint_every", "1", "--max_steps", "40"]  # killed before the 40th
-    both = flags(write_data(tmp_path / "data"), tmp_path / "log", *more)
+    both = flags(data, tmp_path / "log", *more)
     sharing = ["--parallel", "fsdp", "--keep_last", "2"]
     (tmp_path / "log" / ".model_00009.unfinished").mkdir(parents=True)  # of a run that was killed before
     ranks = start_ranks(2, [*both, *sharing], tmp_path / "output")

@@ -31,7 +31,6 @@ from processes import (
     start_ranks,
     wait_for,
     wait_for_text,
-    write_data,
 )  # fmt: skip
 
 import train_gpt_moe
@@ -39,20 +38,6 @@ from tokens.shards import read_shard, write_shard
 from training import checkpoints as ckpt
 from training import run_folder
 from training.log import RunLog
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with shards."""
-    return write_data(tmp_path_factory.mktemp("data") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> Path:
-    """The undisturbed run."""
-    log_dir = tmp_path_factory.mktemp("straight")
-    assert train_gpt_moe.main(flags(data, log_dir)) == 0
-    return log_dir
 
 
 # ---------------------------------------------------------------------------- the same run
