@@ -2,7 +2,7 @@
 development data lies (if it does).
 
 Run: python -m pytest            # everyday, some minutes
-     python -m pytest -m slow    # the rest: restarts, launchers, four ranks, compilers, all of README's commands
+     python -m pytest -m slow    # the rest: restarts, launchers, four ranks, compilers, all README commands
 """
 
 import contextlib
@@ -80,8 +80,9 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def straight(data, tmp_path_factory) -> Path:
     """The log folder of an undisturbed run with processes.flags, to be read only; beside it `printed`."""
-    import train_gpt_moe
     from processes import flags
+
+    import train_gpt_moe
 
     folder, secret = tmp_path_factory.mktemp("straight"), pytest.MonkeyPatch.context()
     with open(folder / "printed", "w") as file, contextlib.redirect_stdout(file), secret as patch:

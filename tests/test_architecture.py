@@ -18,7 +18,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from huggingface.outputs import CACHE
 from layers.attention import attention_reference, flex_window, window_block_mask
 from model import (
-    CausalSelfAttention, GPTConfig, GPTLMHeadModel, LayerNorm, RMSNorm, build_norm, rotary_angles, rotate,
+    CausalSelfAttention,
+    GPTConfig,
+    GPTLMHeadModel,
+    LayerNorm,
+    RMSNorm,
+    build_norm,
+    rotary_angles,
+    rotate,
 )  # fmt: skip
 
 OPTIONS = {
@@ -320,7 +327,7 @@ def test_zero_proj_begins_as_the_identity():
         GPTConfig(init="zero")
 
 
-# ---------------------------------------------------------------------------- attention's two paths, its cache
+# ---------------------------------------------------------------------------- attention and its cache
 
 ATTENTION = [(), ("gqa",), ("mqa", "rope"), ("theta", "qk_norm"), ("window",)]
 ATTENTION.append(("window", "rope", "gqa", "qk_norm", "no bias"))

@@ -229,7 +229,13 @@ def test_modes_and_router_statistics_are_left_as_they_were(write, monkeypatch):
     assert not model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "block.compile()"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "block.compile()",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile(model)", "model.compile()")),
+    ],
+)
 def test_a_compiled_model_builds_no_further_graph(how, write):
     torch._dynamo.reset()
     model = make_model(use_moe=True)
@@ -460,7 +466,7 @@ LINES = st.binary(max_size=60) | st.builds(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     lines=st.lists(LINES, max_size=3),
     style=st.sampled_from(["completion", "harness"]),

@@ -606,6 +606,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_and_folders_of_before_the_redesign_load(data, tmp_path):
     archive = ["git", "archive", "-o", str(tmp_path / "before.tar"), BEFORE_THE_REDESIGN]
     if subprocess.run(archive, cwd=ROOT, capture_output=True).returncode != 0:

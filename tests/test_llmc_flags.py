@@ -144,8 +144,7 @@ def logged(folder, kind: str) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("single_batch", [1, 0])
-@pytest.mark.parametrize("flash", [1, 0])
+@pytest.mark.parametrize(("single_batch", "flash"), [(1, 1), (0, 0)])
 def test_losses_are_those_of_its_loop(gpt2, shard, tmp_path, single_batch, flash):
     flags = ["--overfit_single_batch", single_batch, "--flash", flash, "--write_tensors", 0]
     flags += ["--weight_decay", 0.1, "--learning_rate_decay_frac", 0.5]

@@ -21,7 +21,6 @@ from training import evaluation, log
 from training.log import RunLog
 from training.metrics import METRICS, Metric
 
-
 SAMPLES = ["--sample_every", 8, "--sample_tokens", 8]
 
 
