@@ -31,7 +31,9 @@ from dataclasses import dataclass
 import torch
 
 from layers.attention import BACKENDS, prefer_backend
+from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
+from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
 from training import faults, parallel
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
@@ -139,10 +141,10 @@ class TrainConfig(llmc.Flags):
     num_experts_per_tok: int = setting(1, "experts that each token visits")
     moe_every: int = setting(1, "an MoE in every k-th block, counted from the last")
     moe_loss: bool = setting(True, "add a balance loss")
-    moe_loss_type: str = setting("load_balancing", "kind of balance loss")
+    moe_loss_type: str = setting("load_balancing", "balance loss", choices=BALANCE_LOSSES)
     moe_loss_coef: float = setting(0.01, "weight of the balance loss, summed over layers")
     router_z_loss_coef: float = setting(0.0, "weight of the router z-loss; ST-MoE uses 0.001")
-    router_score: str = setting("softmax", "how router logits become scores")
+    router_score: str = setting("softmax", "of the router's logits", choices=ROUTER_SCORES)
     norm_topk_prob: bool = setting(True, "make the weights of a token's experts sum to 1 (K > 1)")
     router_bias_update_rate: float = setting(0.0, "loss-free balancing; its paper uses 0.001")
     num_shared_experts: int = setting(0, "experts that every token visits in addition")
@@ -154,7 +156,7 @@ class TrainConfig(llmc.Flags):
     global_every: int | None = setting(None, "with a window: every k-th layer sees everything")
     norm: str = setting("layernorm", "layernorm or rmsnorm")
     norm_eps: float = setting(1e-5, "added to the variance")
-    activation: str = setting("gelu", "non-linearity of the feed-forward layers")
+    activation: str = setting("gelu", "of the feed-forward layers", choices=ACTIVATIONS)
     qk_norm: bool = setting(False, "normalise queries and keys")
     logit_softcap: float = setting(0.0, "bound of the logits; 0 = none")
     init: str = setting("gpt2", "gpt2, or zero_proj: projections into the residual stream start at zero")
@@ -162,7 +164,7 @@ class TrainConfig(llmc.Flags):
 
 
 # Named settings (--preset NAME). A flag wins over them.
-MODERN = dict(  # what paid in the ablation of BENCHMARKS.md
+MODERN = dict(  # what paid: docs/measurements/recipe_ablation.csv
     optimizer="muon", max_lr=1e-2, position="rope", qk_norm=True, activation="relu2"
 )  # fmt: skip
 PRESETS = {

@@ -47,6 +47,11 @@ class GPTPreTrainedModel(PreTrainedModel):
         self.loss_type = "ForCausalLM"
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers guesses this from the source of the model's file, and guesses wrong for ours."""
+        return True
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder: ours, or of transformers' GPT-2,
         Llama, Qwen3, Qwen3-MoE or Mixtral.

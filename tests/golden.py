@@ -58,7 +58,7 @@ CASES = {
     "muon": [MOE + """--optimizer muon --activation swiglu --position rope --qk_norm True --norm rmsnorm
         --bias False --num_shared_experts 1 --router_score sigmoid --n_kv_head 1 --sliding_window 16"""],
     "dense": [DENSE + """--activation relu2 --schedule wsd --activation_checkpointing block --loss_chunk 16
-        --dropout 0.1 --hellaswag True --hellaswag_data ../questions.jsonl"""],
+        --dropout 0.1 --flash False --hellaswag True --hellaswag_data ../questions.jsonl"""],
     "resume": ["rewind {moe}/log model_00006.pt", MOE + "--sample_every 4 --resume auto"],
     "cross_resume": ["rewind {moe}/log model_00006.pt", MOE + "--sample_every 4 --resume auto"],
     "sample": ["sample.py --checkpoint {moe}/log/latest " + SAMPLE],

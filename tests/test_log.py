@@ -159,7 +159,7 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     opened = RunLog(tmp_path, None, 0, tensorboard=True)
     measured = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_bpb": 1.125}
     opened.evaluation(0, {}, expert_load=[[0.5, 0.5]], elapsed_s=0.5)  # nothing was measured
-    opened.evaluation(1, {}, sample="Return")
+    opened.evaluation(1, {"sample": "Return"})
     opened.evaluation(2, measured, expert_load=[[0.5, 0.5]])
     opened.step({"step": 2, "loss": 3.5})
     opened.evaluation(3, measured, elapsed_s=9.5)

@@ -625,3 +625,13 @@ def test_the_model_learns_a_line_by_heart():
     assert loss < 0.5
     model.eval()
     assert torch.equal(model.generate(ids[:, :4], max_new_tokens=20, do_sample=False), ids)
+
+
+def test_attention_written_out_can_be_chosen():
+    """transformers would refuse by a guess about the model's source; --flash False relies on it."""
+    model, x = GPTLMHeadModel(tiny()).eval(), torch.arange(8)[None]
+    fused = model(x).logits
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    assert model(x, output_attentions=True).attentions[0].shape[-2:] == (8, 8)
+    torch.testing.assert_close(model(x).logits, fused, rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ import train_gpt_moe
 from layers.sharding import local
 from training import checkpoints as ckpt
 from training import muon, parallel
+from training.checkpoint_writer import CheckpointWriter
 from training.expert_parallel import AllToAll
 from training.idle_experts import freeze_idle_experts
 from training.optimizers import build_optimizer
@@ -110,7 +111,7 @@ def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict
     end = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     held = sum(local(p).numel() for p in model.parameters())
     folder.mkdir(exist_ok=True)
-    writer = ckpt.CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
+    writer = CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
     rest = dict(step=STEPS, config=model.config.to_dict(), loader={}, rng=torch.get_rng_state())
     if world.is_master or layout.saves_together:
@@ -297,17 +298,19 @@ def test_memory_is_divided_up(folder):
         ("--parallel tensor", "parallel='tensor': choose one of ddp, fsdp, none"),
         ("--activation_checkpointing all", "activation_checkpointing='all': choose one of none, block"),
         ("--ep_size 0", "ep_size=0: must be at least 1"),
-        ("--ep_size 2", "ep_size=2 does not divide the number of processes, 1"),
-        ("--ep_size 2 --parallel none", "ep_size=2 is for many processes, but parallel=none"),
-        ("--ep_size 2 --zero_stage 1", "zero_stage=1 wants the same parameters on all ranks, but ep_size=2"),
-        ("--zero_stage 1 --parallel none", "zero_stage=1 is a form of --parallel ddp, but parallel=none"),
-        ("--zero_stage 1 --parallel fsdp", "divides the optimizer up already; leave --zero_stage away"),
+        ("--ep_size 2", "the number of processes, 1, is not a multiple of ep_size=2"),
+        ("--ep_size 2 --parallel none", "ep_size=2 needs several processes, but parallel=none"),
+        (
+            "--ep_size 2 --zero_stage 1",
+            "zero_stage=1 needs the same parameters on all ranks, but with ep_size=2",
+        ),
+        ("--zero_stage 1 --parallel none", "zero_stage=1 works with --parallel ddp only, but parallel=none"),
+        ("--zero_stage 1 --parallel fsdp", "parallel=fsdp, which already shards the optimizer state"),
         ("--parallel fsdp --optimizer muon", "optimizer=muon needs whole matrices, but parallel=fsdp"),
         ("--zero_stage 1 --optimizer muon", "optimizer=muon needs whole states, but zero_stage=1"),
         ("--parallel fsdp --dtype float16", "use --dtype bfloat16"),
-        ("--parallel fsdp --write_tensors True", "write_tensors=True writes a whole model"),
-        ("--ep_size 2 --use_moe False", "ep_size=2 deals experts out, but use_moe=False"),
-        ("--ep_size 2 --num_experts 3", "ep_size=2 does not divide num_experts=3"),
+        ("--ep_size 2 --use_moe False", "ep_size=2 shares experts among ranks, but use_moe=False"),
+        ("--ep_size 2 --num_experts 3", "num_experts=3 is not a multiple of ep_size=2"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):

@@ -295,7 +295,7 @@ class Torture:
         shutil.rmtree(out)
 
     def report(self, minutes: float) -> str:
-        """What BENCHMARKS.md quotes."""
+        """What docs/measurements.md quotes."""
         disk = f"tmpfs of {SIZE >> 20} MB" if self.mounted else "RLIMIT_FSIZE in place of a full disk"
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return (

@@ -138,15 +138,8 @@ def open_log(run: Run) -> None:
     world.barrier()  # all ranks have read what they need: the master may now move an old run's files
     if world.is_master:
         first_step = run.resumed.get("step", 0)
-        run.log = RunLog(
-            Path(config.log_dir),
-            run.resumed_from,
-            first_step,
-            config.tensorboard,
-            config.wandb,
-            evaluates_first=evaluates_at(first_step, config),
-            say=tell,
-        )
+        files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb
+        run.log = RunLog(*files, evaluates_first=evaluates_at(first_step, config), say=tell)
         run.log.record({"run": run_record(config, model, world, first_step)})
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
         table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
@@ -159,13 +152,11 @@ def open_log(run: Run) -> None:
 # ---------------------------------------------------------------------------- SETTINGS
 
 
-def check_config(
-    config: Any, world: parallel.World, given: set[str] | None = None, say: Callable = print
-) -> int:  # fmt: skip
+def check_config(config: Any, world: parallel.World, given: set[str] | None = None, say=print) -> int:
     """The number of micro-steps per optimizer step. Fills in settings that follow from others (min_lr).
 
-    given: of a new run, the settings that flags have set; None for a resumed one, which keeps its settings.
-    ValueError, naming field and value, for settings that cannot work.
+    given: the settings that flags have set; None for a resumed run, which keeps its settings. ValueError,
+    naming field and value, for settings that cannot work.
     """
     check_limits(config)
     check_layout(config, world)
@@ -190,25 +181,22 @@ def check_config(
     return config.total_batch_size // per_micro_step
 
 
-def fit_warmup(config, given: set[str] | None, say: Callable) -> None:
-    """Make a default's or a preset's warmup shorter where max_steps is no longer than it, and say so.
+def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
+    """Shorten the default warmup, or a preset's, to a tenth of max_steps if it is not below max_steps.
 
-    ValueError if it is a flag's or a resumed run's; given as in check_config.
+    ValueError if a flag or a resumed run has set that warmup. given: as in check_config.
     """
     warmup, steps = config.warmup_steps, config.max_steps
     if not 0 < steps <= warmup:
         return
     if given is None or "warmup_steps" in given:
-        raise ValueError(f"warmup_steps={warmup} leaves nothing of max_steps={steps}; lower --warmup_steps")
+        raise ValueError(f"warmup_steps={warmup} must be below max_steps={steps}; lower --warmup_steps")
     config.warmup_steps = steps // 10
-    say(
-        f"warmup_steps={warmup} leaves nothing of max_steps={steps}: shortened to {config.warmup_steps} "
-        "(--warmup_steps sets it)"
-    )
+    say(f"warmup_steps={config.warmup_steps}, not {warmup}: max_steps={steps} (--warmup_steps sets it)")
 
 
 def check_layout(config, world: parallel.World) -> None:
-    """ValueError for ways to spread a model over processes that exclude each other, or find no processes."""
+    """ValueError for layouts that cannot be combined, or that this number of processes cannot have."""
     fsdp, zero, ep_size = config.parallel == "fsdp", config.zero_stage > 0, config.ep_size
     if (fsdp or zero) and not dist.is_initialized():
         what = "parallel=fsdp" if fsdp else "zero_stage=1"
@@ -217,35 +205,37 @@ def check_layout(config, world: parallel.World) -> None:
         )
     if zero and config.parallel != "ddp":
         raise ValueError(
-            f"zero_stage=1 is a form of --parallel ddp, but parallel={config.parallel}"
-            + (", which divides the optimizer up already; leave --zero_stage away" if fsdp else "")
+            f"zero_stage=1 works with --parallel ddp only, but parallel={config.parallel}"
+            + (", which already shards the optimizer state; omit --zero_stage" if fsdp else "")
         )
     if zero and ep_size > 1:
         raise ValueError(
-            f"zero_stage=1 wants the same parameters on all ranks, but ep_size={ep_size} gives them other "
-            "experts; to divide the rest of the optimizer up too, use --parallel fsdp with --ep_size"
+            f"zero_stage=1 needs the same parameters on all ranks, but with ep_size={ep_size} ranks hold "
+            "different experts; use --parallel fsdp with --ep_size to shard the optimizer state too"
         )
     if config.dtype == "float16" and (fsdp or ep_size > 1):
         raise ValueError(
-            "dtype=float16 scales gradients by what it finds in all of them, but no rank has them all with "
-            "--parallel fsdp or --ep_size; use --dtype bfloat16"
+            "dtype=float16 checks all gradients for overflow, but with --parallel fsdp or --ep_size no rank "
+            "holds them all; use --dtype bfloat16"
         )
     if ep_size == 1:
         return
     if config.parallel == "none":
-        raise ValueError(f"ep_size={ep_size} is for many processes, but parallel=none; use --parallel ddp")
+        raise ValueError(f"ep_size={ep_size} needs several processes, but parallel=none; use --parallel ddp")
     if world.size % ep_size != 0:
-        raise ValueError(f"ep_size={ep_size} does not divide the number of processes, {world.size}")
-    if not config.init_from:  # else the experts are those of another model
+        raise ValueError(f"the number of processes, {world.size}, is not a multiple of ep_size={ep_size}")
+    if not config.init_from:  # otherwise the model that is loaded decides about experts
         check_experts(config, ep_size)
 
 
 def check_experts(config, ep_size: int) -> None:
-    """ValueError if the experts cannot be dealt out to ep_size ranks. config: a run's or a model's."""
+    """ValueError if ep_size ranks cannot share the experts. config: a run's or a model's."""
     if ep_size > 1 and not config.use_moe:
-        raise ValueError(f"ep_size={ep_size} deals experts out, but use_moe=False: there are none")
+        raise ValueError(
+            f"ep_size={ep_size} shares experts among ranks, but use_moe=False: the model has none"
+        )
     if ep_size > 1 and config.num_experts % ep_size != 0:
-        raise ValueError(f"ep_size={ep_size} does not divide num_experts={config.num_experts}")
+        raise ValueError(f"num_experts={config.num_experts} is not a multiple of ep_size={ep_size}")
 
 
 # ---------------------------------------------------------------------------- DATA
@@ -261,20 +251,17 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     return read_meta(config.data_dir, config.input_bin)
 
 
-def build_loaders(config, world: parallel.World, meta: dict):
-    """(training loader, validation loader); the latter reads the same batches whenever it is reset.
-
-    As in llm.c there is none, None, where input_bin is given without input_val_bin.
-    """
+def build_loaders(
+    config: Any, world: parallel.World, meta: dict
+) -> tuple[DistributedDataLoader, DistributedDataLoader | None]:
+    """(training loader, validation loader). With input_bin alone there is no validation, as in llm.c."""
     train_files = config.input_bin or find_shards(config.data_dir, "train")
     val_files = config.input_val_bin or (None if config.input_bin else find_shards(config.data_dir, "val"))
     arguments = dict(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
-    # Shuffled as well, by a seed that never changes: batches then come from all over the validation shard, in
-    # an order that is the same for every run. Unshuffled they are its first ones, as llm.c's. (How far they
-    # go is val_steps * B * ranks.)
+    # Validation is shuffled by a fixed seed: its batches come from the whole shard, the same in every run.
     return (
         DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
         DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments) if val_files else None,
@@ -287,42 +274,41 @@ def build_loaders(config, world: parallel.World, meta: dict):
 def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
 
-    With parallel="fsdp" only the one with the weights of init_from is: the others are on the meta device,
-    without weights, because they may be larger than any memory.
-    ValueError for settings that contradict each other, the data, or where the weights come from.
+    With parallel="fsdp" it is on the meta device, without weights, because it may be larger than the memory
+    (unless init_from gives the weights). ValueError for settings that contradict each other, the data, or the
+    source of the weights.
     """
     names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
     if resumed:
-        speaks = resumed["config"].get("encoding")
-        if speaks != meta["encoding"]:
+        encoding = resumed["config"].get("encoding")
+        if encoding != meta["encoding"]:
             raise ValueError(
-                f"resume: encoding={speaks!r} in the checkpoint, but {meta['encoding']!r} in the data; give "
-                "the data it was trained with, or start a new run"
+                f"resume: encoding={encoding!r} in the checkpoint, but {meta['encoding']!r} in the data; "
+                "give the data it was trained with, or start a new run"
             )
         changed = {name: fields[name] for name in names & ckpt.MAY_CHANGE}
         return new_model(GPTConfig(**(resumed["config"] | changed)), config.parallel)
     fields |= dict(
         encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
-        bos_token_id=meta["eot_token"],  # documents begin with it, and so does a text without a prompt
+        bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
     )  # fmt: skip
     fields["block_size"] = config.block_size or config.T
-    # Logits of rows that only pad take part in the loss (by 0.001 at first); llm.c, whose files and losses
-    # shall agree, has none.
+    # A multiple of 128 is fast. -1 leaves out the padding, whose logits change the loss by 0.001 at first.
     multiple = 1 if config.vocab_size < 0 else 128
     rounded = multiple * math.ceil(meta["vocab_size"] / multiple)
     fields["vocab_size"] = max(config.vocab_size, 0) or rounded
     if fields["vocab_size"] < meta["vocab_size"]:
         raise ValueError(
             f"vocab_size={config.vocab_size}, but the data's encoding {meta['encoding']!r} has "
-            f"{meta['vocab_size']} tokens; leave the flag away"
+            f"{meta['vocab_size']} tokens; omit --vocab_size"
         )
     torch.manual_seed(config.seed)
     if not config.init_from:
         return new_model(GPTConfig(**fields), config.parallel)
     given = {name for name in given if name not in ("vocab_size", "block_size") or getattr(config, name)}
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
-    if model.config.bos_token_id is None:  # in checkpoints of old
+    if model.config.bos_token_id is None:  # an older checkpoint
         model.config.bos_token_id = meta["eot_token"]
     for name in names:  # from here on the settings are those of the model
         setattr(config, name, getattr(model.config, name))
@@ -331,7 +317,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
 
 
 def new_model(config: GPTConfig, parallel: str) -> GPTLMHeadModel:
-    """A model of that configuration with random weights, or with parallel="fsdp" on the meta device."""
+    """A model with random weights, or with parallel="fsdp" on the meta device, without weights."""
     with torch.device("meta" if parallel == "fsdp" else "cpu"):
         return GPTLMHeadModel(config)
 
@@ -339,11 +325,11 @@ def new_model(config: GPTConfig, parallel: str) -> GPTLMHeadModel:
 def place_model(
     config, model: GPTLMHeadModel, layout: parallel.Layout, dtype: str, resumed: dict | None
 ) -> GPTLMHeadModel:
-    """build_model's model on this rank's device, all of it or what the layout gives this rank."""
+    """Move the model to this rank's device: all of it, or the part that the layout gives this rank."""
     weights: Iterator = iter(())
     if layout.parallel == "fsdp" and model.device.type != "meta":
         weights, model = iter(model.state_dict().items()), new_model(model.config, "fsdp")
-    elif layout.parallel == "fsdp" and resumed is None:  # else the checkpoint's weights come later
+    elif layout.parallel == "fsdp" and resumed is None:  # a resumed run loads its weights later
         weights = initial_weights(model.config, config.seed)
     parallel.place(model, layout, dtype, weights)
     if config.activation_checkpointing == "block":
@@ -363,9 +349,7 @@ def can_sample(config: Any, model: GPTLMHeadModel, layout: parallel.Layout, say:
     return able
 
 
-def agree_on_backend(
-    config: Any, model: GPTLMHeadModel, world: parallel.World, dtype: str, say: Callable
-) -> None:
+def agree_on_backend(config: Any, model: GPTLMHeadModel, world: Any, dtype: str, say: Callable) -> None:
     """Make config.attention_backend the master's choice on all ranks, so that a resumed run rounds alike."""
     backend = choose_backend(
         config.attention_backend, model.config, config.B, config.T, world.device, getattr(torch, dtype)
