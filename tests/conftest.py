@@ -58,6 +58,11 @@ def shared_file(name: str) -> Path:
     return path
 
 
+def slow(*values) -> list:
+    """Values of a test's parameter that only `python -m pytest -m slow` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
 )

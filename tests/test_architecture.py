@@ -412,18 +412,6 @@ def test_pair(pair):
         )
 
 
-@pytest.mark.parametrize("names", [(), ("rope", "gqa", "window and global", "moe"), ("qk_norm", "window")])
-def test_generation_is_the_same_without_a_cache(names):
-    """Greedy, from a left-padded batch."""
-    model, ids = build(*names), tokens(T=7)
-    padding = torch.ones_like(ids)
-    padding[0, :3] = 0
-    settings = dict(attention_mask=padding, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    cached = model.generate(ids, use_cache=True, **settings)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
-    assert cached.shape == (2, 19)
-
-
 @pytest.mark.parametrize(
     "backend, names",
     [

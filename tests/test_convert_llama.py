@@ -161,9 +161,8 @@ def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, message, tmp_pat
 def test_missing_weights_are_refused_and_precision_is_kept(tmp_path):
     theirs = stock("mixtral")
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)
-    ours, info = GPTLMHeadModel.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
+    how = dict(output_loading_info=True, attn_implementation="eager")
+    ours, info = GPTLMHeadModel.from_pretrained(tmp_path, **how)
     assert ours.dtype == torch.bfloat16 and ours.config._attn_implementation == "eager"
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(moe.gate.weight.dtype == moe.router_bias.dtype == torch.float32 for moe in ours.moe_layers())
@@ -207,18 +206,11 @@ def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path):
     assert_equal_models(model, theirs)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert_equal_models(back, theirs)
-    for name in (
-        "moe_every",
-        "norm_topk_prob",
-        "sliding_window",
-        "global_every",
-        "bias",
-        "qk_norm",
-        "encoding",
-    ):
-        if model.config.use_moe or name not in ("moe_every", "norm_topk_prob"):
-            if not (name == "norm_topk_prob" and model.config.num_experts_per_tok == 1):
-                assert getattr(back.config, name) == getattr(model.config, name), name
+    kept = ["sliding_window", "global_every", "bias", "qk_norm", "encoding"]
+    kept += ["moe_every"] * model.config.use_moe
+    kept += ["norm_topk_prob"] * (model.config.use_moe and model.config.num_experts_per_tok > 1)
+    for name in kept:
+        assert getattr(back.config, name) == getattr(model.config, name), name
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -267,9 +259,7 @@ def test_router_biases_are_refused_and_dropout_is_left_out(tmp_path, caplog):
     export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
     assert "dropout=0.1, which acts in training only, is left out" in caplog.text
     model.moe_layers()[1].router_bias[2] = 0.25
-    with pytest.raises(
-        ValueError, match=r"biases of the routers that router_bias_update_rate=0\.001 has made"
-    ):
+    with pytest.raises(ValueError, match=r"biases of the routers that router_bias_update_rate=0\.001"):
         export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
 
 
@@ -278,12 +268,8 @@ def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, caps
     config = small("qwen3_moe", **EXPERTS, **text_fields).to_dict()
     model = strong(GPTLMHeadModel(config), std=0.15)
     ckpt.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
-    assert (
-        checkpoint.main(
-            ["export", str(tmp_path / "model_00007.pt"), str(tmp_path / "out"), "--format", "qwen3_moe"]
-        )
-        == 0
-    )
+    path, out = str(tmp_path / "model_00007.pt"), str(tmp_path / "out")
+    assert checkpoint.main(["export", path, out, "--format", "qwen3_moe"]) == 0
     theirs, tokenizer = (x.from_pretrained(tmp_path / "out") for x in (AutoModelForCausalLM, AutoTokenizer))
     assert theirs.config.vocab_size == 257 and theirs.generation_config.eos_token_id == 256
     assert tokenizer("Oh, naïve")["input_ids"] == encode_text("Oh, naïve", "bytes")
@@ -291,12 +277,7 @@ def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, caps
     assert tokenizer.decode(text) == model.generate("Oh", max_new_tokens=9, do_sample=False)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert back.config.encoding == "bytes" and back.generate("Oh", max_new_tokens=9) == tokenizer.decode(text)
-    assert (
-        checkpoint.main(
-            ["export", str(tmp_path / "model_00007.pt"), str(tmp_path / "no"), "--format", "llama"]
-        )
-        == 2
-    )
+    assert checkpoint.main(["export", path, str(tmp_path / "no"), "--format", "llama"]) == 2
     assert "Llama cannot express use_moe=True" in capsys.readouterr().err
 
 

@@ -69,9 +69,8 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
     base.load_state_dict(model.state_dict())
     assert torch.equal(base.generate(ids, max_new_tokens=30, do_sample=False), expected)
     long = tokens(T=40, seed=1)  # a prompt that is too long from the start
-    assert torch.equal(
-        model.generate(long, max_new_tokens=4, do_sample=False), greedy_by_hand(model, long, 4)
-    )
+    four = model.generate(long, max_new_tokens=4, do_sample=False)
+    assert torch.equal(four, greedy_by_hand(model, long, 4))
 
 
 def test_static_cache(model):
@@ -103,19 +102,11 @@ def test_a_left_padded_batch_equals_its_rows(model, cache):
     ids, mask = torch.full((3, 12), 9), torch.zeros(3, 12, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, -row.size(1) :], mask[i, -row.size(1) :] = row, 1
-    batch = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=9, **cache
-    )
+    how = dict(max_new_tokens=new, do_sample=False, pad_token_id=9, **cache)
+    batch = model.generate(ids, attention_mask=mask, **how)
     for i, row in enumerate(rows):
         alone = greedy_by_hand(model, row, new)
         assert torch.equal(batch[i, 12:], alone[0, row.size(1) :])
-
-
-def test_generation_from_embeddings():
-    model = strong(GPTLMHeadModel(tiny()))
-    ids = tokens(T=5)
-    found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=8, do_sample=False)
-    assert torch.equal(found, greedy_by_hand(model, ids, 8)[:, 5:])
 
 
 def test_what_cannot_be_cropped_must_not_outgrow_block_size(model):
@@ -138,9 +129,8 @@ def test_stop_strings():
     how = dict(do_sample=False, pad_token_id=0)
     whole = model.generate("ab", max_new_tokens=30, **how)
     stop = next(character for character in whole[6:] if character.isascii() and character.isprintable())
-    found = model.generate(
-        "ab", max_new_tokens=30, stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64), **how
-    )
+    how |= dict(stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64))
+    found = model.generate("ab", max_new_tokens=30, **how)
     assert found == whole[: whole.index(stop, 2) + 1]
 
 
@@ -201,9 +191,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
 
 
 def test_text_in_text_out():
-    model = strong(
-        GPTLMHeadModel(tiny(vocab_size=384, encoding="bytes", encoding_size=257, bos_token_id=256))
-    )
+    config = tiny(vocab_size=384, encoding="bytes", encoding_size=257, bos_token_id=256)
+    model = strong(GPTLMHeadModel(config))
     prompt = "Hello, I'm a language model,"
     text = model.generate(prompt, max_length=50, do_sample=False)
     ids = greedy_by_hand_suppressed(model, list(prompt.encode()), 50)
@@ -283,16 +272,8 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
     assert found == original.strip().split("\n")[1:]
 
 
-def test_an_encoding_that_nobody_knows_is_named():
-    pytest.importorskip("tiktoken")
-    with pytest.raises(ValueError, match=r"encoding='unknown' is unknown.*config\.json"):
-        GPTLMHeadModel(tiny(encoding="unknown")).generate("Hi")
-
-
 def test_other_encodings_have_no_tokenizer_files():
-    with pytest.raises(
-        ValueError, match="encoding='cl100k_base': tokenizer files can be written for bytes, gpt2"
-    ):
+    with pytest.raises(ValueError, match=r"encoding='cl100k_base': .*for bytes, gpt2"):
         build_tokenizer("cl100k_base", 64)
 
 
@@ -301,9 +282,8 @@ def test_other_encodings_have_no_tokenizer_files():
 
 
 def stock_gpt2(seed=0, **fields) -> GPT2LMHeadModel:
-    config = dict(
-        n_layer=2, n_head=4, n_embd=64, vocab_size=97, n_positions=24, bos_token_id=0, eos_token_id=1
-    )
+    config = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=97, n_positions=24)
+    config |= dict(bos_token_id=0, eos_token_id=1)
     return strong(GPT2LMHeadModel(GPT2Config(**config | fields)), seed=seed)
 
 
@@ -386,9 +366,8 @@ def test_precision_and_loading_information_are_passed_on(tmp_path):
     stock_gpt2().save_pretrained(tmp_path / "theirs")
     strong(GPTLMHeadModel(tiny())).save_pretrained(tmp_path / "ours")
     for folder in ("theirs", "ours"):
-        model, info = GPTLMHeadModel.from_pretrained(
-            tmp_path / folder, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
-        )
+        how = dict(dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True)
+        model, info = GPTLMHeadModel.from_pretrained(tmp_path / folder, **how)
         assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert model(tokens(T=5)).logits.isfinite().all()
@@ -428,10 +407,8 @@ def test_our_folders_load_what_was_saved(name, tmp_path):
 def test_a_folder_of_another_architecture_is_refused(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="models of type 'qwen2' cannot be read, only gpt_moe, gpt2, llama"):
         GPTLMHeadModel.from_pretrained(tmp_path)
 
@@ -614,10 +591,8 @@ def test_checkpoints_and_folders_of_before_the_redesign_load(data, tmp_path):
     shape = ["--max_steps", 3, "--num_experts", 4, "--num_shared_experts", 1, "--qk_norm", "True"]
     arguments = flags(data, tmp_path / "log", *shape)
     run_elsewhere(BEFORE, [tmp_path / "before", tmp_path, *arguments], tmp_path)
-    for model in (
-        load_model(tmp_path / "log" / "model_00003.pt"),
-        GPTLMHeadModel.from_pretrained(tmp_path / "folder"),
-    ):
+    exported = GPTLMHeadModel.from_pretrained(tmp_path / "folder")
+    for model in (load_model(tmp_path / "log" / "model_00003.pt"), exported):
         assert model.config.num_experts == 4
         with torch.no_grad():
             logits = model.eval()(torch.arange(30)[None]).logits
@@ -675,9 +650,8 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
     assert os.listdir(folder.parent) == ["out"]  # nothing temporary stays
 
     with monkeypatch.context() as patch:  # a disk that fills up at the last file
-        patch.setattr(
-            export.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
-        )
+        full = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))  # noqa: E731
+        patch.setattr(export.json, "dumps", full)
         with pytest.raises(OSError, match="No space left"):
             export_folder(model, folder)
     with monkeypatch.context() as patch:  # a rename that fails
@@ -725,10 +699,8 @@ def test_dense_models_become_stock_gpt2(fields, tmp_path, caplog):
         back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
         assert (back(ids).logits - expected).abs().max() < 1e-5
     tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path / "out")
-    text = tokenizer.decode(
-        theirs.generate(**tokenizer("Oh", return_tensors="pt"), max_new_tokens=9, do_sample=False)[0]
-    )
-    assert text == model.generate("Oh", max_new_tokens=9, do_sample=False)
+    ids = theirs.generate(**tokenizer("Oh", return_tensors="pt"), max_new_tokens=9, do_sample=False)
+    assert tokenizer.decode(ids[0]) == model.generate("Oh", max_new_tokens=9, do_sample=False)
 
 
 def test_a_vocabulary_without_padding_is_exported_whole(tmp_path, caplog):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, slow
 from processes import finish, flags, free_port, same_run, start_ranks, wait_for
 
 import train_gpt_moe
@@ -140,7 +140,7 @@ def test_what_the_slurm_script_asks_for():
 # ---------------------------------------------------------------------------- lost ranks
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("lost", [*slow(0), 1])
 def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
     """Processes started by hand, without a launcher that would end the others. Rank 0 has the store."""
     arguments = flags(data, tmp_path / "log", *LONG, "--total_batch_size", 192)
@@ -155,7 +155,7 @@ def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("frozen", [*slow(0), 1])
 def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
     """A stopped process is to the other what a machine without network is: no error ever arrives."""
     arguments = flags(data, tmp_path / "log", *LONG)

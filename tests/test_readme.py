@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from models import NANOGPT
 from PIL import Image
 from processes import flags as training_flags
 from test_hellaswag import make_examples
@@ -146,25 +147,6 @@ MORE = {
     "moe_pays": "--steps 2 --seeds 1".split(),
     "scale": "--size d4 --ranks 1,8".split(),
 }
-NANOGPT = """
-import torch, torch.nn.functional as F
-
-class GPTConfig:
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
-
-    def forward(self, idx, targets=None):
-        logits = self.table(idx)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-"""
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import slow
 from wire import train_ranks
 
 from bench import __main__ as bench
@@ -156,7 +157,7 @@ def test_padding_of_what_does_not_divide():
 # ---------------------------------------------------------------------------- against what is sent
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, *slow(4)])
 def test_formulas_equal_what_ranks_send(ranks):
     """Two micro-steps of every layout, byte by byte, in the calls; and, within the messages' heads and gloo's
     reduce-scatter by an all-reduce, through the network. Two experts on four ranks are cut through."""

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from processes import finish, flags, losses, start_ranks
 
 import sample
@@ -103,7 +103,7 @@ def test_accumulation_does_not_change_the_losses(whole, data, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("launcher", ["environment", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["environment", *slow("torchrun")])
 def test_two_processes_give_the_losses_of_one(whole, data, tmp_path, launcher):
     words = flags(data, tmp_path / "log", *EXACT, "--B", 2)
     if launcher == "torchrun":
