@@ -1,9 +1,11 @@
-"""Shared by all tests: one thread, no network, fixed random numbers, and where the development data lies (if
-it does).
+"""Shared by all tests: one thread, no network, fixed random numbers, data and a finished run, and where the
+development data lies (if it does).
 
-Run everything: python -m pytest
+Run: python -m pytest            # everyday, some minutes
+     python -m pytest -m slow    # the rest: restarts, launchers, four ranks, compilers, all README commands
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -56,6 +58,11 @@ def shared_file(name: str) -> Path:
     return path
 
 
+def slow(*values) -> list:
+    """Values of a test's parameter that only `python -m pytest -m slow` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
 )
@@ -65,6 +72,28 @@ needs_compiler = pytest.mark.skipif(
 def same_numbers():
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> str:
+    """A folder with shards of bytes."""
+    from processes import write_data
+
+    return write_data(tmp_path_factory.mktemp("data") / "bytes")
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory) -> Path:
+    """The log folder of an undisturbed run with processes.flags, to be read only; beside it `printed`."""
+    from processes import flags
+
+    import train_gpt_moe
+
+    folder, secret = tmp_path_factory.mktemp("straight"), pytest.MonkeyPatch.context()
+    with open(folder / "printed", "w") as file, contextlib.redirect_stdout(file), secret as patch:
+        patch.setenv("HF_TOKEN", "hf_secret_value_of_the_test")  # which no file may hold
+        assert train_gpt_moe.main(flags(data, folder / "log")) == 0
+    return folder / "log"
 
 
 @pytest.fixture

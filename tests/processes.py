@@ -127,6 +127,12 @@ def metrics(log_dir) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
 
 
+def losses(log_dir: Path, kind: str = "train") -> list[float]:
+    """The numbers of this kind in log.txt."""
+    lines = (log_dir / "log.txt").read_text().split("\n")
+    return [float(line.split()[2]) for line in lines if f" {kind} " in line]
+
+
 def newest(log_dir: Path) -> int:
     """The last step in log.txt, -1 for none."""
     lines = (log_dir / "log.txt").read_text().split("\n")[:-1]

@@ -1,4 +1,5 @@
-"""Every option of the architecture, alone against a reference written out here, and all of them in pairs.
+"""Every option of the architecture, alone against a reference written out here, and all of them in pairs;
+norms, attention and its cache.
 
 Run: python -m pytest tests/test_architecture.py
 """
@@ -11,12 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from huggingface.outputs import CACHE
-from layers.attention import flex_window, window_block_mask
-from model import CausalSelfAttention, GPTConfig, GPTLMHeadModel, rotary_angles, rotate
+from layers.attention import attention_reference, flex_window, window_block_mask
+from model import (
+    CausalSelfAttention,
+    GPTConfig,
+    GPTLMHeadModel,
+    LayerNorm,
+    RMSNorm,
+    build_norm,
+    rotary_angles,
+    rotate,
+)  # fmt: skip
 
 OPTIONS = {
     "rope": dict(position="rope"),
@@ -240,8 +250,8 @@ def test_all_modern_options_together_equal_the_written_out_model():
 def test_rotary_equals_llamas(theta):
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 50, 16), torch.randn(2, 2, 50, 16)
-    positions = torch.stack([torch.arange(50), torch.arange(50) + 7])
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
+    positions = torch.stack([torch.arange(50), 18 * torch.arange(50) + 7])
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, positions))
     rotary = rotary_angles(positions, 16, theta)
@@ -282,27 +292,90 @@ def test_windows():
     assert lengths == [3, 3, 16, 3, 3, 16]  # with the next token they are the window
 
 
-def test_initialisation():
-    """gpt2: N(0, 0.02), projections into the residual stream smaller by sqrt(2 L). zero_proj: those are 0."""
-    settings = dict(n_layer=2, n_embd=128, n_head=4, vocab_size=64, block_size=8, num_experts=4, moe_every=2)
-    for kind, expected in (("gpt2", 0.01), ("zero_proj", 0.0)):
-        torch.manual_seed(0)
-        model = GPTLMHeadModel(GPTConfig(**settings, init=kind))
-        for name, parameter in model.named_parameters():
-            if "bias" in name:
-                assert parameter.abs().max() == 0, name
-            elif ".ln_" in name:
-                assert (parameter == 1).all(), name
-            else:
-                std = expected if "c_proj" in name else 0.02
-                assert parameter.std().item() == pytest.approx(std, rel=0.15), name
-    ids = tokens(T=8)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_is_torchs(bias):
+    ours, stock, x = LayerNorm(32, bias), torch.nn.LayerNorm(32, bias=bias), 3 * torch.randn(2, 3, 32) + 1
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter)
+    stock.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), stock(x)) and (ours.bias is None) != bias
+
+
+def test_rms_norm_by_the_formula():
+    norm, x = RMSNorm(32, eps=1e-3), torch.randn(2, 3, 32) * 0.1
+    torch.nn.init.normal_(norm.weight)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    assert torch.allclose(norm(x).double(), expected, atol=1e-6)
+    assert torch.allclose(norm(x.bfloat16()).double(), expected, atol=0.02)  # statistics are those of fp32
+    assert norm.double()(wide).dtype == torch.float64
+    assert build_norm(GPTConfig(bias=False, norm_eps=1e-6)).eps == 1e-6
+
+
+def test_zero_proj_begins_as_the_identity():
+    """Projections into the residual stream are 0; test_model.py has gpt2's initialisation."""
+    torch.manual_seed(0)
+    model, ids = (
+        GPTLMHeadModel(GPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=64, init="zero_proj")),
+        tokens(T=8),
+    )
     with torch.no_grad():
         x = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
-        expected = F.layer_norm(x, (128,)) @ model.transformer.wte.weight.t()
+        expected = F.layer_norm(x, (32,)) @ model.transformer.wte.weight.t()
         torch.testing.assert_close(model.eval()(ids).logits, expected)
     with pytest.raises(ValueError, match=r"init='zero'.*zero_proj"):
         GPTConfig(init="zero")
+
+
+# ---------------------------------------------------------------------------- attention and its cache
+
+ATTENTION = [(), ("gqa",), ("mqa", "rope"), ("theta", "qk_norm"), ("window",)]
+ATTENTION.append(("window", "rope", "gqa", "qk_norm", "no bias"))
+
+
+@pytest.mark.parametrize("names", ATTENTION)
+def test_fast_path_equals_the_written_out_one(names):
+    """Loss, logits and gradients, with padding and without."""
+    ids, padding = tokens(T=13), torch.ones(2, 13, dtype=torch.long)
+    padding[0, :4] = 0
+    for mask in (None, padding):
+        results = []
+        for implementation in ("sdpa", "eager"):
+            model = build(*names, attn_implementation=implementation).train()
+            _, loss = model(ids, targets=ids.masked_fill(padding == 0, -1), attention_mask=mask)
+            loss.backward()
+            logits = model.eval()(ids, attention_mask=mask).logits
+            logits = logits[padding.bool()] if mask is not None else logits
+            results.append([logits, loss, *(p.grad for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-5) and a.isfinite().all()
+
+
+@pytest.mark.parametrize("names", ATTENTION)
+def test_a_text_in_pieces_through_the_cache_gives_the_same_logits(names):
+    model, ids = build(*names), tokens(T=15)
+    cache, pieces = DynamicCache(config=model.config), []
+    for piece in ids.split([4, 1, 1, 6, 2, 1], dim=1):
+        pieces.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(torch.cat(pieces, 1), model(ids).logits, atol=2e-5)
+
+
+def test_attention_weights_sum_to_one_and_see_only_the_window():
+    model = build("window and global", "gqa", n_layer=4)
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    for layer, weight in enumerate(model(tokens(T=13), output_attentions=True).attentions):
+        assert torch.allclose(weight.sum(-1), torch.ones(2, 4, 13), atol=1e-5)
+        visible = (distance >= 0) & (distance < (13 if layer % 2 else 4))
+        assert torch.equal(weight > 0, visible.expand_as(weight))
+
+
+def test_dropout_falls_on_attention_weights_in_training():
+    layer, x = build(dropout=0.5).transformer.h[0].attn.train(), torch.randn(1, 9, 32)
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+    q = torch.randn(1, 1, 4000, 2)
+    y, weight = attention_reference(q, q[:, :, :1], torch.ones(1, 1, 1, 2), torch.ones(4000, 1).bool(), 0.5)
+    assert weight.eq(1).all() and set(y.unique().tolist()) == {0.0, 2.0}
+    assert y.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
 # ---------------------------------------------------------------------------- all pairs
@@ -337,18 +410,6 @@ def test_pair(pair):
         torch.testing.assert_close(
             model(ids, attention_mask=padding).logits[:1, 5:], alone, rtol=0, atol=2e-5
         )
-
-
-@pytest.mark.parametrize("names", [(), ("rope", "gqa", "window and global", "moe"), ("qk_norm", "window")])
-def test_generation_is_the_same_without_a_cache(names):
-    """Greedy, from a left-padded batch."""
-    model, ids = build(*names), tokens(T=7)
-    padding = torch.ones_like(ids)
-    padding[0, :3] = 0
-    settings = dict(attention_mask=padding, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    cached = model.generate(ids, use_cache=True, **settings)
-    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
-    assert cached.shape == (2, 19)
 
 
 @pytest.mark.parametrize(
@@ -415,10 +476,10 @@ def test_attention_layer_takes_a_block_mask():
     config = build("gqa", "window", n_embd=64, block_size=256).config
     torch.manual_seed(0)
     layer, x = CausalSelfAttention(config), torch.randn(2, 200, 64)
-    expected, _ = layer(x, written_out_window(200, 4)[None, None])
+    expected = layer(x, written_out_window(200, 4)[None, None])
     layer.compile(fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        fast, _ = layer(x, window_block_mask(200, 4, x.device))
+        fast = layer(x, window_block_mask(200, 4, x.device))
         torch.testing.assert_close(fast, expected, rtol=0, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from models import NANOGPT
 
 import hellaswag
 from bench import __main__ as bench
@@ -27,34 +28,6 @@ from tokens.shards import write_shard
 from training.log import RunLog
 
 CPU = torch.device("cpu")
-
-# A stand-in for a checkout: nanoGPT's interface, as far as the benchmark uses it.
-NANOGPT = """
-import torch, torch.nn as nn, torch.nn.functional as F
-from dataclasses import dataclass
-
-@dataclass
-class GPTConfig:
-    block_size: int = 8
-    vocab_size: int = 16
-    n_layer: int = 1
-    n_head: int = 1
-    n_embd: int = 8
-    dropout: float = 0.0
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.n_embd)
-        print("number of parameters: few")
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
-
-    def forward(self, idx, targets):
-        logits = self.table(idx) @ self.table.weight.t()
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-"""
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -69,9 +42,8 @@ def table(path) -> list[dict]:
 
 def test_contenders_take_turns():
     calls = []
-    times = measure.alternate(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 3, warmup=2
-    )
+    contenders = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = measure.alternate(contenders, CPU, 3, warmup=2)
     assert calls == ["a", "b"] * 5 and set(times) == {"a", "b"} and all(t > 0 for t in times.values())
 
 
@@ -261,9 +233,8 @@ def test_a_backend_that_cannot_do_a_shape_takes_forever():
 
 def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
     asked, before = [], []
-    monkeypatch.setattr(
-        attention, "sdpa_kernel", lambda *arguments, **named: asked.append((arguments, named))
-    )
+    note = lambda *arguments, **named: asked.append((arguments, named))  # noqa: E731
+    monkeypatch.setattr(attention, "sdpa_kernel", note)
     # Without a GPU: that it comes before the order is set, which torch would overwrite.
     monkeypatch.setattr(attention, "choose_for_the_first_time", lambda device: before.append(len(asked)))
     for name in ("flash", "math"):

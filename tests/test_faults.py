@@ -33,7 +33,6 @@ from processes import (
     start_ranks,
     wait_for,
     wait_for_text,
-    write_data,
 )  # fmt: skip
 from test_checkpoint import dense_model
 from test_hellaswag import make_examples
@@ -56,26 +55,15 @@ def main(arguments: list[str]) -> int:
     return train_gpt_moe.main(arguments)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with shards."""
-    return write_data(tmp_path_factory.mktemp("data") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> Path:
-    """An undisturbed run."""
-    log_dir = tmp_path_factory.mktemp("straight")
-    assert train_gpt_moe.main(flags(data, log_dir)) == 0
-    return log_dir
-
-
 # ---------------------------------------------------------------------------- signals
+
+
+LONG = ["--max_steps", 50_000, "--checkpoint_every", 0]
 
 
 def started(data, log_dir, output, *more, lines: int = 6):
     """A run that has logged some steps and has thousands to go."""
-    process = start(flags(data, log_dir, "--max_steps", 50_000, "--checkpoint_every", 0, *more), output)
+    process = start(flags(data, log_dir, *LONG, *more), output)
     wait_for(log_dir / "log.txt", lines)
     return process
 
@@ -126,7 +114,7 @@ def test_a_machine_without_a_compiler(data, tmp_path, monkeypatch, capsys):
 def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):
     """Ctrl-C at `python train_gpt_moe.py 2>&1 | tee out` ends the tee as well."""
     os.mkfifo(tmp_path / "pipe")
-    process = start(flags(data, tmp_path, "--max_steps", 5000, "--checkpoint_every", 0), tmp_path / "pipe")
+    process = start(flags(data, tmp_path, *LONG), tmp_path / "pipe")
     with open(tmp_path / "pipe") as reader:
         assert any("| loss" in line for line in reader)
     wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
@@ -139,9 +127,7 @@ def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):
 def test_signals_are_heard_inside_a_collective(data, tmp_path):
     """Rank 1 is stopped, so rank 0 waits for it, and Python with it: no handler of Python can run."""
     output = tmp_path / "out.txt"
-    ranks = start_ranks(
-        2, flags(data, tmp_path, "--max_steps", 50_000, "--checkpoint_every", 0, "--B", 2), output
-    )
+    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output)
     wait_for(tmp_path / "log.txt", 6)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     seen = -1
@@ -183,9 +169,7 @@ def test_a_signal_between_taking_and_agreeing_is_not_lost():
 
 def test_one_rank_is_told_and_all_stop_at_the_same_step(data, tmp_path):
     output = tmp_path / "out.txt"
-    ranks = start_ranks(
-        2, flags(data, tmp_path, "--max_steps", 50_000, "--checkpoint_every", 0, "--B", 2), output
-    )
+    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output)
     wait_for(tmp_path / "log.txt", 6)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert [finish(rank) for rank in ranks] == [143, 143], output.read_text()
@@ -334,13 +318,9 @@ def test_a_prompt_without_tokens_costs_the_samples_and_nothing_else(data, tmp_pa
 def test_a_sick_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, monkeypatch, capsys):
     """Steps 4 and 5 meet NaN (two micro-steps each). The run goes on as if it had only skipped their data."""
     monkeypatch.setattr(GPTLMHeadModel, "forward", poisoned(GPTLMHeadModel.forward, {8: -1, 11: -1}))
-    saved = []
-    original = CheckpointWriter.save
-    monkeypatch.setattr(
-        CheckpointWriter,
-        "save",
-        lambda self, state, before: saved.append(self._copy(state, {})) or original(self, state, before),
-    )
+    saved, save = [], CheckpointWriter.save
+    note = lambda self, state, before: saved.append(self._copy(state, {})) or save(self, state, before)  # noqa: E731
+    monkeypatch.setattr(CheckpointWriter, "save", note)
     assert train_gpt_moe.main(flags(data, tmp_path, "--checkpoint_every", 1)) == 0
     records = metrics(tmp_path)
     assert [record["step"] for record in records if record.get("skipped")] == [4, 5]
@@ -506,11 +486,8 @@ def test_out_of_memory_names_what_to_lower(data, tmp_path, monkeypatch, capsys):
     assert train_gpt_moe.main(flags(data, tmp_path)) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "Tried to allocate 20.00 GiB" in error
-    assert (
-        "out of memory with B=4, T=32, n_layer=2: lower --B" in error
-        and "--T" in error
-        and "--n_embd" in error
-    )
+    assert "out of memory with B=4, T=32, n_layer=2: lower --B" in error
+    assert "--T" in error and "--n_embd" in error
     assert ckpt.load_newest(tmp_path)[1]["step"] == 2
 
 
@@ -678,13 +655,10 @@ def test_exit_codes(error, code, capsys):
     assert capsys.readouterr().err.startswith("train_gpt_moe.py: ")
 
 
-def test_the_log_names_no_environment(straight, monkeypatch, data, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret_value_of_the_test")
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0)) == 0
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"hf_secret_value" not in written
-    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["run"]
-    assert first["world_size"] == 1 and first["first_step"] == 0
+def test_the_log_names_no_environment(straight):
+    """conftest.py sets HF_TOKEN for this run."""
+    files = [path for path in straight.parent.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not any(b"hf_secret_value" in path.read_bytes() for path in files)
 
 
 # ---------------------------------------------------------------------------- security

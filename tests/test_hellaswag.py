@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import shared_file
+from conftest import shared_file, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import finish, start_ranks
@@ -85,26 +85,15 @@ def plain_losses(model, path, style="completion"):
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
-        dict(position="rope", n_kv_head=2, qk_norm=True, norm="rmsnorm"),
-        dict(sliding_window=7),
+        {}, dict(position="rope", n_kv_head=2, qk_norm=True, norm="rmsnorm"), dict(sliding_window=7),
         dict(sliding_window=11, global_every=2, position="rope", activation="swiglu"),
         dict(use_moe=True, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, logit_softcap=3.0),
         dict(use_moe=True, num_experts=3, moe_every=2, router_score="sigmoid", tie_word_embeddings=False),
         dict(block_size=60),  # crops most questions, so that contexts differ between endings
         dict(block_size=8),  # shorter than endings
     ],
-    ids=[
-        "gpt2",
-        "rope-gqa",
-        "window",
-        "window-rope-global",
-        "moe-softcap",
-        "moe-sigmoid",
-        "cropped",
-        "short",
-    ],
-)
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("style", ["completion", "harness"])
 def test_batched_scores_equal_plain_ones(fields, style, write):
     model, path = make_model(**fields), write(make_examples(21))
@@ -132,9 +121,8 @@ def test_losses_against_hugging_face_in_double_precision(tmp_path, write):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=90, vocab_size=300)
-    ).eval()
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=90, vocab_size=300)
+    theirs = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.mul_(4)
@@ -168,9 +156,8 @@ def test_accuracies_and_standard_errors(write):
     lengths = torch.tensor([[len((" " + e).encode()) for e in x["endings"]] for x in examples])
     characters = torch.tensor([[len(e) for e in x["endings"]] for x in examples])
     hits = [int(a == b) for a, b in zip(result.losses.argmin(1).tolist(), labels, strict=True)]
-    hits_norm = [
-        int(a == b) for a, b in zip((result.losses / lengths).argmin(1).tolist(), labels, strict=True)
-    ]
+    normed = (result.losses / lengths).argmin(1).tolist()
+    hits_norm = [int(a == b) for a, b in zip(normed, labels, strict=True)]
     assert (result.acc, result.acc_norm) == (sum(hits) / 17, sum(hits_norm) / 17)
     assert result.acc_stderr == pytest.approx(statistics.stdev(hits) / 17**0.5)
     assert result.acc_norm_stderr == pytest.approx(statistics.stdev(hits_norm) / 17**0.5)
@@ -190,14 +177,11 @@ def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write)
 
 def test_encoding_and_arguments_are_checked(write):
     model, path = make_model(), write(make_examples(2))
-    for fields, message in [
-        (dict(limit=0), "limit=0"),
-        (dict(tokens_per_batch=0), "tokens_per_batch=0"),
-        (dict(style="letters"), "style='letters'"),
-        (dict(world_size=2), "torchrun"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            evaluate(model, path, **fields)
+    for field, value in dict(limit=0, tokens_per_batch=0, style="letters").items():
+        with pytest.raises(ValueError, match=f"{field}={value!r}"):
+            evaluate(model, path, **{field: value})
+    with pytest.raises(ValueError, match="torchrun"):
+        evaluate(model, path, world_size=2)
     with pytest.raises(ValueError, match="encoding='bytes' has 256 ids, the model only vocab_size=200"):
         evaluate(make_model(vocab_size=200), path)
 
@@ -229,7 +213,7 @@ def test_modes_and_router_statistics_are_left_as_they_were(write, monkeypatch):
     assert not model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "block.compile()"])
+@pytest.mark.parametrize("how", ["block.compile()", *slow("torch.compile(model)", "model.compile()")])
 def test_a_compiled_model_builds_no_further_graph(how, write):
     torch._dynamo.reset()
     model = make_model(use_moe=True)
@@ -273,9 +257,8 @@ def test_ranks_share_the_questions_and_run_equally_many_forwards(world_size, wri
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
     for rank in range(world_size):
         seen = []
-        handle = model.transformer.wte.register_forward_hook(
-            lambda m, args, out, s=seen: s.append(out.size(1))
-        )
+        note = lambda m, args, out, seen=seen: seen.append(out.size(1))  # noqa: E731
+        handle = model.transformer.wte.register_forward_hook(note)
         hellaswag.score_batched(model, questions, 160, rank, world_size)
         handle.remove()
         shapes.append(seen)
@@ -346,22 +329,15 @@ def test_render_example_is_build_nanogpts(gpt2_encoding):
 @pytest.mark.parametrize(
     ("fields", "context", "endings"),
     [
-        (
-            dict(
-                ctx_a="He sits on a ROOF.", ctx_b="then HE", endings=[" jumps ", "[step] runs", "a  b", "[x]"]
-            ),
-            "Roofing: He sits on a ROOF. Then he",
-            [" jumps", "  runs", " a b", " "],
-        ),
-        (
-            dict(ctx_a="[header] How to sit [title] Find a roof. [step] Climb. [substeps]", ctx_b=""),
-            "Roofing: How to sit. Find a roof. Climb.",
-            ["  a", "  b", "  c", "  d"],  # the space before [substeps] is counted to the endings
-        ),
+        (dict(ctx_a="He sits on a ROOF.", ctx_b="then HE", endings=[" jumps ", "[step] runs", "a  b", "[x]"]),
+         "Roofing: He sits on a ROOF. Then he", [" jumps", "  runs", " a b", " "]),
+        (dict(ctx_a="[header] How to sit [title] Find a roof. [step] Climb. [substeps]", ctx_b=""),
+         "Roofing: How to sit. Find a roof. Climb.",
+         ["  a", "  b", "  c", "  d"]),  # the space before [substeps] is counted to the endings
         (dict(ctx="no parts [x]here. he"), "Roofing: no parts here. he", [" a", " b", " c", " d"]),
     ],
     ids=["capitalised", "wikihow", "joined"],
-)
+)  # fmt: skip
 def test_harness_style_by_hand(fields, context, endings):
     """Worked out by hand from lm-evaluation-harness's process_docs and _encode_pair."""
     example = dict(ctx="unused", activity_label="Roofing", label=0, endings=["a", "b", "c", "d"]) | fields
@@ -444,29 +420,18 @@ VALUES = st.recursive(
 )
 FIELDS = st.sampled_from(["ctx", "label", "endings", "activity_label", "ctx_a", "ctx_b"])
 TEXTS = st.text(st.characters(codec="utf-8"))
+FOUR_TEXTS = st.lists(TEXTS, min_size=4, max_size=4)
 NEARLY = st.fixed_dictionaries(
-    dict(
-        ctx=TEXTS,
-        label=st.integers(0, 4),
-        endings=st.lists(TEXTS, min_size=4, max_size=4),
-        activity_label=TEXTS,
-    ),
+    dict(ctx=TEXTS, label=st.integers(0, 4), endings=FOUR_TEXTS, activity_label=TEXTS),
     optional=dict(ctx_a=TEXTS, ctx_b=TEXTS),
 )
-LINES = st.binary(max_size=60) | st.builds(
-    lambda example, change: json.dumps(example | change).encode(),
-    NEARLY,
-    st.dictionaries(FIELDS, VALUES, max_size=2),
-)
+CHANGE = st.dictionaries(FIELDS, VALUES, max_size=2)
+LINES = st.binary(max_size=60) | st.builds(lambda x, y: json.dumps(x | y).encode(), NEARLY, CHANGE)
 
 
-@settings(max_examples=200)
-@given(
-    lines=st.lists(LINES, max_size=3),
-    style=st.sampled_from(["completion", "harness"]),
-    block=st.integers(1, 80),
-)
-def test_any_file_is_read_or_refused(lines, style, block, write):
+@settings(max_examples=100)
+@given(st.lists(LINES, max_size=3), st.sampled_from(["completion", "harness"]), st.integers(1, 80))
+def test_any_file_is_read_or_refused(write, lines, style, block):
     """Random bytes and nearly right questions: rows that fit, or a ValueError with file and line."""
     path = write(lines)
     try:
@@ -498,9 +463,8 @@ def server(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hellaswag_files.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(hellaswag_files, "DATA_DIR", tmp_path / "hellaswag")
-    monkeypatch.setattr(
-        hellaswag_files, "HELLASWAG_FILES", {"val": (len(content), hashlib.sha256(content).hexdigest())}
-    )
+    known = {"val": (len(content), hashlib.sha256(content).hexdigest())}
+    monkeypatch.setattr(hellaswag_files, "HELLASWAG_FILES", known)
     return state
 
 
@@ -557,8 +521,7 @@ def test_script(tmp_path, write, capsys, monkeypatch):
     assert f"{tmp_path / 'missing'}: no such file or folder (`ls -d log/model_*`" in error
     assert error.count("\n") == 1
     for source, data in (("missing.pt", path), ("exported", "missing"), ("exported", write([b"{"], "bad"))):
-        assert (
-            hellaswag.main(["--model", str(tmp_path / source), "--data", str(data), "--device", "cpu"]) == 2
-        )
+        command = ["--model", str(tmp_path / source), "--data", str(data), "--device", "cpu"]
+        assert hellaswag.main(command) == 2
         error = capsys.readouterr().err
         assert "hellaswag.py: " in error and ("missing" in error or "bad, line 1" in error)

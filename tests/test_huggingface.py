@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, shared_file
-from processes import flags, write_data
+from models import strong, tiny, tokens
+from processes import flags
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, StaticCache
 
@@ -40,27 +41,6 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def tiny(**fields) -> GPTConfig:
-    defaults = dict(
-        n_layer=2, n_head=4, n_embd=64, vocab_size=97, block_size=24, num_experts=4, num_experts_per_tok=2
-    )
-    return GPTConfig(**defaults | fields)
-
-
-def strong(model, std=0.2, seed=0):
-    """The model with weights so large that every token depends on all before it; norms around one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise + 1 if "ln_" in name and name.endswith("weight") else noise)
-    return model.eval()
-
-
-def tokens(B=3, T=5, V=97, seed=0):
-    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
 def greedy_by_hand(model, ids, new):
     """nanoGPT's loop: the whole text, cropped to block_size, through the model for every token."""
     with torch.no_grad():
@@ -80,7 +60,7 @@ def model(request):
 
 
 def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
-    ids = tokens()
+    ids = tokens(T=5)
     expected = greedy_by_hand(model, ids, 30)  # 35 tokens, block_size is 24
     assert len(expected[:, 5:].unique()) > 8  # no stuck loop that any fault would repeat as well
     for cache in (dict(use_cache=True), dict(use_cache=False)):
@@ -89,13 +69,12 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
     base.load_state_dict(model.state_dict())
     assert torch.equal(base.generate(ids, max_new_tokens=30, do_sample=False), expected)
     long = tokens(T=40, seed=1)  # a prompt that is too long from the start
-    assert torch.equal(
-        model.generate(long, max_new_tokens=4, do_sample=False), greedy_by_hand(model, long, 4)
-    )
+    four = model.generate(long, max_new_tokens=4, do_sample=False)
+    assert torch.equal(four, greedy_by_hand(model, long, 4))
 
 
 def test_static_cache(model):
-    ids = tokens()
+    ids = tokens(T=5)
     expected = greedy_by_hand(model, ids, 16)
     found = model.generate(ids, max_new_tokens=16, do_sample=False, cache_implementation="static")
     assert torch.equal(found, expected)
@@ -106,7 +85,7 @@ def test_static_cache(model):
 
 
 def test_beams_and_seeded_samples_do_not_depend_on_the_cache(model):
-    ids = tokens(B=2)
+    ids = tokens(B=2, T=5)
     for how in (dict(num_beams=3, do_sample=False), dict(do_sample=True, top_k=20, temperature=0.8)):
         results = []
         for use_cache in (True, False):
@@ -123,19 +102,11 @@ def test_a_left_padded_batch_equals_its_rows(model, cache):
     ids, mask = torch.full((3, 12), 9), torch.zeros(3, 12, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, -row.size(1) :], mask[i, -row.size(1) :] = row, 1
-    batch = model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=9, **cache
-    )
+    how = dict(max_new_tokens=new, do_sample=False, pad_token_id=9, **cache)
+    batch = model.generate(ids, attention_mask=mask, **how)
     for i, row in enumerate(rows):
         alone = greedy_by_hand(model, row, new)
         assert torch.equal(batch[i, 12:], alone[0, row.size(1) :])
-
-
-def test_generation_from_embeddings():
-    model = strong(GPTLMHeadModel(tiny()))
-    ids = tokens()
-    found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=8, do_sample=False)
-    assert torch.equal(found, greedy_by_hand(model, ids, 8)[:, 5:])
 
 
 def test_what_cannot_be_cropped_must_not_outgrow_block_size(model):
@@ -158,15 +129,14 @@ def test_stop_strings():
     how = dict(do_sample=False, pad_token_id=0)
     whole = model.generate("ab", max_new_tokens=30, **how)
     stop = next(character for character in whole[6:] if character.isascii() and character.isprintable())
-    found = model.generate(
-        "ab", max_new_tokens=30, stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64), **how
-    )
+    how |= dict(stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64))
+    found = model.generate("ab", max_new_tokens=30, **how)
     assert found == whole[: whole.index(stop, 2) + 1]
 
 
 def test_a_forward_bound_from_outside_is_no_obstacle():
     """accelerate binds a model's forward anew, for bf16 or offloaded weights."""
-    ids, base = tokens(), strong(GPT(tiny()))
+    ids, base = tokens(T=5), strong(GPT(tiny()))
     expected = base.generate(ids, max_new_tokens=6, do_sample=False)
     bound = base.forward
     base.forward = lambda *args, **kwargs: bound(*args, **kwargs)
@@ -183,7 +153,7 @@ def test_generation_leaves_no_trace_in_training():
         for seed in range(2):
             _, loss = model(tokens(T=24, seed=seed), targets=tokens(T=24, seed=seed + 1))
             if generates:
-                model.generate(tokens(), max_new_tokens=3, do_sample=False)
+                model.generate(tokens(T=5), max_new_tokens=3, do_sample=False)
                 assert model.training
         model.update_routers()
         losses.append((loss.item(), torch.stack([moe.get_usage_counts() for moe in model.moe_layers()])))
@@ -196,18 +166,18 @@ def test_generation_leaves_every_part_in_its_mode():
     model.transformer.h[0].eval()
     model.transformer.h[0].mlp.dropout.train()
     modes = {name: module.training for name, module in model.named_modules()}
-    model.generate(tokens(), max_new_tokens=2)
+    model.generate(tokens(T=5), max_new_tokens=2)
     assert {name: module.training for name, module in model.named_modules()} == modes
     with pytest.raises(ValueError, match="gives token 122, but vocab_size=97"):  # and after an error
         model.generate("z")
     assert {name: module.training for name, module in model.named_modules()} == modes
-    model.eval().generate(tokens(), max_new_tokens=2)
+    model.eval().generate(tokens(T=5), max_new_tokens=2)
     assert not any(module.training for module in model.modules())
 
 
 def test_ids_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
     model = strong(GPTLMHeadModel(tiny(encoding_size=60)))
-    ids = tokens(V=60)
+    ids = tokens(V=60, T=5)
     assert greedy_by_hand(model, ids, 18).max() >= 60
     torch.manual_seed(0)
     assert model.generate(ids, max_new_tokens=30, do_sample=True).max() < 60
@@ -221,9 +191,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_generated(tmp_path):
 
 
 def test_text_in_text_out():
-    model = strong(
-        GPTLMHeadModel(tiny(vocab_size=384, encoding="bytes", encoding_size=257, bos_token_id=256))
-    )
+    config = tiny(vocab_size=384, encoding="bytes", encoding_size=257, bos_token_id=256)
+    model = strong(GPTLMHeadModel(config))
     prompt = "Hello, I'm a language model,"
     text = model.generate(prompt, max_length=50, do_sample=False)
     ids = greedy_by_hand_suppressed(model, list(prompt.encode()), 50)
@@ -303,16 +272,8 @@ def test_gpt2_tokenizer_is_tiktokens(gpt2_encoding, tmp_path):
     assert found == original.strip().split("\n")[1:]
 
 
-def test_an_encoding_that_nobody_knows_is_named():
-    pytest.importorskip("tiktoken")
-    with pytest.raises(ValueError, match=r"encoding='unknown' is unknown.*config\.json"):
-        GPTLMHeadModel(tiny(encoding="unknown")).generate("Hi")
-
-
 def test_other_encodings_have_no_tokenizer_files():
-    with pytest.raises(
-        ValueError, match="encoding='cl100k_base': tokenizer files can be written for bytes, gpt2"
-    ):
+    with pytest.raises(ValueError, match=r"encoding='cl100k_base': .*for bytes, gpt2"):
         build_tokenizer("cl100k_base", 64)
 
 
@@ -321,9 +282,8 @@ def test_other_encodings_have_no_tokenizer_files():
 
 
 def stock_gpt2(seed=0, **fields) -> GPT2LMHeadModel:
-    config = dict(
-        n_layer=2, n_head=4, n_embd=64, vocab_size=97, n_positions=24, bos_token_id=0, eos_token_id=1
-    )
+    config = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=97, n_positions=24)
+    config |= dict(bos_token_id=0, eos_token_id=1)
     return strong(GPT2LMHeadModel(GPT2Config(**config | fields)), seed=seed)
 
 
@@ -356,7 +316,7 @@ def test_gpt2_folders_load(files, tmp_path):
     assert ours.lm_head.weight is ours.transformer.wte.weight
     assert all(p.device.type == "cpu" and p.requires_grad for p in ours.parameters())
     greedy = dict(max_new_tokens=12, do_sample=False)
-    assert torch.equal(ours.generate(tokens(), **greedy), theirs.generate(tokens(), **greedy))
+    assert torch.equal(ours.generate(tokens(T=5), **greedy), theirs.generate(tokens(T=5), **greedy))
 
 
 @pytest.mark.parametrize(
@@ -406,12 +366,11 @@ def test_precision_and_loading_information_are_passed_on(tmp_path):
     stock_gpt2().save_pretrained(tmp_path / "theirs")
     strong(GPTLMHeadModel(tiny())).save_pretrained(tmp_path / "ours")
     for folder in ("theirs", "ours"):
-        model, info = GPTLMHeadModel.from_pretrained(
-            tmp_path / folder, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
-        )
+        how = dict(dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True)
+        model, info = GPTLMHeadModel.from_pretrained(tmp_path / folder, **how)
         assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert model(tokens()).logits.isfinite().all()
+        assert model(tokens(T=5)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -448,10 +407,8 @@ def test_our_folders_load_what_was_saved(name, tmp_path):
 def test_a_folder_of_another_architecture_is_refused(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="models of type 'qwen2' cannot be read, only gpt_moe, gpt2, llama"):
         GPTLMHeadModel.from_pretrained(tmp_path)
 
@@ -581,7 +538,7 @@ def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding
         assert there["text"] == there["string"] == expected[0] != prompts[0]
         assert there["batch"] == expected
     again = GPTLMHeadModel.from_pretrained(tmp_path / "saved again")
-    assert torch.equal(again(tokens(V=257)).logits, saved(tokens(V=257)).logits)
+    assert torch.equal(again(tokens(V=257, T=5)).logits, saved(tokens(V=257, T=5)).logits)
 
 
 def test_code_is_exported_flat_and_again(tmp_path):
@@ -625,18 +582,17 @@ with torch.no_grad():
 """
 
 
-def test_checkpoints_and_folders_of_before_the_redesign_load(tmp_path):
+@pytest.mark.slow
+def test_checkpoints_and_folders_of_before_the_redesign_load(data, tmp_path):
     archive = ["git", "archive", "-o", str(tmp_path / "before.tar"), BEFORE_THE_REDESIGN]
     if subprocess.run(archive, cwd=ROOT, capture_output=True).returncode != 0:
         pytest.skip(f"git has no revision {BEFORE_THE_REDESIGN} here")
     shutil.unpack_archive(tmp_path / "before.tar", tmp_path / "before")
     shape = ["--max_steps", 3, "--num_experts", 4, "--num_shared_experts", 1, "--qk_norm", "True"]
-    arguments = flags(write_data(tmp_path / "data"), tmp_path / "log", *shape)
+    arguments = flags(data, tmp_path / "log", *shape)
     run_elsewhere(BEFORE, [tmp_path / "before", tmp_path, *arguments], tmp_path)
-    for model in (
-        load_model(tmp_path / "log" / "model_00003.pt"),
-        GPTLMHeadModel.from_pretrained(tmp_path / "folder"),
-    ):
+    exported = GPTLMHeadModel.from_pretrained(tmp_path / "folder")
+    for model in (load_model(tmp_path / "log" / "model_00003.pt"), exported):
         assert model.config.num_experts == 4
         with torch.no_grad():
             logits = model.eval()(torch.arange(30)[None]).logits
@@ -654,7 +610,7 @@ def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypat
         places = (f"layers.{name}", f"{package}.{name}")
         mine, other = (getattr(sys.modules[place], operator) for place in places)
         assert mine._opoverload.name() != other._opoverload.name()
-    ids, losses = tokens(V=256), []
+    ids, losses = tokens(V=256, T=5), []
     for model in (ours, theirs, ours):
         model.loss_chunk = 2
         loss = model(ids, labels=ids).loss
@@ -677,7 +633,7 @@ def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     again = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert all(moe.get_usage_counts().sum() == 0 for moe in again.moe_layers())
-    assert torch.equal(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
+    assert torch.equal(again.eval()(tokens(T=5)).logits, model.eval()(tokens(T=5)).logits)
     export_folder(model, tmp_path / "bare", tokenizer=False, max_shard_size="100KB")
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     assert (tmp_path / "bare" / "model.safetensors.index.json").exists()
@@ -694,9 +650,8 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
     assert os.listdir(folder.parent) == ["out"]  # nothing temporary stays
 
     with monkeypatch.context() as patch:  # a disk that fills up at the last file
-        patch.setattr(
-            export.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
-        )
+        full = lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))  # noqa: E731
+        patch.setattr(export.json, "dumps", full)
         with pytest.raises(OSError, match="No space left"):
             export_folder(model, folder)
     with monkeypatch.context() as patch:  # a rename that fails
@@ -744,10 +699,8 @@ def test_dense_models_become_stock_gpt2(fields, tmp_path, caplog):
         back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
         assert (back(ids).logits - expected).abs().max() < 1e-5
     tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path / "out")
-    text = tokenizer.decode(
-        theirs.generate(**tokenizer("Oh", return_tensors="pt"), max_new_tokens=9, do_sample=False)[0]
-    )
-    assert text == model.generate("Oh", max_new_tokens=9, do_sample=False)
+    ids = theirs.generate(**tokenizer("Oh", return_tensors="pt"), max_new_tokens=9, do_sample=False)
+    assert tokenizer.decode(ids[0]) == model.generate("Oh", max_new_tokens=9, do_sample=False)
 
 
 def test_a_vocabulary_without_padding_is_exported_whole(tmp_path, caplog):
@@ -755,7 +708,7 @@ def test_a_vocabulary_without_padding_is_exported_whole(tmp_path, caplog):
     export_folder(model, tmp_path, format="gpt2", tokenizer=False)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
     assert not caplog.text
-    assert (theirs(tokens()).logits - model(tokens()).logits).abs().max() < 1e-5
+    assert (theirs(tokens(T=5)).logits - model(tokens(T=5)).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

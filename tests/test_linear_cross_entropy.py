@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import needs_compiler
-from test_model import strong, tiny, tokens
+from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes
 from layers.linear_cross_entropy import BUFFER_BYTES, linear_cross_entropy, log_softmax_, rows_per_chunk

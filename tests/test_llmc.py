@@ -220,12 +220,6 @@ def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     assert not (tmp_path / "out").exists()
 
 
-def test_sizes_written_out_are_accepted():
-    """What GPT-2 has may also be said: heads, hidden sizes; beside a dense one the experts' is not used."""
-    said = GPTConfig(**GPT2, n_kv_head=2, mlp_hidden_size=64, expert_hidden_size=32, dropout=0.1)
-    assert llmc.sizes_of(said) == llmc.sizes_of(GPTConfig(**GPT2))
-
-
 def test_a_dtype_llmc_lacks(model, tmp_path):
     with pytest.raises(ValueError, match=r"dtype='float16'.*float32 or bfloat16"):
         llmc.write_model(model, tmp_path / "m.bin", "float16")
@@ -429,18 +423,6 @@ def test_damaged_tokenizers_are_refused(tmp_path):
         path.write_bytes(contents)
         with pytest.raises(ValueError, match=r"t\.bin: damaged"):
             llmc.read_tokenizer(path)
-
-
-def test_shards_as_llmc_writes_them(tmp_path):
-    """llm.c's data scripts: 256 int32 with 20240520, 1 and the count, then uint16; same bytes both ways."""
-    tokens = np.random.default_rng(0).integers(0, 50257, 1000).astype(np.uint16)
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    theirs, ours = tmp_path / "tiny_shakespeare_val.bin", tmp_path / "ours.bin"
-    theirs.write_bytes(header.tobytes() + tokens.tobytes())
-    np.testing.assert_array_equal(shards.read_shard(theirs), tokens)
-    shards.write_shard(ours, tokens)
-    assert ours.read_bytes() == theirs.read_bytes()
 
 
 # --- sets of files, command line ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_llmc_flags.py
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -62,29 +63,20 @@ def run(*flags: str) -> int:
 
 
 def common(gpt2: str, shard: str, folder) -> list:
-    flags = [
-        "--preset",
-        "llmc",
-        "--init_from",
-        gpt2,
-        "--block_size",
-        64,
-        "--input_bin",
-        shard,
-        "--device",
-        "cpu",
-    ]
+    flags = [*"--preset llmc --block_size 64 --device cpu --init_from".split(), gpt2, "--input_bin", shard]
+    flags += ["--output_dir", folder, "--batch_size", B, "--sequence_length", T]
     flags += [
-        "--output_dir",
-        folder,
-        "--batch_size",
-        B,
-        "--sequence_length",
-        T,
         "--total_batch_size",
         2 * B * T,
+        "--num_iterations",
+        STEPS,
+        "--learning_rate",
+        RATE,
+        "--tensorboard",
+        0,
+        "--plot",
+        0,
     ]
-    flags += ["--num_iterations", STEPS, "--learning_rate", RATE, "--tensorboard", 0, "--plot", 0]
     return flags
 
 
@@ -93,11 +85,8 @@ def reference(gpt2: str, shard: str, single_batch: bool) -> list[float]:
     model = GPT2LMHeadModel.from_pretrained(gpt2).train()
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
-        lr=RATE,
-        betas=(0.9, 0.95),
-    )
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
     tokens = torch.from_numpy(np.fromfile(shard, dtype=np.uint16)[512:].astype(np.int64))
     position, found = 0, []
     for step in range(STEPS):
@@ -138,14 +127,11 @@ def reference_validation(model, shards: list[Path], batches: int, ranks: int = 1
 
 
 def logged(folder, kind: str) -> list[float]:
-    return [
-        float(x)
-        for x in re.findall(rf"^s:\d+ {kind}:(\S+)$", (folder / "main.log").read_text(), re.MULTILINE)
-    ]
+    found = re.findall(rf"^s:\d+ {kind}:(\S+)$", (folder / "main.log").read_text(), re.MULTILINE)
+    return [float(number) for number in found]
 
 
-@pytest.mark.parametrize("single_batch", [1, 0])
-@pytest.mark.parametrize("flash", [1, 0])
+@pytest.mark.parametrize(("single_batch", "flash"), [(1, 1), (0, 0)])
 def test_losses_are_those_of_its_loop(gpt2, shard, tmp_path, single_batch, flash):
     flags = ["--overfit_single_batch", single_batch, "--flash", flash, "--write_tensors", 0]
     flags += ["--weight_decay", 0.1, "--learning_rate_decay_frac", 0.5]
@@ -256,10 +242,9 @@ def test_without_tiktokens_files_nothing_is_written(gpt2, shard, tmp_path, monke
 def test_files_and_what_is_printed(gpt2, shard, tmp_path, gpt2_encoding, capsys):
     flags = ["--write_tensors", 1, "--c_names", 1, "--input_val_bin", shard, "--val_loss_every", 3]
     assert run(*common(gpt2, shard, tmp_path), *flags, "--val_max_steps", 2, "--sample_every", 0) == 0
-    names = {path.name for path in tmp_path.glob("*.bin")}
-    assert names == {
-        f"gpt2_{size}{kind}.bin" for size in ("d2", "124M") for kind in ("", "_bf16", "_debug_state")
-    } | {"gpt2_tokenizer.bin"}
+    kinds = itertools.product(("d2", "124M"), ("", "_bf16", "_debug_state"))
+    expected = {f"gpt2_{size}{kind}.bin" for size, kind in kinds} | {"gpt2_tokenizer.bin"}
+    assert {path.name for path in tmp_path.glob("*.bin")} == expected
     # The state: the first batch of the file, and the loss of it that transformers' GPT-2 has.
     state = llmc.read_state(tmp_path / "gpt2_d2_debug_state.bin", tmp_path / "gpt2_d2.bin")
     tokens = np.fromfile(shard, dtype=np.uint16)[512:].astype(np.int64)
@@ -270,10 +255,8 @@ def test_files_and_what_is_printed(gpt2, shard, tmp_path, gpt2_encoding, capsys)
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1 : B * T + 1]))
     assert float(state["loss"]) == pytest.approx(loss.item(), rel=1e-5)
     # and the weights are those the run began with
-    written = llmc.read_model(tmp_path / "gpt2_d2.bin").state_dict()
-    assert torch.equal(
-        written["transformer.h.1.attn.c_proj.weight"], theirs.transformer.h[1].attn.c_proj.weight.t()
-    )
+    written = llmc.read_model(tmp_path / "gpt2_d2.bin").transformer.h[1].attn.c_proj.weight
+    assert torch.equal(written, theirs.transformer.h[1].attn.c_proj.weight.t())
     text = capsys.readouterr().out
     assert re.search(r"^final 5 iters avg: \d+\.\d{3}ms$", text, re.MULTILINE)  # as llm.c, not the first
     assert re.search(r"^peak memory consumption: [1-9]\d* MiB$", text, re.MULTILINE)

@@ -12,36 +12,27 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from processes import TINY
+from processes import flags
 from test_hellaswag import make_examples
 
 import train_gpt_moe
 from model import GPTLMHeadModel
-from tokens.demo import prepare_demo
 from training import evaluation, log
 from training.log import RunLog
 from training.metrics import METRICS, Metric
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("data") / "demo")
-    prepare_demo(folder)
-    return folder
+SAMPLES = ["--sample_every", 8, "--sample_tokens", 8]
 
 
-def run(data: str, folder, *flags) -> int:
-    words = [*TINY, "--data_dir", data, "--log_dir", folder, "--hellaswag", 0, *flags]
-    return train_gpt_moe.main([str(word) for word in words])
+def run(data: str, folder, *more) -> int:
+    return train_gpt_moe.main(flags(data, folder, "--hellaswag", 0, *more))
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
+    """The log folder of a run with everything that can be logged."""
     folder = tmp_path_factory.mktemp("run")
-    assert (
-        run(data, folder, "--tensorboard", 1, "--sample_every", 8, "--sample_tokens", 8, "--plot_every", 6)
-        == 0
-    )
+    assert run(data, folder, *SAMPLES, "--tensorboard", 1, "--plot_every", 6) == 0
     return folder
 
 
@@ -134,7 +125,7 @@ def test_main_log_has_every_line_once_after_a_resume(data, finished, tmp_path, m
 
     monkeypatch.setattr(evaluation, "sample", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path, "--sample_every", 8, "--sample_tokens", 8)
+        run(data, tmp_path, *SAMPLES)
     assert (tmp_path / "main.log").read_text().count("s:7 trl") == 1
     (tmp_path / "main.log").write_text((tmp_path / "main.log").read_text() + "s:8 tr")  # cut by a kill
     monkeypatch.setattr(evaluation, "sample", sample)

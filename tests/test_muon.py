@@ -133,9 +133,8 @@ def test_groups():
     model = build_model(qk_norm=True, tie_word_embeddings=False)
     optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5, expert_lr_mult=2.0)
     where = {p: g for g in optimizer.param_groups for p in g["params"]}
-    assert (
-        sum(len(g["params"]) for g in optimizer.param_groups) == len(where) == len(list(model.parameters()))
-    )
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(where)
+    assert len(where) == len(list(model.parameters()))
     matrix = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "experts.c_fc", "experts.c_proj")
     for name, parameter in model.named_parameters():
         group = where[parameter]
@@ -207,10 +206,9 @@ def test_loss_falls_and_closure_is_called():
 
 def test_refusals():
     model = build_model()
+    adamw = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
     with pytest.raises(ValueError, match=r"groups .* --init_from"):
-        configure_muon(model, **OPTIONS).load_state_dict(
-            model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu").state_dict()
-        )
+        configure_muon(model, **OPTIONS).load_state_dict(adamw.state_dict())
     with pytest.raises(ValueError, match="not for shape"):
         MuonAdamW([dict(params=[torch.nn.Parameter(torch.zeros(3))], method="muon")], lr=1e-2)
     with pytest.raises(ValueError, match="method='sgd'"):

@@ -2,16 +2,17 @@
 
 Run: python -m pytest tests/test_parallel.py
 
-The processes of a test are started once and try one layout after another (main, below).
+The processes of a test are started once and try one layout after another (main, below); four ranks are slow.
 """
 
+import itertools
 import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from processes import finish, flags, metrics, start, start_ranks, wait_for, write_data
+from processes import finish, flags, metrics, start, start_ranks, wait_for
 
 import train_gpt_moe
 from layers.sharding import local
@@ -19,9 +20,8 @@ from training import checkpoints as ckpt
 from training import muon, parallel
 from training.checkpoint_writer import CheckpointWriter
 from training.expert_parallel import AllToAll
-from training.idle_experts import freeze_idle_experts
 from training.optimizers import build_optimizer
-from training.setup import build_model, check_config, place_model
+from training.setup import Run, build_model, check_config, place_model
 
 META = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}
 STEPS, SEQUENCES, T = 5, 8, 16
@@ -48,6 +48,15 @@ LAYOUTS = {
 }
 
 RESTORED = ["ddp", "ddp, zero", "fsdp", "experts", "four: fsdp", "four: fsdp x experts"]
+# A single file, and folders that two and four processes have written.
+SOURCES = [
+    "one process",
+    "fsdp",
+    "experts, fsdp",
+    "four: fsdp",
+    "four: ddp x experts",
+    "four: fsdp x experts",
+]
 
 
 def settings(**more) -> train_gpt_moe.TrainConfig:
@@ -55,8 +64,8 @@ def settings(**more) -> train_gpt_moe.TrainConfig:
         n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position="rope", qk_norm=True, sliding_window=5,
         global_every=2, num_experts=6, num_experts_per_tok=2, num_shared_experts=1,
         expert_hidden_size=24, T=T, B=1, total_batch_size=SEQUENCES * T, router_bias_update_rate=0.01,
-        router_z_loss_coef=1e-3, max_lr=3e-3, min_lr=3e-4, warmup_steps=2, max_steps=STEPS, use_compile=False,
-        device="cpu", **more,
+        router_z_loss_coef=1e-3, max_lr=3e-3, min_lr=3e-4, warmup_steps=2, max_steps=STEPS, grad_clip=0.5,
+        use_compile=False, device="cpu", **more,
     )  # fmt: skip
 
 
@@ -75,43 +84,37 @@ def build(world: parallel.World, micro_steps: int, **more) -> tuple:
     return config, layout, model, parallel.share_optimizer(build_optimizer(config, model), layout)
 
 
-def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict:
-    """Five steps, as train_gpt_moe.py makes them: losses, norms and the weights at both ends.
+class Loader:
+    """In the place of a DistributedDataLoader: this rank's part of each micro-step's eight sequences."""
 
-    What comes out is saved to the folder.
-    """
+    def __init__(self, world: parallel.World, B: int):
+        data = torch.randint(257, (STEPS * SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
+        self.batches = iter(data.split(B)[world.rank :: world.size])
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = next(self.batches)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def load_state_dict(self, state: dict) -> None:
+        assert state == {}
+
+
+def train(world: parallel.World, folder: Path, name: str) -> None:
+    """Five steps. Losses, norms, the weights at both ends and a checkpoint go to the layout's folder."""
+    _, more, micro_steps = LAYOUTS[name]
     config, layout, model, optimizer = build(world, micro_steps, **more)
-    wrapped = parallel.wrap(model, layout, micro_steps)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-4  # else AdamW turns what rounding leaves of a zero gradient into steps
     begin = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    run = Run(config, layout, model, optimizer, Loader(world, config.B), micro_steps)
     model.update_routers()
-    data = torch.randint(257, (STEPS, SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
-    losses, norms = [], []
-    for step in range(STEPS):
-        parts = torch.zeros(3)
-        for micro_step in range(micro_steps):
-            first = (micro_step * world.size + world.rank) * config.B
-            tokens = data[step, first : first + config.B]
-            parallel.sync_gradients(wrapped, micro_step == micro_steps - 1)
-            output = wrapped(tokens[:, :-1], targets=tokens[:, 1:], return_dict=True)
-            (output.loss / micro_steps).backward()
-            parts += torch.stack([output.cross_entropy, output.balance_loss, output.z_loss]).detach()
-        parallel.finish_gradients(model, layout)
-        norm = parallel.gradient_norm(model, layout)
-        parallel.clip_gradients(model, 0.5, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (step + 1) / STEPS * group["lr_mult"]
-            group["eps"] = 1e-4  # else AdamW turns what rounding leaves of a zero gradient into steps
-        model.update_routers()
-        with freeze_idle_experts(model.moe_layers(), optimizer) as idle:
-            optimizer.step()
-        assert idle == 1
-        optimizer.zero_grad(set_to_none=True)
-        losses.append((world.sum(parts) / world.size / micro_steps).tolist())
-        norms.append(norm.item())
+    records = [train_gpt_moe.train_step(run, step) for step in range(STEPS)]
+    losses = [[record[part] for part in ("loss", "balance_loss", "z_loss")] for record in records]
+    norms = [record["norm"] for record in records]
     end = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     held = sum(local(p).numel() for p in model.parameters())
-    folder.mkdir(exist_ok=True)
-    writer = CheckpointWriter(folder, say=str, rank=world.rank, savers=layout.savers)
+    (folder / name).mkdir(exist_ok=True)
+    writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
     rest = dict(step=STEPS, config=model.config.to_dict(), loader={}, rng=torch.get_rng_state())
     if world.is_master or layout.saves_together:
@@ -123,7 +126,9 @@ def train(world: parallel.World, folder: Path, micro_steps: int, **more) -> dict
             for value in values.values():
                 local(value).zero_()
     assert writer.wait() is None, writer.error
-    return {"losses": losses, "norms": norms, "begin": begin, "end": end, "held": held}
+    result = {"losses": losses, "norms": norms, "begin": begin, "end": end, "held": held}
+    if world.is_master:
+        torch.save(result, folder / name / "result")
 
 
 def order_of_work(world: parallel.World) -> list[str]:
@@ -146,17 +151,10 @@ def order_of_work(world: parallel.World) -> list[str]:
     return events
 
 
-class NoLoader:
-    """In the place of a DistributedDataLoader."""
-
-    def load_state_dict(self, state: dict) -> None:
-        assert state == {}
-
-
 def restore(world: parallel.World, path: Path, **more) -> dict:
     """What a checkpoint becomes in this layout: weights, buffers and moments, put together again."""
     _, layout, model, optimizer = build(world, 1, **more)
-    ckpt.restore(ckpt.load_checkpoint(path, whole=False), model, optimizer, NoLoader())
+    ckpt.restore(ckpt.load_checkpoint(path, whole=False), model, optimizer, Loader(world, 1))
     state = {f"model.{name}": whole(tensor) for name, tensor in model.state_dict().items()}
     for number, values in parallel.optimizer_state(optimizer, layout).get("state", {}).items():
         state |= {f"optimizer.{number}.{name}": whole(value) for name, value in values.items()}
@@ -178,50 +176,82 @@ def main(arguments: list[str]) -> int:
     world, folder = parallel.start("cpu"), Path(arguments[0])
     muon.has_fast_bf16 = lambda device_type: False  # its rounding would hide what is wrong
     mine = [name for name, (size, *_) in LAYOUTS.items() if size == world.size and name != "one process"]
-    results = {name: train(world, folder / name, LAYOUTS[name][2], **LAYOUTS[name][1]) for name in mine}
+    for name in mine:
+        if not (folder / name).exists():
+            world.barrier()
+            train(world, folder, name)
+    if world.size == 2:
+        torch.save(order_of_work(world), folder / f"events of {world.rank}")
     world.barrier()  # rank 0 has given the last folder its name: all sources are there
-    for name, result in results.items():
-        if name in RESTORED:
-            result["restored"] = [restore(world, source, **LAYOUTS[name][1]) for source in sources(folder)]
-        if name == "experts":
-            result["events"] = order_of_work(world)
+    work = [
+        (name, source)
+        for name in mine
+        if name in RESTORED
+        for source in SOURCES
+        if (folder / source).exists()
+    ]
+    work = [(name, source) for name, source in work if not (folder / name / f"from {source}").exists()]
+    world.barrier()
+    for name, source in work:
+        state = restore(world, ckpt.list_checkpoints(folder / source)[0], **LAYOUTS[name][1])
         if world.is_master:
-            torch.save(result, folder / name / "result")
+            torch.save(state, folder / name / f"from {source}")
     parallel.stop()
     return 0
 
 
-def sources(folder: Path) -> list[Path]:
-    """A single file, and folders that four processes have written in three layouts."""
-    names = ["one process", "four: fsdp", "four: ddp x experts", "four: fsdp x experts"]
-    return [ckpt.list_checkpoints(folder / name)[0] for name in names]
+def launch(folder: Path, size: int) -> None:
+    """So many processes do what there is to do in the folder."""
+    ranks = start_ranks(size, [folder], folder / f"output of {size}", script="test_parallel")
+    assert [finish(rank) for rank in ranks] == [0] * size, (folder / f"output of {size}").read_text()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What every layout has come to, and its checkpoint, in a folder of its name."""
+    """What the layouts of one and two processes have come to, their checkpoints, and what became of these."""
     folder = tmp_path_factory.mktemp("layouts")
-    result = train(parallel.World(0, 0, 1, torch.device("cpu")), folder / "one process", 1)
-    torch.save(result, folder / "one process" / "result")
-    for size in (1, 4, 2):
-        ranks = start_ranks(size, [folder], folder / f"output of {size}", script="test_parallel")
-        codes = [finish(rank) for rank in ranks]
-        assert codes == [0] * size, (folder / f"output of {size}").read_text()
+    train(parallel.World(0, 0, 1, torch.device("cpu")), folder, "one process")
+    launch(folder, 1)
+    launch(folder, 2)
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if not name.startswith("one process")] + ["one process, fsdp"]
-)
-def test_layouts_train_the_same_model(folder, name):
+@pytest.fixture(scope="module")
+def four(folder) -> Path:
+    """The same folder with the layouts of four processes."""
+    launch(folder, 4)
+    launch(folder, 2)  # which restore what four have saved
+    return folder
+
+
+def layouts(*names) -> list:
+    """Test parameters; those that need four processes are slow."""
+    return [pytest.param(*n, marks=[pytest.mark.slow] * ("four" in str(n))) for n in names]
+
+
+@pytest.fixture
+def place(request, name) -> Path:
+    """The folder, with four processes' layouts where the test's parameters name any."""
+    return request.getfixturevalue("four" if "four" in request.node.name else "folder")
+
+
+def result(folder: Path, name: str) -> dict:
+    return torch.load(folder / name / "result")
+
+
+def single(name: str) -> str:
+    """What a layout is compared with."""
+    return "one process, muon" if "muon" in name else "one process"
+
+
+@pytest.mark.parametrize("name", layouts(*([name] for name in LAYOUTS if name != single(name))))
+def test_layouts_train_the_same_model(place, name):
     """Losses, balance losses, gradient norms (which are clipped), weights, router biases and counts."""
-    one = torch.load(folder / ("one process, muon" if "muon" in name else "one process") / "result")
-    many = torch.load(folder / name / "result")
+    one, many = result(place, single(name)), result(place, name)
     for key, value in one["begin"].items():
         assert torch.equal(many["begin"][key], value), key
-    torch.testing.assert_close(
-        torch.tensor(many["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-6
-    )
+    losses = (torch.tensor(each["losses"]) for each in (many, one))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     rounding = 1e-4 if "muon" in name else 1e-5  # its iterations multiply it
     assert many["norms"] == pytest.approx(one["norms"], rel=rounding) and min(one["norms"]) > 0.5
     for key, value in one["end"].items():
@@ -230,34 +260,30 @@ def test_layouts_train_the_same_model(folder, name):
             assert error < rounding, f"{key}: {error}"
         else:
             torch.testing.assert_close(many["end"][key], value, rtol=1e-5, atol=20)
+    idle = "transformer.h.0.mlp.experts.c_fc"
+    assert torch.equal(many["end"][idle][IDLE], one["begin"][idle][IDLE])
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_a_checkpoint_holds_everything(folder, name):
+@pytest.mark.parametrize("name", layouts(*([name] for name in LAYOUTS)))
+def test_a_checkpoint_holds_everything(place, name):
     """Weights and buffers to the bit, though the model went on changing; moments as in one process."""
-    path = ckpt.list_checkpoints(folder / name)[0]
+    path = ckpt.list_checkpoints(place / name)[0]
     assert path.is_dir() == ("fsdp" in name or "experts" in name)
-    saved = ckpt.load_checkpoint(path)
-    end = torch.load(folder / name / "result")["end"]
-    assert saved["model"].keys() == end.keys()
+    saved, one = (ckpt.load_checkpoint(ckpt.list_checkpoints(place / n)[0]) for n in (name, single(name)))
+    end = result(place, name)["end"]
+    assert saved["model"].keys() == end.keys() and saved["config"] == one["config"]
     assert all(torch.equal(saved["model"][key], value) for key, value in end.items())
-    one = ckpt.load_checkpoint(
-        ckpt.list_checkpoints(folder / ("one process, muon" if "muon" in name else "one process"))[0]
-    )
-    assert saved["config"] == one["config"]
     for number, values in one["optimizer"]["state"].items():
-        assert saved["optimizer"]["state"][number].keys() == values.keys()
+        found = saved["optimizer"]["state"][number]
+        assert found.keys() == values.keys()
         for key, value in values.items():
-            torch.testing.assert_close(
-                saved["optimizer"]["state"][number][key], value, rtol=1e-3, atol=1e-4, check_device=False
-            )
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, check_device=False)
 
 
-@pytest.mark.parametrize("source", range(4))
-@pytest.mark.parametrize("name", RESTORED)
-def test_any_layout_reads_what_any_layout_has_saved(folder, name, source):
-    saved = ckpt.load_checkpoint(sources(folder)[source])
-    restored = torch.load(folder / name / "result")["restored"][source]
+@pytest.mark.parametrize(("name", "source"), layouts(*itertools.product(RESTORED, SOURCES)))
+def test_any_layout_reads_what_any_layout_has_saved(place, name, source):
+    saved = ckpt.load_checkpoint(ckpt.list_checkpoints(place / source)[0])
+    restored = torch.load(place / name / f"from {source}")
     numbers = [key for key in restored if key.startswith("optimizer.")]
     assert len(numbers) == sum(len(values) for values in saved["optimizer"]["state"].values())
     for key, value in restored.items():
@@ -271,22 +297,23 @@ def test_any_layout_reads_what_any_layout_has_saved(folder, name, source):
 
 
 def test_shared_experts_work_while_rows_are_under_way(folder):
-    events = torch.load(folder / "experts" / "result")["events"]
     forward = ["start", "shared", "wait", "experts", "start", "wait"]
     backward = ["start", "wait", "experts", "start", "shared", "wait"]
-    assert events == forward + backward
+    assert torch.load(folder / "events of 0") == forward + backward
 
 
-def test_memory_is_divided_up(folder):
+@pytest.mark.parametrize("name", layouts(["ddp"], ["four: fsdp"]))
+def test_memory_is_divided_up(place, name):
     """Numbers of parameters that rank 0 holds."""
-    held = {name: torch.load(folder / name / "result")["held"] for name in LAYOUTS if "one" not in name}
-    all_of_them = torch.load(folder / "one process" / "result")["held"]
+    held = {name: result(place, name)["held"] for name in LAYOUTS if (place / name).exists()}
+    all_of_them = held["one process"]
     experts = 2 * 6 * (2 * 24 * 32 + 24 + 32)
     assert held["ddp"] == held["ddp, zero"] == all_of_them
-    assert held["experts"] == held["four: ddp x experts"] == all_of_them - experts // 2
+    assert held["experts"] == held.get("four: ddp x experts", held["experts"]) == all_of_them - experts // 2
     assert held["fsdp"] == pytest.approx(all_of_them / 2, rel=0.01)
-    # 6 experts on four ranks, 3 on two: a rank has a part of each
-    assert held["four: fsdp"] == held["four: fsdp x experts"] == pytest.approx(all_of_them / 4, rel=0.01)
+    if name != "ddp":  # 6 experts on four ranks, 3 on two: a rank has a part of each
+        quarter = pytest.approx(all_of_them / 4, rel=0.01)
+        assert held["four: fsdp"] == held["four: fsdp x experts"] == quarter
 
 
 @pytest.mark.parametrize(
@@ -322,9 +349,8 @@ def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
         check_config(config, parallel.World(0, 0, size, torch.device("cpu")))
 
 
-def test_a_run_goes_on_in_another_layout(tmp_path):
+def test_a_run_goes_on_in_another_layout(data, tmp_path):
     """Two processes with FSDP and shared experts, then one process from their folder in mid-run."""
-    data = write_data(tmp_path / "data")
     more = ["--dropout", "0", "--infer_step", "6", "--sample_every", "6", "--sample_tokens", "4"]
     both = [*flags(data, tmp_path / "two", *more), "--parallel", "fsdp", "--ep_size", "2"]
     ranks = start_ranks(2, both, tmp_path / "output")
@@ -346,17 +372,17 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")
-def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+def test_no_thread_of_the_process_group_outlives_it(data, tmp_path):
     """One that is about to give a tensor back when the interpreter ends would end the process by SIGABRT."""
-    run = flags(write_data(tmp_path / "data"), tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
+    run = flags(data, tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
     ranks = start_ranks(2, run, tmp_path / "output", script="test_parallel")
     assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
 
 
-def test_a_kill_leaves_whole_folders_and_the_run_goes_on(tmp_path):
+def test_a_kill_leaves_whole_folders_and_the_run_goes_on(data, tmp_path):
     """Two processes save at every step, and are killed; one process takes the newest folder and finishes."""
-    more = ["--dropout", "0", "--checkpoint_every", "1", "--max_steps", "40"]  # killed before the 40th
-    both = flags(write_data(tmp_path / "data"), tmp_path / "log", *more)
+    more = ["--dropout", "0", "--checkpoint_every", "1", "--max_steps", "30"]  # killed before the 30th
+    both = flags(data, tmp_path / "log", *more)
     sharing = ["--parallel", "fsdp", "--keep_last", "2"]
     (tmp_path / "log" / ".model_00009.unfinished").mkdir(parents=True)  # of a run that was killed before
     ranks = start_ranks(2, [*both, *sharing], tmp_path / "output")
@@ -371,4 +397,4 @@ def test_a_kill_leaves_whole_folders_and_the_run_goes_on(tmp_path):
     assert 1 <= len(ckpt.list_checkpoints(tmp_path / "log")) <= 3
     assert not (tmp_path / "log" / ".model_00009.unfinished").exists()
     assert finish(start([*both, "--resume", "auto"], tmp_path / "output")) == 0
-    assert [record["step"] for record in metrics(tmp_path / "log")] == list(range(41))
+    assert [record["step"] for record in metrics(tmp_path / "log")] == list(range(31))

@@ -112,9 +112,8 @@ def test_warnings_name_the_cure():
     config = TrainConfig(B=2, T=64, max_steps=10, total_batch_size=256, use_compile=False, num_experts=4)
     world = SimpleNamespace(size=1)
     table, warnings = preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")
-    assert (
-        "2 micro-steps x B 2 x T 64 x 1 processes" in table and "active per token" in table and not warnings
-    )
+    assert "2 micro-steps x B 2 x T 64 x 1 processes" in table and "active per token" in table
+    assert not warnings
     _, warnings = preflight(config, model, 2, world, num_tokens=500, dtype="float32")
     assert "seen 5.1 times" in warnings[0] and "max_steps" in warnings[0]
     config.overfit_single_batch = True

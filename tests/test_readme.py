@@ -1,7 +1,7 @@
 """README.md and docs/: commands and Python examples run, links lead to files, tables are whole.
 
 Run: python -m pytest tests/test_readme.py
-The everyday suite runs one command of each script; the other commands are marked slow.
+The everyday suite runs one command of each script and module; with -m slow come all the others.
 """
 
 import csv
@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from models import NANOGPT
 from PIL import Image
+from processes import flags as training_flags
 from test_hellaswag import make_examples
-from test_train import TINY
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
@@ -69,27 +70,36 @@ def split(command: str) -> tuple[str, list[str]]:
 
 
 def one_fast_command_each() -> list:
-    """RUN as test parameters: the first command of every script or module is fast, the others are slow."""
+    """RUN as test parameters, all marked slow but the first of each script and module (of bench: train)."""
     seen, parameters = set(), []
     for command in RUN:
-        script = split(command)[0]
-        parameters.append(pytest.param(command, marks=[pytest.mark.slow] if script in seen else []))
-        seen.add(script)
+        script, flags = split(command)
+        slow = script in seen or (script == "bench" and flags[0] != "train")
+        parameters.append(pytest.param(command, marks=[pytest.mark.slow] * slow))
+        seen |= set() if slow else {script}
     return parameters
 
 
 # ---------------------------------------------------------------------------- examples
 
 
-def test_python_examples_run_in_order(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A folder with the demo corpus."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    prepare_demo(str(folder))
+    return folder
+
+
+def test_python_examples_run_in_order(demo, tmp_path, monkeypatch, capsys):
     """All of them, one after the other as a reader would, in a folder that holds what they name.
 
     "gpt2" is a small local GPT-2 here, for lack of a network; GPT-2's ids are taken modulo its vocabulary.
     """
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
     monkeypatch.chdir(tmp_path)
-    prepare_demo("demo")
-    assert train_gpt_moe.main([*TINY, "--data_dir", "demo", "--max_steps", "3", "--B", "16"]) == 0
+    shutil.copytree(demo, "demo")
+    assert train_gpt_moe.main(training_flags("demo", "log", "--max_steps", 3)) == 0
     (tmp_path / "log" / "model_00003.pt").rename("log/model_19073.pt")
     assert checkpoint.main(["export", "log/model_19073.pt", "my_model"]) == 0
     sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=128)
@@ -137,36 +147,16 @@ MORE = {
     "moe_pays": "--steps 2 --seeds 1".split(),
     "scale": "--size d4 --ranks 1,8".split(),
 }
-NANOGPT = """
-import torch, torch.nn.functional as F
-
-class GPTConfig:
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
-
-    def forward(self, idx, targets=None):
-        logits = self.table(idx)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-"""
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(demo, tmp_path_factory):
     """A folder with all that the commands name: data, a finished run, GPT-2, nanoGPT, texts, questions."""
     folder = tmp_path_factory.mktemp("workshop")
-    prepare_demo(str(folder / "data"))
+    shutil.copytree(demo, folder / "data")
     shutil.copy(folder / "data" / "train_000000.bin", folder / "shard.bin")
-    text = "".join(
-        f"{number} {'The quick brown fox jumps over the lazy dog. ' * 40}\n\n" for number in range(60)
-    )
+    line = "The quick brown fox jumps over the lazy dog. " * 40
+    text = "".join(f"{number} {line}\n\n" for number in range(60))
     for name in ("my_text.txt", "tinyshakespeare.txt", "hellaswag.txt"):
         (folder / name).write_text(text)
     for name in ("questions.jsonl", "hellaswag_val.jsonl"):
@@ -281,12 +271,7 @@ def test_the_two_first_commands_are_those_that_are_promised():
     "name", ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
 )
 def test_help_of_every_command_works(name, capsys, monkeypatch):
-    if (ROOT / name).is_dir():
-        assert run_module(name, ["--help"], monkeypatch) == 0
-    else:
-        with pytest.raises(SystemExit) as end:
-            importlib.import_module(name).main(["--help"])
-        assert end.value.code == 0
+    assert run_module(name, ["--help"], monkeypatch) == 0
     assert "usage" in capsys.readouterr().out
 
 

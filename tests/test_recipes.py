@@ -10,43 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from models import NANOGPT
 
 from bench import __main__ as bench
 from bench import recipes
 from model import GPTConfig, GPTLMHeadModel
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, B=4)
-
-# What a checkout of nanoGPT offers, as far as recipes.py uses it; a bigram model.
-NANOGPT = """
-from dataclasses import dataclass
-import torch
-import torch.nn as nn
-from torch.nn import functional as F
-
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    bias: bool
-
-class GPT(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        assert config.bias is False
-        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
-        print("number of parameters")
-
-    def forward(self, idx, targets=None):
-        logits = self.table(idx)
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
-"""
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from processes import (
     STEPS,
     equal,
@@ -31,7 +31,6 @@ from processes import (
     start_ranks,
     wait_for,
     wait_for_text,
-    write_data,
 )  # fmt: skip
 
 import train_gpt_moe
@@ -41,30 +40,21 @@ from training import log as run_log
 from training.log import RunLog
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A folder with shards."""
-    return write_data(tmp_path_factory.mktemp("data") / "bytes")
-
-
-@pytest.fixture(scope="module")
-def straight(data, tmp_path_factory) -> Path:
-    """The undisturbed run."""
-    log_dir = tmp_path_factory.mktemp("straight")
-    assert train_gpt_moe.main(flags(data, log_dir)) == 0
-    return log_dir
+def resume(source, *more) -> int:
+    return train_gpt_moe.main(["--resume", str(source), "--device", "cpu", *map(str, more)])
 
 
 # ---------------------------------------------------------------------------- the same run
 
 
-def test_killed_again_and_again_it_ends_as_if_nothing_had_been(data, tmp_path):
+@pytest.mark.parametrize("most", [1, *slow(5)])
+def test_killed_again_and_again_it_ends_as_if_nothing_had_been(data, tmp_path, most):
     """SIGKILL at random moments, by the number of steps in the log and a random time after that."""
-    chance, steps = random.Random(1), 60  # too many for the moments between three kills
+    chance, steps = random.Random(1), 20 + 8 * most  # too many for the moments between three kills
     undisturbed, log_dir = tmp_path / "undisturbed", tmp_path / "log"
     assert train_gpt_moe.main(flags(data, undisturbed, "--max_steps", steps)) == 0
     output, kills = tmp_path / "out.txt", 0
-    while kills < 5:
+    while kills < most:
         last = ckpt.list_checkpoints(log_dir)
         target = (ckpt.step_of(last[0]) if last else 0) + chance.randint(2, 5)
         process = start(flags(data, log_dir, "--max_steps", steps, "--resume", "auto"), output)
@@ -78,7 +68,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(data, tmp_path):
         kills += 1
         if (log_dir / "latest").exists():  # it is written after the checkpoint it names
             assert (log_dir / (log_dir / "latest").read_text()).exists()
-    assert kills >= 3 and "resumed" in output.read_text()
+    assert kills >= min(most, 3) and "resumed" in output.read_text()
     process = start(flags(data, log_dir, "--max_steps", steps, "--resume", "auto"), output)
     assert finish(process) == 0, output.read_text()
     same_run(undisturbed, log_dir)
@@ -107,9 +97,8 @@ def test_another_number_of_ranks_and_another_B_go_on_in_the_same_stream(straight
     assert train_gpt_moe.main(flags(data, whole, *exact, "--max_steps", 9)) == 0
     parts.mkdir()
     shutil.copy(whole / "model_00003.pt", parts)
-    ranks = start_ranks(
-        2, ["--resume", "auto", "--log_dir", parts, "--B", 2, "--device", "cpu"], tmp_path / "out"
-    )
+    more = ["--resume", "auto", "--log_dir", parts, "--B", 2, "--device", "cpu"]
+    ranks = start_ranks(2, more, tmp_path / "out")
     assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "out").read_text()
     said = (tmp_path / "out").read_text()
     assert "resume: B was 4 and is 2 from step 3 on" in said and "processes were 1 and are 2" in said
@@ -123,6 +112,7 @@ def test_another_number_of_ranks_and_another_B_go_on_in_the_same_stream(straight
             torch.testing.assert_close(ends[1]["model"][name], tensor, rtol=0, atol=2e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_and_passes_sigterm_on(data, tmp_path, request):
     """A worker is killed: --max-restarts resumes. torchrun is told to stop: all save. Then the same end."""
     undisturbed, log_dir = tmp_path / "undisturbed", tmp_path / "log"
@@ -136,9 +126,8 @@ def test_torchrun_restarts_a_killed_worker_and_passes_sigterm_on(data, tmp_path,
     request.addfinalizer(launcher.kill)
     wait_for(log_dir / "log.txt", 1)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    workers = [
-        pid for pid in map(int, children) if b"train_gpt_moe.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    named = lambda pid: b"train_gpt_moe.py" in Path(f"/proc/{pid}/cmdline").read_bytes()  # noqa: E731
+    workers = [int(pid) for pid in children if named(pid)]
     assert len(workers) == 2
     wait_for(log_dir / "log.txt", 12)
     os.kill(workers[1], signal.SIGKILL)
@@ -172,7 +161,7 @@ def stopped(straight, tmp_path) -> Path:
 
 def test_settings_are_kept_without_flags(straight, stopped, capsys):
     """Nothing but the checkpoint is named: its folder is log_dir, its settings are those of the run."""
-    assert train_gpt_moe.main(["--resume", str(stopped / "model_00006.pt"), "--device", "cpu"]) == 0
+    assert resume(stopped / "model_00006.pt") == 0
     same_run(straight, stopped)
     said = [line for line in capsys.readouterr().out.splitlines() if "resume:" in line]
     assert len(said) == 1 and "as in the checkpoint, not as here" in said[0]
@@ -188,12 +177,10 @@ def test_settings_are_kept_without_flags(straight, stopped, capsys):
 )  # fmt: skip
 def test_another_run_is_refused_naming_field_and_values(stopped, capsys, flag, value, before):
     content = {path: path.read_bytes() for path in stopped.glob("*.*")}
-    code = train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), f"--{flag}", str(value)])
+    assert resume("auto", "--log_dir", stopped, f"--{flag}", value) == 2
     error = capsys.readouterr().err
-    assert code == 2 and len(error.splitlines()) == 1 and "Traceback" not in error
-    assert (
-        f"resume: {flag}={before}" in error and f"--{flag} {value!r} now" in error and "--init_from" in error
-    )
+    assert len(error.splitlines()) == 1 and "Traceback" not in error and "--init_from" in error
+    assert f"resume: {flag}={before}" in error and f"--{flag} {value!r} now" in error
     assert content == {path: path.read_bytes() for path in stopped.glob("*.*")}
 
 
@@ -227,7 +214,7 @@ def other_encoding(folder: Path) -> None:
 )
 def test_other_data_is_refused(stopped, data, tmp_path, capsys, change, message):
     other = other_data(data, tmp_path / "other", change)
-    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--data_dir", other]) == 2
+    assert resume("auto", "--log_dir", stopped, "--data_dir", other) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(message, error), error
@@ -235,10 +222,9 @@ def test_other_data_is_refused(stopped, data, tmp_path, capsys, change, message)
 
 def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopped, data, tmp_path, capsys):
     moved = other_data(data, tmp_path / "moved", lambda folder: None)
-    arguments = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", moved, "--device", "cpu"]
-    arguments += "--max_steps 10 --max_lr 1e-3 --weight_decay 0.2 --infer_step 5 --log_every 2".split()
-    arguments += ["--total_batch_size", "128"]
-    assert train_gpt_moe.main(arguments) == 0
+    more = "--max_steps 10 --max_lr 1e-3 --weight_decay 0.2 --infer_step 5 --log_every 2".split()
+    more += ["--total_batch_size", 128, "--log_dir", stopped, "--data_dir", moved]
+    assert resume("auto", *more) == 0
     said = capsys.readouterr().out
     for line in (
         "max_steps was 12 and is 10 from step 6 on", "max_lr was 0.003 and is 0.001",
@@ -254,41 +240,37 @@ def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopp
 
 def test_a_finished_run_is_made_longer(stopped, data, tmp_path, capsys):
     """Its last validation loss stays, of a step at which the longer run measures nothing."""
-    on = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", data, "--device", "cpu"]
-    assert train_gpt_moe.main([*on, "--max_steps", "7", "--tensorboard", "True", "--seed", "1337"]) == 0
+    on = ["auto", "--log_dir", stopped, "--data_dir", data]
+    assert resume(*on, "--max_steps", 7, "--tensorboard", "True", "--seed", 1337) == 0
     capsys.readouterr()
     final = [line for line in (stopped / "log.txt").read_text().splitlines() if line.startswith("7 ")]
     assert len(final) == 1 and final[0].startswith("7 val ")
-    assert train_gpt_moe.main([*on, "--max_steps", "8"]) == 0
+    assert resume(*on, "--max_steps", 8) == 0
     assert "resume: max_steps was 7 and is 8 from step 7 on" in capsys.readouterr().out
     lines = (stopped / "log.txt").read_text().splitlines()
     assert final[0] in lines and sum(line.startswith("7 train ") for line in lines) == 1
     assert [r["step"] for r in metrics(stopped) if "loss" in r] == list(range(8))
     assert {r["step"] for r in metrics(stopped) if "loss" not in r} == {7, 8}
     for fewer in ("--max_steps", "5"), ("--preset", "llmc", "--max_steps", "5"):
-        assert train_gpt_moe.main([*on, *fewer]) == 2
+        assert resume(*on, *fewer) == 2
         assert "has done 8 steps already, but max_steps=5" in capsys.readouterr().err
 
 
 def test_constants_that_are_not_the_checkpoints_are_named(stopped, data, capsys):
-    on = ["--resume", "auto", "--log_dir", str(stopped), "--data_dir", data, "--device", "cpu"]
-    assert train_gpt_moe.main([*on, "--preset", "demo", "--max_steps", "6"]) == 0
+    on = ["auto", "--log_dir", stopped, "--data_dir", data]
+    assert resume(*on, "--preset", "demo", "--max_steps", 6) == 0
     said = capsys.readouterr().out
     assert "resume: max_steps was 12 and is 6 from step 6 on" in said
     (line,) = [line for line in said.splitlines() if "as in the checkpoint, not as here" in line]
     assert "B=4" in line and "max_lr=0.003" in line and "n_layer" not in line and "max_steps" not in line
 
 
-def test_any_seed_will_do(data, tmp_path):
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 3, "--seed", 1_732_243_200)) == 0
-
-
 def test_a_preset_changes_nothing_in_a_resumed_run(data, tmp_path):
     """The first command had flags that win over the preset; the second one need not repeat them."""
     more = ["--preset", "gpt2", "--use_moe", True, "--max_steps", 3, "--warmup_steps", 1]
+    more += ["--seed", 1_732_243_200]  # any seed will do
     assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
-    again = ["--preset", "gpt2", "--resume", "auto", "--log_dir", str(tmp_path), "--device", "cpu"]
-    assert train_gpt_moe.main(again) == 0
+    assert resume("auto", "--preset", "gpt2", "--log_dir", tmp_path) == 0
     assert ckpt.load_newest(tmp_path)[1]["config"]["use_moe"]
 
 
@@ -299,11 +281,9 @@ def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys
     content = (stopped / "model_00006.pt").read_bytes()
     (stopped / "model_00006.pt").write_bytes(content[: len(content) // 2])
     (stopped / ".model_00009.pt.4711.tmp").write_bytes(content[:1000])
-    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--device", "cpu"]) == 0
+    assert resume("auto", "--log_dir", stopped) == 0
     said = capsys.readouterr().out
-    assert (
-        "WARNING: skipping" in said and "model_00006.pt" in said and "resumed" in said and "at step 3" in said
-    )
+    assert all(text in said for text in ("WARNING: skipping", "model_00006.pt", "resumed", "at step 3"))
     (old,) = stopped.glob("old_*")
     assert (old / "model_00006.pt").stat().st_size == len(content) // 2 and not list(stopped.glob(".*.tmp"))
     same_run(straight, stopped)
@@ -313,12 +293,7 @@ def test_an_earlier_checkpoint_starts_a_new_branch(straight, tmp_path):
     """Newer checkpoints of the branch that is left must not be taken by the next --resume auto."""
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir)
-    assert (
-        train_gpt_moe.main(
-            ["--resume", str(log_dir / "model_00003.pt"), "--max_steps", "5", "--device", "cpu"]
-        )
-        == 0
-    )
+    assert resume(log_dir / "model_00003.pt", "--max_steps", 5) == 0
     assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(log_dir)] == [5, 3]
     (old,) = log_dir.glob("old_*")
     assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(old)] == [12, 9, 6]
@@ -337,7 +312,7 @@ def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsy
 
 def test_a_finished_run_that_is_resumed_is_finished(straight, stopped):
     shutil.copy(straight / "model_00012.pt", stopped)
-    assert train_gpt_moe.main(["--resume", "auto", "--log_dir", str(stopped), "--device", "cpu"]) == 0
+    assert resume("auto", "--log_dir", stopped) == 0
     same_run(straight, stopped)
     assert len(list(stopped.glob("old_*"))) == 0
 
@@ -346,7 +321,7 @@ def test_weights_alone_and_missing_files_cannot_be_resumed(straight, tmp_path, c
     state = ckpt.load_checkpoint(straight / "latest")
     path = ckpt.save_checkpoint({name: state[name] for name in ("model", "config", "step")}, tmp_path)
     for source, message in ((path, "--init_from"), (tmp_path / "none.pt", "no such checkpoint")):
-        assert train_gpt_moe.main(["--resume", str(source), "--device", "cpu"]) == 2
+        assert resume(source) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
 
@@ -369,10 +344,9 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
         "log.txt": "".join(f"{s} val 1.0\n{s} train 1.5\n" for s in range(5)).encode(),
         "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records).encode(),
     }
-    kept = {
-        name: b"".join(content.splitlines(True)[: {"log.txt": 6}.get(name, 4)])
-        for name, content in whole.items()
-    }
+    lines = {"log.txt": 6, "metrics.jsonl": 4}
+    kept = {name: b"".join(text.splitlines(True)[: lines[name]]) for name, text in whole.items()}
+    new = {"log.txt": b"3 train inf\n", "metrics.jsonl": b'{"step": 3, "loss": null}\n'}
     for name, content in whole.items():
         for length in range(len(kept[name]), len(content) + 1):
             (tmp_path / name).write_bytes(content[:length] + b"\0" * (length % 3))
@@ -381,11 +355,7 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
             log.record({"step": 3, "loss": float("nan")})
             log.measurement(3, "train", float("inf"))
             assert log.close()
-            assert (tmp_path / name).read_bytes().startswith(kept[name])
-            added = (tmp_path / name).read_bytes()[len(kept[name]) :]
-            assert (
-                added == {"log.txt": b"3 train inf\n", "metrics.jsonl": b'{"step": 3, "loss": null}\n'}[name]
-            )
+            assert (tmp_path / name).read_bytes() == kept[name] + new[name]
             shutil.rmtree(tmp_path)
             tmp_path.mkdir()
 
@@ -452,7 +422,7 @@ def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capsys):
 # ---------------------------------------------------------------------------- begin with other weights
 
 
-@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("K", [2, *slow(1)])
 def test_upcycling_end_to_end(K, data, tmp_path):
     """A dense checkpoint becomes a MoE: same validation loss at first; its experts, equal then, part ways.
 
@@ -503,7 +473,6 @@ def test_a_moe_can_begin_a_new_run_with_another_balance_loss(straight, data, tmp
     arguments += "--moe_loss_type diversity_regularization --device cpu --use_compile False".split()
     assert train_gpt_moe.main(arguments) == 0
     state = ckpt.load_checkpoint(tmp_path / "latest")
-    assert (
-        state["config"]["block_size"] == 16 and state["config"]["moe_loss_type"] == "diversity_regularization"
-    )
+    config = state["config"]
+    assert config["block_size"] == 16 and config["moe_loss_type"] == "diversity_regularization"
     assert metrics(tmp_path)[0]["val_loss"] < 5.0  # the weights came along: a fresh model has log 384 = 5.95

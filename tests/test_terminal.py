@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from processes import TINY, finish, start_ranks
+from processes import finish, flags, start_ranks
 
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
@@ -130,21 +130,13 @@ def test_other_ranks_are_silent(capsys):
     assert captured.out == captured.err == ""
 
 
-def test_two_ranks_say_everything_once(tmp_path):
-    from tokens.demo import prepare_demo
-
-    prepare_demo(str(tmp_path / "data"))
-    flags = [*TINY, "--data_dir", tmp_path / "data", "--log_dir", tmp_path / "run", "--max_steps", 4]
-    ranks = start_ranks(2, [*flags, "--warmup_steps", 1], tmp_path / "out.txt")
+def test_two_ranks_say_everything_once(data, tmp_path):
+    words = flags(data, tmp_path / "run", "--max_steps", 4, "--warmup_steps", 1)
+    ranks = start_ranks(2, words, tmp_path / "out.txt")
     assert [finish(rank) for rank in ranks] == [0, 0]
     lines = (tmp_path / "out.txt").read_text().splitlines()
-    for text in (
-        "parameters  ",
-        "step 0: validation loss",
-        "step     0/4",
-        "step 4: saved",
-        "final 3 iters avg",
-    ):
+    said = "parameters  ", "step 0: validation loss", "step     0/4", "step 4: saved", "final 3 iters avg"
+    for text in said:
         assert sum(line.startswith(text) for line in lines) == 1, text
     assert not [line for line in lines if "warn" in line.lower()]
 
