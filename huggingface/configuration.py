@@ -74,7 +74,7 @@ class CheckedConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
 
     def __post_init__(self, **kwargs):
-        # transformers' own dictionaries carry a version and may hold other names. A person's typo is refused.
+        # A dictionary that transformers wrote carries its version, and may hold other names.
         if self.transformers_version is None:
             ours = set(self.__dataclass_fields__) | set(self.attribute_map)
             known = ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params())
