@@ -1,6 +1,6 @@
 """What each parameter is for, decided once, from its name: how optimizers treat it and preflight counts it.
 
-Example: role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay.
+role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay.
 """
 
 import re

@@ -84,7 +84,9 @@ class Heartbeat:
         if self.error_seen:
             self.store.set("error", "")
         timeout = TIMEOUT_AFTER_ERROR if self.store.check(["error"]) else HEARTBEAT_TIMEOUT
-        for other, counter in zip(self.others, self._read("heartbeat", self.others), strict=True):
+        keys = [f"heartbeat {other}" for other in self.others]
+        counters = self.store.multi_get(keys) if keys else []
+        for other, counter in zip(self.others, counters, strict=True):
             alive = counter != self.last_seen[other] or counter == b"finished"
             self.missed[other] = 0 if alive else self.missed[other] + 1
             self.last_seen[other] = counter
@@ -92,14 +94,11 @@ class Heartbeat:
         if most * INTERVAL <= timeout:
             return ""
         silent = [other for other in self.others if self.missed[other] >= most - 2]  # all of a lost machine
-        processes = self._read("process", silent[:MOST_NAMED])
+        processes = self.store.multi_get([f"process {other}" for other in silent[:MOST_NAMED]])
         names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
         names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
         self.store.set("lost", ", ".join(names))
         return ", ".join(names)
-
-    def _read(self, key: str, ranks: list[int]) -> list[bytes]:
-        return self.store.multi_get([f"{key} {rank}" for rank in ranks]) if ranks else []
 
     def _report(self, lost: str) -> None:
         verb = "are" if ", " in lost else "is"

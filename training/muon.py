@@ -70,8 +70,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
     the same parameters and therefore share the work.
-    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged; its momentum, once
-    orthogonalised, would move it as far as a real gradient does.
+    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise its
+    momentum, once orthogonalised, would move it as far as a real gradient does.
     ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
     """
 
@@ -167,8 +167,8 @@ def configure_muon(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
     router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT; the arguments are those of GPT.configure_optimizers, and expert_parallel: each
-    process holds other experts and orthogonalises them alone."""
+    """MuonAdamW for a GPT; the arguments of GPT.configure_optimizers, and expert_parallel: each process holds
+    other experts and orthogonalises them alone."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
@@ -178,8 +178,8 @@ def configure_muon(
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
         return ending, dict(method="muon", row_blocks=blocks, replicated=not alone)
 
-    rates = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
-    groups = parameter_groups(model.named_parameters(), *rates, details)
+    settings = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
+    groups = parameter_groups(model.named_parameters(), *settings, details)
     groups.sort(key=lambda group: group["name"])
     return MuonAdamW(groups, learning_rate, weight_decay, betas, fused=device_type in ("cuda", "cpu"))
 

@@ -236,12 +236,12 @@ class Layout:
 
 def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
     """The layout of these settings, which setup.check_layout has checked, with its process groups."""
-    all_ranks = mesh = savers = None
+    device, all_ranks, mesh, savers = world.device.type, None, None, None
     if parallel == "fsdp":
-        all_ranks = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("all",))
+        all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",))
     if ep_size > 1:
         shape = (world.size // ep_size, ep_size)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "expert"))
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert"))
     if parallel == "fsdp" or ep_size > 1:
         savers = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Layout(world, parallel, zero_stage, ep_size, all_ranks, mesh, savers)
@@ -325,8 +325,7 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 def compile_blocks(model: nn.Module, layout: Layout) -> None:
     """Compile every block in place. All share one graph; to compile the whole model takes four times as long.
 
-    A block is one graph, except where ranks share an MoE layer's parameters: FSDP gathers its router, or
-    ranks exchange rows, in the middle of it.
+    A block is one graph, unless FSDP gathers its router, or ranks exchange rows, in the middle of it.
     """
     torch._dynamo.config.optimize_ddp = False  # no cuts at DDP's buckets: it reduces between the blocks
     # Inductor advises TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
@@ -360,10 +359,8 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward reduces gradients over the ranks. Only a step's last micro-step needs to.
-
-    Call it before the forward, where DDP reads the flag. FSDP keeps whole gradients until it reduces them.
-    """
+    """Before a forward, set whether its backward reduces gradients over the ranks, as a step's last one must.
+    Until then FSDP keeps whole gradients."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
