@@ -6,8 +6,7 @@
 
 Reads metrics.jsonl, or log.txt if that is missing or empty (docs/formats.md). Panels without data are left
 out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn too.
-training/metrics.py says which number stands in which panel.
-Colours: Okabe & Ito, https://jfly.uni-koeln.de/color/; runs also differ in line and marker, for print.
+training/metrics.py says which number stands in which panel. Colours: https://jfly.uni-koeln.de/color/
 """
 
 import argparse

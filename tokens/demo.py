@@ -19,9 +19,9 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as two shards unless they are there, also of another Python; return meta.json.
+    """Write the demo corpus as two shards unless they are there (by any Python version); return meta.json.
 
-    Validation gets a twentieth of the text, by the documents' hashes. Raises ValueError for a folder in use.
+    Validation gets a twentieth of the text, chosen by hashes. Raises ValueError if the folder has other data.
     """
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():

@@ -44,7 +44,7 @@ def download(split: str = "val") -> Path:
 
 
 def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iterator[dict]:
-    """Checked questions of a split or a .jsonl file. ValueError names the line; HellaSwagUnavailable."""
+    """Checked questions of a split or a .jsonl file. Raises ValueError with line, HellaSwagUnavailable."""
     path = download(split) if data is None else Path(data)
     try:
         lines = open(path, "rb")

@@ -269,7 +269,7 @@ class DistributedDataLoader:
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """This rank's inputs and targets at a position, (2, B, T) int64, and when they are on the GPU."""
+        """This rank's inputs and targets at a position, (2, B, T) int64; the end of their copy to CUDA."""
         import torch
 
         tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
