@@ -3,9 +3,8 @@
     python -m bench ladder                             # CUDA: 124M, B = 16, T = 1024
     python -m bench ladder --device cpu --rounds 3     # CPU: a small model, without the rungs of CUDA
 
-Every rung changes one thing and keeps the changes of the rungs before it. It takes turns with the rung before
-it, so that noise meets both. On a CPU the blocks are compiled only with --compile 1.
-
+Every rung keeps the changes of the rungs before it, and takes turns with the one before it. On a CPU only
+--compile 1 compiles the blocks.
 Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
 """
 
@@ -53,10 +52,8 @@ def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
 
 
 def compile_apart(model: GPTLMHeadModel) -> None:
-    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph.
-
-    A graph keeps the attention kernel that was preferred when it was compiled; dynamo does not check that.
-    """
+    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph: a
+    graph keeps the attention kernel that was preferred when it was compiled."""
     backend = inductor = torch._dynamo.lookup_backend("inductor")
     if model.device.type == "cuda":
 

@@ -3,9 +3,7 @@
     python -m bench moe [--compile 1] [--dtype bfloat16]
     python -m bench head
 
-moe: ours with both of its engines, a dense MLP of equal active FLOPs, a loop over masks, and transformers'
-Qwen3 MoE block. head: all logits at once, layers/linear_cross_entropy.py with chunks of several sizes, and
-torch's own.
+moe: the MoE layer, a dense MLP, a loop over masks, transformers' Qwen3 MoE block. head: the loss head.
 """
 
 from functools import partial
@@ -29,28 +27,23 @@ class MaskLoop(nn.Module):
 
     def __init__(self, C: int, E: int, K: int, H: int):
         super().__init__()
-        self.gate = nn.Linear(C, E, bias=False)
-        self.up = nn.ModuleList(nn.Linear(C, H) for _ in range(E))
-        self.down = nn.ModuleList(nn.Linear(H, C) for _ in range(E))
-        self.K = K
+        experts = (nn.Sequential(nn.Linear(C, H), nn.GELU("tanh"), nn.Linear(H, C)) for _ in range(E))
+        self.gate, self.experts, self.K = nn.Linear(C, E, bias=False), nn.ModuleList(experts), K
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.view(-1, x.size(-1))  # (N, C)
         weight, index = self.gate(tokens.float()).softmax(-1).topk(self.K)
         weight = weight / weight.sum(-1, keepdim=True)
         y = torch.zeros_like(tokens)
-        for e, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+        for e, expert in enumerate(self.experts):
             token, slot = torch.where(index == e)
-            rows = down(F.gelu(up(tokens[token]), approximate="tanh"))
-            y.index_add_(0, token, (rows * weight[token, slot, None]).to(y.dtype))
+            rows = expert(tokens[token]) * weight[token, slot, None]
+            y.index_add_(0, token, rows.to(y.dtype))
         return y.view_as(x)
 
 
 def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
-    """transformers' Qwen3 MoE block. It has three matrices (SwiGLU), so 2/3 H gives it the same FLOPs.
-
-    Outside a model it loops over the experts; inside one, transformers may choose grouped_mm.
-    """
+    """transformers' Qwen3 MoE block. It has three matrices (SwiGLU), so 2/3 H gives it the same FLOPs."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -87,10 +80,9 @@ def compare_moe(options, N: int, C: int, E: int, K: int, H: int) -> list[dict]:
         y.backward(direction.to(y.dtype))
         layer.zero_grad(set_to_none=True)
 
-    for layer in layers.values():
+    for name, layer in list(layers.items()):
         layer.to(device).train()
-    if options.compile:
-        layers = {name: torch.compile(layer) for name, layer in layers.items()}
+        layers[name] = torch.compile(layer) if options.compile else layer
     runs = {name: partial(forward_and_backward, layer) for name, layer in layers.items()}
     seconds = alternate(runs, device, options.rounds)
     return [

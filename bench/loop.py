@@ -3,10 +3,9 @@
     python -m bench loop [--device cuda --size d12]
     python -m bench checkpoint --size d12
 
-loop: a run of train_gpt_moe.py with the demo's data, and by default its model. Whenever the loop asks for a
-step, train_step is called twice. The first call's time, with all that the loop has done since the call before,
-is a step of the loop. The second call's time is a step without the loop. Both follow another train_step
-directly, so the device may be as far behind as it ever is.
+Whenever the loop asks for a step, train_step is called twice, each time directly after another train_step.
+The first call's time, with all that the loop has done since the call before, is a step of the loop. The
+second call's time is a step without the loop.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ SKIPPED = 5  # first steps, which are not measured: kernels and caches get ready
 
 
 def bench_loop(options) -> list[dict]:
-    """Medians over 4 * rounds steps of the loop."""
+    """Medians over 4 * rounds steps of a run of train_gpt_moe.py with the demo's data."""
     flags = f"""--preset demo --B {options.B} --T {options.T} --total_batch_size {options.B * options.T}
         --max_steps {4 * options.rounds + SKIPPED} --warmup_steps 1 --optimizer adamw --max_lr 1e-3
         --min_lr 1e-4 --infer_step 0 --sample_every 0 --val_steps 1 --plot False --device {options.device}
@@ -68,7 +67,13 @@ def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float,
         second = now()
         synchronize(device)
         begin = now()
-        forward_and_backward(run)
+        x, y = run.train_loader.next_batch()  # (B, T), (B, T)
+        with run.autocast():
+            loss = run.parallel_model(x, targets=y, return_dict=True).loss
+        loss.backward()
+        synchronize(device)
+        faults.discard_routing(run.model)  # these two leave no trace in the run
+        run.optimizer.zero_grad(set_to_none=True)
         found.append((first - last, second - first, now() - begin))
         train_step(run, step)  # leaves the device as busy as the loop finds it
         last = now()
@@ -78,17 +83,6 @@ def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float,
         if train(run, timed_steps) != faults.OK:
             raise ValueError("the run of the loop failed")
     return found
-
-
-def forward_and_backward(run: Run) -> None:
-    """The forward and backward passes of one micro-step, waited for; leaves no trace in the run."""
-    x, y = run.train_loader.next_batch()  # (B, T), (B, T)
-    with run.autocast():
-        loss = run.parallel_model(x, targets=y, return_dict=True).loss
-    loss.backward()
-    synchronize(run.layout.world.device)
-    faults.discard_routing(run.model)
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def bench_checkpoint(options) -> list[dict]:

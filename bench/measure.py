@@ -32,16 +32,14 @@ def alternate(contenders: dict[Any, Callable], device: torch.device, rounds: int
 
 
 def memory_bytes(call: Callable, device: torch.device) -> tuple[int, int]:
-    """(peak, kept): the most bytes that tensors made by call() take at once, and those alive when it returns.
-
-    On CUDA by the allocator's counters. On a CPU by torch's profiler, which makes the call slow.
-    """
+    """(peak, kept): the most bytes that call()'s tensors take at once, and those alive when it returns."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
         kept = torch.cuda.memory_allocated(device) - before
         return torch.cuda.max_memory_allocated(device) - before, kept
+    # On a CPU torch's profiler counts, which makes the call slow.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()  # noqa: F841
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -59,7 +57,7 @@ class RandomBatch:
 
 
 def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
-    """A run whose steps train_step(run, step) can do: by default AdamW, learning rate 1e-4, one process.
+    """A run for train_step(run, step): by default AdamW, learning rate 1e-4, one process.
 
     loader: whatever has next_batch(). fields: those of Run, in place of the defaults.
     """

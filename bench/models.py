@@ -41,10 +41,7 @@ def size_of(name: str) -> dict:
 
 
 class NanoGPT:
-    """nanoGPT in training, from a checkout in `folder`. fields: those of its GPTConfig.
-
-    FileNotFoundError if the folder has no model.py.
-    """
+    """nanoGPT in training. fields: those of its GPTConfig. FileNotFoundError if folder has no model.py."""
 
     def __init__(self, folder: str, device: torch.device, lr: float = 1e-4, beta2: float = 0.95, **fields):
         path = Path(folder) / "model.py"
@@ -87,10 +84,7 @@ def bench_train(options) -> list[dict]:
 
 
 def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "") -> list[dict]:
-    """A row per model: time, speed, memory. Every dense size takes turns with nanoGPT's model of that size.
-
-    nanogpt: the folder of nanoGPT's checkout; "" leaves nanoGPT out.
-    """
+    """A row per model. Every dense size takes turns with nanoGPT's, from the checkout `nanogpt`, if any."""
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
@@ -132,10 +126,7 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
 
 
 def bench_hellaswag(options) -> list[dict]:
-    """Questions per second of an untrained model: the speed does not depend on its weights.
-
-    plain: each question alone, four padded rows, all logits.
-    """
+    """Questions per second of an untrained model. plain: each question alone, padded rows, all logits."""
     device = options.device
     torch.manual_seed(0)
     model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size_of(options.size))).to(device).eval()

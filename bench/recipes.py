@@ -4,13 +4,8 @@
     python -m bench moe_pays --text input.txt
 
 Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
-count training only. docs/measurements.md describes the recipes and the data.
-
-time_to_loss: the baseline is nanoGPT's model and optimizer, or without --nanogpt our preset gpt2. The other
-recipes get a third of the baseline's seconds, and all of them; their schedules follow the clock.
-moe_pays: 8 experts top-2 against a dense model with as many active parameters, on the same batches.
-
-Sources: README and config/train_shakespeare_char.py of https://github.com/karpathy/nanoGPT.
+count training only. docs/measurements.md describes the data and the recipes. nanoGPT's are in its README and
+config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT).
 """
 
 import contextlib
@@ -21,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +123,10 @@ class Contender:
             self.step((self.done + 0.5) / self.config.max_steps)
 
 
-def build_ours(
-    name: str, fields: dict, train: torch.Tensor, vocab_size: int, steps: int, seed: int = SEED
-) -> Contender:
+def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed: int = SEED) -> Contender:
     """A contender with our model and optimizer from settings of TrainConfig."""
-    config = TrainConfig(**fields | dict(vocab_size=vocab_size, max_steps=steps, seed=seed))
-    model = build_model(config, set(), dict(encoding="bytes", vocab_size=vocab_size, eot_token=None), None)
+    config = TrainConfig(**fields | dict(vocab_size=V, max_steps=steps, seed=seed))
+    model = build_model(config, set(), dict(encoding="bytes", vocab_size=V, eot_token=None), None)
     optimizer = build_optimizer(config, model)
     run = make_run(model, WindowLoader(train, config), config=config, optimizer=optimizer)
     return Contender(name, model, config, partial(train_step, run))
@@ -168,7 +162,10 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
 
 
 def bench_time_to_loss(options) -> list[dict]:
-    """A row per recipe: the loss it reaches, and in how many seconds."""
+    """A row per recipe: the loss it reaches, and in how many seconds.
+
+    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock.
+    """
     if not options.text:
         raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
     train, val = split_text(options.text)
@@ -203,13 +200,11 @@ def bench_time_to_loss(options) -> list[dict]:
 
 def seconds_to(contender: Contender, goal: float) -> str:
     """Seconds until the loss first reached the goal, interpolated between evaluations; - if it never did."""
-    before = None
-    for _, seconds, (loss,) in contender.points:
-        if loss <= goal:
-            if before is None:
-                return f"< {seconds:.1f}"
-            return f"{before[0] + (seconds - before[0]) * (before[1] - goal) / (before[1] - loss):.1f}"
-        before = seconds, loss
+    if contender.points[0][2][0] <= goal:
+        return f"< {contender.points[0][1]:.1f}"
+    for (_, start, (above,)), (_, end, (below,)) in pairwise(contender.points):
+        if below <= goal:
+            return f"{start + (end - start) * (above - goal) / (above - below):.1f}"
     return "-"
 
 
@@ -230,10 +225,9 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
 
 
 def bench_moe_pays(options) -> list[dict]:
-    """A row per model: validation losses, mean and standard deviation over seeds.
+    """A row per model: validation losses on each corpus, mean and standard deviation over seeds.
 
-    The models train on the embedded corpus and the text together, and are validated on each. Both get the
-    same seed for their weights, and the same batches.
+    Both models train on all corpora together, with the same seeds and batches.
     """
     corpora = {"embedded corpus": split_demo()}
     if options.text:

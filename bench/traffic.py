@@ -12,9 +12,7 @@ Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters
             4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
     all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
 
-docs/many_gpus.md, "How the forecast is made", has the rest: what each collective sends, what hides behind
-what, what is not modelled, and the references. tests/test_scaling.py compares the formulas with the bytes
-that processes really send.
+docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references.
 """
 
 import math
@@ -157,9 +155,7 @@ def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks:
     return found
 
 
-def step_seconds(
-    model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, update: float
-) -> tuple[float, float, float]:
+def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, update: float) -> tuple:
     """Seconds of a step, of its communication, and of the exposed part of that.
 
     micro, update: seconds of a micro-step and of an update on one rank.
@@ -186,8 +182,8 @@ def step_seconds(
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    count, part = preflight.parameters_held(model, plan, plan.ranks), shapes_by_part(model)
-    config = model.config
+    part, config = shapes_by_part(model), model.config
+    count = preflight.parameters_held(model, plan, plan.ranks)
     uses = {
         "parameters": 4 * count, "gradients": 4 * count,
         "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
@@ -248,10 +244,7 @@ def bench_scale(options) -> list[dict]:
 
 
 def measure_step(config: GPTConfig, options) -> tuple[float, float]:
-    """Seconds of a micro-step and of the rest of a step (clip, update), with evenly loaded experts.
-
-    A step of two micro-steps takes one micro-step longer than a step of one.
-    """
+    """Seconds of a micro-step and of the rest of a step (clip, update), with evenly loaded experts."""
     model = GPTLMHeadModel(config).to(options.device)
     model.loss_chunk = -1
     for moe in model.moe_layers():
@@ -260,5 +253,5 @@ def measure_step(config: GPTConfig, options) -> tuple[float, float]:
     two = make_run(model, one.train_loader, optimizer=one.optimizer, dtype=options.dtype, accumulation=2)
     steps = {"one": partial(train_step, one, 0), "two": partial(train_step, two, 0)}
     seconds = alternate(steps, options.device, options.rounds)
-    micro = seconds["two"] - seconds["one"]
+    micro = seconds["two"] - seconds["one"]  # the steps differ by one micro-step
     return micro, max(0.0, seconds["one"] - micro)
