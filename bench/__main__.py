@@ -4,8 +4,7 @@
     python -m bench train --size d12 --nanogpt DIR    # in turns with nanoGPT's model, from a checkout in DIR
     python -m bench --help                # all commands; COMMAND --help: a command's options
 
-MFU is the FLOPs of GPT.flops_per_token (active parameters, attention counted) times tokens per second, over
-the device's dense bf16 peak; it is unknown on CPUs. Results and their commands: docs/measurements.md.
+docs/measurements.md has results with their commands, and says what the columns mean.
 """
 
 import argparse

@@ -102,11 +102,11 @@ def bench_head(options) -> list[dict]:
 
 def compare_heads(options, N: int, C: int, V: int) -> list[dict]:
     """bench_head's rows of one size."""
-    # The methods are functions of x (N, C), weight (V, C), targets (N,) that give the mean cross-entropy.
+    # Each method gives the mean cross-entropy of x (N, C), weight (V, C), targets (N,).
     methods = {"all logits": lambda x, weight, targets: F.cross_entropy(F.linear(x, weight).float(), targets)}
-    for chunk in (-1, 128, 512, 1024):
-        name = "ours, auto" if chunk == -1 else f"ours, {chunk} rows"
-        methods[name] = partial(linear_cross_entropy, chunk=chunk)
+    methods["ours, auto"] = partial(linear_cross_entropy, chunk=-1)
+    for rows in (128, 512, 1024):
+        methods[f"ours, {rows} rows"] = partial(linear_cross_entropy, chunk=rows)
     if hasattr(nn, "LinearCrossEntropyOptions"):
         settings = nn.LinearCrossEntropyOptions(batch_chunk_size=512)
         methods["torch's, 512 rows"] = partial(F.linear_cross_entropy, options=settings)

@@ -109,8 +109,7 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
         name, compiled, whose = key
         ours = models[name, compiled, "ours"]
         mfu = ours.estimate_mfu(B, seconds[key])
-        row = {"model": name, "compiled": "yes" if compiled else "no"}
-        row |= {"whose": whose} if nanogpt else {}
+        row = {"model": name, "compiled": "yes" if compiled else "no"} | ({"whose": whose} if nanogpt else {})
         row |= {
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
             "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",

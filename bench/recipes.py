@@ -66,8 +66,8 @@ def split_demo() -> Data:
     silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     with tempfile.TemporaryDirectory() as folder, silent[0], silent[1]:
         prepare_demo(folder)
-        parts = [[read_shard(path) for path in find_shards(folder, split)] for split in ("train", "val")]
-        train, val = (torch.from_numpy(np.concatenate(part).astype("int16")) for part in parts)
+        shards = (read_shard(find_shards(folder, split)[0]) for split in ("train", "val"))  # one of each
+        train, val = (torch.from_numpy(shard.astype("int16")) for shard in shards)
     return train, val
 
 
@@ -123,7 +123,7 @@ class Contender:
             self.step((self.done + 0.5) / self.config.max_steps)
 
 
-def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed: int = SEED) -> Contender:
+def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed=SEED) -> Contender:
     """A contender with our model and optimizer from settings of TrainConfig."""
     config = TrainConfig(**fields | dict(vocab_size=V, max_steps=steps, seed=seed))
     model = build_model(config, set(), dict(encoding="bytes", vocab_size=V, eot_token=None), None)

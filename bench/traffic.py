@@ -146,20 +146,16 @@ def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks:
         (elements(part["blocks"], W), plan.element, W, 1, blocks, True),
         (expert_elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
-    for count, element, ranks, stride, calls, again in groups:
-        late = 1 / (blocks + 1)
+    late = 1 / (blocks + 1)
+    for count, size, ranks, stride, calls, again in groups:
         for behind in ("forward", "backward")[: 1 + again]:
-            size = a * count * element
-            found.append(Collective("all_gather", size, ranks, stride, a * calls, behind, late))
+            found.append(Collective("all_gather", a * count * size, ranks, stride, a * calls, behind, late))
         found.append(Collective("reduce_scatter", 4 * count, ranks, stride, calls, "last", late))
     return found
 
 
 def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, update: float) -> tuple:
-    """Seconds of a step, of its communication, and of the exposed part of that.
-
-    micro, update: seconds of a micro-step and of an update on one rank.
-    """
+    """Seconds of a step, of its communication, of its exposed communication. micro, update: of one rank."""
     a, communication = plan.micro_steps, 0.0
     took, late = defaultdict(float), defaultdict(float)  # per micro-step
     for collective in step_traffic(model, plan):
@@ -203,10 +199,7 @@ def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
 
 
 def bench_scale(options) -> list[dict]:
-    """A row per layout and number of ranks. ValueError for unknown layouts and bad numbers of ranks.
-
-    A step has total_batch_size tokens, or more where that is less than a micro-step per rank.
-    """
+    """A row per layout and number of ranks. A step has total_batch_size tokens, or a micro-step per rank."""
     names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
