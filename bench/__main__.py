@@ -1,15 +1,10 @@
 """Measurements. What is compared takes turns (A B A B ...) in one run; times are medians.
 
     python -m bench moe [--compile 1]     # MoE layer against dense MLP, mask loop, transformers' experts
-    python -m bench train --size d12 --dtype bfloat16 --compile 2         # whole models, compiled and not
     python -m bench train --size d12 --nanogpt DIR    # in turns with nanoGPT's model, from a checkout in DIR
-    python -m bench --help                # all commands
-    python -m bench COMMAND --help        # a command's options
+    python -m bench --help                # all commands; COMMAND --help: a command's options
 
---csv FILE and --png FILE write the table to files as well. MFU is the FLOPs of GPT.flops_per_token (active
-parameters, attention counted) times tokens per second, divided by the device's dense bf16 peak; it is unknown
-on CPUs. Peak memory is what a step takes beyond parameters and optimizer state (measure.py says how).
-BENCHMARKS.md holds results, each with its command, machine and versions.
+docs/measurements.md has results with their commands, and says what the columns mean.
 """
 
 import argparse
@@ -17,96 +12,73 @@ import importlib
 import sys
 from pathlib import Path
 
-LAYERS, STEPS = dict(device="", dtype="float32", rounds=15), dict(device="", rounds=15)
+STEPS = dict(device="", rounds=15)
+LAYERS = dict(device="", dtype="float32", rounds=15)
+MODELS = LAYERS | dict(compile=0, vocab_size=50304)
+EVERYWHERE = dict(threads=0, csv="")
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
-    "moe": ("moe", "a MoE layer against dense MLP and other MoE layers", LAYERS | dict(compile=0, tokens=0)),
+    "moe": ("layer", "a MoE layer, a dense MLP, other MoE layers", LAYERS | dict(compile=0, tokens=0)),
     "step": ("models", "one optimizer step, dense against 8 experts top-2", LAYERS | dict(compile=0)),
-    "train": (
-        "models", "optimizer steps of whole models, compiled and not, beside nanoGPT's",
-        LAYERS | dict(compile=0, size="d12,d12-moe8x2,d24", B=4, T=1024, vocab_size=50304, nanogpt=""),
-    ),
+    "train": ("models", "optimizer steps of whole models, compiled and not, beside nanoGPT's",
+        MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, nanogpt="")),
     "ladder": ("ladder", "the optimisation ladder, rung by rung", STEPS | dict(compile=0, B=0, T=0)),
-    "head": ("head", "the loss head: all logits at once, and in chunks", LAYERS | dict(tokens=0)),
-    "hellaswag": (
-        "hellaswag", "HellaSwag: the plain method against ours", LAYERS | dict(size="d12", data="", limit=30)
-    ),
-    "checkpoint": ("checkpoint", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
-    "loop": (
-        "loop", "what of a training step's time is the loop's own",
-        LAYERS | dict(compile=0, size="", B=16, T=128, vocab_size=50304),
-    ),
-    "time_to_loss": (
-        "recipes", "loss against seconds, beside nanoGPT", dict(text="", nanogpt="", steps=2000)
-    ),
-    "moe_pays": (
-        "recipes", "8 experts top-2 against an equally active dense model",
-        dict(text="", steps=500, seeds=3),
-    ),
-    "scale": (
-        "scale", "a forecast of a step on up to 1,024 ranks",
-        LAYERS | dict(
-            size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19, micro_ms=0.0,
-            update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
-            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep",
-        ),
-    ),
+    "head": ("layer", "the loss head: all logits at once, and in chunks", LAYERS | dict(tokens=0)),
+    "hellaswag": ("models", "HellaSwag: the plain method against ours",
+        LAYERS | dict(size="d12", data="", limit=30)),
+    "checkpoint": ("loop", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
+    "loop": ("loop", "what of a training step's time is the loop's own", MODELS | dict(size="", B=16, T=128)),
+    "time_to_loss": ("recipes", "loss against seconds, beside nanoGPT",
+        dict(text="", nanogpt="", steps=2000, png="")),
+    "moe_pays": ("recipes", "8 experts top-2 against an equally active dense model",
+        dict(text="", steps=500, seeds=3)),
+    "scale": ("traffic", "a forecast of a step on up to 1,024 ranks",
+        LAYERS | dict(size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
+            micro_ms=0.0, update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
+            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep")),
 }  # fmt: skip
 HELP = {
-    "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one",
-    "dtype": "of matrix products",
+    "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "of matrix products",
     "compile": "1 = with torch.compile; step and train: 2 = with and without",
-    "rounds": "measured calls of each contender",
+    "rounds": "measured calls of each contender", "vocab_size": "token ids",
     "tokens": "tokens in place of each size's own number; 0 = that",
     "size": "of models.py's MODEL_SIZES; train takes several, separated by commas",
     "B": "sequences per micro-step (ladder: 0 = the device's own number)",
     "T": "tokens per sequence (ladder: 0 = the device's own number)",
-    "vocab_size": "token ids",
-    "nanogpt": "a checkout of nanoGPT to take turns with",
-    "data": "HellaSwag's questions; empty = downloaded once",
-    "limit": "questions, taken evenly from the whole file",
-    "text": "the text file to train on",
+    "nanogpt": "a checkout of nanoGPT to take turns with", "text": "the text file to train on",
+    "data": "HellaSwag's questions; empty = downloaded once", "seeds": "runs of each model",
+    "limit": "questions, taken evenly from the whole file", "total_batch_size": "tokens per step",
     "steps": "optimizer steps of the baseline (time_to_loss), of each run (moe_pays)",
-    "seeds": "runs of each model",
-    "total_batch_size": "tokens per step",
     "micro_ms": "milliseconds of a micro-step; 0 = measured here",
     "update_ms": "with micro_ms: milliseconds of the rest of a step",
-    "nvlink": "GB/s per GPU within a machine",
-    "network": "GB/s per GPU between machines",
-    "gpus": "GPUs per machine, each with a network card",
-    "latency": "microseconds per call and hop",
+    "nvlink": "GB/s per GPU within a machine", "network": "GB/s per GPU between machines",
+    "gpus": "GPUs per machine, each with a network card", "latency": "microseconds per call and hop",
     "ranks": "numbers of ranks, separated by commas",
     "layouts": "of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
-    "threads": "CPU threads; 0 = torch's choice",
-    "csv": "write the table to this file as well",
-    "png": "draw the table into this file (.png, .svg or .pdf)",
-}
+    "threads": "CPU threads; 0 = torch's choice", "csv": "write the table to this file as well",
+    "png": "draw loss against seconds into this file (.png, .svg or .pdf)",
+}  # fmt: skip
 CHOICES = {"dtype": ("float32", "bfloat16"), "compile": (0, 1, 2)}
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command and its options. A bad value ends the process with the usage and exit code 2."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__.split("\n\n")[0])
-    everywhere = dict(threads=0, csv="", png="")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    layout = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for command, (_, purpose, options) in COMMANDS.items():
-        one = commands.add_parser(
-            command, help=purpose, description=purpose, allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )  # fmt: skip
-        for name, default in (options | everywhere).items():
-            choices = CHOICES.get(name)
-            one.add_argument(
-                f"--{name}", type=type(default), default=default, choices=choices, help=HELP[name]
-            )
+        one = commands.add_parser(command, help=purpose, description=purpose, **layout)
+        for name, default in (options | EVERYWHERE).items():
+            more = dict(choices=CHOICES.get(name), help=HELP[name])
+            one.add_argument(f"--{name}", type=type(default), default=default, **more)
     options = parser.parse_args(arguments)
-    for name, default in (COMMANDS[options.command][2] | everywhere).items():
+    for name, default in (COMMANDS[options.command][2] | EVERYWHERE).items():
         value = getattr(options, name)
         if isinstance(value, int | float) and (value < 0 or (value == 0 and default != 0)):
             parser.error(f"--{name} {value}: must be {'at least' if default == 0 else 'above'} 0")
         if name in ("csv", "png") and not Path(value).parent.is_dir():
             parser.error(f"--{name} {value}: there is no such folder")
-    if options.png and Path(options.png).suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--png {options.png}: the name must end in .png, .svg or .pdf")
+        if name == "png" and value and Path(value).suffix not in (".png", ".svg", ".pdf"):
+            parser.error(f"--png {value}: the name must end in .png, .svg or .pdf")
     return options
 
 
@@ -115,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     import torch  # after the options, so that --help and mistakes need not wait for it
 
-    from bench.measure import describe_device, print_table
+    from bench.measure import print_table
     from training.parallel import choose_device
 
     if options.threads:
@@ -123,14 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"bench.{COMMANDS[options.command][0]}")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        device = choose_device(getattr(options, "device", "cpu") or default, 0)
-        options.device = device
-        shown = [f"torch {torch.__version__}", describe_device(device)]
+        options.device = device = choose_device(getattr(options, "device", "cpu") or default, 0)
+        on_cuda = device.type == "cuda"
+        shown = [f"torch {torch.__version__}"]
+        shown += [torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"]
         shown += [f"{name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options]
         print(f"{', '.join(shown)}\n")
-        rows = getattr(module, f"bench_{options.command}")(options)
-        # time_to_loss has drawn a picture of its own.
-        print_table(rows, options.csv, options.png if options.command != "time_to_loss" else "")
+        print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
     except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

@@ -3,10 +3,8 @@
     python -m bench ladder                             # CUDA: 124M, B = 16, T = 1024
     python -m bench ladder --device cpu --rounds 3     # CPU: a small model, without the rungs of CUDA
 
-Every rung changes one thing and keeps the changes of the rungs before it. It takes turns with the rung before
-it, so that noise meets both; its ratio is that of their tokens per second. On a CPU the blocks are compiled
-only with --compile 1.
-
+Every rung keeps the changes of the rungs before it, and takes turns with the one before it. On a CPU only
+--compile 1 compiles the blocks.
 Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
 """
 
@@ -29,31 +27,23 @@ START = dict(
     loss_chunk=0, times_B=1, prefetch=0, moe=False,
 )  # fmt: skip
 RUNGS = {
-    "fp32, attention written out": {},
-    "TF32": dict(tf32=True),
-    "bf16": dict(dtype="bfloat16"),
-    "torch.compile": dict(compile=True),
-    "flash attention": dict(attention="flash"),
-    "vocabulary 50257 -> 50304": dict(vocab_size=50304),
-    "fused AdamW": dict(fused=True),
-    "chunked loss head": dict(loss_chunk=-1),
-    "cuDNN attention": dict(attention="cudnn"),
-    "micro-batch twice as large": dict(times_B=2),
-    "prefetched batches": dict(prefetch=2),
+    "fp32, attention written out": {}, "TF32": dict(tf32=True), "bf16": dict(dtype="bfloat16"),
+    "torch.compile": dict(compile=True), "flash attention": dict(attention="flash"),
+    "vocabulary 50257 -> 50304": dict(vocab_size=50304), "fused AdamW": dict(fused=True),
+    "chunked loss head": dict(loss_chunk=-1), "cuDNN attention": dict(attention="cudnn"),
+    "micro-batch twice as large": dict(times_B=2), "prefetched batches": dict(prefetch=2),
     "8 experts top-2, same active FLOPs": dict(moe=True),
-}
+}  # fmt: skip
 CUDA_ONLY = ("TF32", "cuDNN attention")
-SHAPES = {  # n_layer, n_head, n_embd, and B, T where no flag gives them
-    "cuda": (12, 12, 768, 16, 1024),
-    "cpu": (4, 4, 256, 4, 128),
-}
+# n_layer, n_head, n_embd, and B, T where no flag gives them
+SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
     """The settings of every rung that this device can climb. compiled: with the rung of torch.compile."""
-    left_out = set() if device.type == "cuda" else set(CUDA_ONLY)
-    left_out |= set() if has_fast_bf16(device.type) else {"bf16"}
-    left_out |= set() if compiled else {"torch.compile"}
+    left_out = () if device.type == "cuda" else CUDA_ONLY
+    left_out += () if has_fast_bf16(device.type) else ("bf16",)
+    left_out += () if compiled else ("torch.compile",)
     settings, rungs = START, {}
     for name, change in RUNGS.items():
         if name not in left_out:
@@ -62,11 +52,8 @@ def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
 
 
 def compile_apart(model: GPTLMHeadModel) -> None:
-    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph.
-
-    A compiled graph keeps the attention kernel that was preferred when it was made, and dynamo does not check
-    that preference when it looks for a graph.
-    """
+    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph: a
+    graph keeps the attention kernel that was preferred when it was compiled."""
     backend = inductor = torch._dynamo.lookup_backend("inductor")
     if model.device.type == "cuda":
 
@@ -93,13 +80,12 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     model.loss_chunk = settings["loss_chunk"]
     if settings["compile"]:
         compile_apart(model)
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
+    run = make_run(model, loader, dtype=settings["dtype"])
     if not settings["fused"]:
         kept = ("params", "weight_decay", "lr_mult")
-        groups = [{name: group[name] for name in kept} for group in optimizer.param_groups]
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
-    loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
-    run = make_run(model, loader, optimizer=optimizer, dtype=settings["dtype"])
+        groups = [{name: group[name] for name in kept} for group in run.optimizer.param_groups]
+        run.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
 
     def step():
         torch.set_float32_matmul_precision("high" if settings["tf32"] else "highest")

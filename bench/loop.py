@@ -1,34 +1,38 @@
-"""What of a training step's time is the loop's own: logging, the terminal, signals, bookkeeping.
+"""What training costs besides its steps: the loop's own work (logging, terminal, signals), and checkpoints.
 
     python -m bench loop [--device cuda --size d12]
+    python -m bench checkpoint --size d12
 
-A real run of train_gpt_moe.py's loop with the demo's data, and by default with the demo's model. Whenever the
-loop asks for a step, train_step is called twice. The first call's time, with all that the loop has done since
-the call before, is a step of the loop. The second call's time is a step without the loop. Both follow another
-train_step directly, so the device may be as far behind as it ever is.
+Whenever the loop asks for a step, train_step is called twice, each time directly after another train_step.
+The first call's time, with all that the loop has done since the call before, is a step of the loop. The
+second call's time is a step without the loop.
 """
 
 import contextlib
 import io
 import tempfile
 import time
+from collections import defaultdict
 from statistics import median
 
 import torch
 
-from bench.measure import one_process
 from bench.models import size_of
 from layers.attention import prefer_backend, synchronize
+from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
 from train_gpt_moe import parse_config, train, train_step
 from training import faults
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import load_checkpoint, verify_checkpoint
+from training.parallel import World
 from training.setup import Run, open_log, set_up
 
 SKIPPED = 5  # first steps, which are not measured: kernels and caches get ready in them
 
 
 def bench_loop(options) -> list[dict]:
-    """Medians over 4 * rounds steps of the loop."""
+    """Medians over 4 * rounds steps of a run of train_gpt_moe.py with the demo's data."""
     flags = f"""--preset demo --B {options.B} --T {options.T} --total_batch_size {options.B * options.T}
         --max_steps {4 * options.rounds + SKIPPED} --warmup_steps 1 --optimizer adamw --max_lr 1e-3
         --min_lr 1e-4 --infer_step 0 --sample_every 0 --val_steps 1 --plot False --device {options.device}
@@ -38,10 +42,8 @@ def bench_loop(options) -> list[dict]:
         flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         prepare_demo(f"{folder}/data")
-        steps = time_run(
-            [*flags, "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"], options.device
-        )
-    steps = steps[SKIPPED:]
+        flags += ["--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"]
+        steps = time_run(flags, options.device)[SKIPPED:]
     whole, alone, passes = (median(seconds) for seconds in zip(*steps, strict=True))
     parts = {
         "a step of the loop": whole, "train_step alone": alone, "forward and backward alone": passes,
@@ -53,7 +55,7 @@ def bench_loop(options) -> list[dict]:
 def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float, float]]:
     """For each step: seconds of a step of the loop, of train_step, and of forward and backward."""
     config, given = parse_config(flags)
-    run = set_up(config, given, one_process(device).world)
+    run = set_up(config, given, World(0, 0, 1, device))
     open_log(run)
     found, now, last = [], time.perf_counter, time.perf_counter()
 
@@ -65,7 +67,13 @@ def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float,
         second = now()
         synchronize(device)
         begin = now()
-        forward_and_backward(run)
+        x, y = run.train_loader.next_batch()  # (B, T), (B, T)
+        with run.autocast():
+            loss = run.parallel_model(x, targets=y, return_dict=True).loss
+        loss.backward()
+        synchronize(device)
+        faults.discard_routing(run.model)  # these two leave no trace in the run
+        run.optimizer.zero_grad(set_to_none=True)
         found.append((first - last, second - first, now() - begin))
         train_step(run, step)  # leaves the device as busy as the loop finds it
         last = now()
@@ -77,12 +85,27 @@ def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float,
     return found
 
 
-def forward_and_backward(run: Run) -> None:
-    """The forward and backward passes of one micro-step, waited for; leaves no trace in the run."""
-    x, y = run.train_loader.next_batch()  # (B, T), (B, T)
-    with run.autocast():
-        loss = run.parallel_model(x, targets=y, return_dict=True).loss
-    loss.backward()
-    synchronize(run.layout.world.device)
-    faults.discard_routing(run.model)
-    run.optimizer.zero_grad(set_to_none=True)
+def bench_checkpoint(options) -> list[dict]:
+    """Milliseconds of each part of a checkpoint, for a model of --size with AdamW's moments."""
+    model = GPTLMHeadModel(GPTConfig(**size_of(options.size))).to(options.device)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes the moments
+    state = dict(model=model.state_dict(), config=model.config.to_dict(), optimizer=optimizer.state_dict())
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be in memory
+        writer = CheckpointWriter(folder, keep_last=1, say=lambda line: None)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for step in range(options.rounds + 1):
+            pause = writer.save(state | {"step": step})
+            if error := writer.wait():
+                raise error
+            seconds["pause of training" if step else "first pause"].append(pause)
+            seconds["writing and reading back, in the background"].append(writer.seconds)
+            for part, read in (("verifying", verify_checkpoint), ("verifying and loading", load_checkpoint)):
+                begin = time.perf_counter()
+                read(writer.path)
+                seconds[part].append(time.perf_counter() - begin)
+        gigabytes = writer.path.stat().st_size / 1e9
+    times = {part: 1e3 * median(taken) for part, taken in seconds.items()}
+    return [{"part": p, "GB": gigabytes, "ms": ms, "ms per GB": ms / gigabytes} for p, ms in times.items()]

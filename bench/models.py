@@ -1,16 +1,24 @@
-"""Optimizer steps of whole models: dense and MoE, compiled and not, beside nanoGPT's.
+"""Whole models: optimizer steps, compiled and not, beside nanoGPT's; HellaSwag's questions per second.
 
-python -m bench step                  # a small model, dense and with 8 experts top-2
-python -m bench train --size d12 --dtype bfloat16 --compile 2
-python -m bench train --size d12 --nanogpt DIR
+    python -m bench step                  # a small model, dense and with 8 experts top-2
+    python -m bench train --size d12 --dtype bfloat16 --compile 2
+    python -m bench train --size d12 --nanogpt DIR
+    python -m bench hellaswag --data FILE
+
+Reference: train.py and model.py of https://github.com/karpathy/nanoGPT
 """
 
+import contextlib
+import importlib.util
+import io
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
+import hellaswag as hs
 from bench.measure import RandomBatch, alternate, make_run, memory_bytes
-from bench.nanogpt import NanoGPT
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
 from training.parallel import compile_blocks
@@ -19,9 +27,8 @@ MODEL_SIZES = {
     "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU
     "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
     "d12": dict(n_layer=12, n_head=12, n_embd=768, use_moe=False),
-    "d12-moe8x2": dict(
-        n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536
-    ),  # as many active FLOPs as d12
+    "d12-moe8x2": dict(  # as many active FLOPs as d12
+        n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
     "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
 }  # fmt: skip
 
@@ -33,14 +40,40 @@ def size_of(name: str) -> dict:
     return MODEL_SIZES[name]
 
 
+class NanoGPT:
+    """nanoGPT in training. fields: those of its GPTConfig. FileNotFoundError if folder has no model.py."""
+
+    def __init__(self, folder: str, device: torch.device, lr: float = 1e-4, beta2: float = 0.95, **fields):
+        path = Path(folder) / "model.py"
+        if not path.is_file():
+            mend = f"git clone https://github.com/karpathy/nanoGPT {folder}"
+            raise FileNotFoundError(f"nanogpt={folder!r} has no model.py; {mend}")
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # our model.py is another
+        nanogpt = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = nanogpt  # dataclasses look their module up there
+        spec.loader.exec_module(nanogpt)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+            self.model = self.forward = nanogpt.GPT(nanogpt.GPTConfig(**fields)).to(device)
+            self.optimizer = self.model.configure_optimizers(0.1, lr, (0.9, beta2), device.type)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor, lr: float = 1e-4, dtype: str = "float32") -> None:
+        """One optimizer step on x, y (B, T) each, as nanoGPT's train.py does it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = self.forward(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def bench_step(options) -> list[dict]:
     """4 layers, 384 wide, dense and 8 experts top-2, at B = 8, T = 256, V = 8192."""
     small = dict(n_layer=4, n_head=6, n_embd=384)
-    sizes = {
-        "dense": small | dict(use_moe=False),
-        "8 experts top-2": small | dict(num_experts=8, num_experts_per_tok=2),
-    }
-    sizes["8 experts top-2, same active FLOPs"] = sizes["8 experts top-2"] | dict(expert_hidden_size=768)
+    experts = small | dict(num_experts=8, num_experts_per_tok=2)
+    sizes = {"dense": small | dict(use_moe=False), "8 experts top-2": experts}
+    sizes["8 experts top-2, same active FLOPs"] = experts | dict(expert_hidden_size=768)
     return compare_models(options, sizes, B=8, T=256, V=8192)
 
 
@@ -51,10 +84,7 @@ def bench_train(options) -> list[dict]:
 
 
 def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "") -> list[dict]:
-    """A row per model: time, speed, memory. Every dense size takes turns with nanoGPT's model of that size.
-
-    nanogpt: the folder of nanoGPT's checkout; "" leaves nanoGPT out.
-    """
+    """A row per model. Every dense size takes turns with nanoGPT's, from the checkout `nanogpt`, if any."""
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
@@ -68,19 +98,18 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
             models[key], steps[key] = model, partial(train_step, run, 0)
             if nanogpt and not fields.get("use_moe", True):
                 shape = {field: fields[field] for field in ("n_layer", "n_head", "n_embd")}
-                theirs = NanoGPT(
-                    nanogpt, device, dtype, compiled, block_size=T, vocab_size=V, dropout=0.0, **shape
-                )
-                key = name, compiled, "nanoGPT"
-                models[key], steps[key] = theirs.model, partial(theirs.step, *run.train_loader.next_batch())
+                theirs = NanoGPT(nanogpt, device, block_size=T, vocab_size=V, dropout=0.0, **shape)
+                if compiled:
+                    theirs.forward = torch.compile(theirs.model)
+                key, batch = (name, compiled, "nanoGPT"), run.train_loader.next_batch()
+                models[key], steps[key] = theirs.model, partial(theirs.step, *batch, dtype=dtype)
     seconds = alternate(steps, device, options.rounds, warmup=2)
     peaks = {key: memory_bytes(step, device)[0] for key, step in steps.items()}
     for key, model in models.items():
         name, compiled, whose = key
         ours = models[name, compiled, "ours"]
         mfu = ours.estimate_mfu(B, seconds[key])
-        row = {"model": name, "compiled": "yes" if compiled else "no"}
-        row |= {"whose": whose} if nanogpt else {}
+        row = {"model": name, "compiled": "yes" if compiled else "no"} | ({"whose": whose} if nanogpt else {})
         row |= {
             "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
             "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",
@@ -93,3 +122,31 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
             row["memory x nanoGPT"] = peaks[key] / peaks[theirs] if theirs in seconds else ""
         rows.append(row)
     return rows
+
+
+def bench_hellaswag(options) -> list[dict]:
+    """Questions per second of an untrained model. plain: each question alone, padded rows, all logits."""
+    device = options.device
+    torch.manual_seed(0)
+    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size_of(options.size))).to(device).eval()
+    path = Path(options.data) if options.data else hs.download("val")
+    every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
+    questions = every[:: max(1, len(every) // options.limit)][: options.limit]  # from the whole file
+
+    def score(method):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            return method(model, questions)
+
+    runs = {"plain": partial(score, hs.score_one_by_one), "ours": partial(score, hs.score_batched)}
+    seconds = alternate(runs, device, options.rounds, warmup=1)
+    losses = {method: run() for method, run in runs.items()}
+    choices = {method: hs.tally(questions, each).choices for method, each in losses.items()}
+    return [
+        {
+            "method": method, "model": options.size, "questions": len(questions), "s": seconds[method],
+            "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
+            "same choices": sum(map(int.__eq__, choices[method], choices["plain"])),
+            "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}",
+        }
+        for method in runs
+    ]  # fmt: skip

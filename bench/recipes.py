@@ -3,22 +3,12 @@
     python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
     python -m bench moe_pays --text input.txt
 
-Both commands train byte-level models on the CPU, in fp32, without compilation. All contenders take turns in
-one run, so that noise meets all alike. Their clocks stand still during set-up and evaluation. The first 90%
-of a text are for training, the rest for validation: random windows, drawn once, the same for all.
-
-time_to_loss: the sizes of nanoGPT's CPU recipe (4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000
-steps). The baseline is nanoGPT's own model and optimizer (bias=False, as in its train.py), or without
---nanogpt our preset gpt2. The other recipes get a third of the baseline's seconds, and all of them: at every
-turn they train until their clocks show that share, and their schedules follow the clock. Batch and learning
-rate are chosen for these sizes; the context stays 64.
-moe_pays: 8 experts top-2 against a dense model with as many active parameters, on the same batches.
-
-Sources: README and config/train_shakespeare_char.py of https://github.com/karpathy/nanoGPT.
+Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
+count training only. docs/measurements.md describes the data and the recipes. nanoGPT's are in its README and
+config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT).
 """
 
 import contextlib
-import csv
 import io
 import statistics
 import tempfile
@@ -26,13 +16,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from bench.measure import alternate, make_run
-from bench.nanogpt import NanoGPT
+from bench.models import NanoGPT
 from tokens.demo import prepare_demo
 from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
@@ -46,15 +38,19 @@ NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.
 MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
 RECIPES = {
-    "gpt2": PRESETS["gpt2"] | NANOGPT,
-    "modern": MODERN | dict(use_moe=False),
-    "modern-moe": MODERN | EXPERTS,
-}
+    "gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False), "modern-moe": MODERN | EXPERTS,
+}  # fmt: skip
 SHARES = {"a third of the time": 1 / 3, "the same time": 1.0}  # of the baseline's seconds
+
+# moe_pays: both are 64 wide, so small that more parameters help. A hidden size of 261 gives the dense
+# feed-forward layers as many parameters as two experts, their second bias and the router have.
+PAYS = MODERN | dict(n_embd=64, T=128, B=12)
+RIVALS = {
+    "dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
+    "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128),
+}
 SEED = 1337
 WINDOWS, ROUNDS = 512, 12  # windows for validation; evaluations of each contender
-
-# ---------------------------------------------------------------------------- DATA
 
 
 def split_text(path: str) -> Data:
@@ -67,11 +63,11 @@ def split_text(path: str) -> Data:
 
 def split_demo() -> Data:
     """Token ids of the embedded corpus: training and validation documents, each with id 256 before it."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.redirect_stdout(io.StringIO()):
-            prepare_demo(folder)
-        parts = [[read_shard(path) for path in find_shards(folder, split)] for split in ("train", "val")]
-        train, val = (torch.cat([torch.tensor(part.astype("int16")) for part in split]) for split in parts)
+    silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, silent[0], silent[1]:
+        prepare_demo(folder)
+        shards = (read_shard(find_shards(folder, split)[0]) for split in ("train", "val"))  # one of each
+        train, val = (torch.from_numpy(shard.astype("int16")) for shard in shards)
     return train, val
 
 
@@ -86,12 +82,8 @@ class WindowLoader:
     """Gives train_step random windows of the training data; the seed decides which."""
 
     def __init__(self, train: torch.Tensor, config: TrainConfig):
-        self.train, self.B, self.T = train, config.B, config.T
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def next_batch(self) -> Data:
-        """Inputs and targets, (B, T) each."""
-        return draw_windows(self.train, self.B, self.T, self.generator)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.next_batch = partial(draw_windows, train, config.B, config.T, generator)
 
 
 @torch.no_grad()
@@ -102,9 +94,6 @@ def validation_loss(model: nn.Module, windows: Data, batch: int = 128) -> float:
     loss = sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
     model.train()
     return loss
-
-
-# ---------------------------------------------------------------------------- CONTENDERS
 
 
 @dataclass
@@ -133,61 +122,50 @@ class Contender:
         while self.done < until:
             self.step((self.done + 0.5) / self.config.max_steps)
 
-    def run_for(self, until: float, first: float, last: float) -> None:
-        """Train while the clock will still be before `until` after another step.
 
-        first, last: the part of the schedule, 0..1, that these steps go through.
-        """
-        start = self.seconds
-        while self.seconds + self.last < until:
-            self.step(first + (last - first) * (self.seconds - start) / (until - start))
-
-
-def build_ours(
-    name: str, fields: dict, train: torch.Tensor, vocab_size: int, steps: int, seed: int = SEED
-) -> Contender:
+def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed=SEED) -> Contender:
     """A contender with our model and optimizer from settings of TrainConfig."""
-    config = TrainConfig(**fields | dict(vocab_size=vocab_size, max_steps=steps, seed=seed))
-    meta = {"encoding": "bytes", "vocab_size": vocab_size, "eot_token": None}
-    model = build_model(config, set(), meta, None)
+    config = TrainConfig(**fields | dict(vocab_size=V, max_steps=steps, seed=seed))
+    model = build_model(config, set(), dict(encoding="bytes", vocab_size=V, eot_token=None), None)
     optimizer = build_optimizer(config, model)
     run = make_run(model, WindowLoader(train, config), config=config, optimizer=optimizer)
     return Contender(name, model, config, partial(train_step, run))
 
 
 def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
-    """A contender with nanoGPT's model, optimizer and step. FileNotFoundError without its model.py."""
+    """A contender with nanoGPT's model, optimizer and step; bias=False, as in its train.py."""
     config = TrainConfig(**NANOGPT | dict(max_steps=steps))
     torch.manual_seed(config.seed)
     sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
     sizes |= dict(block_size=config.T, vocab_size=256, bias=False)
     nanogpt = NanoGPT(folder, torch.device("cpu"), lr=config.max_lr, beta2=config.beta2, **sizes)
     loader = WindowLoader(train, config)
-    return Contender(
-        "nanoGPT", nanogpt.model, config,
-        lambda step: nanogpt.step(*loader.next_batch(), lr=learning_rate(step, config)),
-    )  # fmt: skip
+
+    def step(number: int) -> None:
+        nanogpt.step(*loader.next_batch(), lr=learning_rate(number, config))
+
+    return Contender("nanoGPT", nanogpt.model, config, step)
 
 
 def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
-    """Train all contenders. At each of `rounds` turns each trains its part of the steps or seconds, and is
-    then evaluated."""
+    """Train all. At each of `rounds` turns each trains its part of the steps or seconds, and is evaluated."""
     for turn in range(1, rounds + 1):
-        for contender in contenders:
-            if contender.share is None:
-                contender.run(contender.config.max_steps * turn // rounds)
+        for one in contenders:
+            if one.share is None:
+                one.run(one.config.max_steps * turn // rounds)
             else:
-                until = contender.share * contenders[0].seconds
-                contender.run_for(until, (turn - 1) / rounds, turn / rounds)
-            losses = [validation_loss(contender.model, windows) for windows in validation]
-            contender.points.append((contender.done, contender.seconds, losses))
-
-
-# ---------------------------------------------------------------------------- TIME TO LOSS
+                start, until = one.seconds, one.share * contenders[0].seconds
+                while one.seconds + one.last < until:  # after another step, too
+                    one.step((turn - 1 + (one.seconds - start) / (until - start)) / rounds)
+            losses = [validation_loss(one.model, windows) for windows in validation]
+            one.points.append((one.done, one.seconds, losses))
 
 
 def bench_time_to_loss(options) -> list[dict]:
-    """A row per recipe: the loss it reaches, and in how many seconds."""
+    """A row per recipe: the loss it reaches, and in how many seconds.
+
+    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock.
+    """
     if not options.text:
         raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
     train, val = split_text(options.text)
@@ -222,18 +200,16 @@ def bench_time_to_loss(options) -> list[dict]:
 
 def seconds_to(contender: Contender, goal: float) -> str:
     """Seconds until the loss first reached the goal, interpolated between evaluations; - if it never did."""
-    before = None
-    for _, seconds, (loss,) in contender.points:
-        if loss <= goal:
-            if before is None:
-                return f"< {seconds:.1f}"
-            return f"{before[0] + (seconds - before[0]) * (before[1] - goal) / (before[1] - loss):.1f}"
-        before = seconds, loss
+    if contender.points[0][2][0] <= goal:
+        return f"< {contender.points[0][1]:.1f}"
+    for (_, start, (above,)), (_, end, (below,)) in pairwise(contender.points):
+        if below <= goal:
+            return f"{start + (end - start) * (above - goal) / (above - below):.1f}"
     return "-"
 
 
 def draw_losses(contenders: list[Contender], path: str) -> None:
-    """Draw loss against seconds, and write the points beside the picture as .points.csv."""
+    """Draw loss against seconds."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -246,67 +222,44 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", ylim=(None, last + 1.2))
     axes.legend()
     figure.savefig(path, dpi=120)
-    with open(Path(path).with_suffix(".points.csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("recipe", "step", "seconds", "loss"))
-        for contender in contenders:
-            writer.writerows((contender.name, step, s, loss) for step, s, (loss,) in contender.points)
-
-
-# ---------------------------------------------------------------------------- MOE PAYS
-
-# Both are 64 wide, so small that more parameters help. A hidden size of 261 gives the dense feed-forward
-# layers as many parameters as two experts, their second bias and the router have.
-PAYS = MODERN | dict(n_embd=64, T=128, B=12)
-RIVALS = {
-    "dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
-    "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128),
-}
 
 
 def bench_moe_pays(options) -> list[dict]:
-    """A row per model: validation losses, mean and standard deviation over seeds.
+    """A row per model: validation losses on each corpus, mean and standard deviation over seeds.
 
-    The models train on the embedded corpus and the text together, and are validated on each. Both get the
-    same seed for their weights, and the same batches.
+    Both models train on all corpora together, with the same seeds and batches.
     """
     corpora = {"embedded corpus": split_demo()}
     if options.text:
         corpora[Path(options.text).name] = split_text(options.text)
     train = torch.cat([part.short() for part, _ in corpora.values()])
-    windows = [
-        draw_windows(val, WINDOWS // 2, PAYS["T"], torch.Generator().manual_seed(0))
-        for _, val in corpora.values()
-    ]
-    runs: dict[str, list[Contender]] = {name: [] for name in RIVALS}
+    draw = partial(draw_windows, number=WINDOWS // 2, T=PAYS["T"])
+    windows = [draw(val, generator=torch.Generator().manual_seed(0)) for _, val in corpora.values()]
+    races = []  # (seeds, models)
     for seed in range(SEED, SEED + options.seeds):
         pair = [build_ours(name, fields, train, 257, options.steps, seed) for name, fields in RIVALS.items()]
         race(pair, windows, ROUNDS // 2)
-        for contender in pair:
-            runs[contender.name].append(contender)
-    losses = {  # (corpora, seeds); the last row is the mean over corpora
-        name: [[*of_seed, statistics.fmean(of_seed)] for of_seed in (run.points[-1][2] for run in group)]
-        for name, group in runs.items()
-    }
+        races.append(pair)
+    losses = np.array([[run.points[-1][2] for run in pair] for pair in races])  # (seeds, models, corpora)
+    losses = np.append(losses, losses.mean(-1, keepdims=True), axis=-1)
     rows = []
-    for name, group in runs.items():
-        model, config = group[0].model, group[0].config
+    for number, name in enumerate(RIVALS):
+        model, config = races[0][number].model, races[0][number].config
         row = {
             "model": name, "parameters": f"{model.get_num_params():,}",
             "active": f"{model.get_num_active_params():,}", "steps": config.max_steps,
             "tokens": f"{config.max_steps * config.B * config.T:,}",
-            "s": statistics.fmean(run.seconds for run in group),
+            "s": statistics.fmean(pair[number].seconds for pair in races),
         }  # fmt: skip
         for column, corpus in enumerate([*corpora, "mean"]):
-            values = [of_seed[column] for of_seed in losses[name]]
-            lead = [a[column] - b[column] for a, b in zip(losses["dense"], losses[name], strict=True)]
-            row[corpus] = mean_and_spread(values)
-            row[f"{corpus}: below dense"] = mean_and_spread(lead)
+            dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
+            row[corpus] = mean_and_spread(this)
+            row[f"{corpus}: below dense"] = mean_and_spread(dense - this)
         rows.append(row)
     return rows
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values) -> str:
     """Mean and standard deviation over the seeds."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.3f} ± {spread:.3f}"

@@ -1,68 +1,40 @@
-"""Formulas of how a step scales from one rank to 1,024: bytes sent, seconds and memory per rank.
+"""A forecast of a training step on up to 1,024 ranks, in every layout: bytes sent, seconds, memory per rank.
 
-Bytes that a rank sends in a collective over W ranks. S is the size of what all ranks have together after an
-all-gather or before a reduce-scatter, and what each rank has in the other collectives. NCCL calls these bytes
-divided by their time the bus bandwidth [1].
+    python -m bench scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16
+    python -m bench scale --size d12 --dtype bfloat16          # from a micro-step measured on this machine
 
-    all-reduce       2 (W-1)/W S    in a ring: reduce-scatter, then all-gather
-    all-gather         (W-1)/W S    reduce-scatter too
-    broadcast          (W-1)/W S    the average of ranks that take turns as root
-    all-to-all         (W-1)/W S    with evenly loaded experts
+Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters as in model.py):
 
-What a step of `a` micro-steps sends (P parameters; other letters as in model.py):
+    ddp     all-reduce of 4 P bytes of gradients
+    zero    as ddp; then broadcasts of 4 P bytes of parameters in all
+    fsdp    a times: all-gather of all parameters, and of the blocks' once more; reduce-scatter of 4 P bytes
+    ep      a times and per MoE layer: 4 all-to-alls of R C elements among ep ranks; all-reduce of
+            4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
+    all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
 
-    ddp     all-reduce of 4 P bytes of gradients in buckets of 25 MiB, in the last micro-step only [2]
-    zero    as ddp; then each rank broadcasts the parameters that it has updated, 4 P bytes in all
-    fsdp    per micro-step: all-gather of all parameters before the forward, and of the blocks' once more
-            before the backward; in the last micro-step: reduce-scatter of 4 P bytes of gradients. With a = 1
-            that is ZeRO's 3 P elements [3]. Blocks are gathered in the dtype of the matrix products, the rest
-            in fp32. Dimension 0 is padded to a multiple of W (experts are cut along another dimension where W
-            does not divide their number)
-    ep      (W / ep) replicas x ep ranks. Per micro-step and layer: 4 all-to-alls of R C elements among ep
-            ranks (rows, results, and the gradients of both). Gradients of experts: all-reduce of
-            4 P_experts / ep bytes among the W / ep replicas. All other parameters as in ddp or fsdp
-    all     all-reduces of some bytes: losses and signals, routing statistics, and the gradient norm where no
-            rank has the whole gradient
-
-Seconds = a * micro-step + update * (share of the parameters that the rank updates) + exposed communication.
-The gradients of ddp and fsdp hide behind the last backward, except for the last bucket or block. The gathers
-of fsdp hide behind the forward (a third of a micro-step) and the backward, except for the first block's. All
-else is exposed. Not modelled: communication that slows down computation, uneven experts, stragglers, SHARP.
-
-Links: a collective within a machine runs at NVLink's speed. A ring through machines runs at the speed of all
-network cards of a machine together, at most NVLink's. Of an all-to-all, what leaves the machine passes the
-rank's own card. Defaults: 80% of 450 GB/s per GPU and direction (H100 [4]) and of 50 GB/s per GPU (DGX H100
-[5]); 10 us per call and hop, log2(W) hops.
-
-Memory: fp32 parameters, gradients and two moments, as the layout divides them; with fsdp the gathered
-parameters of two blocks and of embeddings and head, the gradient of one group, and whole gradients between
-micro-steps; with ep the rows that arrive; activations as preflight.py estimates them.
-
-References: [1] https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
-[2] https://docs.pytorch.org/docs/stable/notes/ddp.html  [3] ZeRO, arXiv 1910.02054, section 7.2
-[4] https://www.nvidia.com/en-us/data-center/h100/  [5] https://docs.nvidia.com/dgx/dgxh100-user-guide/
+docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 
+from bench.measure import RandomBatch, alternate, make_run
+from bench.models import size_of
 from model import GPTConfig, GPTLMHeadModel
+from train_gpt_moe import train_step
 from training import preflight
 from training.preflight import elements, expert_elements, shapes_by_part
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
-SENT = {  # bytes that each of W ranks sends, as a multiple of (W-1)/W S
-    "all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "all_to_all": 1,
-}  # fmt: skip
 LAYOUTS = {  # name: fields of Plan
     "ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
     "fsdp+ep": {"parallel": "fsdp", "ep_size": 2},
 }  # fmt: skip
-
-# ---------------------------------------------------------------------------- FORMULAS
 
 
 @dataclass(frozen=True)
@@ -100,8 +72,8 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends."""
-        return SENT[self.kind] * (self.ranks - 1) / self.ranks * self.size
+        """Bytes that a rank sends. An all-reduce is a reduce-scatter and an all-gather."""
+        return (2 if self.kind == "all_reduce" else 1) * (self.ranks - 1) / self.ranks * self.size
 
 
 @dataclass(frozen=True)
@@ -174,28 +146,20 @@ def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks:
         (elements(part["blocks"], W), plan.element, W, 1, blocks, True),
         (expert_elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
-    for count, element, ranks, stride, calls, again in groups:
-        late = 1 / (blocks + 1)
-        if count == 0:
-            continue
+    late = 1 / (blocks + 1)
+    for count, size, ranks, stride, calls, again in groups:
         for behind in ("forward", "backward")[: 1 + again]:
-            size = a * count * element
-            found.append(Collective("all_gather", size, ranks, stride, a * calls, behind, late))
+            found.append(Collective("all_gather", a * count * size, ranks, stride, a * calls, behind, late))
         found.append(Collective("reduce_scatter", 4 * count, ranks, stride, calls, "last", late))
     return found
 
 
-def step_seconds(
-    model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, update: float
-) -> tuple[float, float, float]:
-    """Seconds of a step, of its communication, and of the exposed part of that.
-
-    micro, update: seconds of a micro-step and of an update on one rank.
-    """
-    collectives, a = step_traffic(model, plan), plan.micro_steps
-    took = defaultdict(float)  # per micro-step
-    late = defaultdict(float)
-    for collective in collectives:
+def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, update: float) -> tuple:
+    """Seconds of a step, of its communication, of its exposed communication. micro, update: of one rank."""
+    a, communication = plan.micro_steps, 0.0
+    took, late = defaultdict(float), defaultdict(float)  # per micro-step
+    for collective in step_traffic(model, plan):
+        communication += links.seconds(collective)
         seconds = links.seconds(collective) / (a if collective.behind in ("forward", "backward") else 1)
         took[collective.behind] += seconds
         late[collective.behind] += seconds * collective.late
@@ -206,8 +170,7 @@ def step_seconds(
 
     waits = took[""] + a * exposed(micro / 3, "forward")
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
-    communication = sum(links.seconds(collective) for collective in collectives)
-    whole = elements([shape for shapes in shapes_by_part(model).values() for shape in shapes])
+    whole = sum(parameter.numel() for parameter in model.parameters())
     kept = preflight.parameters_held(model, plan, plan.ranks)
     updated = kept / whole / (plan.ranks if plan.zero_stage else 1)
     return a * micro + update * updated + waits, communication, waits
@@ -215,8 +178,8 @@ def step_seconds(
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    count, part = preflight.parameters_held(model, plan, plan.ranks), shapes_by_part(model)
-    config = model.config
+    part, config = shapes_by_part(model), model.config
+    count = preflight.parameters_held(model, plan, plan.ranks)
     uses = {
         "parameters": 4 * count, "gradients": 4 * count,
         "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
@@ -235,44 +198,53 @@ def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     return uses
 
 
-def state_bytes(model: GPTLMHeadModel, plan: Plan) -> float:
-    """Bytes of parameters, gradients and moments on a rank: the mean over all ranks."""
-    uses = memory_by_use(model, plan)
-    return uses["parameters"] + uses["gradients"] + uses["moments"]
-
-
-# ---------------------------------------------------------------------------- FORECAST
-
-
-def ep_for(ranks: int, config: GPTConfig, links: Links) -> int:
-    """The largest ep_size that fits into a machine: a power of two that divides ranks and experts."""
-    most = min(ranks, links.per_machine)
-    return max(n for n in (1, 2, 4, 8, 16) if n <= most and config.num_experts % n == 0 and ranks % n == 0)
-
-
-def forecast(
-    model: GPTLMHeadModel, plan: Plan, names: list[str], ranks: list[int], links: Links,
-    micro: float, update: float, total_batch_size: int,
-) -> list[dict]:  # fmt: skip
-    """A row per layout and number of ranks. A step has total_batch_size tokens while that is a micro-step or
-    more per rank; with more ranks it grows."""
-    rows = []
-    for name in names:
-        if "ep" in name and not model.moe_layers():
-            continue
-        for W in ranks:
-            steps = max(1, total_batch_size // (plan.B * plan.T * W))
-            fields = LAYOUTS[name] | ({"ep_size": ep_for(W, model.config, links)} if "ep" in name else {})
-            this = replace(plan, ranks=W, micro_steps=steps, **fields)
-            step, communication, waits = step_seconds(model, this, links, micro, update)
-            tokens = W * steps * plan.B * plan.T
-            alone = plan.B * plan.T * steps / (steps * micro + update)  # tokens/s of one rank by itself
-            shape = f" {W // this.ep_size} x {this.ep_size}" if "ep" in name else ""
-            rows.append({
-                "layout": name + shape, "ranks": W,
-                "tokens/step": tokens, "GB sent": sum(c.sent for c in step_traffic(model, this)) / 1e9,
-                "communication ms": 1e3 * communication, "exposed ms": 1e3 * waits, "ms": 1e3 * step,
-                "tokens/s": round(tokens / step), "efficiency %": 100 * tokens / step / (W * alone),
-                "GiB per rank": sum(memory_by_use(model, this).values()) / 2**30,
-            })  # fmt: skip
+def bench_scale(options) -> list[dict]:
+    """A row per layout and number of ranks. A step has total_batch_size tokens, or a micro-step per rank."""
+    names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
+    unknown = [name for name in names if name not in LAYOUTS]
+    if unknown:
+        raise ValueError(f"layouts={unknown[0]!r}: choose of {', '.join(LAYOUTS)}")
+    if not all(number.isdigit() and int(number) > 0 for number in ranks):
+        raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
+    config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
+    links = Links(options.nvlink * 1e9, options.network * 1e9, options.gpus, options.latency * 1e-6)
+    micro, update = options.micro_ms / 1e3, options.update_ms / 1e3
+    if not micro:
+        micro, update = measure_step(config, options)
+    timed = f"micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms"
+    print(f"{options.size}, B = {B}, T = {T}: {timed}\n")
+    model, rows = meta_model(config), []
+    if not model.moe_layers():
+        names = [name for name in names if "ep" not in name]
+    groups = [n for n in (1, 2, 4, 8, 16) if n <= options.gpus and config.num_experts % n == 0]
+    for name, W in product(names, map(int, ranks)):
+        steps = max(1, options.total_batch_size // (B * T * W))
+        largest = max(n for n in groups if W % n == 0)  # ep group within a machine
+        fields = LAYOUTS[name] | ({"ep_size": largest} if "ep" in name else {})
+        plan = Plan(W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
+        step, communication, waits = step_seconds(model, plan, links, micro, update)
+        tokens = W * steps * B * T
+        alone = B * T * steps / (steps * micro + update)  # tokens/s of one rank by itself
+        shape = f" {W // plan.ep_size} x {plan.ep_size}" if "ep" in name else ""
+        rows.append({
+            "layout": name + shape, "ranks": W,
+            "tokens/step": tokens, "GB sent": sum(c.sent for c in step_traffic(model, plan)) / 1e9,
+            "communication ms": 1e3 * communication, "exposed ms": 1e3 * waits, "ms": 1e3 * step,
+            "tokens/s": round(tokens / step), "efficiency %": 100 * tokens / step / (W * alone),
+            "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30,
+        })  # fmt: skip
     return rows
+
+
+def measure_step(config: GPTConfig, options) -> tuple[float, float]:
+    """Seconds of a micro-step and of the rest of a step (clip, update), with evenly loaded experts."""
+    model = GPTLMHeadModel(config).to(options.device)
+    model.loss_chunk = -1
+    for moe in model.moe_layers():
+        moe.force_balanced = True
+    one = make_run(model, RandomBatch(model, options.B, options.T), dtype=options.dtype)
+    two = make_run(model, one.train_loader, optimizer=one.optimizer, dtype=options.dtype, accumulation=2)
+    steps = {"one": partial(train_step, one, 0), "two": partial(train_step, two, 0)}
+    seconds = alternate(steps, options.device, options.rounds)
+    micro = seconds["two"] - seconds["one"]  # the steps differ by one micro-step
+    return micro, max(0.0, seconds["one"] - micro)

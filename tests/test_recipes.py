@@ -125,10 +125,6 @@ def test_time_to_loss(text, small, clock, tmp_path, capsys):
     assert [int(row["steps"]) for row in rows[2:]] == [19, 59] * 2
     assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([19 / 60, 59 / 60] * 2)
     assert png.stat().st_size > 10_000
-    points = list(csv.DictReader((tmp_path / "loss.points.csv").open()))
-    of_gpt2 = [point for point in points if point["recipe"] == "gpt2"]
-    assert [int(point["step"]) for point in of_gpt2] == [15, 30, 45, 60]
-    assert float(of_gpt2[-1]["loss"]) == pytest.approx(float(rows[1]["loss"]), abs=1e-3)
     assert "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
     assert bench.main([*command[:3], "--steps", "12"]) == 0
