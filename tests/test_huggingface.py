@@ -31,7 +31,6 @@ ARCHITECTURES = {
     "learned, MoE": dict(),
     "dense": dict(use_moe=False),
     "rope, grouped": dict(position="rope", n_kv_head=2),
-    "window": dict(sliding_window=6),
     "window, global": dict(sliding_window=6, global_every=2, position="rope", n_kv_head=1),
     "modern": dict(
         position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,

@@ -454,7 +454,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         loss.backward()
         model.update_routers()
         usage = torch.stack([usage.counts for usage in model.expert_usage()])
-        results.append([loss, usage, *(p.grad for p in model.parameters())])
+        results.append([loss, usage, *(p.grad for p in model.parameters()), *model.buffers()])
     assert results[0][1].sum() == 2 * 3 * 24 * 2
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     for a, b in zip(results[0][2:], results[1][2:], strict=True):
