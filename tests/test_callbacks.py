@@ -172,9 +172,8 @@ def test_smoothed_labels_are_shifted(tmp_path):
     trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1))
     batch = {name: torch.stack([row[name] for row in ragged_rows()]) for name in ragged_rows()[0]}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
-    )
+    rows = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(*rows, label_smoothing=0.1)
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: .* without the experts' balance"):
         train(build(), tmp_path, label_smoothing_factor=0.1)

@@ -59,9 +59,8 @@ def make_layer(seed: int = 0, std: float = 0.5, **overrides) -> MoE:
 def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
     routing, probs = layer.route(logits)
-    slots = (
-        rows[routing.position()].view(-1, routing.per_token) for rows in (routing.expert(), routing.weight)
-    )
+    rows, K = (routing.expert(), routing.weight), routing.per_token
+    slots = (row[routing.position()].view(-1, K) for row in rows)
     return *slots, probs
 
 
@@ -109,9 +108,8 @@ def check_against_reference(layer, x, engine, rtol, atol):
         (y * weight).sum().backward()
         results.append({"y": y.detach(), "x": leaf.grad, **gradients(layer)})
     for name, expected in results[1].items():
-        torch.testing.assert_close(
-            results[0][name], expected, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        say = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(results[0][name], expected, rtol=rtol, atol=atol, msg=say)
 
 
 # -----------------------------------------------------------------------------
@@ -191,9 +189,7 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     with torch.device("meta"):
         config = make_config(**{name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")})
         layer = experts.Experts(config)
-    x = SimpleNamespace(
-        device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], case["n_embd"])
-    )
+    x = SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], 1))
     with torch.set_grad_enabled(case["grad"]):
         assert layer._choose_engine(x, case["rows"]) == engine
 
@@ -430,11 +426,12 @@ def test_router_stays_in_fp32_under_autocast():
 def test_sigmoid_scores_and_their_weights():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
     s = 1 / (1 + torch.exp(-logits[0]))
-    for K, norm, expected in (
+    cases = (
         (1, True, [s[1]]),
         (2, False, [s[1], s[2]]),
         (2, True, [s[1] / (s[1] + s[2]), s[2] / (s[1] + s[2])]),
-    ):
+    )
+    for K, norm, expected in cases:
         layer = make_layer(router_score="sigmoid", num_experts_per_tok=K, norm_topk_prob=norm)
         index, weights, probs = chosen(layer, logits)
         assert index.tolist() == [[1, 2][:K]]

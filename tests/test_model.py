@@ -555,9 +555,8 @@ def test_crop_block_size(position, tmp_path):
 
 def test_weight_decay_follows_the_role_of_a_parameter():
     model = GPTLMHeadModel(tiny(n_layer=1, num_shared_experts=1, qk_norm=True))
-    optimizer = model.configure_optimizers(
-        0.1, 1e-3, (0.9, 0.95), "cpu", router_lr_mult=0.5, expert_lr_mult=2.0
-    )
+    mults = dict(router_lr_mult=0.5, expert_lr_mult=2.0)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", **mults)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
     found = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
