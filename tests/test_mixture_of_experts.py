@@ -889,7 +889,9 @@ def test_bad_arguments():
     "backend,overrides",
     [
         pytest.param(
-            "inductor", {"router_bias_update_rate": 0.1, "num_shared_experts": 1}, marks=needs_compiler
+            "inductor",
+            {"router_bias_update_rate": 0.1, "num_shared_experts": 1},
+            marks=[needs_compiler, pytest.mark.slow],
         ),
         ("aot_eager", {"moe_loss_type": "variance_penalty", "router_score": "sigmoid"}),
         ("aot_eager", {"moe_loss_type": "entropy_regularization", "activation": "swiglu", "bias": False}),

@@ -144,7 +144,8 @@ def test_the_rivals_have_equal_active_parameters(text):
     assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, tmp_path):
+def test_moe_pays(text, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "split_demo", lambda: recipes.split_text(text))  # it takes seconds
     table = tmp_path / "table.csv"
     command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
     assert bench.main(command) == 0
