@@ -41,13 +41,7 @@ TINY = """--n_layer 2 --n_head 2 --n_embd 32 --num_experts 4 --num_experts_per_t
     --router_z_loss_coef 0.001""".split()
 
 
-def start(
-    arguments: list,
-    output: str | Path,
-    environment: Mapping = {},
-    sick: Mapping = {},
-    script: str = "train_gpt_moe",
-):
+def start(arguments, output, environment: Mapping = {}, sick: Mapping = {}, script: str = "train_gpt_moe"):
     """Start `script` with its arguments; stdout and stderr are appended to `output`. sick: see `poisoned`."""
     texts = [str(argument) for argument in arguments]
     process = CONTEXT.Process(target=_run, args=(script, texts, str(output), dict(environment), dict(sick)))
@@ -81,10 +75,8 @@ def start_ranks(
 ) -> list:
     """Start `size` processes that train together, as torchrun would."""
     names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), **environment)
-    return [
-        start(arguments, output, {**names, "RANK": str(rank), "LOCAL_RANK": str(rank)}, sick, script)
-        for rank in range(size)
-    ]
+    each = ({**names, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
+    return [start(arguments, output, names, sick, script) for names in each]
 
 
 def finish(process, timeout: float = 600) -> int:
@@ -215,9 +207,8 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
         training = self.training and kwargs.get("targets") is not None
         if not training or sick.get(next(numbers)) not in (-1, rank):
             return forward(self, *args, **kwargs)
-        hook = self.transformer.drop.register_forward_hook(
-            lambda module, inputs, output: output * float("nan")
-        )
+        spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
+        hook = self.transformer.drop.register_forward_hook(spoil)
         try:
             return forward(self, *args, **kwargs)
         finally:

@@ -156,9 +156,8 @@ def attention_layer(x, weights, name, config, window):
             theta = config.rope_theta
             parts = [torch.stack([turn(p[t], t, theta) for t in range(T)]) for p in parts]
         heads.append(attention_head(*parts, v[:, shared * size :][:, :size], window))
-    return torch.cat(heads, 1) @ weights[name + ".c_proj.weight"].t() + weights.get(
-        name + ".c_proj.bias", 0.0
-    )
+    bias = weights.get(name + ".c_proj.bias", 0.0)
+    return torch.cat(heads, 1) @ weights[name + ".c_proj.weight"].t() + bias
 
 
 def feed_forward(x, w1, b1, w2, b2, activation):
@@ -187,9 +186,8 @@ def feed_forward_layer(x, weights, name, config):
         score, chosen = (weights[f"{name}.gate.weight"] @ row).softmax(0).topk(config.num_experts_per_tok)
         score = score / score.sum() if config.num_experts_per_tok > 1 else score
         experts = [[0.0 if t is None else t[e] for t in stacked] for e in chosen]
-        rows.append(
-            sum(s * feed_forward(row, *e, config.activation) for s, e in zip(score, experts, strict=True))
-        )
+        parts = (feed_forward(row, *e, config.activation) for e in experts)
+        rows.append(sum(s * part for s, part in zip(score, parts, strict=True)))
     y = torch.stack(rows)
     return y + dense(f"{name}.shared", x) if config.num_shared_experts else y
 
@@ -238,9 +236,8 @@ def test_option_equals_the_written_out_model(option):
 
 
 def test_all_modern_options_together_equal_the_written_out_model():
-    model = build(
-        "rope", "rmsnorm", "swiglu", "qk_norm", "softcap", "untied", "gqa", "window and global", "moe"
-    )
+    names = "rope", "rmsnorm", "swiglu", "qk_norm", "softcap", "untied", "gqa", "window and global", "moe"
+    model = build(*names)
     ids = tokens()
     expected = torch.stack([reference_logits(model, row) for row in ids])
     torch.testing.assert_close(model(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
@@ -315,10 +312,8 @@ def test_rms_norm_by_the_formula():
 def test_zero_proj_begins_as_the_identity():
     """Projections into the residual stream are 0; test_model.py has gpt2's initialisation."""
     torch.manual_seed(0)
-    model, ids = (
-        GPTLMHeadModel(GPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=64, init="zero_proj")),
-        tokens(T=8),
-    )
+    config = GPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=64, init="zero_proj")
+    model, ids = GPTLMHeadModel(config), tokens(T=8)
     with torch.no_grad():
         x = model.transformer.wte(ids) + model.transformer.wpe.weight[:8]
         expected = F.layer_norm(x, (32,)) @ model.transformer.wte.weight.t()
@@ -407,9 +402,8 @@ def test_pair(pair):
         padding = torch.ones(2, 16, dtype=torch.long)
         padding[0, :5] = 0
         alone = model(ids[:1, 5:]).logits
-        torch.testing.assert_close(
-            model(ids, attention_mask=padding).logits[:1, 5:], alone, rtol=0, atol=2e-5
-        )
+        padded = model(ids, attention_mask=padding).logits[:1, 5:]
+        torch.testing.assert_close(padded, alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,8 @@ def test_hellaswag_of_both_methods(tmp_path, capsys, monkeypatch):
     example = {"ctx": "a b c", "activity_label": "x", "endings": ["d", "e f", "g", "h i"], "label": 1}
     (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(example)] * 9))
     load = hellaswag.load_questions
-    monkeypatch.setattr(
-        hellaswag, "load_questions", lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)
-    )
+    ours = lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)  # noqa: E731
+    monkeypatch.setattr(hellaswag, "load_questions", ours)
     monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
     assert run(capsys, "hellaswag", *flags, "--csv", tmp_path / "t.csv")[0] == 0

@@ -172,9 +172,8 @@ def test_smoothed_labels_are_shifted(tmp_path):
     trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1))
     batch = {name: torch.stack([row[name] for row in ragged_rows()]) for name in ragged_rows()[0]}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.1
-    )
+    rows = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    expected = F.cross_entropy(*rows, label_smoothing=0.1)
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: .* without the experts' balance"):
         train(build(), tmp_path, label_smoothing_factor=0.1)
@@ -280,15 +279,8 @@ def counted_tokens() -> int:
 
 def test_reports_cover_every_step_once_for_callbacks_with_other_intervals(tmp_path):
     callbacks = [Recording(log_interval=n) for n in (1, 2, 5)]
-    train(
-        build(),
-        tmp_path,
-        callbacks=callbacks,
-        batch=4,
-        accumulation=2,
-        max_steps=5,
-        gradient_checkpointing=True,
-    )
+    how = dict(batch=4, accumulation=2, max_steps=5, gradient_checkpointing=True)
+    train(build(), tmp_path, callbacks=callbacks, **how)
     every, second, fifth = ([step for step, _ in callback.found] for callback in callbacks)
     # an epoch is one step here, and its end reports what the interval has not
     assert every == second == fifth == [1, 2, 3, 4, 5]
@@ -341,9 +333,8 @@ def test_log_lines(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         train(build(), tmp_path, callbacks=[MoEUsageLoggingCallback(logging.getLogger("MoELogger"), 2)])
     lines = [record.getMessage() for record in caplog.records if record.name == "MoELogger"]
-    assert [line.split(":")[0] for line in lines] == [
-        f"step {step} MoE layer {layer}" for step in (1, 2, 3) for layer in (0, 1)
-    ]
+    expected = [f"step {step} MoE layer {layer}" for step in (1, 2, 3) for layer in (0, 1)]
+    assert [line.split(":")[0] for line in lines] == expected
     rows = 2 * counted_tokens()
     assert all(f": {rows} assignments, max/mean " in line and line.count("%") == 4 for line in lines)
     shares = [float(share) for share in lines[0].split("shares ")[1].replace("%", "").split()]
@@ -353,9 +344,8 @@ def test_log_lines(tmp_path, caplog):
 
 def test_a_dense_model_has_nothing_to_report(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        train(
-            build(use_moe=False), tmp_path, callbacks=[MoEUsageLoggingCallback(log_interval=1)], max_steps=1
-        )
+        callbacks = [MoEUsageLoggingCallback(log_interval=1)]
+        train(build(use_moe=False), tmp_path, callbacks=callbacks, max_steps=1)
     assert "MoE layer" not in caplog.text
 
 
@@ -384,10 +374,8 @@ def test_tensorboard(tmp_path):
     for folder in (tmp_path / "given", tmp_path / "out" / "runs"):
         events = read_events(folder)
         for layer in (0, 1):
-            shares = [
-                [event.value for event in events.Scalars(f"moe/layer_{layer}/expert_{expert}")]
-                for expert in range(4)
-            ]
+            scalars = [events.Scalars(f"moe/layer_{layer}/expert_{expert}") for expert in range(4)]
+            shares = [[event.value for event in expert] for expert in scalars]
             assert torch.tensor(shares).sum(0).tolist() == pytest.approx([1.0, 1.0])
             load = events.Scalars(f"moe/layer_{layer}/max_load")
             assert [event.step for event in load] == [2, 3]  # the interval, and the end

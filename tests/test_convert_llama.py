@@ -95,10 +95,8 @@ def assert_equal_models(ours, theirs):
         ("llama", dict(tie_word_embeddings=True), dict(tie_word_embeddings=True)),
         ("llama", dict(rms_norm_eps=1e-2, num_key_value_heads=4), dict(norm_eps=1e-2, n_kv_head=4)),
         ("qwen3", dict(), dict(use_moe=False, qk_norm=True, sliding_window=None)),
-        (
-            "qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0),
-            dict(sliding_window=5, global_every=None),
-        ),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0),
+         dict(sliding_window=5, global_every=None)),
         ("mixtral", dict(), dict(num_experts=4, norm_topk_prob=True, rope_theta=1e6, expert_hidden_size=40)),
         ("mixtral", dict(sliding_window=5), dict(sliding_window=5)),
         ("qwen3_moe", dict(), dict(norm_topk_prob=False, qk_norm=True, expert_hidden_size=24, moe_every=1)),
@@ -184,9 +182,8 @@ def test_a_llama_begins_a_run(tmp_path, caplog):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"encoding": "bytes"}))
     model = ckpt.begin_from(str(tmp_path), fields, {"use_moe"}, T=24)
-    assert model.training and torch.equal(
-        model(tokens(T=5)).logits, ckpt.load_model(tmp_path)(tokens(T=5)).logits
-    )
+    loaded = ckpt.load_model(tmp_path)
+    assert model.training and torch.equal(model(tokens(T=5)).logits, loaded(tokens(T=5)).logits)
     experts = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden_size=40)
     upcycled = ckpt.begin_from(str(tmp_path), fields | experts, set(experts), T=24).eval()
     assert (upcycled(tokens(T=5)).logits - model(tokens(T=5)).logits).abs().max() < 1e-4
@@ -253,9 +250,8 @@ def test_what_they_cannot_express_is_refused_by_name(kind, fields, tmp_path):
 
 
 def test_router_biases_are_refused_and_dropout_is_left_out(tmp_path, caplog):
-    model = strong(
-        GPTLMHeadModel(small("mixtral", **EXPERTS, dropout=0.1, router_bias_update_rate=0.001)), 0.3
-    )
+    fields = EXPERTS | dict(dropout=0.1, router_bias_update_rate=0.001)
+    model = strong(GPTLMHeadModel(small("mixtral", **fields)), 0.3)
     export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
     assert "dropout=0.1, which acts in training only, is left out" in caplog.text
     model.moe_layers()[1].router_bias[2] = 0.25

@@ -214,9 +214,7 @@ def signal_at_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "step"), [(2, 4), (6, STEPS)])
-def test_an_evaluation_that_was_cut_short_is_done_after_the_resume(
-    straight, data, tmp_path, signal_at_batch, batch, step
-):
+def test_a_cut_evaluation_is_done_after_the_resume(straight, data, tmp_path, signal_at_batch, batch, step):
     """SIGTERM in the evaluation before step 4, and in the one at the end: a long one is not waited for."""
     signal_at_batch("SIGTERM", batch)
     assert train_gpt_moe.main(flags(data, tmp_path)) == 143

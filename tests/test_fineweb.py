@@ -471,9 +471,7 @@ def test_too_little_data_says_how_much_is_needed_and_there(tmp_path):
             DistributedDataLoader(tmp_path, B=B, T=8, world_size=2, shuffle=shuffle)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"B": 0}, {"T": 0}, {"seed": -1}, {"prefetch": -1}, {"rank": 2, "world_size": 2}]
-)
+@pytest.mark.parametrize("wrong", [dict(B=0), dict(T=0), dict(seed=-1), dict(prefetch=-1), dict(rank=1)])
 def test_wrong_arguments_are_named(tmp_path, wrong):
     make_shards(tmp_path, [300])
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
@@ -737,9 +735,8 @@ def test_parts_share_the_documents_and_a_folder(tmp_path):
     for part in (2, 0, 1):
         run(tmp_path / "a.jsonl.gz", tmp_path / "out", num_parts=3, part=part, shard_size=150, val_tokens=50)
     train = [Path(p).name for p in find_shards(tmp_path / "out", "train")]
-    assert len(train) > 6 and {re.sub(r"\d{6}", "N", name) for name in train} == {
-        f"train_p{part:04d}_N.bin" for part in range(3)
-    }
+    kinds = {re.sub(r"\d{6}", "N", name) for name in train}
+    assert len(train) > 6 and kinds == {f"train_p{part:04d}_N.bin" for part in range(3)}
     assert [Path(p).name for p in find_shards(tmp_path / "out", "val")] == ["val_p0000_000000.bin"]
     found = []
     for part in range(3):
@@ -799,9 +796,8 @@ def test_text_columns_that_are_dictionaries_and_archives_without_a_byte(tmp_path
     from pyarrow import parquet
 
     texts = ["first", None, "sécond", "first"]
-    parquet.write_table(
-        pa.table({"text": pa.array(texts).dictionary_encode()}), tmp_path / "a.parquet", row_group_size=3
-    )
+    table = pa.table({"text": pa.array(texts).dictionary_encode()})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     found = [text for _, text, _ in sources.read_parquet(str(tmp_path / "a.parquet"), 0, "text")]
     assert found == ["first", "", "sécond", "first"]
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
@@ -1054,25 +1050,25 @@ def test_no_process_outlives_another_that_is_killed(tmp_path, victim, request):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "workers"),
-    [(signal.SIGTERM, 143, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2)],
+    "name, code, workers", [("SIGTERM", 143, 1), ("SIGTERM", 143, 2), ("SIGINT", 130, 2)]
 )
-def test_signals_stop_with_their_codes(tmp_path, number, code, workers, request):
+def test_signals_stop_with_their_codes(tmp_path, name, code, workers, request):
     """Sent to the whole group of processes, as a terminal and most schedulers do."""
     make = command(endless(tmp_path), tmp_path / "out", shard_size=2000, workers=workers)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(make, **pipes, start_new_session=True)
     request.addfinalizer(process.kill)
     wait_for_shards(tmp_path / "out", process)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, getattr(signal, name))
     errors = process.communicate(timeout=600)[1]
     assert process.returncode == code and "Traceback" not in errors, errors
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
-@pytest.mark.parametrize(
-    ("interrupt", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (OSError(), None)]
-)
+ENDS = [(KeyboardInterrupt(), 130), (SystemExit(143), 143), (OSError(), None)]
+
+
+@pytest.mark.parametrize(("interrupt", "code"), ENDS)
 def test_signals_that_come_while_tqdm_takes_its_lock(tmp_path, monkeypatch, interrupt, code):
     def build(job):
         try:
@@ -1113,23 +1109,15 @@ def test_command_line(tmp_path, capsys):
 
     code, printed = main("--source", "nothing.txt", "--out", tmp_path)
     assert code == 2 and printed.err.startswith("error: source='nothing.txt'")
-    for flags, message in (
-        (("--shard_sise", 5), "--shard_sise"),
-        (("--workers", "two"), "--workers: invalid int"),
-    ):
+    wrong = (("--shard_sise", 5), "--shard_sise"), (("--workers", "two"), "--workers: invalid int")
+    for flags, message in wrong:
         with pytest.raises(SystemExit, match="2"):
             main(*flags)
         assert message in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("hello")
     code, printed = main("--source", tmp_path / "a.txt", "--out", tmp_path / "a.txt", "--encoding", "bytes")
     assert code == 2 and str(tmp_path / "a.txt") in printed.err
-    flags = [
-        "--source",
-        tmp_path / "a.txt",
-        "--out",
-        tmp_path / "out",
-        *"--encoding bytes --workers 1".split(),
-    ]
+    flags = ["--source", tmp_path / "a.txt", "--out", tmp_path / "out", "--encoding", "bytes", "--workers", 1]
     assert main(*flags, "--val_tokens", 2)[0] == 0 and stream_of(tmp_path / "out") == [256, *b"hello"]
 
 

@@ -311,9 +311,8 @@ def test_an_error_lets_go_of_the_model():
 
 
 def test_render_example_is_build_nanogpts(gpt2_encoding):
-    example = dict(
-        ctx="A man is sitting on a roof. he", label=3, endings=["jumps.", "is asleep now", "A", "x y z"]
-    )
+    endings = ["jumps.", "is asleep now", "A", "x y z"]
+    example = dict(ctx="A man is sitting on a roof. he", label=3, endings=endings)
     data, tokens, mask, label = render_example(example)
     assert label == 3 and set(data) == {"label", "ctx_tokens", "ending_tokens"}
     assert data["ctx_tokens"] == gpt2_encoding.encode(example["ctx"])
@@ -415,9 +414,8 @@ def test_labels_as_text_are_understood(write):
     assert [e["label"] for e in iterate_examples(data=write([example]))] == [2]
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x, max_size=5)
-)
+SIMPLE = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(SIMPLE, lambda x: st.lists(x, max_size=5))
 FIELDS = st.sampled_from(["ctx", "label", "endings", "activity_label", "ctx_a", "ctx_b"])
 TEXTS = st.text(st.characters(codec="utf-8"))
 FOUR_TEXTS = st.lists(TEXTS, min_size=4, max_size=4)
@@ -470,9 +468,8 @@ def server(monkeypatch, tmp_path):
 
 def test_download_once(server, tmp_path):
     assert len(list(iterate_examples("val"))) == len(list(iterate_examples("val"))) == 1
-    assert server["asked"] == [
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-    ]
+    url = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+    assert server["asked"] == [url]
     assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
     assert evaluate(make_model()).n == 1
     with pytest.raises(ValueError, match="split='test'"):

@@ -31,7 +31,6 @@ ARCHITECTURES = {
     "learned, MoE": dict(),
     "dense": dict(use_moe=False),
     "rope, grouped": dict(position="rope", n_kv_head=2),
-    "window": dict(sliding_window=6),
     "window, global": dict(sliding_window=6, global_every=2, position="rope", n_kv_head=1),
     "modern": dict(
         position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,
@@ -247,11 +246,8 @@ def test_byte_tokenizer_is_the_byte_encoding(tmp_path):
         assert ids == list(text.encode("utf-8")) == encode_text(text, "bytes")
         assert tokenizer.decode(ids) == text == decode_tokens(ids, "bytes")
     assert tokenizer("a<|endoftext|>b")["input_ids"] == [97, 256, 98]
-    assert (
-        tokenizer.decode([97, 256, 98], skip_special_tokens=True)
-        == "ab"
-        == decode_tokens([97, 256, 98], "bytes")
-    )
+    assert tokenizer.decode([97, 256, 98], skip_special_tokens=True) == "ab"
+    assert decode_tokens([97, 256, 98], "bytes") == "ab"
     assert get_encoding("bytes").encode_ordinary(STRANGE[5]) == tokenizer(STRANGE[5])["input_ids"]
 
 
@@ -512,10 +508,8 @@ def byte_model(**fields) -> GPTLMHeadModel:
 
 def test_folders_work_where_the_project_is_not_installed(tmp_path, gpt2_encoding):
     bpe_config = tiny(n_layer=1, n_embd=16, vocab_size=50304, encoding_size=50257)
-    models = {
-        str(tmp_path / "bytes"): byte_model(**ARCHITECTURES["window, global"]),
-        str(tmp_path / "bpe"): strong(GPT(bpe_config)),
-    }
+    models = {str(tmp_path / "bytes"): byte_model(**ARCHITECTURES["window, global"])}
+    models[str(tmp_path / "bpe")] = strong(GPT(bpe_config))
     for folder, model in models.items():
         export_folder(model, folder)
     saved = byte_model(num_shared_experts=1)
@@ -681,9 +675,7 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
     export_folder(model, tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    "fields", [dict(), dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4)]
-)
+@pytest.mark.parametrize("fields", [{}, dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4)])
 def test_dense_models_become_stock_gpt2(fields, tmp_path, caplog):
     model = byte_model(use_moe=False, mlp_hidden_size=100, norm_eps=1e-4, dropout=0.1, **fields)
     export_folder(model, tmp_path / "out", format="gpt2")
@@ -787,9 +779,8 @@ def test_lm_eval_agrees_with_hellaswag_py(tmp_path):
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
-    )
+    how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*map(str, command)], **how)
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())
     theirs = results["results"]["hellaswag_local"]

@@ -11,19 +11,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-# Imports point one way: a file or folder may import only itself and what stands in a line above its own.
-ORDER = (
-    ("tokens", "layers"),
-    ("mixture_of_experts",),
-    ("huggingface",),
-    ("model",),
-    ("fineweb", "hellaswag"),
-    ("training",),
-    ("llmc",),
-    ("train_gpt_moe",),
-    ("sample", "plot_log", "checkpoint", "bench"),
-)
-PLACES = {name: number for number, names in enumerate(ORDER) for name in names}
+# Imports point one way: a file or folder may import only itself and what stands left of its <.
+ORDER = """tokens layers < mixture_of_experts < huggingface < model < fineweb hellaswag < training < llmc
+    < train_gpt_moe < sample plot_log checkpoint bench"""
+PLACES = {name: number for number, names in enumerate(ORDER.split("<")) for name in names.split()}
 PATHS = sorted([*ROOT.glob("*.py"), *(path for name in PLACES for path in ROOT.glob(f"{name}/*.py"))])
 NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
 FILES = dict(zip(NAMES, PATHS, strict=True))
@@ -99,9 +90,8 @@ def test_public_names_have_docstrings(name):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.stem)
 def test_every_test_file_opens_with_its_command(path):
-    assert f"python -m pytest tests/{path.name}" in (
-        ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    )
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert f"python -m pytest tests/{path.name}" in (docstring or "")
 
 
 def test_settings_of_the_model_are_settings_of_the_run():

@@ -134,6 +134,7 @@ def test_float16_gradients_outlive_a_small_scale():
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_without_a_graph_break(bf16):
     torch._dynamo.reset()

@@ -430,12 +430,7 @@ def test_damaged_tokenizers_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "names, c_names, labels",
-    [
-        ("d12", False, ["d12"]),
-        ("d24", True, ["d24", "124M"]),
-        ("gpt2", True, ["124M"]),
-        ("gpt2-xl", False, ["1558M"]),
-    ],
+    [("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"])],
 )
 def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
     """What `--write_tensors 1` leaves behind, and with c_names the same bytes under the C programs' names."""

@@ -65,18 +65,8 @@ def run(*flags: str) -> int:
 def common(gpt2: str, shard: str, folder) -> list:
     flags = [*"--preset llmc --block_size 64 --device cpu --init_from".split(), gpt2, "--input_bin", shard]
     flags += ["--output_dir", folder, "--batch_size", B, "--sequence_length", T]
-    flags += [
-        "--total_batch_size",
-        2 * B * T,
-        "--num_iterations",
-        STEPS,
-        "--learning_rate",
-        RATE,
-        "--tensorboard",
-        0,
-        "--plot",
-        0,
-    ]
+    flags += ["--total_batch_size", 2 * B * T, "--num_iterations", STEPS, "--learning_rate", RATE]
+    flags += ["--tensorboard", 0, "--plot", 0]
     return flags
 
 

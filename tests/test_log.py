@@ -99,10 +99,8 @@ def test_tensorboard_histograms_are_the_experts_loads(events, records):
 
 
 def test_tensorboard_has_the_samples(events):
-    texts = {
-        event.step: event.tensor_proto.string_val[0].decode()
-        for event in events.Tensors("sample/text_summary")
-    }
+    found = events.Tensors("sample/text_summary")
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
 
 
@@ -186,9 +184,8 @@ def pretend_wandb(monkeypatch, init) -> None:
 
 def test_wandb_gets_the_same_names(data, tmp_path, monkeypatch):
     logged, started, ended = [], [], []
-    handle = types.SimpleNamespace(
-        id="abc123", log=lambda values, step: logged.append((step, values)), finish=lambda: ended.append(1)
-    )
+    log_values, end = lambda values, step: logged.append((step, values)), lambda: ended.append(1)
+    handle = types.SimpleNamespace(id="abc123", log=log_values, finish=end)
 
     def init(**fields):
         started.append(fields)

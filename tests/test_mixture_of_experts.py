@@ -19,7 +19,6 @@ from conftest import needs_compiler
 from processes import finish, start_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from layers import experts
 from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows
@@ -29,7 +28,6 @@ from mixture_of_experts import (
     ROUTER_SCORES,
     BalanceLoss,
     MoE,
-    RouterAuxiliary,
     diversity_regularization,
     entropy_regularization,
     expert_usage,
@@ -43,17 +41,9 @@ from training.idle_experts import freeze_idle_experts, idle_experts
 from training.log import expert_load
 
 
-def make_config(**overrides) -> SimpleNamespace:
-    config = dict(
-        block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=8, dropout=0.0, bias=True,
-        use_moe=True, num_experts=4, num_experts_per_tok=2, moe_every=1,
-        moe_loss=True, moe_loss_type="load_balancing", moe_loss_coef=0.01, router_z_loss_coef=0.0,
-        router_score="softmax", norm_topk_prob=True, router_bias_update_rate=0.0,
-        num_shared_experts=0, expert_hidden_size=None, position="learned", rope_theta=10000.0, n_kv_head=None,
-        sliding_window=None, global_every=None, norm="layernorm", activation="gelu", qk_norm=False,
-        logit_softcap=0.0, tie_word_embeddings=True, infer_step=250,
-    )  # fmt: skip
-    return SimpleNamespace(**{**config, **overrides})
+def make_config(**overrides) -> GPTConfig:
+    sizes = dict(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=8)
+    return GPTConfig(**sizes | dict(num_experts=4, num_experts_per_tok=2) | overrides)
 
 
 def make_layer(seed: int = 0, std: float = 0.5, **overrides) -> MoE:
@@ -69,9 +59,8 @@ def make_layer(seed: int = 0, std: float = 0.5, **overrides) -> MoE:
 def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
     routing, probs = layer.route(logits)
-    slots = (
-        rows[routing.position()].view(-1, routing.per_token) for rows in (routing.expert(), routing.weight)
-    )
+    rows, K = (routing.expert(), routing.weight), routing.per_token
+    slots = (row[routing.position()].view(-1, K) for row in rows)
     return *slots, probs
 
 
@@ -119,9 +108,8 @@ def check_against_reference(layer, x, engine, rtol, atol):
         (y * weight).sum().backward()
         results.append({"y": y.detach(), "x": leaf.grad, **gradients(layer)})
     for name, expected in results[1].items():
-        torch.testing.assert_close(
-            results[0][name], expected, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        say = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(results[0][name], expected, rtol=rtol, atol=atol, msg=say)
 
 
 # -----------------------------------------------------------------------------
@@ -201,9 +189,7 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     with torch.device("meta"):
         config = make_config(**{name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")})
         layer = experts.Experts(config)
-    x = SimpleNamespace(
-        device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], case["n_embd"])
-    )
+    x = SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], 1))
     with torch.set_grad_enabled(case["grad"]):
         assert layer._choose_engine(x, case["rows"]) == engine
 
@@ -440,11 +426,12 @@ def test_router_stays_in_fp32_under_autocast():
 def test_sigmoid_scores_and_their_weights():
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
     s = 1 / (1 + torch.exp(-logits[0]))
-    for K, norm, expected in (
+    cases = (
         (1, True, [s[1]]),
         (2, False, [s[1], s[2]]),
         (2, True, [s[1] / (s[1] + s[2]), s[2] / (s[1] + s[2])]),
-    ):
+    )
+    for K, norm, expected in cases:
         layer = make_layer(router_score="sigmoid", num_experts_per_tok=K, norm_topk_prob=norm)
         index, weights, probs = chosen(layer, logits)
         assert index.tolist() == [[1, 2][:K]]
@@ -570,11 +557,9 @@ def test_balance_loss_equals_the_formula_and_its_finite_differences(loss_type, s
     expected = written_out(loss_type, probs.detach(), index.tolist())
     assert loss(layer.gate.weight).item() == pytest.approx(expected, rel=1e-9)
     torch.autograd.gradcheck(loss, (layer.gate.weight,))  # f, piecewise constant, has no derivative
-    for step in range(2):  # step-managed: at first around perfect balance, then around the step before
+    for _ in range(2):  # step-managed: around the step before
         update_routers([layer])
         torch.autograd.gradcheck(loss, (layer.gate.weight,))
-        (slope,) = torch.autograd.grad(loss(layer.gate.weight), layer.gate.weight)
-        assert step > 0 or slope.abs().max() < 1e-6
 
 
 def test_values_at_perfect_balance_and_collapse():
@@ -651,6 +636,8 @@ def test_step_managed_loss_is_the_expansion_around_the_step_before(loss_type):
     x, later = torch.randn(2, 2, 16, 8, dtype=torch.float64)
     update_routers([layer])
     layer(x)
+    (slope,) = torch.autograd.grad(layer.get_auxiliary_loss(), layer.gate.weight)
+    assert slope.abs().max() < 1e-6  # the first step is around perfect balance
     update_routers([layer])
     p_ref, p = (chosen(layer, layer.gate(v.view(-1, 8)))[2].detach() for v in (x, later))
     squared = BALANCE_LOSSES[loss_type].of_products
@@ -757,58 +744,6 @@ def test_loss_free_balancing_on_real_text(rate):
 
 # -----------------------------------------------------------------------------
 # Accounts
-
-
-def test_evaluation_leaves_no_trace():
-    def train(layer, evaluate):
-        generator, losses = torch.Generator().manual_seed(1), []
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        for _ in range(3):
-            update_routers([layer])
-            x = torch.randn(2, 8, 8, generator=generator)
-            loss = layer(x).square().mean() + layer.get_auxiliary_loss()
-            if evaluate:
-                before = copy.deepcopy(layer.state_dict()), layer.get_auxiliary_loss()
-                with torch.no_grad():
-                    y, auxiliary = layer.eval()(torch.randn(1, 3, 8), return_auxiliary=True)
-                    layer(torch.randn(1, 1, 8))
-                layer.train()
-                assert auxiliary is None and not y.requires_grad
-                assert all(torch.equal(v, before[0][k]) for k, v in layer.state_dict().items())
-                assert layer.get_auxiliary_loss() is before[1]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    overrides = dict(router_bias_update_rate=0.1, moe_loss_type="variance_penalty")
-    assert train(make_layer(**overrides), True) == train(make_layer(**overrides), False)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_counts_once_and_keeps_gradients(use_reentrant):
-    def flat(layer, x):
-        y, auxiliary = layer(x, return_auxiliary=True)
-        return y, *auxiliary
-
-    results = []
-    for recompute in (False, True):
-        layer, x = make_layer(), torch.linspace(-1, 1, 128).view(2, 8, 8).requires_grad_()
-        update_routers([layer])
-        for _ in range(2):
-            if recompute:
-                # Flat outputs: the reentrant form sees only tensors at the top level.
-                y, *auxiliary = checkpoint(flat, layer, x, use_reentrant=use_reentrant)
-                auxiliary = RouterAuxiliary(*auxiliary)
-            else:
-                y, auxiliary = layer(x, return_auxiliary=True)
-            layer.accumulate(auxiliary)
-            (y.square().sum() + auxiliary.balance_loss + auxiliary.z_loss).backward()
-            update_routers([layer])
-        results.append((layer.get_usage_counts(), layer.state_dict(), gradients(layer), x.grad))
-    assert results[1][0].sum() == 2 * 2 * 16
-    torch.testing.assert_close(results[0], results[1])
 
 
 def test_usage_statistics():
@@ -937,21 +872,11 @@ def test_fresh_parameters_are_initialised():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "overrides,message",
-    [
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 must lie between 1 and num_experts=4"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0"),
-        ({"moe_loss_type": "balance"}, "moe_loss_type='balance' is unknown; use one of load_balancing"),
-        ({"router_score": "tanh"}, "router_score='tanh' is unknown"),
-    ],
-)
-def test_bad_configurations(overrides, message):
-    with pytest.raises(ValueError, match=message):
-        MoE(make_config(**overrides))
-
-
 def test_bad_arguments():
+    """MoE checks what GPTConfig has checked, for configurations of other classes."""
+    for field, value in dict(num_experts_per_tok=0, moe_loss_type="balance", router_score="tanh").items():
+        with pytest.raises(ValueError, match=f"{field}={value!r}"):
+            MoE(SimpleNamespace(**make_config().to_dict() | {field: value}))
     with pytest.raises(ValueError, match=r"token_mask has shape \(3, 2\), but x has \(B, T\) = \(2, 3\)"):
         make_layer()(torch.zeros(2, 3, 8), torch.ones(3, 2))
 
@@ -964,7 +889,9 @@ def test_bad_arguments():
     "backend,overrides",
     [
         pytest.param(
-            "inductor", {"router_bias_update_rate": 0.1, "num_shared_experts": 1}, marks=needs_compiler
+            "inductor",
+            {"router_bias_update_rate": 0.1, "num_shared_experts": 1},
+            marks=[needs_compiler, pytest.mark.slow],
         ),
         ("aot_eager", {"moe_loss_type": "variance_penalty", "router_score": "sigmoid"}),
         ("aot_eager", {"moe_loss_type": "entropy_regularization", "activation": "swiglu", "bias": False}),

@@ -47,9 +47,8 @@ def test_into_a_buffer_and_backward_agree_with_forward(activation):
 def test_one_expert_is_the_dense_mlp(activation, engine, bias):
     if engine == "grouped_mm" and grouped_mm is None:
         pytest.skip("this torch has no grouped_mm")
-    config = SimpleNamespace(
-        num_experts=1, n_embd=16, expert_hidden_size=8, activation=activation, bias=bias, dropout=0.0
-    )
+    config = SimpleNamespace(num_experts=1, n_embd=16, expert_hidden_size=8, dropout=0.0)
+    config.activation, config.bias = activation, bias
     dtype = torch.float32 if engine == "grouped_mm" else torch.float64
     experts, dense = Experts(config).to(dtype), MLP(config, 8).to(dtype)
     experts.engine = engine
@@ -66,9 +65,8 @@ def test_one_expert_is_the_dense_mlp(activation, engine, bias):
         leaf = x.clone().requires_grad_()
         y = module(leaf, *arguments)
         y.square().sum().backward()
-        grads = {
-            name.replace(".", "_").removesuffix("_weight"): p.grad for name, p in module.named_parameters()
-        }
+        named = module.named_parameters()
+        grads = {name.replace(".", "_").removesuffix("_weight"): p.grad for name, p in named}
         results.append({"y": y.detach(), "x": leaf.grad} | {k: g.view(-1) for k, g in grads.items()})
     torch.testing.assert_close(*results, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-4)
 
@@ -92,9 +90,8 @@ def test_everything_else_reads_the_row(activation):
 
 
 def test_an_unknown_activation_is_an_error_in_every_engine():
-    config = SimpleNamespace(
-        num_experts=2, n_embd=8, expert_hidden_size=8, activation="gleu", bias=False, dropout=0.0
-    )
+    config = SimpleNamespace(num_experts=2, n_embd=8, expert_hidden_size=8, bias=False, dropout=0.0)
+    config.activation = "gleu"
     message = "activation='gleu' is unknown; use one of gelu, relu2, swiglu"
     for module in (MLP, Experts):
         with pytest.raises(ValueError, match=message):

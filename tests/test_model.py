@@ -454,7 +454,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         loss.backward()
         model.update_routers()
         usage = torch.stack([usage.counts for usage in model.expert_usage()])
-        results.append([loss, usage, *(p.grad for p in model.parameters())])
+        results.append([loss, usage, *(p.grad for p in model.parameters()), *model.buffers()])
     assert results[0][1].sum() == 2 * 3 * 24 * 2
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     for a, b in zip(results[0][2:], results[1][2:], strict=True):
@@ -555,9 +555,8 @@ def test_crop_block_size(position, tmp_path):
 
 def test_weight_decay_follows_the_role_of_a_parameter():
     model = GPTLMHeadModel(tiny(n_layer=1, num_shared_experts=1, qk_norm=True))
-    optimizer = model.configure_optimizers(
-        0.1, 1e-3, (0.9, 0.95), "cpu", router_lr_mult=0.5, expert_lr_mult=2.0
-    )
+    mults = dict(router_lr_mult=0.5, expert_lr_mult=2.0)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", **mults)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
     found = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}

@@ -242,9 +242,8 @@ def main(arguments: list[str]) -> int:
         sharded = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Shard(0)]))
         with pytest.raises(ValueError, match="sharded"):
             MuonAdamW([dict(params=[sharded], method="muon")], lr=1e-2)
-    optimizer = MuonAdamW(
-        [dict(params=[net.stack, net.last], method="muon"), dict(params=[net.bias], method="adamw")], lr=1e-2
-    )
+    groups = [dict(params=[net.stack, net.last], method="muon"), dict(params=[net.bias], method="adamw")]
+    optimizer = MuonAdamW(groups, lr=1e-2)
     x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
     share = x[rank * 8 // size : (rank + 1) * 8 // size]
     for _ in range(4):

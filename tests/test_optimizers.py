@@ -99,6 +99,5 @@ def test_a_parameter_may_be_written_several_times(monkeypatch):
 
     monkeypatch.setattr(fsdp_init, "GPTLMHeadModel", Extended)
     torch.manual_seed(1)
-    assert torch.equal(
-        Extended(GPTConfig(**SIZES)).extra, dict(initial_weights(GPTConfig(**SIZES), 1))["extra"]
-    )
+    extra = Extended(GPTConfig(**SIZES)).extra
+    assert torch.equal(extra, dict(initial_weights(GPTConfig(**SIZES), 1))["extra"])

@@ -49,14 +49,8 @@ LAYOUTS = {
 
 RESTORED = ["ddp", "ddp, zero", "fsdp", "experts", "four: fsdp", "four: fsdp x experts"]
 # A single file, and folders that two and four processes have written.
-SOURCES = [
-    "one process",
-    "fsdp",
-    "experts, fsdp",
-    "four: fsdp",
-    "four: ddp x experts",
-    "four: fsdp x experts",
-]
+SOURCES = ["one process", "fsdp", "experts, fsdp", "four: fsdp", "four: ddp x experts"]
+SOURCES += ["four: fsdp x experts"]
 
 
 def settings(**more) -> train_gpt_moe.TrainConfig:
@@ -144,9 +138,7 @@ def order_of_work(world: parallel.World) -> list[str]:
     moe.shared.register_forward_pre_hook(lambda *args: events.append("shared"))
     moe.shared.c_proj.weight.register_hook(lambda grad: events.append("shared"))
     moe.experts.c_fc.register_hook(lambda grad: events.append("experts"))
-    with mock.patch.multiple(
-        AllToAll, start=noted("start", AllToAll.start), wait=noted("wait", AllToAll.wait)
-    ):
+    with mock.patch.multiple(AllToAll, **{n: noted(n, getattr(AllToAll, n)) for n in ("start", "wait")}):
         moe(x).sum().backward()
     return events
 
@@ -183,13 +175,8 @@ def main(arguments: list[str]) -> int:
     if world.size == 2:
         torch.save(order_of_work(world), folder / f"events of {world.rank}")
     world.barrier()  # rank 0 has given the last folder its name: all sources are there
-    work = [
-        (name, source)
-        for name in mine
-        if name in RESTORED
-        for source in SOURCES
-        if (folder / source).exists()
-    ]
+    present = [source for source in SOURCES if (folder / source).exists()]
+    work = itertools.product([name for name in mine if name in RESTORED], present)
     work = [(name, source) for name, source in work if not (folder / name / f"from {source}").exists()]
     world.barrier()
     for name, source in work:
@@ -359,10 +346,8 @@ def test_a_run_goes_on_in_another_layout(data, tmp_path):
     assert (tmp_path / "two" / "latest").read_text() == "model_00012" and middle.is_dir()
     one = [*flags(data, tmp_path / "one", *more), "--resume", str(middle)]
     assert finish(start([*one, "--log_dir", str(tmp_path / "one")], tmp_path / "output")) == 0
-    first, second = (
-        {record["step"]: record["loss"] for record in metrics(tmp_path / name) if "loss" in record}
-        for name in ("two", "one")
-    )
+    logs = (metrics(tmp_path / name) for name in ("two", "one"))
+    first, second = ({record["step"]: record["loss"] for record in log if "loss" in record} for log in logs)
     assert list(first) == list(range(12)) and list(second) == list(range(6, 12))
     assert list(second.values()) == pytest.approx(list(first.values())[6:], rel=1e-5)
     end = tmp_path / "two" / "model_00012"

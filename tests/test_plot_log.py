@@ -178,14 +178,8 @@ def test_all_panels_of_a_moe_run(tmp_path, drawn):
     titles.append("Expert load over time, a row per expert")
     assert [title for title in axes if title] == titles
     labels = {ax.get_ylabel() for ax in fig.axes}
-    assert {
-        "learning rate",
-        "gradient norm",
-        "tokens/s",
-        "MFU",
-        "max / mean load",
-        "starved experts",
-    } <= labels
+    expected = "learning rate", "gradient norm", "tokens/s", "MFU", "max / mean load", "starved experts"
+    assert set(expected) <= labels
     for text in ("moe", "8 experts, 2 active", "step 400", "HellaSwag 3"):
         assert text in fig.get_suptitle()
 
@@ -209,11 +203,9 @@ def test_curves_are_the_logs_numbers(tmp_path, drawn):
 
 def test_a_row_of_the_table_is_a_curve(tmp_path, drawn, monkeypatch):
     """One row shows another number of the record: in a panel of its own, or in one that is there."""
-    rows = (
-        Metric("ms", "ms per step", panel="Time"),
-        Metric("z_loss", "router z-loss", panel="Expert balance"),
-    )
-    monkeypatch.setattr(plot_log, "METRICS", METRICS + rows)
+    rows = [Metric("ms", "ms per step", panel="Time")]
+    rows += [Metric("z_loss", "router z-loss", panel="Expert balance")]
+    monkeypatch.setattr(plot_log, "METRICS", (*METRICS, *rows))
     axes, fig = drawn(fake_log(tmp_path / "log", steps=40))
     assert len(axes["Time"].lines[0].get_xdata()) == 40
     assert "router z-loss" in [ax.get_ylabel() for ax in fig.axes]

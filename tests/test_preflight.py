@@ -63,10 +63,8 @@ def test_activations_are_estimated_to_a_quarter(fields, settings):
     x, trains = torch.randint(0, 512, (config.B, config.T)), not config.inference_only
 
     def run():
-        with (
-            torch.set_grad_enabled(trains),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"),
-        ):
+        low = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
+        with torch.set_grad_enabled(trains), low:
             output = model(x, targets=x, return_dict=True)  # which the loop holds till after the backward
         if trains:
             output.loss.backward()

@@ -104,9 +104,8 @@ def test_python_examples_run_in_order(demo, tmp_path, monkeypatch, capsys):
     assert checkpoint.main(["export", "log/model_19073.pt", "my_model"]) == 0
     sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=128)
     tokens = dict(bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(GPT2Config(**sizes, **tokens, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).save_pretrained(
-        "gpt2"
-    )
+    config = GPT2Config(**sizes, **tokens, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    GPT2LMHeadModel(config).save_pretrained("gpt2")
     code = "\n".join(PYTHON).replace("[[15496, 11, 314, 1101]]", "[[96, 11, 14, 101]]")
     torch.manual_seed(0)
     names = {}
@@ -267,9 +266,10 @@ def test_the_two_first_commands_are_those_that_are_promised():
     assert "pip install -r requirements-dev.txt && python -m pytest" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
-)
+SCRIPTS = ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
     assert "usage" in capsys.readouterr().out

@@ -63,16 +63,14 @@ def test_texts_are_split_and_windows_drawn(text, tmp_path):
 
 
 def test_evaluation_is_the_mean_over_all_windows():
-    model = GPTLMHeadModel(
-        GPTConfig(use_moe=False, vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16)
-    )
+    sizes = dict(block_size=8, n_layer=1, n_head=2, n_embd=16)
+    model = GPTLMHeadModel(GPTConfig(use_moe=False, vocab_size=50, **sizes))
     x, y = torch.randint(0, 50, (2, 13, 8))
     with torch.no_grad():
         logits = model.eval().double()(x).logits
     expected = F.cross_entropy(logits.view(-1, 50), y.view(-1)).item()
-    assert recipes.validation_loss(model.float().train(), (x, y), batch=5) == pytest.approx(
-        expected, rel=1e-5
-    )
+    found = recipes.validation_loss(model.float().train(), (x, y), batch=5)
+    assert found == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 
@@ -81,9 +79,8 @@ def test_a_step_is_adamw_on_the_drawn_batch(text):
     train, _ = recipes.split_text(text)
     contender = recipes.build_ours("gpt2", recipes.RECIPES["gpt2"] | TINY, train, 256, steps=300)
     torch.manual_seed(recipes.SEED)
-    model = GPTLMHeadModel(
-        GPTConfig(use_moe=False, vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    )
+    sizes = dict(block_size=16, n_layer=1, n_head=2, n_embd=16)
+    model = GPTLMHeadModel(GPTConfig(use_moe=False, vocab_size=256, **sizes))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     generator = torch.Generator().manual_seed(recipes.SEED)
     for step in range(3):
@@ -136,15 +133,15 @@ def test_time_to_loss(text, small, clock, tmp_path, capsys):
 
 def test_the_rivals_have_equal_active_parameters(text):
     train, _ = recipes.split_text(text)
-    dense, experts = (
-        recipes.build_ours(name, fields, train, 257, 1).model for name, fields in recipes.RIVALS.items()
-    )
+    rivals = recipes.RIVALS.items()
+    dense, experts = (recipes.build_ours(name, fields, train, 257, 1).model for name, fields in rivals)
     assert dense.get_num_active_params() == pytest.approx(experts.get_num_active_params(), rel=0.002)
     assert dense.get_num_active_params() >= experts.get_num_active_params()
     assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, tmp_path):
+def test_moe_pays(text, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "split_demo", lambda: recipes.split_text(text))  # it takes seconds
     table = tmp_path / "table.csv"
     command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
     assert bench.main(command) == 0

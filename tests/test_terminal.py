@@ -91,9 +91,8 @@ def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
     for step in range(40):
         shown.step(record(step, ms=9000.0 if step < 3 else 250.0))  # the first ones compile
     lines = capsys.readouterr().out.splitlines()
-    steps = [
-        line for line in lines if re.match(r"step +\d+/40 \| loss 3\.2500 \| lr 1\.000e-03 \| norm", line)
-    ]
+    pattern = re.compile(r"step +\d+/40 \| loss 3\.2500 \| lr 1\.000e-03 \| norm")
+    steps = list(filter(pattern.match, lines))
     assert [line.split()[1] for line in steps] == ["0/40", "10/40", "20/40", "30/40", "39/40"]
     (told,) = [line for line in lines if "to go" in line]
     assert told == "step 12: about 7 s to go at 250.0 ms a step, evaluations not counted"
@@ -157,9 +156,8 @@ def test_levels_rise_with_the_load():
 
 
 def test_expert_rows_come_with_the_step(capsys):
-    model = GPTLMHeadModel(
-        GPTConfig(n_layer=2, n_head=1, n_embd=8, vocab_size=16, block_size=8, num_experts=4)
-    )
+    sizes = dict(n_layer=2, n_head=1, n_embd=8, vocab_size=16, block_size=8)
+    model = GPTLMHeadModel(GPTConfig(**sizes, num_experts=4))
     idx = torch.randint(0, 16, (2, 8))
     model.train()(idx, targets=idx)
     model.update_routers()

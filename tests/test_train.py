@@ -39,11 +39,8 @@ def whole(data, tmp_path_factory):
 def test_log_files_have_every_step_once(straight):
     lines = [line.split()[:2] for line in (straight / "log.txt").read_text().splitlines()]
     expected = [[step, kind] for step in range(13) for kind in ("val", "train")]
-    expected = [
-        [str(s), kind]
-        for s, kind in expected
-        if (kind == "train" and s < 12) or (kind == "val" and s % 4 == 0)
-    ]
+    logged = lambda s, kind: s < 12 if kind == "train" else s % 4 == 0  # noqa: E731
+    expected = [[str(s), kind] for s, kind in expected if logged(s, kind)]
     assert lines == expected and losses(straight)[-1] < losses(straight)[0]
     first, *records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert first["run"]["config"]["n_embd"] == 32 and first["run"]["config"]["B"] == 4
@@ -136,9 +133,8 @@ def test_defaults_are_those_of_the_124m_recipe():
 
 
 def test_flags_win_over_presets_and_aliases_are_fields():
-    config, given = parse_config(
-        "--preset demo --T 64 --num_iterations 7 --use_moe=False --compile 0".split()
-    )
+    words = "--preset demo --T 64 --num_iterations 7 --use_moe=False --compile 0".split()
+    config, given = parse_config(words)
     assert (config.T, config.max_steps, config.use_moe, config.use_compile) == (64, 7, False, False)
     assert config.n_embd == PRESETS["demo"]["n_embd"]
     assert given == {"preset", "T", "max_steps", "use_moe", "use_compile"}
