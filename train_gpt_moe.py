@@ -46,6 +46,8 @@ from training.terminal import Terminal
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass
 class TrainConfig(llmc.Flags):
@@ -84,7 +86,7 @@ class TrainConfig(llmc.Flags):
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
     # --- evaluation, samples, checkpoints, log
     infer_step: int = setting(
-        250, "steps between evaluations; 0 = only one at the end", "--val_loss_every", least=0
+        250, "steps between evaluations; 0 = only the last", "--val_loss_every", least=0
     )
     val_steps: int = setting(20, "validation batches per rank", "--val_max_steps", least=1)
     sample_every: int = setting(-1, "steps between samples; -1 = infer_step, 0 = never", least=-1)
@@ -105,31 +107,22 @@ class TrainConfig(llmc.Flags):
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
-    dtype: str = setting(
-        "auto", "of matrix products; auto = bfloat16 on CUDA, float32 elsewhere",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )  # fmt: skip
+    dtype: str = setting("auto", "of matrix products; auto = bfloat16 on CUDA, else float32", choices=DTYPES)
     tensorcores: bool = setting(True, "with float32 on CUDA: allow TF32")
     flash: bool = setting(True, "compute attention by fused kernels; False = written out")
     use_compile: bool = setting(True, "torch.compile every block", "--compile")
     loss_chunk: int = setting(-1, "rows of logits at a time in the loss; -1 = auto, 0 = all", least=-1)
     attention_backend: str = setting(
-        "auto", "fused attention on CUDA; auto = the fastest, timed at the start", choices=("auto", *BACKENDS)
+        "auto", "on CUDA; auto = the fastest, timed", choices=("auto", *BACKENDS)
     )
-    parallel: str = setting(
-        "ddp", "layout over processes; none = a single process", choices=("ddp", "fsdp", "none")
-    )
+    parallel: str = setting("ddp", "none = a single process", choices=("ddp", "fsdp", "none"))
     zero_stage: int = setting(0, "1 = with ddp, each rank keeps a share of AdamW's moments", choices=(0, 1))
     ep_size: int = setting(1, "ranks that share the experts of a layer (expert parallelism)", least=1)
-    activation_checkpointing: str = setting(
-        "none", "block = recompute each block in the backward pass", choices=("none", "block")
-    )
+    activation_checkpointing: str = setting("none", "block = recompute blocks", choices=("none", "block"))
     seed: int = setting(1337, "of weights, sample order and dropout", least=0, below=2**63)
     # --- model: GPTConfig in model.py explains and checks these
     block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
-    vocab_size: int = setting(
-        0, "0 = the data's, rounded up to a multiple of 128; -1 = exactly the data's", least=-1
-    )
+    vocab_size: int = setting(0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1)
     n_layer: int = setting(12, "blocks")
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width")

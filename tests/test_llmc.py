@@ -7,6 +7,7 @@ import copy
 import re
 from pathlib import Path
 
+import llmc_readers
 import numpy as np
 import pytest
 import tiktoken
@@ -255,7 +256,7 @@ def test_state_against_float64(model, batch, tmp_path):
             compared += 1
     assert compared == 12 * 3 + 4 == len(gradients)
 
-    read = llmc.read_state(tmp_path / "gpt2_d3_debug_state.bin")
+    read = llmc_readers.read_state(tmp_path / "gpt2_d3_debug_state.bin")
     assert read.keys() == state.keys()
     for name, array in state.items():
         np.testing.assert_array_equal(read[name], array)
@@ -306,12 +307,12 @@ def test_state_needs_its_model(model, batch, tmp_path):
     path = tmp_path / "gpt2_d3_debug_state.bin"
     llmc.write_state(model, *batch, path)
     with pytest.raises(FileNotFoundError, match=r"gpt2_d3\.bin, is not there; give model_path"):
-        llmc.read_state(path)
+        llmc_readers.read_state(path)
     llmc.write_model(model, tmp_path / "elsewhere.bin", "bfloat16")
-    assert llmc.read_state(path, tmp_path / "elsewhere.bin")["logits"].shape == (2, 9, 300)
+    assert llmc_readers.read_state(path, tmp_path / "elsewhere.bin")["logits"].shape == (2, 9, 300)
     llmc.write_model(randomised(n_layer=2), tmp_path / "other.bin")
     with pytest.raises(ValueError, match=r"gpt2_d3_debug_state\.bin: too long"):
-        llmc.read_state(path, tmp_path / "other.bin")
+        llmc_readers.read_state(path, tmp_path / "other.bin")
 
 
 # --- damaged files ------------------------------------------------------------------------------------------
@@ -390,12 +391,12 @@ def check_tokenizer(encoding: tiktoken.Encoding, path: Path) -> None:
         position += 1 + raw[position]
     assert position == len(raw)
     assert tokens == [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    assert llmc.read_tokenizer(path) == (tokens, encoding.eot_token)
+    assert llmc_readers.read_tokenizer(path) == (tokens, encoding.eot_token)
 
 
 def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
     check_tokenizer(gpt2_encoding, tmp_path / "gpt2_tokenizer.bin")
-    tokens, eot = llmc.read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
+    tokens, eot = llmc_readers.read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
     assert (len(tokens), eot, tokens[eot]) == (50257, 50256, b"<|endoftext|>")
     assert b"".join(tokens[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
 
@@ -422,7 +423,7 @@ def test_damaged_tokenizers_are_refused(tmp_path):
     for contents in (raw[:-1], raw[:1500], raw + b"\1a", raw[:12] + b"\1\1\0\0" + raw[16:]):
         path.write_bytes(contents)
         with pytest.raises(ValueError, match=r"t\.bin: damaged"):
-            llmc.read_tokenizer(path)
+            llmc_readers.read_tokenizer(path)
 
 
 # --- sets of files, command line ----------------------------------------------------------------------------
@@ -444,7 +445,7 @@ def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
         assert len({(tmp_path / pattern.format(label)).read_bytes() for label in labels}) == 1
     assert llmc.read_sizes(tmp_path / patterns[0].format(labels[0]))[1] == 3
     assert llmc.read_sizes(tmp_path / patterns[1].format(labels[0]))[1] == 5
-    assert len(llmc.read_state(tmp_path / patterns[2].format(labels[0]))) == 20
+    assert len(llmc_readers.read_state(tmp_path / patterns[2].format(labels[0]))) == 20
 
 
 def test_command_line(tmp_path, capsys):
@@ -461,7 +462,7 @@ def test_command_line(tmp_path, capsys):
     data = ["--data", str(tmp_path / "shard.bin"), "--B", "3", "--T", "11"]
     assert llmc.main(["state", *source, *data, "--c_names", "1"]) == 0
     assert (out / "gpt2_124M_debug_state.bin").is_file()
-    read = llmc.read_state(out / "gpt2_d3_debug_state.bin")
+    read = llmc_readers.read_state(out / "gpt2_d3_debug_state.bin")
     np.testing.assert_array_equal(read["x"].reshape(-1), tokens[:33])
     np.testing.assert_array_equal(read["y"].reshape(-1), tokens[1:34])
     assert "wrote" in capsys.readouterr().out

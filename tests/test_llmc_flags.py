@@ -7,6 +7,7 @@ import itertools
 import re
 from pathlib import Path
 
+import llmc_readers
 import numpy as np
 import pytest
 import tiktoken
@@ -165,7 +166,7 @@ def test_new_models_begin_at_the_loss_of_their_state(preset, shard, tmp_path, gp
     flags += ["--sequence_length", T, "--total_batch_size", B * T, "--num_iterations", 1, "--plot", 0]
     flags += ["--tensorboard", 0, "--compile", 0, "--sample_every", 0, "--hellaswag", 0]
     assert run(*flags, "--write_tensors", 1) == 0
-    state = llmc.read_state(tmp_path / "gpt2_d1_debug_state.bin", tmp_path / "gpt2_d1.bin")
+    state = llmc_readers.read_state(tmp_path / "gpt2_d1_debug_state.bin", tmp_path / "gpt2_d1.bin")
     assert logged(tmp_path, "trl") == pytest.approx([float(state["loss"])], abs=2e-6)
     assert run(*flags, "--write_tensors", 0) == 0
     size = ckpt.load_checkpoint(tmp_path / "latest")["config"]["vocab_size"]
@@ -236,7 +237,7 @@ def test_files_and_what_is_printed(gpt2, shard, tmp_path, gpt2_encoding, capsys)
     expected = {f"gpt2_{size}{kind}.bin" for size, kind in kinds} | {"gpt2_tokenizer.bin"}
     assert {path.name for path in tmp_path.glob("*.bin")} == expected
     # The state: the first batch of the file, and the loss of it that transformers' GPT-2 has.
-    state = llmc.read_state(tmp_path / "gpt2_d2_debug_state.bin", tmp_path / "gpt2_d2.bin")
+    state = llmc_readers.read_state(tmp_path / "gpt2_d2_debug_state.bin", tmp_path / "gpt2_d2.bin")
     tokens = np.fromfile(shard, dtype=np.uint16)[512:].astype(np.int64)
     assert (state["x"].reshape(-1) == tokens[: B * T]).all()
     assert (state["y"].reshape(-1) == tokens[1 : B * T + 1]).all()
