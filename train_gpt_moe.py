@@ -85,9 +85,7 @@ class TrainConfig(llmc.Flags):
     router_lr_mult: float = setting(1.0, "learning rate of the routers, relative to max_lr", least=0)
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
     # --- evaluation, samples, checkpoints, log
-    infer_step: int = setting(
-        250, "steps between evaluations; 0 = only the last", "--val_loss_every", least=0
-    )
+    infer_step: int = setting(250, "steps between evaluations; 0 = at the end", "--val_loss_every", least=0)
     val_steps: int = setting(20, "validation batches per rank", "--val_max_steps", least=1)
     sample_every: int = setting(-1, "steps between samples; -1 = infer_step, 0 = never", least=-1)
     hellaswag: bool = setting(True, "score HellaSwag at every evaluation, if the data has GPT-2's tokens")
