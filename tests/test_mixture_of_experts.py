@@ -189,7 +189,8 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     with torch.device("meta"):
         config = make_config(**{name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")})
         layer = experts.Experts(config)
-    x = SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], 1))
+    x = SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"])
+    x.shape = (case["rows"], case["n_embd"])
     with torch.set_grad_enabled(case["grad"]):
         assert layer._choose_engine(x, case["rows"]) == engine
 
