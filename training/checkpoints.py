@@ -183,7 +183,7 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             if now != saved[name] and name not in FIXED_SETTINGS:
                 unlike.append(f"{name}={saved[name]!r}")
         elif now != saved[name] and name in FIXED_SETTINGS:
-            text = f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; leave the flag away"
+            text = f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; omit the flag"
             raise ValueError(f"{text}, or start another run from these weights (--init_from {path})")
         elif now != saved[name]:
             say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
@@ -268,7 +268,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     for name in sorted(given & fields.keys() - may_differ):
         if fields[name] != getattr(theirs, name):
             text = f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}"
-            raise ValueError(f"{text}; leave the flag away")
+            raise ValueError(f"{text}; omit the flag")
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
     changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
