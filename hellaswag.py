@@ -19,8 +19,7 @@ mask hides the endings from each other, and positions restart for each. Rows of 
 and the head computes logits only where a token is scored.
 
 References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
-github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py).
-"""
+github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
 
 import argparse
 import contextlib
@@ -49,7 +48,6 @@ Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an e
 PackedRow = tuple[int, list[int], Sequence[list[int]]]  # slot of the first ending, context, its endings
 
 
-# ----------------------------------------------------------------------------------------------- QUESTIONS
 def preprocess(text: str) -> str:
     """lm-evaluation-harness's cleaning: WikiHow's [title] ends a sentence, other [marks] vanish."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -115,9 +113,8 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
 
 
 @functools.lru_cache(maxsize=1)  # a training run asks again and again; a new mtime reads the file again
-def load_questions(
-    path: Path, limit: int | None, style: str, encoding: str, block_size: int, vocab_size: int, mtime: int = 0
-) -> tuple[Question, ...]:
+def load_questions(path: Path, limit: int | None, style: str, encoding: str, block_size: int,
+                   vocab_size: int, mtime: int = 0) -> tuple[Question, ...]:  # fmt: skip
     """The first `limit` questions (None: all) of a file. Raises ValueError, HellaSwagUnavailable."""
     try:
         ids = 256 if encoding == "bytes" else load_encoding(encoding).n_vocab
@@ -132,7 +129,6 @@ def load_questions(
     return questions
 
 
-# -------------------------------------------------------------------------------------------------- SCORES
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
     for attribute in ("_orig_mod", "module", "_orig_mod"):  # torch.compile may be inside DDP or around it
@@ -228,10 +224,8 @@ def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
 
 def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
-
     A token sees what comes before it in the context and its own ending; with a window, what is near in the
-    text (not in the row). Padding sees itself, so that no row of the mask is empty.
-    """
+    text (not in the row). Padding sees itself, so that no row of the mask is empty."""
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
     visible = before & ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None]))  # (B, T, T)
@@ -258,15 +252,11 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
         hook.remove()
 
 
-def score_batched(
-    model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
-    rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> torch.Tensor | None:  # fmt: skip
+def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
+                  rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
+                  interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
-
-    All ranks run equally many forwards of equal T, because a sharded model needs that.
-    """
+    All ranks run equally many forwards of equal T, because a sharded model needs that."""
     model = unwrap(model)
     device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
@@ -291,7 +281,6 @@ def score_batched(
     return losses.view(-1, 4).cpu()
 
 
-# ---------------------------------------------------------------------------------------------- EVALUATION
 @dataclass(frozen=True)
 class HellaSwagResult:
     """Accuracies as fractions, their standard errors, and what they were computed from."""
@@ -341,19 +330,16 @@ def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, dev
     return questions
 
 
-def evaluate(
-    model: torch.nn.Module, data: str | Path | None = None, limit: int | None = None,
-    style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
-    rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-    autocast: torch.dtype | None = None, interrupted: Callable[[], bool] = lambda: False,
-) -> HellaSwagResult | None:  # fmt: skip
+def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int | None = None,
+             style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
+             rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
+             autocast: torch.dtype | None = None,
+             interrupted: Callable[[], bool] = lambda: False) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
-
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks call this alike
     and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, with
-    the same answer on all ranks; after True the result is None. Raises HellaSwagUnavailable, ValueError.
-    """
+    the same answer on all ranks; after True the result is None. Raises HellaSwagUnavailable, ValueError."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:
@@ -396,11 +382,9 @@ def main(arguments: list[str] | None = None) -> int:
         world = start(options.device)
         model = load(options.model).to(world.device)
         began = time.perf_counter()
-        autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
-        result = evaluate(
-            model, options.data, options.limit, options.style, options.encoding, options.tokens_per_batch,
-            world.rank, world.size, world.device, autocast,
-        )  # fmt: skip
+        dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+        result = evaluate(model, options.data, options.limit, options.style, options.encoding,
+                          options.tokens_per_batch, world.rank, world.size, world.device, dtype)  # fmt: skip
         if world.is_master:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")

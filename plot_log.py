@@ -6,8 +6,7 @@
 
 Reads metrics.jsonl, or log.txt if that is missing or empty (docs/formats.md). Panels without data are left
 out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn too.
-training/metrics.py says which number stands in which panel. Colours: https://jfly.uni-koeln.de/color/
-"""
+training/metrics.py says which number stands in which panel. Colours: https://jfly.uni-koeln.de/color/"""
 
 import argparse
 import io
@@ -30,16 +29,13 @@ from training.metrics import METRICS, Metric
 GPT2_VAL_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.294463, 0.337
 CHANCE = 0.25  # HellaSwag has four endings to choose from
 LOG_WORDS = {metric.log_word: metric.name for metric in METRICS if metric.log_word}  # of log.txt
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 GREY = "#595959"
 HEAT = ("#00263D", "#4F9CC4", "#FAFAF5", "#F0B64A", "#C65A00")  # load 0 (darkest in print too), 0.5 ... 2
-STYLE = {
-    **{"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.axisbelow": True},
-    **{"axes.grid": True, "grid.color": "#E3E3E3", "grid.linewidth": 0.6, "legend.frameon": False},
-}
+STYLE = {"axes.grid": True, "grid.linewidth": 0.6, "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.axisbelow": True,
+         "font.size": 10, "axes.titlesize": 11, "grid.color": "#E3E3E3", "legend.frameon": False}  # fmt: skip
 
 
 @dataclass
@@ -71,17 +67,14 @@ class LoggedRun:
         return self.x[known], np.array([self.rows[i]["load"] for i in known])
 
 
-# ---------------------------------------------------------------------------------------------------- READING
 def is_finite(value: object) -> bool:
     """Whether `value` is a number that can be drawn: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def parse_line(line: str) -> dict:
-    """A line of metrics.jsonl or log.txt as {"run": config} or as a step's record.
-
-    expert_load (shares) gives `load` (in fair shares) and, if they are not logged, `max_load` and `starved`.
-    """
+    """A line of metrics.jsonl or log.txt as {"run": config} or as a step's record. expert_load (shares)
+    gives `load` (in fair shares) and, if they are not logged, `max_load` and `starved`."""
     if line[0] != "{":
         step, word, value = line.split()
         return {"step": int(step), LOG_WORDS[word]: float(value)}
@@ -153,7 +146,6 @@ def set_x(runs: list[LoggedRun], axis: str) -> str:
     return f"{unit} of training"
 
 
-# ---------------------------------------------------------------------------------------------------- DRAWING
 def smooth(y: np.ndarray) -> np.ndarray:
     """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, as a loss falls fast."""
     i, n = np.arange(len(y)), len(y)

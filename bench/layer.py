@@ -3,8 +3,7 @@
     python -m bench moe [--compile 1] [--dtype bfloat16]
     python -m bench head
 
-moe: the MoE layer, a dense MLP, a loop over masks, transformers' Qwen3 MoE block. head: the loss head.
-"""
+moe: the MoE layer, a dense MLP, a loop over masks, transformers' Qwen3 MoE block. head: the loss head."""
 
 from functools import partial
 
@@ -85,14 +84,10 @@ def compare_moe(options, N: int, C: int, E: int, K: int, H: int) -> list[dict]:
         layers[name] = torch.compile(layer) if options.compile else layer
     runs = {name: partial(forward_and_backward, layer) for name, layer in layers.items()}
     seconds = alternate(runs, device, options.rounds)
-    return [
-        {
-            "tokens,C,E,K,H": f"{N},{C},{E},{K},{H}", "layer": name, "ms": 1000 * seconds[name],
-            "x dense": seconds[name] / seconds["dense"],
-            "saved activations MiB": memory_bytes(partial(forward, layer), device)[1] / 2**20,
-        }
-        for name, layer in layers.items()
-    ]  # fmt: skip
+    return [{"tokens,C,E,K,H": f"{N},{C},{E},{K},{H}", "layer": name, "ms": 1000 * seconds[name],
+             "x dense": seconds[name] / seconds["dense"],
+             "saved activations MiB": memory_bytes(partial(forward, layer), device)[1] / 2**20}
+            for name, layer in layers.items()]  # fmt: skip
 
 
 def bench_head(options) -> list[dict]:
@@ -128,12 +123,7 @@ def compare_heads(options, N: int, C: int, V: int) -> list[dict]:
     peaks = {name: memory_bytes(run, device)[0] for name, run in runs.items()}
     with torch.no_grad():
         exact = F.cross_entropy(x.double() @ weight.double().t(), targets)
-    return [
-        {
-            "tokens,C,V": f"{N},{C},{V}", "head": name, "ms": 1000 * seconds[name],
-            "x all": seconds[name] / seconds["all logits"], "peak MiB": peaks[name] / 2**20,
-            "memory x all": peaks[name] / peaks["all logits"],
-            "loss off by": f"{(run() - exact).abs().item():.0e}",
-        }
-        for name, run in runs.items()
-    ]  # fmt: skip
+    return [{"tokens,C,V": f"{N},{C},{V}", "head": name, "ms": 1000 * seconds[name],
+             "x all": seconds[name] / seconds["all logits"], "peak MiB": peaks[name] / 2**20,
+             "memory x all": peaks[name] / peaks["all logits"],
+             "loss off by": f"{(run() - exact).abs().item():.0e}"} for name, run in runs.items()]  # fmt: skip

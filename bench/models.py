@@ -5,8 +5,7 @@
     python -m bench train --size d12 --nanogpt DIR
     python -m bench hellaswag --data FILE
 
-Reference: train.py and model.py of https://github.com/karpathy/nanoGPT
-"""
+Reference: train.py and model.py of https://github.com/karpathy/nanoGPT"""
 
 import contextlib
 import importlib.util
@@ -29,8 +28,7 @@ MODEL_SIZES = {
     "d12": dict(n_layer=12, n_head=12, n_embd=768, use_moe=False),
     "d12-moe8x2": dict(  # as many active FLOPs as d12
         n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
-    "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
-}  # fmt: skip
+    "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False)}  # fmt: skip
 
 
 def size_of(name: str) -> dict:
@@ -110,12 +108,10 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
         ours = models[name, compiled, "ours"]
         mfu = ours.estimate_mfu(B, seconds[key])
         row = {"model": name, "compiled": "yes" if compiled else "no"} | ({"whose": whose} if nanogpt else {})
-        row |= {
-            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-            "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",
-            "dtype": dtype, "ms": 1000 * seconds[key], "tokens/s": round(B * T / seconds[key]),
-            "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": peaks[key] / 2**20,
-        }  # fmt: skip
+        row |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+                "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",
+                "dtype": dtype, "ms": 1000 * seconds[key], "tokens/s": round(B * T / seconds[key]),
+                "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": peaks[key] / 2**20}  # fmt: skip
         if nanogpt:
             theirs = name, compiled, "nanoGPT"
             row["time x nanoGPT"] = seconds[key] / seconds[theirs] if theirs in seconds else ""
@@ -141,12 +137,8 @@ def bench_hellaswag(options) -> list[dict]:
     seconds = alternate(runs, device, options.rounds, warmup=1)
     losses = {method: run() for method, run in runs.items()}
     choices = {method: hs.tally(questions, each).choices for method, each in losses.items()}
-    return [
-        {
-            "method": method, "model": options.size, "questions": len(questions), "s": seconds[method],
-            "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
-            "same choices": sum(map(int.__eq__, choices[method], choices["plain"])),
-            "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}",
-        }
-        for method in runs
-    ]  # fmt: skip
+    return [{"method": method, "model": options.size, "questions": len(questions), "s": seconds[method],
+             "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
+             "same choices": sum(map(int.__eq__, choices[method], choices["plain"])),
+             "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}"}
+            for method in runs]  # fmt: skip

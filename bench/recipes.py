@@ -5,8 +5,7 @@
 
 Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
 count training only. docs/measurements.md describes the data and the recipes. nanoGPT's are in its README and
-config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT).
-"""
+config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT)."""
 
 import contextlib
 import io
@@ -32,25 +31,18 @@ from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
-
 SIZE = dict(n_layer=4, n_head=4, n_embd=128, T=64)
 NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
-RECIPES = {
-    "gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False), "modern-moe": MODERN | EXPERTS,
-}  # fmt: skip
-SHARES = {"a third of the time": 1 / 3, "the same time": 1.0}  # of the baseline's seconds
-
+RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
+           "modern-moe": MODERN | EXPERTS}  # fmt: skip
 # moe_pays: both are 64 wide, so small that more parameters help. A hidden size of 261 gives the dense
 # feed-forward layers as many parameters as two experts, their second bias and the router have.
 PAYS = MODERN | dict(n_embd=64, T=128, B=12)
-RIVALS = {
-    "dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
-    "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128),
-}
-SEED = 1337
-WINDOWS, ROUNDS = 512, 12  # windows for validation; evaluations of each contender
+RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
+          "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
+SEED, WINDOWS, ROUNDS = 1337, 512, 12  # WINDOWS for validation; ROUNDS: evaluations of each contender
 
 
 def split_text(path: str) -> Data:
@@ -163,9 +155,7 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
 
 def bench_time_to_loss(options) -> list[dict]:
     """A row per recipe: the loss it reaches, and in how many seconds.
-
-    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock.
-    """
+    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock."""
     if not options.text:
         raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
     train, val = split_text(options.text)
@@ -177,7 +167,7 @@ def bench_time_to_loss(options) -> list[dict]:
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
     contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
     for name in ("modern", "modern-moe"):
-        for part, share in SHARES.items():
+        for part, share in (("a third of the time", 1 / 3), ("the same time", 1.0)):  # of the baseline's
             # How many steps it is expected to do: the schedule counts its warmup in them.
             contenders.append(build[name](steps=max(1, int(share * steps * cost[first] / cost[name]))))
             contenders[-1].name, contenders[-1].share = f"{name}, {part}", share
@@ -226,9 +216,7 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
 
 def bench_moe_pays(options) -> list[dict]:
     """A row per model: validation losses on each corpus, mean and standard deviation over seeds.
-
-    Both models train on all corpora together, with the same seeds and batches.
-    """
+    Both models train on all corpora together, with the same seeds and batches."""
     corpora = {"embedded corpus": split_demo()}
     if options.text:
         corpora[Path(options.text).name] = split_text(options.text)
@@ -245,12 +233,10 @@ def bench_moe_pays(options) -> list[dict]:
     rows = []
     for number, name in enumerate(RIVALS):
         model, config = races[0][number].model, races[0][number].config
-        row = {
-            "model": name, "parameters": f"{model.get_num_params():,}",
-            "active": f"{model.get_num_active_params():,}", "steps": config.max_steps,
-            "tokens": f"{config.max_steps * config.B * config.T:,}",
-            "s": statistics.fmean(pair[number].seconds for pair in races),
-        }  # fmt: skip
+        row = {"model": name, "parameters": f"{model.get_num_params():,}",
+               "active": f"{model.get_num_active_params():,}", "steps": config.max_steps,
+               "tokens": f"{config.max_steps * config.B * config.T:,}",
+               "s": statistics.fmean(pair[number].seconds for pair in races)}  # fmt: skip
         for column, corpus in enumerate([*corpora, "mean"]):
             dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
             row[corpus] = mean_and_spread(this)

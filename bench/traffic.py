@@ -12,8 +12,7 @@ Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters
             4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
     all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
 
-docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references.
-"""
+docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references."""
 
 import math
 from collections import defaultdict
@@ -31,10 +30,8 @@ from training import preflight
 from training.preflight import elements, expert_elements, shapes_by_part
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
-LAYOUTS = {  # name: fields of Plan
-    "ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
-    "fsdp+ep": {"parallel": "fsdp", "ep_size": 2},
-}  # fmt: skip
+LAYOUTS = {"ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
+           "fsdp+ep": {"parallel": "fsdp", "ep_size": 2}}  # name: fields of Plan  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,11 +177,9 @@ def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
     part, config = shapes_by_part(model), model.config
     count = preflight.parameters_held(model, plan, plan.ranks)
-    uses = {
-        "parameters": 4 * count, "gradients": 4 * count,
-        "moments": 8 * count / (plan.ranks if plan.zero_stage else 1),
-        "activations": preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"],
-    }  # fmt: skip
+    moments = 8 * count / (plan.ranks if plan.zero_stage else 1)
+    activations = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"]
+    uses = dict(parameters=4 * count, gradients=4 * count, moments=moments, activations=activations)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
@@ -231,8 +226,7 @@ def bench_scale(options) -> list[dict]:
             "tokens/step": tokens, "GB sent": sum(c.sent for c in step_traffic(model, plan)) / 1e9,
             "communication ms": 1e3 * communication, "exposed ms": 1e3 * waits, "ms": 1e3 * step,
             "tokens/s": round(tokens / step), "efficiency %": 100 * tokens / step / (W * alone),
-            "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30,
-        })  # fmt: skip
+            "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30})  # fmt: skip
     return rows
 
 

@@ -4,8 +4,7 @@
     Trainer(..., callbacks=[MoEUsageTensorBoardCallback(log_interval=100, tb_writer=SummaryWriter("runs"))])
 
 Both also tell the routers where an optimizer step ends, which the balance losses and loss-free balancing need
-(docs/huggingface.md). A report counts each expert's rows in training, on all ranks, since the last report.
-"""
+(docs/huggingface.md). A report counts each expert's rows in training, on all ranks, since the last report."""
 
 import logging
 import os
@@ -81,14 +80,11 @@ class MoEUsageLoggingCallback(MoEUsageCallback):
 
 class MoEUsageTensorBoardCallback(MoEUsageCallback):
     """Writes every MoE layer's shares, max/mean load and counts to TensorBoard every `log_interval` steps.
-
-    tb_writer: a SummaryWriter, which stays open. Without one the master opens and closes its own.
-    """
+    tb_writer: a SummaryWriter, which stays open. Without one the master opens and closes its own."""
 
     def __init__(self, log_interval: int = 100, tb_writer=None):
         super().__init__(log_interval)
-        self.tb_writer = tb_writer
-        self._owns_writer = False
+        self.tb_writer, self._owns_writer = tb_writer, False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Opens a writer on the master if none was given."""

@@ -7,8 +7,7 @@ docs/huggingface.md says what a model must have for each format, and what is dro
 Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 we never
 do: the weight would be 1, and the router would get no gradient.
 
-Sources: transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py and modeling_qwen3_moe.py.
-"""
+Sources: transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py and modeling_qwen3_moe.py."""
 
 import logging
 from typing import Any
@@ -20,31 +19,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from huggingface.configuration import SHARED_FIELDS, refuse
 
 logger = logging.getLogger(__name__)
-
 # Our formats, which are their model_type, and how their classes' names begin.
 FAMILY = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
-
-# Our fields, and theirs.
-FIELDS = {name: name for name in SHARED_FIELDS} | {
+FIELDS = {name: name for name in SHARED_FIELDS} | {  # our fields, and theirs
     "n_embd": "hidden_size", "mlp_hidden_size": "intermediate_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "norm_eps": "rms_norm_eps",
-    "block_size": "max_position_embeddings",
-}  # fmt: skip
-
+    "block_size": "max_position_embeddings"}  # fmt: skip
 # Our weights, and theirs that they stack by rows. INSIDE lists those of a block: transformer.h.{i} and
 # model.layers.{i}. A name without "experts" in it is followed by .weight or .bias.
-OUTSIDE = {
-    "transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}  # fmt: skip
-INSIDE = {
-    "ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
-    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
-    "attn.c_proj": ("self_attn.o_proj",), "mlp.gate": ("mlp.gate",),
-    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",),
-    "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",), "mlp.experts.c_proj": ("mlp.experts.down_proj",),
-}  # fmt: skip
+OUTSIDE = {"transformer.wte.weight": "model.embed_tokens.weight",
+           "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}  # fmt: skip
+INSIDE = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
+          "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+          "attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",),
+          "attn.c_proj": ("self_attn.o_proj",), "mlp.gate": ("mlp.gate",),
+          "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"), "mlp.c_proj": ("mlp.down_proj",),
+          "mlp.experts.c_fc": ("mlp.experts.gate_up_proj",),
+          "mlp.experts.c_proj": ("mlp.experts.down_proj",)}  # fmt: skip
 
 
 def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
@@ -64,8 +55,7 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     head_size = config.hidden_size // config.num_attention_heads
     only = {
         "hidden_act": ("silu", "swish"), "head_dim": (head_size, None), "attention_dropout": (0, None),
-        "pretraining_tp": (1, None), "router_jitter_noise": (0,), "quantization_config": (None,),
-    }  # fmt: skip
+        "pretraining_tp": (1, None), "router_jitter_noise": (0,), "quantization_config": (None,)}  # fmt: skip
     if kind != "llama":
         only["attention_bias"] = (False,)
     refuse(this, config, only, "; only {!r} can be loaded")
@@ -77,8 +67,7 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
         use_moe=False, position="rope", rope_theta=theta, norm="rmsnorm", activation="swiglu", bias=False,
         qk_norm=kind in ("qwen3", "qwen3_moe"), attn_implementation=config._attn_implementation,
-        encoding=named_encoding(config),
-    )  # fmt: skip
+        encoding=named_encoding(config))  # fmt: skip
     if kind == "llama":
         if config.attention_bias != config.mlp_bias:
             biases = f"attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}"
@@ -153,9 +142,7 @@ def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch
 
 def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedModel:
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
-
-    vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express.
-    """
+    vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express."""
     refuse_inexpressible(model, kind)
     name = FAMILY[kind]
     config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
@@ -173,10 +160,8 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
 def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
     """ValueError, naming the field, for a model that is not of this kind."""
     config, experts = model.config, kind in ("mixtral", "qwen3_moe")
-    only = {
-        "position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "logit_softcap": (0,),
-        "use_moe": (experts,), "qk_norm": (kind in ("qwen3", "qwen3_moe"),),
-    }  # fmt: skip
+    only = {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "logit_softcap": (0,),
+            "use_moe": (experts,), "qk_norm": (kind in ("qwen3", "qwen3_moe"),)}  # fmt: skip
     only |= {"sliding_window": (None,)} if kind == "llama" else {"bias": (False,)}
     if experts:
         only |= {"global_every": (None,), "router_score": ("softmax",), "num_shared_experts": (0,)}
@@ -199,8 +184,7 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
         vocab_size=vocab_size, intermediate_size=config.mlp_hidden_size or 4 * config.n_embd,
         num_key_value_heads=config.n_kv_head or config.n_head, head_dim=config.n_embd // config.n_head,
         rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        encoding=config.encoding,
-    )  # fmt: skip
+        encoding=config.encoding)  # fmt: skip
     if kind == "llama":
         return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
     arguments["sliding_window"] = config.sliding_window
@@ -213,7 +197,6 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
     step, dense_layers = config.moe_every, []
     if config.n_layer % step != 0:  # then counting from the first layer, as Qwen3 does, finds other layers
         step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
-    return arguments | dict(
-        use_sliding_window=windowed, moe_intermediate_size=expert, decoder_sparse_step=step,
-        mlp_only_layers=dense_layers, norm_topk_prob=config.norm_topk_prob and config.num_experts_per_tok > 1,
-    )  # fmt: skip
+    normed = config.norm_topk_prob and config.num_experts_per_tok > 1
+    return arguments | dict(use_sliding_window=windowed, moe_intermediate_size=expert, norm_topk_prob=normed,
+                            decoder_sparse_step=step, mlp_only_layers=dense_layers)  # fmt: skip

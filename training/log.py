@@ -1,7 +1,6 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard's events in tb/.
 
-docs/formats.md describes the files. training/metrics.py says which number goes where; plot_log.py draws them.
-"""
+docs/formats.md describes the files, training/metrics.py which number goes where; plot_log.py draws them."""
 
 import dataclasses
 import importlib.util
@@ -32,7 +31,6 @@ try:
     import resource
 except ImportError:  # Windows does not have them
     fcntl = resource = None
-
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
 RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all that a run leaves
@@ -40,17 +38,13 @@ RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  #
 
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
-
     If a disk is full, lines wait in memory until there is room. Files of an earlier run go into a folder
     old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but without
     evaluates_first it keeps those of the evaluation there. wandb: send curves and samples to Weights & Biases
-    too. ValueError if another run has the folder or wandb is not installed; OSError if it cannot be written.
-    """
+    too. ValueError if another run has the folder or wandb is missing; OSError if it cannot be written."""
 
-    def __init__(
-        self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool, wandb: bool = False,
-        evaluates_first: bool = True, say: Callable = print,
-    ):  # fmt: skip
+    def __init__(self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool,
+                 wandb: bool = False, evaluates_first: bool = True, say: Callable = print):  # fmt: skip
         self.folder, self.say = folder, say
         self.drawing: subprocess.Popen | None = None
         if wandb and importlib.util.find_spec("wandb") is None:
@@ -86,14 +80,11 @@ class RunLog:
         self.record(record)
         self.measurement(record["step"], "train", record["loss"])
 
-    def evaluation(
-        self, step: int, measured: dict, expert_load: list | None = None, elapsed_s: float | None = None
-    ) -> None:
+    def evaluation(self, step: int, measured: dict, expert_load: list | None = None,
+                   elapsed_s: float | None = None) -> None:  # fmt: skip
         """Write what was measured between two steps: numbers, and perhaps a "sample", which leaves the dict.
-
         expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
-        last step, when the numbers need a record of their own; before any other, the caller records them.
-        """
+        last step, when the numbers need a record of their own; before any other, the caller records them."""
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
             self._tensorboard("add_text", "sample", markdown, step)
@@ -308,10 +299,8 @@ def run_record(config, model, world, first_step: int) -> dict:
         "model": model.config.to_diff_dict(),
         "parameters": model.get_num_params(False), "active_parameters": model.get_num_active_params(),
         "world_size": world.size, "first_step": first_step, "git": revision,
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "transformers": transformers.__version__, "cuda": torch.version.cuda,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "transformers": transformers.__version__, "cuda": torch.version.cuda},
         "device": f"{world.device.type} {device}".strip(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
 
@@ -322,15 +311,13 @@ def expert_load(model) -> dict:
     if not model.moe_layers():
         return {}
     found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
-    # One transfer to the host for all layers.
     read = torch.stack([torch.cat((counts.float(), entropy[None])) for counts, entropy in found]).cpu()
     counts, entropy = read[:, :-1].double(), read[:, -1]  # (MoE layers, E), (MoE layers,)
     share = counts / counts.sum(1, keepdim=True)
-    load = share * share.size(1)
-    return {
-        "expert_load": share.tolist(), "max_load": load.max().item(),
-        "starved": (load < STARVED_BELOW).double().mean().item(), "router_entropy": entropy.mean().item(),
-    }  # fmt: skip
+    load = share * share.size(1)  # in fair shares
+    starved = (load < STARVED_BELOW).double().mean().item()
+    return {"expert_load": share.tolist(), "max_load": load.max().item(), "starved": starved,
+            "router_entropy": entropy.mean().item()}  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:

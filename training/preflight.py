@@ -2,8 +2,7 @@
 
 The memory of the activations is an estimate, good to about a quarter. It counts what autograd keeps of each
 token in every block, and the logits, which make the peak of small models. `size` is the bytes of a number in
-the dtype of the matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig.
-"""
+the dtype of the matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig."""
 
 import math
 import os
@@ -118,15 +117,12 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
     """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T).
-
     Parameters, gradients and the two moments are fp32. FSDP divides all of them among the ranks, zero_stage=1
-    the moments, ep_size the experts. With inference_only there are no gradients and no moments.
-    """
+    the moments, ep_size the experts. With inference_only there are no gradients and no moments."""
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     moments = 8 * held * trains // (world_size if config.zero_stage else 1)
     activations = activation_bytes(model, config, dtype)
-    weights = dict(parameters=4 * held, gradients=4 * held * trains)
-    return weights | dict(optimizer=moments, activations=activations)
+    return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -139,10 +135,8 @@ def device_memory(device: torch.device) -> int | None:
         return None
 
 
-def preflight(
-    config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str,
-    val_tokens: int | None = None,
-) -> tuple[str, list[str]]:  # fmt: skip
+def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str,
+              val_tokens: int | None = None) -> tuple[str, list[str]]:  # fmt: skip
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data."""
     per_step, warnings = config.total_batch_size, []
     epochs = config.max_steps * per_step / num_tokens
@@ -156,25 +150,20 @@ def preflight(
     rows = {
         "parameters": f"{model.get_num_params(False):,}, {model.get_num_active_params():,} active per token",
         "": ", ".join(f"{part} {count:,}" for part, count in parameters_by_part(model).items()),
-        "data": f"{num_tokens:,} tokens, {seen}",
-        "step": f"{per_step:,} tokens = {batch}",
+        "data": f"{num_tokens:,} tokens, {seen}", "step": f"{per_step:,} tokens = {batch}",
         "steps": f"{config.max_steps:,}, {config.max_steps * per_step:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
-        "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else ""),
-    }
+        "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else "")}  # fmt: skip
     if have and need > have:
-        warnings.append(
-            f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}: lower B, "
-            "then T, then the model (n_layer, n_embd, num_experts)"
-        )
+        text = f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}"
+        warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")
     ranks = world.size // config.ep_size
     shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
     uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
     if uncut:
-        warnings.append(
-            f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if "
-            "they had: take a number of processes that divides num_experts, n_embd or expert_hidden_size"
-        )
+        text = f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if"
+        mend = "take a number of processes that divides num_experts, n_embd or expert_hidden_size"
+        warnings.append(f"{text} they had: {mend}")
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
         text = f"take the {val_tokens:,} tokens of validation more than once: fewer say as much"
         warnings.append(f"val_steps={config.val_steps} {text}")

@@ -1,7 +1,6 @@
 """What a run shows in the terminal: one live line where a person watches, or else plain lines for grep.
 
-Only the master rank prints. training/metrics.py says which numbers are shown, and how.
-"""
+Only the master rank prints. training/metrics.py says which numbers are shown, and how."""
 
 import os
 import shlex
@@ -40,10 +39,8 @@ class Terminal:
         self.config, self.is_master = config, is_master
         # If stdout or stderr is a file, it should get all lines, so there is no live line.
         self.watched = is_master and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
-        self.bar = tqdm(
-            total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
-            bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True,
-        )  # fmt: skip
+        self.bar = tqdm(total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
+                        bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True)  # fmt: skip
         self.ms: list[float] = []  # of every step
         self.evaluated: dict[str, float] = {}  # the newest values that evaluations measured
 
