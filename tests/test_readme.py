@@ -145,7 +145,7 @@ MORE = {
     "hellaswag": "--rounds 1 --size d4 --limit 1".split(),
     "time_to_loss": ["--steps", "2"],
     "moe_pays": "--steps 2 --seeds 1".split(),
-    "scale": "--size d4 --ranks 1,8".split(),
+    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16".split(),
 }
 
 
