@@ -103,3 +103,18 @@ def gpt2_encoding():
 
     shared_file("tiktoken_cache")
     return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A folder of its own for the code of exported models; Python must not keep another one's package."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    forget()
+    yield
+    forget()

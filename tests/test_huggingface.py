@@ -593,9 +593,8 @@ def test_checkpoints_and_folders_of_before_the_redesign_load(data, tmp_path):
         assert torch.equal(logits, torch.load(tmp_path / "logits.pt"))
 
 
-def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, monkeypatch):
+def test_a_folders_code_beside_ours_has_operators_of_its_own(tmp_path, own_modules):
     """torch would replace operators of the same name, and ours would call freed memory."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     ours = byte_model().train()
     export_folder(ours, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).train()

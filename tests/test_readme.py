@@ -92,7 +92,7 @@ def demo(tmp_path_factory) -> Path:
     return folder
 
 
-def test_python_examples_run_in_order(demo, tmp_path, monkeypatch, capsys):
+def test_python_examples_run_in_order(demo, tmp_path, monkeypatch, capsys, own_modules):
     """All of them, one after the other as a reader would, in a folder that holds what they name.
 
     "gpt2" is a small local GPT-2 here, for lack of a network; GPT-2's ids are taken modulo its vocabulary.
