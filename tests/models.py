@@ -1,8 +1,12 @@
 """Small models and texts that many tests share."""
 
+import random
+
 import torch
 
-from model import GPTConfig
+from model import GPTConfig, GPTLMHeadModel
+
+WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 
 # What a checkout of nanoGPT offers, as far as the benchmarks use it; a bigram model.
 NANOGPT = """
@@ -33,6 +37,12 @@ def tiny(**fields) -> GPTConfig:
     return GPTConfig(**sizes | dict(num_experts=4, num_experts_per_tok=2) | fields)
 
 
+def dense_model(**fields) -> GPTLMHeadModel:
+    """A small dense model, to make one with experts from."""
+    torch.manual_seed(5)
+    return GPTLMHeadModel(tiny(use_moe=False, **fields)).eval()
+
+
 def strong(model, std=0.2, seed=0):
     """The model with weights so large that no non-linearity looks linear, norms around one; in evaluation."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,3 +57,20 @@ def strong(model, std=0.2, seed=0):
 def tokens(B=3, T=24, V=97, seed=0):
     """Random token numbers (B, T) below V."""
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
+    """Questions of random words, of very different lengths, with ctx_a and ctx_b."""
+    rng = random.Random(seed)
+
+    def text(length):
+        return " ".join(rng.choices(WORDS, k=length))
+
+    return [
+        dict(
+            ctx=f"{(a := text(rng.randint(1, longest)))} {(b := text(2))}", ctx_a=a, ctx_b=b,
+            activity_label="Roofing", label=rng.randrange(4),
+            endings=[text(rng.randint(1, longest)) for _ in range(4)],
+        )
+        for _ in range(n)
+    ]  # fmt: skip

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from tokens import shards
 from tokens.encodings import get_encoding
@@ -31,6 +32,8 @@ from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
+# Places in a file and new bytes for them: (place from 0 to 1, bytes removed, bytes inserted).
+CUT = st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40))
 PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
 STEPS = 12
@@ -215,3 +218,15 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
             hook.remove()
 
     return sick_forward
+
+
+@contextlib.contextmanager
+def little_memory(megabytes: int):
+    """So much is left for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

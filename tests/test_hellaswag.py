@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import statistics
 import urllib.error
 import weakref
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from conftest import shared_file, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import make_examples
 from processes import finish, start_ranks
 
 import hellaswag
@@ -30,24 +30,6 @@ from tokens import hellaswag_files
 from training import parallel
 
 TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
-WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
-
-
-def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
-    """Questions of random words, of very different lengths, with ctx_a and ctx_b."""
-    rng = random.Random(seed)
-
-    def text(length):
-        return " ".join(rng.choices(WORDS, k=length))
-
-    return [
-        dict(
-            ctx=f"{(a := text(rng.randint(1, longest)))} {(b := text(2))}", ctx_a=a, ctx_b=b,
-            activity_label="Roofing", label=rng.randrange(4),
-            endings=[text(rng.randint(1, longest)) for _ in range(4)],
-        )
-        for _ in range(n)
-    ]  # fmt: skip
 
 
 @pytest.fixture

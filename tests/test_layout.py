@@ -88,10 +88,10 @@ def test_public_names_have_docstrings(name):
     assert not missing, f"{name}: no docstring for {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/**/test_*.py")), ids=lambda path: path.stem)
 def test_every_test_file_opens_with_its_command(path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert f"python -m pytest tests/{path.name}" in (docstring or "")
+    assert f"python -m pytest {path.relative_to(ROOT)}" in (docstring or "")
 
 
 def test_settings_of_the_model_are_settings_of_the_run():

@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from models import NANOGPT
+from models import NANOGPT, make_examples
 from PIL import Image
 from processes import flags as training_flags
-from test_hellaswag import make_examples
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
@@ -51,7 +50,7 @@ LISTED = {
     "lm_eval ": "not installed; test_huggingface.py",
     "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
-    "torchrun ": "GPUs; test_train.py, test_parallel.py, test_nodes.py",
+    "torchrun ": "GPUs; test_train_gpt_moe.py, test_parallel.py, test_nodes.py",
     "sbatch ": "Slurm; test_nodes.py",
     "RANK=": "GPUs; test_nodes.py",
     "python tests/torture.py": "minutes, as root",

@@ -1,6 +1,6 @@
 """What a run shows in the terminal: live line, plain lines, heat map, time to go. Other ranks are silent.
 
-Run: python -m pytest tests/test_terminal.py
+Run: python -m pytest tests/training/test_terminal.py
 """
 
 import io

@@ -1,6 +1,6 @@
 """Muon and AdamW in one optimizer, against written-out references.
 
-Run: python -m pytest tests/test_muon.py
+Run: python -m pytest tests/training/test_muon.py
 """
 
 import io

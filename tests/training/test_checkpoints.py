@@ -1,14 +1,12 @@
 """Checkpoint files: whole or not there, checked before they are believed, written while training goes on.
 
-Run: python -m pytest tests/test_checkpoint.py
+Run: python -m pytest tests/training/test_checkpoints.py
 """
 
-import contextlib
 import errno
 import io
 import os
 import pickle
-import resource
 import signal
 import threading
 import time
@@ -20,10 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import equal, full_disk
+from models import dense_model, tiny
+from processes import CUT, equal, full_disk, little_memory
 
 import checkpoint
-from model import GPT, GPTConfig, GPTLMHeadModel
+from model import GPT, GPTLMHeadModel
 from training import archives
 from training import checkpoints as ckpt
 from training.archives import CheckpointError
@@ -37,22 +36,6 @@ def small(step: int = 3, **more) -> dict:
     generator = torch.Generator().manual_seed(step)
     weights = {"a": torch.randn(5, 7, generator=generator), "b": torch.arange(3) + step}
     return {"model": weights, "config": {"n_layer": 1}, "step": step, **more}
-
-
-def tiny_config(**fields) -> GPTConfig:
-    return GPTConfig(**(dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16) | fields))
-
-
-@contextlib.contextmanager
-def little_memory(megabytes: int):
-    """So much is left for this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # ---------------------------------------------------------------------------- written whole or not at all
@@ -288,9 +271,6 @@ def test_a_file_cut_anywhere_is_refused(good, tmp_path):
         assert verdict(content[:length], tmp_path / "model_00003.pt", truth) == "refused"
 
 
-CUT = st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40))
-
-
 @settings(max_examples=150)
 @given(st.binary(max_size=600), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"PK\x05\x06"]))
 def test_random_bytes_are_refused(tmp_path, content, prefix):
@@ -476,7 +456,7 @@ def test_latest_is_followed_only_to_a_checkpoint_beside_it(tmp_path):
 
 
 def test_a_slash_at_the_end_changes_nothing(tmp_path):
-    model = GPTLMHeadModel(tiny_config())
+    model = GPTLMHeadModel(tiny())
     state = {"model": model.state_dict(), "config": model.config.to_dict(), "step": 2, "val_loss": None}
     path, log = f"{save_checkpoint(state, tmp_path)}/", f"{tmp_path}/"
     ckpt.verify_checkpoint(path)
@@ -495,11 +475,6 @@ def test_a_slash_at_the_end_changes_nothing(tmp_path):
 # ---------------------------------------------------------------------------- models from checkpoints
 
 
-def dense_model(**fields) -> GPTLMHeadModel:
-    torch.manual_seed(5)
-    return GPTLMHeadModel(tiny_config(use_moe=False, **fields)).eval()
-
-
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(("K", "norm"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -508,7 +483,7 @@ def test_upcycling_changes_no_logit(score, K, norm, activation):
     for parameter in dense.parameters():  # as after training: nothing small or zero
         parameter.data += 0.1 * torch.randn_like(parameter)
     fields = dict(num_experts_per_tok=K, router_score=score, norm_topk_prob=norm, activation=activation)
-    moe = tiny_config(num_experts=8, **fields)
+    moe = tiny(num_experts=8, **fields)
     model = upcycle(dense, moe).eval()
     tokens = torch.randint(64, (4, 16))
     wanted = dense(input_ids=tokens).logits
@@ -528,7 +503,7 @@ def test_upcycled_experts_are_in_use_at_once_and_part_ways():
         torch.manual_seed(seed)
         for parameter in dense.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-        model = upcycle(dense, tiny_config(num_experts=8, num_experts_per_tok=2)).train()
+        model = upcycle(dense, tiny(num_experts=8, num_experts_per_tok=2)).train()
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         model.update_routers()
         for _ in range(20):
@@ -546,7 +521,7 @@ def test_upcycled_experts_are_in_use_at_once_and_part_ways():
 
 def test_upcycling_every_other_layer_and_what_it_refuses():
     dense = dense_model()
-    mixed = upcycle(dense, tiny_config(num_experts=4, moe_every=2)).eval()
+    mixed = upcycle(dense, tiny(num_experts=4, moe_every=2)).eval()
     assert len(mixed.moe_layers()) == 1
     tokens = torch.randint(64, (2, 16))
     logits = (model(input_ids=tokens).logits for model in (mixed, dense))
@@ -559,7 +534,7 @@ def test_upcycling_every_other_layer_and_what_it_refuses():
     }
     for message, (source, fields) in refused.items():
         with pytest.raises(ValueError, match=message):
-            upcycle(source, tiny_config(num_experts=4, **fields))
+            upcycle(source, tiny(num_experts=4, **fields))
 
 
 def test_a_checkpoint_of_another_model_is_named_as_such(tmp_path):

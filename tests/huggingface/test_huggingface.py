@@ -1,6 +1,6 @@
 """The model as a citizen of transformers: generation, folders in and out, tokenizers, lm_eval.
 
-Run: python -m pytest tests/test_huggingface.py
+Run: python -m pytest tests/huggingface/test_huggingface.py
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """The training script as a user runs it: files it writes, equal losses however a batch is cut, flags,
 presets.
 
-Run: python -m pytest tests/test_train.py
+Run: python -m pytest tests/test_train_gpt_moe.py
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """One model, every layout: the same losses and weights in one process, two and four, however they share it.
 
-Run: python -m pytest tests/test_parallel.py
+Run: python -m pytest tests/training/test_parallel.py
 
 The processes of a test are started once and try one layout after another (main, below); four ranks are slow.
 """

@@ -1,6 +1,6 @@
 """What becomes of signals, sick steps, full disks, lost data and bad settings.
 
-Run: python -m pytest tests/test_faults.py
+Run: python -m pytest tests/training/test_faults.py
 """
 
 import ast
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from models import dense_model, make_examples
 from processes import (
     STEPS,
     equal,
@@ -34,8 +35,6 @@ from processes import (
     wait_for,
     wait_for_text,
 )  # fmt: skip
-from test_checkpoint import dense_model
-from test_hellaswag import make_examples
 
 import hellaswag
 import train_gpt_moe

@@ -1,6 +1,6 @@
 """llm.c's files against readers written here, straight from the tables in docs/formats.md.
 
-Run: python -m pytest tests/test_llmc.py
+Run: python -m pytest tests/llmc/test_llmc_files.py
 """
 
 import copy

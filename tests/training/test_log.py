@@ -1,6 +1,6 @@
 """A run's files read back: TensorBoard events, metrics, main.log, the picture drawn meanwhile, wandb.
 
-Run: python -m pytest tests/test_log.py
+Run: python -m pytest tests/training/test_log.py
 """
 
 import json
@@ -11,9 +11,9 @@ import types
 
 import numpy as np
 import pytest
+from models import make_examples
 from PIL import Image
 from processes import flags
-from test_hellaswag import make_examples
 
 import train_gpt_moe
 from model import GPTLMHeadModel

@@ -1,8 +1,8 @@
 """Checkpoints as folders: equal to single files, whole or not there, damage is found, no code in them is run.
 
-Run: python -m pytest tests/test_sharded.py
+Run: python -m pytest tests/training/test_sharded.py
 
-tests/test_parallel.py has folders that many processes have written.
+tests/training/test_parallel.py has folders that many processes have written.
 """
 
 import errno
@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import equal, full_disk
-from test_checkpoint import CUT, little_memory
+from processes import CUT, equal, full_disk, little_memory
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor

@@ -1,7 +1,7 @@
 """Bytes, seconds and memory of every layout: formulas against numbers worked out by hand, and against what
 processes really send.
 
-Run: python -m pytest tests/test_scaling.py
+Run: python -m pytest tests/bench/test_scaling.py
 """
 
 from collections import defaultdict

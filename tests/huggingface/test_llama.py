@@ -1,6 +1,6 @@
 """Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
 
-Run: python -m pytest tests/test_convert_llama.py
+Run: python -m pytest tests/huggingface/test_llama.py
 """
 
 import json
