@@ -52,7 +52,7 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete, and return, all but the newest `keep_last` (0: all stay), the multiples of `keep_every`, and the
+    """Delete, and return, all but the newest `keep_last` (0: all stay), the multiples of `keep_every` and the
     one with the lowest validation loss."""
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     best = best_checkpoint(folder) if old else None
@@ -141,7 +141,7 @@ def validation_losses(folder: str | Path) -> dict[int, float]:
 
 
 def best_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint with the lowest validation loss in the log; None if the log has no loss of their steps."""
+    """The checkpoint with the lowest validation loss in the log; None if the log has none of their steps."""
     losses = validation_losses(folder)
     known = [path for path in list_checkpoints(folder) if math.isfinite(losses.get(step_of(path), math.nan))]
     return min(known, key=lambda path: losses[step_of(path)], default=None)
@@ -257,8 +257,9 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
         }
         methods = [group.get("method", "adamw") for group in optimizer.param_groups for _ in group["params"]]
         for number, values in moments.items():
-            shapes = {value.shape for name, value in values.items() if name != "step"}
-            if values.keys() != MOMENTS[methods[number]] or shapes != {parameters[number].shape}:
+            shapes = {name: parameters[number].shape for name in MOMENTS[methods[number]]}
+            shapes |= {"step": torch.Size()} if "step" in shapes else {}
+            if shapes != {name: value.shape for name, value in values.items()}:
                 raise KeyError(f"state of parameter {number} of the optimizer")
         model.load_state_dict(weights)
         optimizer.load_state_dict({**state["optimizer"], "state": moments})

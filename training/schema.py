@@ -21,7 +21,7 @@ SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 def show(value: Any) -> str:
     """repr(value) of bounded length."""
     try:
-        return reprlib.repr(value)
+        return reprlib.repr(value)[:120]
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return f"a very large {type(value).__name__}"
 
@@ -89,7 +89,7 @@ ENTRIES = {
     "model": (are_named(is_tensor), "tensors by name"),
     "config": (are_named(lambda value: True), "settings by name"),
     "step": (is_count, "a number of steps"),
-    "val_loss": (lambda value: value is None or type(value) in (int, float), "a number or None"),
+    "val_loss": (lambda value: value is None or type(value) is float or is_number(value), "a number or None"),
     "val_loss_step": (lambda value: value is None or is_count(value), "a number of steps or None"),
     "optimizer": (is_optimizer, "an optimizer's state"),
     "loader": (lambda v: are_named(is_setting)(v) and is_count(v.get("position")), "a data loader's state"),
@@ -114,9 +114,9 @@ def check_checkpoint(content: Any) -> dict:
         if name in content and not is_kind(content[name]):
             raise ValueError(f"{name} is {show(content[name])}, not {words}")
     layers = {name.split(".")[2] for name in content["model"] if name.startswith("transformer.h.")}
-    if len(layers) != content["config"].get("n_layer"):  # checked first: a billion layers take hours to build
-        n_layer = show(content["config"].get("n_layer"))
-        raise ValueError(f"config: n_layer is {n_layer}, but there are weights of {len(layers)} layers")
+    n_layer = content["config"].get("n_layer")
+    if type(n_layer) is not int or n_layer != len(layers):  # first: a billion layers take hours to build
+        raise ValueError(f"config: n_layer is {show(n_layer)}, but there are weights of {len(layers)} layers")
     config = check_config(content["config"])
     check_weights(config, content["model"])
     return {**content, "config": config.to_dict()}
@@ -150,8 +150,14 @@ def check_config(config: dict) -> GPTConfig:
 
 def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     """ValueError, naming the first, for a weight that is missing, unknown, or of another shape."""
-    with torch.device("meta"):
-        expected = GPTLMHeadModel(config).state_dict()
+    embeddings, shape = weights.get("transformer.wte.weight"), [config.vocab_size, config.n_embd]
+    if embeddings is None or list(embeddings.shape) != shape:  # first: building huge models takes all memory
+        raise ValueError(f"model: transformer.wte.weight is missing or not of shape {shape} as config says")
+    try:
+        with torch.device("meta"):
+            expected = GPTLMHeadModel(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:  # a size that torch cannot count
+        raise ValueError(f"config makes no model: {str(error).splitlines()[0]}") from error
     for name in sorted(expected.keys() ^ weights.keys()):
         problem = "is missing" if name in expected else "is no weight of such a model"
         raise ValueError(f"model: {name[:99]} {problem}")
