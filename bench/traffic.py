@@ -60,12 +60,12 @@ class Collective:
     """All calls of one kind and purpose in a step."""
 
     kind: str
-    size: float  # bytes, of all calls together: S
+    size: float  # S: bytes of all calls together
     ranks: int  # W of the group
     stride: int = 1  # from one rank of the group to the next
     calls: int = 1
-    behind: str = ""  # hidden by "forward" or "backward" of every micro-step, or by the "last" backward
-    late: float = 1.0  # share that is never hidden
+    behind: str = ""  # what hides it: "forward" or "backward" of every micro-step, or the "last" backward
+    late: float = 1.0  # the share that nothing can hide
 
     @property
     def sent(self) -> float:
@@ -198,7 +198,7 @@ def bench_scale(options) -> list[dict]:
     names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
-        raise ValueError(f"layouts={unknown[0]!r}: choose of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layouts={unknown[0]!r}: choose from {', '.join(LAYOUTS)}")
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
