@@ -357,7 +357,7 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
 
     questions = load_on_all_ranks(load, rank, world_size, device)
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
-        warnings.warn("questions without ctx_a and ctx_b: their ctx is taken as it is", stacklevel=2)
+        warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
         losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
     return None if losses is None else tally(questions, losses)

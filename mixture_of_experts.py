@@ -49,7 +49,7 @@ FIXED_POINT = 2.0**24
 
 def load_balancing(P: Tensor, f: Tensor) -> Tensor:
     """E * sum_e f_e P_e (Switch Transformer, eq. 4). f sums to 1 for every K, and has no gradient.
-    1 at perfect balance, E when one expert gets everything; below 1 only where f and P disagree.
+    It is 1 at perfect balance, E when one expert gets everything, below 1 only if f and P disagree.
     """
     return P.shape[0] * (f * P).sum()
 
@@ -140,7 +140,7 @@ class ExpertUsage(NamedTuple):
     """How the experts of a layer were used since the last reset; tensors on the layer's device."""
 
     counts: Tensor  # (E,) int64, routed rows
-    share: Tensor  # (E,) fractions of them
+    share: Tensor  # (E,) fractions of the rows
     max_load: Tensor  # () largest over mean count: 1 is perfect, E/K the worst
     starved: Tensor  # () fraction of the experts that are starved
     entropy: Tensor  # () entropy of the routing probabilities in nats, mean over tokens
@@ -335,14 +335,14 @@ class MoE(nn.Module):
         return self.reference_totals[: self.num_experts].clone()
 
     def last_step_entropy(self) -> Tensor:
-        """Entropy () of the probabilities in that step, nats, mean over tokens; NaN before the first."""
+        """Entropy () of the probabilities in the last finished step, nats, mean over tokens; at first NaN."""
         if self._last_usage is None:
             return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
         step = self._last_usage.to(self.usage_counts.device)
         return step[0] / self.tokens_of(FIXED_POINT * step[1:].sum())
 
     def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
-        """Usage since the last reset. step_totals: that buffer, summed over ranks; None: this rank's."""
+        """Usage since the last reset. step_totals: the buffer summed over ranks; None: this rank's buffer."""
         step = self.step_totals if step_totals is None else step_totals
         counts = self.usage_counts + step[1 : 1 + self.num_experts]
         rows = counts.sum().clamp_min(1)

@@ -65,7 +65,7 @@ PEAK_FLOPS = {
 
 @strict
 class GPTConfig(CheckedConfig):
-    """Every setting of the architecture. Types are checked at every assignment, the rest at construction.
+    """Every setting of the architecture. Types are checked at every assignment, limits at construction.
 
     Raises ValueError, naming field and value, for impossible combinations and for unknown names.
     """
@@ -103,7 +103,7 @@ class GPTConfig(CheckedConfig):
     position: str = setting("learned", choices=("learned", "rope"))
     rope_theta: float | int = setting(10000.0, above=0)
     n_kv_head: int | None = setting(None, least=1)  # None = n_head
-    sliding_window: int | None = setting(None, least=1)  # a query sees this many positions, its own included
+    sliding_window: int | None = setting(None, least=1)  # positions that a query sees, including its own
     global_every: int | None = setting(None, least=1)  # with a window: every k-th layer sees everything
     norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, above=0)
@@ -219,7 +219,7 @@ def build_masks(
         return attention_mask
     special = attention_mask is not None or past_key_values is not None or position_ids is not None
     plain, T = not special and config._attn_implementation != "eager", x.size(1)
-    arguments = config, x, attention_mask, past_key_values, position_ids  # their names differ by version
+    arguments = config, x, attention_mask, past_key_values, position_ids  # names differ between versions
     masks = dict.fromkeys(config.layer_types)
     if "full_attention" in masks and not plain:
         masks["full_attention"] = create_causal_mask(*arguments)
@@ -575,10 +575,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         router_lr_mult: float = 1.0,
         expert_lr_mult: float = 1.0,
     ) -> torch.optim.AdamW:
-        """AdamW with weight decay for matrices and embeddings, without it for biases and norms.
+        """AdamW with weight decay for matrices and embeddings, and no decay for biases and norms.
 
-        layers/roles.py decides, by name, which parameter is which, and describes the groups. AdamW runs as
-        one fused kernel where torch has one.
+        layers/roles.py finds each parameter's role by its name, and describes the groups. AdamW runs as one
+        fused kernel if torch has one.
         """
         groups = parameter_groups(
             self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult

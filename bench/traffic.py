@@ -7,7 +7,7 @@ Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters
 
     ddp     all-reduce of 4 P bytes of gradients
     zero    as ddp; then broadcasts of 4 P bytes of parameters in all
-    fsdp    a times: all-gather of all parameters, and of the blocks' once more; reduce-scatter of 4 P bytes
+    fsdp    a times: all-gather of all parameters, and again of the blocks'; reduce-scatter of 4 P bytes
     ep      a times and per MoE layer: 4 all-to-alls of R C elements among ep ranks; all-reduce of
             4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
     all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm

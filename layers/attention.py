@@ -29,7 +29,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and its weights, (B, nh, T, S).
+    """Attention by plain products: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and weights (B, nh, T, S).
 
     q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
     """

@@ -1092,7 +1092,7 @@ def test_full_disk_is_reported_and_gone_on_from(tmp_path):
     make = command(tmp_path / "a.jsonl", tmp_path / "out", shard_size=3000)
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (4000, 4000))
     done = subprocess.run(make, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 1 and "the same command goes on" in done.stderr
+    assert done.returncode == 1 and "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(content(tmp_path / "out")) == ["meta.json", "val_000000.bin"]
     subprocess.run(make, stdout=subprocess.DEVNULL, check=True)

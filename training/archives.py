@@ -68,7 +68,7 @@ def check_archive(file: BinaryIO) -> None:
     """Compare all that torch.save wrote with its checksums. Raises any error: use it inside `reading`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 17)))
-    file.read()  # raises the disk's own error; zipfile would replace it by "not a zip file"
+    file.read()  # raises the disk's error; zipfile would raise "not a zip file" instead
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             # torch leaves a tensor uninitialised if its entry is marked as a folder. torch.save compresses

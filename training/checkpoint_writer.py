@@ -84,7 +84,7 @@ class CheckpointWriter:
             return False
         self.tries_left -= 1
         left = max(self.retry_s - (time.perf_counter() - self.tried_at), 0)
-        self.say(f"without it the run is lost: make room in {self.folder}; next try in {left:.0f} s")
+        self.say(f"the run is lost without it: free space in {self.folder}; next try in {left:.0f} s")
         time.sleep(left)
         return True
 
@@ -220,7 +220,7 @@ class RunSaver:
             savable = run.trains and not run.updating and not run.layout.saves_together
             if run.layout.world.is_master and savable and step > self.saved_step:
                 faults.discard_routing(run.model)
-                self.say(f"step {step}: an error; saving what has been trained before it")
+                self.say(f"step {step}: an error; saving the steps before it")
                 self.writer.save(self._checkpoint(), run.log.sync)
             raise
         finally:

@@ -141,7 +141,7 @@ SETTINGS_NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", *LAYO
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
 }  # fmt: skip
-# A run cannot change these: the order of samples, the optimizer's state, the architecture.
+# A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
 FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 

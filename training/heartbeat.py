@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 INTERVAL = 1.0  # seconds between two heartbeats of a rank
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
-TIMEOUT_AFTER_ERROR = 5.0  # the same once a collective has failed on some rank
+TIMEOUT_AFTER_ERROR = 5.0  # seconds without a heartbeat, once a collective has failed
 EXIT_TIMEOUT = 10.0  # seconds that a process has to end by itself once a rank is lost
 MOST_NAMED = 8  # how many lost ranks a message names
 

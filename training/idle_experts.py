@@ -37,7 +37,7 @@ def idle_experts(layers: list[MoE]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def freeze_idle_experts(layers: list[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: keep idle experts as they are. Yields their number.
+    """Around optimizer.step(), after `update_routers`: keep idle experts unchanged. Yields their number.
 
     AdamW would change them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings), and
     old moments move them. This block saves their weights and moments, and restores them after the step.

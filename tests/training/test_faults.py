@@ -495,7 +495,7 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(straight, data
     said = capsys.readouterr()
     problem = "CHECKPOINT NOT WRITTEN: [Errno 27] File too large. Training continues; newest: none yet"
     assert said.out.count(problem) >= 4 + 10
-    assert said.out.count(f"without it the run is lost: make room in {tmp_path}; next try in 0 s") == 10
+    assert said.out.count(f"the run is lost without it: free space in {tmp_path}; next try in 0 s") == 10
     assert "some files could not be written" in said.err and "Traceback" not in said.err
     assert (tmp_path / "log.txt").read_bytes() == (straight / "log.txt").read_bytes()
     assert not list(tmp_path.glob("*model*"))
