@@ -3,7 +3,7 @@
 python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
 python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
 python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
-python checkpoint.py verify log/model_19073.pt                           # every byte against its checksum
+python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
 python checkpoint.py list log                                            # step, date, size, validation loss
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 """
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Verify or export training checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a Hugging Face folder")
-    export.add_argument("checkpoint", help="log/model_XXXXX.pt, or a folder of ours")
-    export.add_argument("folder", help="where to; empty, new, or an earlier export")
+    export.add_argument("checkpoint", help="log/model_XXXXX.pt, or a folder log/model_XXXXX")
+    export.add_argument("folder", help="folder to write: new, empty, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
     flag = argparse.BooleanOptionalAction
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "convert":
             checkpoint, to = load_checkpoint(options.checkpoint), Path(options.to)
             if to.exists():
-                raise FileExistsError(f"{to}: there is something already; give another name")
+                raise FileExistsError(f"{to} exists already; give another name")
             to.parent.mkdir(parents=True, exist_ok=True)
             if to.suffix == ".pt":
                 write_atomically(to, lambda file: torch.save(checkpoint, file))

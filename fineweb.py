@@ -1,13 +1,13 @@
-"""From text to shards of tokens, which train_gpt_moe.py reads.
+"""Turn text into shards of tokens for train_gpt_moe.py.
 
     python fineweb.py                                  # FineWeb-Edu sample-10BT -> edu_fineweb10B/
-    python fineweb.py --demo                           # prose that every Python carries -> demo_data/
+    python fineweb.py --demo                           # documentation that comes with Python -> demo_data/
     python fineweb.py --source book.txt --out book --val_tokens 20000
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
-After a kill, the same command continues behind the last complete shard, and ends with the same bytes as a run
-that was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json.
+After a kill, the same command continues after the last complete shard. It makes the same bytes as a run that
+was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ def flag(default: object, text: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """The flags. All but the last three decide which bytes come out."""
+    """The flags. All except the last three decide the bytes of the shards."""
 
     source: str = flag(FINEWEB, "file or folder of .txt, .jsonl[.gz|.zst], .parquet; or a Hub dataset")
-    subset: str | None = flag(None, "of a Hub dataset; FineWeb-Edu's is sample-10BT")
-    split: str = flag("train", "of a Hub dataset")
-    revision: str | None = flag(None, "of a Hub dataset: branch, tag or commit")
+    subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
+    split: str = flag("train", "split of a Hub dataset")
+    revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
     text_field: str = flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(None, "tokens at the start kept for validation; one shard if not given")
     limit_docs: int | None = flag(None, "stop after so many documents (of this part)")
     num_parts: int = flag(1, "machines that share the work")
-    part: int = flag(0, "which of them this is, from 0; part 0 writes the validation shard")
+    part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
     out: str | None = flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
-    workers: int | None = flag(None, "tokenising processes; one a core if not given")
-    demo: bool = flag(False, "prose that every Python carries, in place of a source")
+    workers: int | None = flag(None, "tokenising processes; one per core if not given")
+    demo: bool = flag(False, "use the documentation that comes with Python as the source")
 
 
 Task = tuple[dict, list[tuple[bool, str]]]  # position before the pieces, pieces (begins a document, text)
 
 
 def cut_tasks(stream: Iterator[tuple[bool, str]], position: dict) -> Iterator[Task]:
-    """The stream in tasks of at least sources.TASK_CHARS characters; the last may have less."""
+    """Cut the stream into tasks of at least sources.TASK_CHARS characters; the last may be shorter."""
     start, pieces, size = dict(position), [], 0
     for piece in stream:
         pieces.append(piece)
@@ -80,7 +80,7 @@ def cut_tasks(stream: Iterator[tuple[bool, str]], position: dict) -> Iterator[Ta
 
 
 def _work(connection: multiprocessing.connection.Connection, encoding: str) -> None:
-    """Body of a worker process: encode what comes, until the other end is closed or its process killed."""
+    """A worker process: encode what the parent sends, until the parent closes the connection or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -89,9 +89,9 @@ def _work(connection: multiprocessing.connection.Connection, encoding: str) -> N
 
 @contextlib.contextmanager
 def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
-    """Start worker processes; a queue of the connections to them. At the end they are told to stop."""
+    """Start worker processes; yields a queue of connections to them. At the end it stops them."""
     spawn, idle, processes = multiprocessing.get_context("spawn"), queue.SimpleQueue(), []
-    # A child inherits that SIGINT is ignored. Otherwise Ctrl-C during its imports would show a traceback.
+    # Children inherit that SIGINT is ignored. Otherwise Ctrl-C during their imports would print a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(number):
@@ -112,10 +112,10 @@ def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
 
 
 def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """(position before them, tokens) of the tasks, in their order, by `workers` processes.
+    """(position before the task, tokens) of each task, in order, computed by `workers` processes.
 
     Python's process pools can hang when a process is killed, and their processes outlive a killed parent. So
-    each process here has a pipe, and a thread that waits for it. Raises ChildProcessError if one dies.
+    each process here has a pipe, and a thread waits for it. Raises ChildProcessError if a process dies.
     """
     if workers == 1:
         yield from ((position, encode_pieces(pieces, encoding)) for position, pieces in tasks)
@@ -146,7 +146,7 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
 
 
 def build(config: DataConfig) -> dict:
-    """Turn a source into shards; return their meta.json. Raises ValueError, OSError, as main tells."""
+    """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them."""
     config = with_defaults(config)
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "demo")}
     local = os.path.exists(config.source)
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    go_on = "the same command goes on after the last complete shard"
+    go_on = "run the same command again; it continues after the last complete shard"
     try:
         if config.demo:
             prepare_demo(config.out or "demo_data", config.encoding or "bytes")

@@ -7,14 +7,14 @@
     torchrun --nproc_per_node=8 hellaswag.py --model log/model_19073.pt
 
 The model chooses the ending with the highest probability (acc), or the highest per token or character
-(acc_norm). A text longer than the model's block loses tokens on the left, for each ending as many as needed.
+(acc_norm). If a text is longer than the model's block, its left end is cut off, for each ending separately.
     --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
                          as in lm-evaluation-harness 0.4, zero-shot
 docs/huggingface.md has published results of both styles.
 
 The plain method, `score_one_by_one`, computes four padded rows for every question, and all their logits.
-`score_batched` finds the same numbers sooner. A question is ONE row: its context, then the four endings. A
+`score_batched` computes the same numbers faster. A question is ONE row: its context, then the four endings. A
 mask hides the endings from each other, and positions restart for each. Rows of similar length share a batch,
 and the head computes logits only where a token is scored.
 
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from tokens.encodings import encode_text, load_encoding
 from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of them get logits
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of the tokens get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
 PackedRow = tuple[int, list[int], Sequence[list[int]]]  # slot of the first ending, context, its endings
 
@@ -65,14 +65,14 @@ def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[
         context = example["ctx_a"] + " " + example["ctx_b"].capitalize()
     context = preprocess(example["activity_label"] + ": " + context)
     choices = [preprocess(ending) for ending in example["endings"]]
-    # An ending has the tokens of the whole text beyond the context's; spaces between the two belong to it.
+    # An ending's tokens are those of the whole text after the context's. The space between belongs to them.
     start = encode(context.rstrip())
     endings = [encode(context + " " + choice)[len(start) :] for choice in choices]
     return start, endings, [len(choice) for choice in choices]
 
 
 def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, T) of contexts and endings, and mask (B, T), 1 on the endings; zeros fill up the right."""
+    """Tokens (B, T) of contexts and endings, and mask (B, T), 1 on the endings; zeros pad on the right."""
     T = max(len(context) + len(ending) for context, ending in rows)
     tokens, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
     for row, (context, ending) in enumerate(rows):
@@ -83,20 +83,20 @@ def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def render_example(example: dict, encoding: str = "gpt2", style: str = "completion") -> tuple:
-    """A question as build-nanogpt sees it: data, tokens (4, T), mask (4, T) with 1 on the endings, label."""
+    """A question in build-nanogpt's form: data, tokens (4, T), mask (4, T) with 1 on the endings, label."""
     context, endings, _ = tokenize(example, encoding, style)
     data = {"label": example["label"], "ctx_tokens": context, "ending_tokens": endings}
     return data, *pad_rows([(context, ending) for ending in endings]), example["label"]
 
 
 class Question(NamedTuple):
-    """A question as the model will see it."""
+    """A question in tokens, cropped for the model."""
 
     rows: Pairs  # one for each ending
     norms: list[int]  # what acc_norm divides the endings' log-probabilities by
     label: int
     cropped: bool  # some row was longer than the model's block
-    joined: bool  # ctx was not given in its two parts, ctx_a and ctx_b
+    joined: bool  # the question has only ctx, not its parts ctx_a and ctx_b
 
 
 def build_question(example: dict, encoding: str, style: str, block_size: int) -> Question:
@@ -112,7 +112,7 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
     return Question(rows, norms, example["label"], cropped, not {"ctx_a", "ctx_b"} <= example.keys())
 
 
-@functools.lru_cache(maxsize=1)  # a training run asks again and again; a new mtime reads the file again
+@functools.lru_cache(maxsize=1)  # every evaluation calls it; a new mtime reads the file again
 def load_questions(path: Path, limit: int | None, style: str, encoding: str, block_size: int,
                    vocab_size: int, mtime: int = 0) -> tuple[Question, ...]:  # fmt: skip
     """The first `limit` questions (None: all) of a file. Raises ValueError, HellaSwagUnavailable."""
@@ -143,7 +143,7 @@ def longest_input(config) -> int:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code (it would be compiled again for these shapes)."""
+    """Eval mode, no gradients, no compiled code (torch would compile again for these shapes)."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -224,8 +224,8 @@ def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
 
 def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
     """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
-    A token sees what comes before it in the context and its own ending; with a window, what is near in the
-    text (not in the row). Padding sees itself, so that no row of the mask is empty."""
+    A token sees the tokens before it in the context and in its ending. A window counts positions in the text,
+    not in the row. Padding sees itself, so that no row of the mask is empty."""
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
     visible = before & ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None]))  # (B, T, T)
@@ -237,7 +237,7 @@ def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.T
 
 
 def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> torch.Tensor:
-    """Logits (M, V) of the scored positions. In our own models the head computes no others."""
+    """Logits (M, V) of the scored positions. In models of this project the head computes no other logits."""
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
     masks = attention_masks(batch, model.config.sliding_window)
@@ -246,7 +246,7 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
     hook = model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],))
     try:
         output = model(batch.tokens, **inputs)
-        # GPT stops before the head, GPTLMHeadModel after it.
+        # GPT returns hidden states, GPTLMHeadModel logits.
         return (output.logits if "logits" in output else model._logits(output.last_hidden_state))[0]
     finally:
         hook.remove()
@@ -256,7 +256,7 @@ def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_
                   rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
                   interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
-    All ranks run equally many forwards of equal T, because a sharded model needs that."""
+    All ranks run the same number of forwards, with the same T, because a sharded model needs that."""
     model = unwrap(model)
     device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
@@ -312,7 +312,7 @@ def tally(questions: Sequence[Question], losses: torch.Tensor) -> HellaSwagResul
 
 
 def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, device: torch.device) -> tuple:
-    """What load() returns. Rank 0 calls it first, so only one rank downloads. If one fails, all raise."""
+    """Return load(). Rank 0 calls it first, so that only one rank downloads. If one rank fails, all raise."""
     questions, errors = (), []
     for my_turn in (rank == 0, rank != 0):
         if my_turn:
@@ -325,8 +325,8 @@ def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, dev
             dist.all_reduce(failed)
     if failed > 0:
         if not errors:
-            raise HellaSwagUnavailable("another rank could not load the questions; it says why")
-        raise errors.pop()  # in `errors` it would keep this frame and the caller's model alive
+            raise HellaSwagUnavailable("another rank could not load the questions; see its message")
+        raise errors.pop()  # left in `errors`, it would keep the caller's model in memory
     return questions
 
 
@@ -337,9 +337,9 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
              interrupted: Callable[[], bool] = lambda: False) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
-    encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks call this alike
-    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, with
-    the same answer on all ranks; after True the result is None. Raises HellaSwagUnavailable, ValueError."""
+    encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
+    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward; it
+    must answer alike on all ranks, and True gives the result None. HellaSwagUnavailable, ValueError."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:
@@ -357,14 +357,14 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
 
     questions = load_on_all_ranks(load, rank, world_size, device)
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
-        warnings.warn("questions without ctx_a and ctx_b: their ctx is taken as it is", stacklevel=2)
+        warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
         losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
     return None if losses is None else tally(questions, losses)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate the model that the command line names; 0, or 2 for a bad model, data or setting."""
+    """Evaluate the model on the command line; returns 0, or 2 for a bad model, data or setting."""
     from sample import load
     from training.parallel import start, stop
 

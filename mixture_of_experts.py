@@ -7,7 +7,7 @@
 
 A forward pass has five stages, in the order of `MoE.forward`:
 
-    1. route     score all experts for each token, choose K of them, weigh these             Router, MoE.route
+    1. route     score all experts for each token, choose the K best, weight them            Router, MoE.route
     2. dispatch  make one row per token and chosen expert; sort rows by expert               dispatch
     3. experts   run each expert, an MLP, on its rows                                        Experts
     4. combine   add up each token's rows, times their weights                               Experts
@@ -36,8 +36,8 @@ from layers.experts import Experts, Routing, dispatch
 from layers.mlp import MLP
 from layers.usage import STARVED_BELOW
 
-# Sums that outlive a forward are int64, in units of 2^-24. Integer addition is exact: neither the order of
-# micro-steps and ranks matters, nor a later model.bfloat16(). There is room for 2^39 tokens.
+# Sums that are kept after a forward are int64, in units of 2^-24. Integer addition is exact, so the order of
+# micro-steps and ranks does not matter, and model.bfloat16() does not round them. They hold 2^39 tokens.
 FIXED_POINT = 2.0**24
 
 # -----------------------------------------------------------------------------
@@ -48,8 +48,8 @@ FIXED_POINT = 2.0**24
 
 
 def load_balancing(P: Tensor, f: Tensor) -> Tensor:
-    """E * sum_e f_e P_e (Switch Transformer, eq. 4). f sums to 1 whatever K is, and has no gradient.
-    1 at perfect balance, E when one expert gets everything; below 1 only where f and P disagree.
+    """E * sum_e f_e P_e (Switch Transformer, eq. 4). f sums to 1 for every K, and has no gradient.
+    It is 1 at perfect balance, E when one expert gets everything, below 1 only if f and P disagree.
     """
     return P.shape[0] * (f * P).sum()
 
@@ -70,8 +70,8 @@ def entropy_regularization(P: Tensor) -> Tensor:
 
 def diversity_regularization(M: Tensor) -> Tensor:
     """Mean over i != j of M_ij^2 / (M_ii M_jj), the squared cosine between the probabilities of experts i and
-    j, each a vector over tokens. It asks for different experts, not equal loads, and so balances loads less.
-    0 when no two experts share a token or for one expert, 1 when all experts' probabilities are proportional.
+    j, each a vector over tokens. It asks for different experts, not equal loads, so loads are less even. 0 if
+    no two experts share a token, or for one expert; 1 if the probabilities of all experts are proportional.
     """
     E = M.shape[0]
     squares = M.diagonal().clamp_min(1e-12)  # (E,)
@@ -112,13 +112,13 @@ ROUTER_SCORES = {
 
 class Router(nn.Linear):
     """One logit per expert, (N, C) -> (N, E), in fp32 or a wider input's dtype, also under autocast: bf16
-    logits change the experts of 2-3% of the tokens. (It is TF32 where other fp32 products are.)"""
+    logits change the experts of 2-3% of the tokens. (If torch uses TF32 for fp32 products, so does this.)"""
 
     def __init__(self, n_embd: int, num_experts: int):
         super().__init__(n_embd, num_experts, bias=False)
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation 0.02: scores begin nearly equal, so every expert gets tokens."""
+        """Draw N(0, 0.02): scores are nearly equal at the start, so that every expert gets tokens."""
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Router(nn.Linear):
 
 
 class RouterAuxiliary(NamedTuple):
-    """What one training forward hands to the loss and to `MoE.accumulate`."""
+    """What one training forward passes to the loss and to `MoE.accumulate`."""
 
     balance_loss: Tensor  # () fp32, differentiable; 0 without moe_loss
     z_loss: Tensor  # () fp32, differentiable
@@ -140,7 +140,7 @@ class ExpertUsage(NamedTuple):
     """How the experts of a layer were used since the last reset; tensors on the layer's device."""
 
     counts: Tensor  # (E,) int64, routed rows
-    share: Tensor  # (E,) fractions of them
+    share: Tensor  # (E,) fractions of the rows
     max_load: Tensor  # () largest over mean count: 1 is perfect, E/K the worst
     starved: Tensor  # () fraction of the experts that are starved
     entropy: Tensor  # () entropy of the routing probabilities in nats, mean over tokens
@@ -150,10 +150,10 @@ class MoE(nn.Module):
     """Dropless token-choice top-K Mixture-of-Experts, (B, T, C) -> (B, T, C); overview at the top.
 
     Buffers, all in the state dict:
-      router_bias (E,)    loss-free balancing: added to the scores for the choice, never in the weights
-      usage_counts (E,), usage_entropy (1,)    since the last reset, all ranks, up to the last update_router
-      step_totals         this rank's since then: entropy and counts (E,), for the usage; counts and the sum
-                          of p or p p^T, for update_router. DDP must not broadcast it (per_rank_buffers)
+      router_bias (E,)    loss-free balancing: added to the scores for the choice, not for the weights
+      usage_counts (E,), usage_entropy (1,)    of all ranks, from the last reset to the last update_router
+      step_totals         of this rank since the last update_router: entropy and counts (E,), for the usage;
+                          counts and the sum of p or p p^T, for update_router. DDP must not broadcast it
       reference_totals    counts (E,) and the sum of p or p p^T of the last finished step, all ranks
     """
 
@@ -186,7 +186,7 @@ class MoE(nn.Module):
         self._last_usage = None  # (1 + E,): entropy and counts of the last finished step, all ranks
 
     def initial_statistics(self) -> dict[str, Tensor]:
-        """The buffers of a layer that has seen nothing; the reference is E tokens in perfect balance."""
+        """The buffers of a layer before its first token; the reference is E tokens in perfect balance."""
         E, K, integer = self.num_experts, self.num_experts_per_tok, torch.int64
         balanced = (torch.eye(E).flatten() if self.sums_products else torch.ones(E)) * FIXED_POINT
         return {
@@ -209,8 +209,8 @@ class MoE(nn.Module):
         num_tokens: divisor of the auxiliary losses; None: the tokens that count here. For a part of a step
         pass the step's tokens, so that the parts' losses add up (if gradients are averaged over W ranks: all
         ranks' tokens / W); as a tensor if it varies, because torch.compile specialises on numbers.
-        return_auxiliary: the caller passes auxiliary to `accumulate`, once, outside of checkpointed regions,
-        which run twice. Otherwise the layer does it. In evaluation auxiliary is None and nothing is stored.
+        return_auxiliary: the caller must pass auxiliary to `accumulate` once, outside checkpointed regions,
+        because they run twice. Otherwise the layer does it. In evaluation auxiliary is None.
         ValueError if token_mask has the wrong shape.
         """
         B, T, C = x.shape
@@ -232,13 +232,13 @@ class MoE(nn.Module):
         return (y, auxiliary) if return_auxiliary else y
 
     def run_shared(self, x: Tensor) -> Tensor | None:
-        """The shared experts' output for x (B, T, C), which every token gets; None without any."""
+        """The shared experts' output for x (B, T, C); every token visits them. None if there are none."""
         return None if self.shared is None else self.shared(x)
 
     def route(self, logits: Tensor) -> tuple[Routing, Tensor]:
         """logits (N, E) -> routing, probabilities (N, E).
 
-        With K = 1 the weight is the score itself: normalised it would be 1, and the router would get no
+        With K = 1 the weight is the score: a normalised weight would be 1, and the router would get no
         gradient. Of equal scores the lower index wins (topk promises no order). NaN logits give NaN weights.
         """
         K = self.num_experts_per_tok
@@ -281,15 +281,15 @@ class MoE(nn.Module):
     def balance_loss(self, sums: Tensor, counts: Tensor, n: Tensor, divisor) -> Tensor:
         """This call's part of the balance loss, from the sums of p (E,) or p p^T (E, E) over its n tokens.
 
-        A loss L(s) of a step's mean s is not the mean of its parts' losses, nor is its gradient the mean of
-        theirs. If `update_router` is in use, the layer therefore computes the first-order expansion at s_ref,
-        the mean over the previous step on all ranks, detached, with that step's f:
+        The loss L(s) of a step's mean s is not the mean of its parts' losses; the gradients differ, too. If
+        `update_router` is in use, the layer therefore computes the first-order expansion at s_ref. s_ref is
+        the mean over the previous step on all ranks, detached; f is of that step, too:
 
             L(s_ref) + <grad L(s_ref), s - s_ref>
 
-        It is linear in tokens: micro-steps and ranks add up exactly. It may be slightly negative. The first
-        s_ref is perfect balance. If `update_router` is never called, s_ref is this call's own mean, detached:
-        value and gradient are then those of L, the textbook loss of one batch.
+        It is linear in the tokens, so micro-steps and ranks add up exactly. It may be slightly negative. The
+        first s_ref is perfect balance. If `update_router` is never called, s_ref is the mean of this call,
+        detached: value and gradient are then those of L, the textbook loss of one batch.
         """
         if self.loss_type is None:
             return sums.new_zeros(())
@@ -312,7 +312,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, auxiliary: RouterAuxiliary) -> None:
-        """Add one training forward to the accounts, and keep its balance loss for `get_auxiliary_loss`."""
+        """Add one training forward to the sums, and keep its balance loss for `get_auxiliary_loss`."""
         sums = (auxiliary.sums.nan_to_num(0.0) * FIXED_POINT).round().long()
         self.step_totals += torch.cat((sums[:1], auxiliary.counts, auxiliary.counts, sums[1:]))
         self._auxiliary_loss = auxiliary.balance_loss
@@ -322,11 +322,11 @@ class MoE(nn.Module):
         return self.router_bias.new_zeros(()) if self._auxiliary_loss is None else self._auxiliary_loss
 
     def get_usage_counts(self) -> Tensor:
-        """Rows of each expert in training since the last reset, (E,) int64; of an open step, this rank's."""
+        """Rows of each expert in training since the last reset, (E,) int64; in an open step, this rank's."""
         return self.usage_counts + self.step_totals[1 : 1 + self.num_experts]
 
     def reset_usage_counts(self) -> None:
-        """Set the usage to zero. Training is not affected: update_router has totals of its own."""
+        """Set the usage to zero. Training does not change, because update_router uses other totals."""
         for totals in (self.usage_counts, self.usage_entropy, self.step_totals[: 1 + self.num_experts]):
             totals.zero_()
 
@@ -335,14 +335,14 @@ class MoE(nn.Module):
         return self.reference_totals[: self.num_experts].clone()
 
     def last_step_entropy(self) -> Tensor:
-        """Entropy () of the probabilities in that step, nats, mean over tokens; NaN before the first."""
+        """Entropy () of the probabilities in the last finished step, nats, mean over tokens; at first NaN."""
         if self._last_usage is None:
             return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
         step = self._last_usage.to(self.usage_counts.device)
         return step[0] / self.tokens_of(FIXED_POINT * step[1:].sum())
 
     def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
-        """Usage since the last reset. step_totals: that buffer, summed over ranks; None: this rank's."""
+        """Usage since the last reset. step_totals: the buffer summed over ranks; None: this rank's buffer."""
         step = self.step_totals if step_totals is None else step_totals
         counts = self.usage_counts + step[1 : 1 + self.num_experts]
         rows = counts.sum().clamp_min(1)
@@ -353,9 +353,9 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_router(self, reduced: Tensor) -> None:
-        """Close an optimizer step, given `step_totals` summed over ranks: add to the usage, renew the balance
+        """Close an optimizer step, given `step_totals` summed over ranks: add to the usage, set the balance
         loss's reference, move the router bias by rate * sign(mean count - count) (2408.15664). A second call
-        with no token in between changes nothing."""
+        without a token in between changes nothing."""
         E = self.num_experts
         self._last_usage = reduced[: 1 + E].clone()
         self.usage_entropy += reduced[:1]
@@ -386,7 +386,7 @@ def _reduced_totals(layers: list[MoE], process_group, reduce: bool) -> tuple[Ten
 def update_routers(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> None:
     """Close the optimizer step in every layer, with all ranks' totals (reduce=False: this rank's).
 
-    Every rank must call it before the first forward of each step, also the first, never between micro-steps.
+    Every rank must call it before every step's first forward, and must not call it between micro-steps.
     """
     layers = list(layers)
     for layer, totals in zip(layers, _reduced_totals(layers, process_group, reduce), strict=True):
@@ -394,7 +394,7 @@ def update_routers(layers: Iterable[MoE], process_group=None, reduce: bool = Tru
 
 
 def expert_usage(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> list[ExpertUsage]:
-    """Usage of every layer since its last reset on all ranks: a collective, which changes nothing."""
+    """Usage of every layer since its last reset, on all ranks. A collective; it changes nothing."""
     layers = list(layers)
     totals = _reduced_totals(layers, process_group, reduce)
     return [layer.usage_statistics(step) for layer, step in zip(layers, totals, strict=True)]

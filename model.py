@@ -26,7 +26,7 @@ import re
 
 import torch
 import torch.nn.functional as F
-import transformers.initialization as init  # its functions leave weights alone that were loaded from a file
+import transformers.initialization as init  # its functions do not change weights loaded from a file
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -54,8 +54,8 @@ from mixture_of_experts import (
     update_routers,
 )  # fmt: skip
 
-# Peak dense bf16 FLOP/s by a word of the name that torch.cuda.get_device_name() gives; NVIDIA's data sheets,
-# without sparsity. The longer name stands first.
+# Peak dense bf16 FLOP/s from NVIDIA's data sheets, without sparsity. A key is a part of the name from
+# torch.cuda.get_device_name(). The longer key must come first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
@@ -65,9 +65,9 @@ PEAK_FLOPS = {
 
 @strict
 class GPTConfig(CheckedConfig):
-    """Every setting of the architecture. Types are checked at every assignment, the rest at construction.
+    """Every setting of the architecture. Types are checked at every assignment, limits at construction.
 
-    Raises ValueError, naming field and value, for combinations that make no sense and for unknown names.
+    Raises ValueError, naming field and value, for impossible combinations and for unknown names.
     """
 
     model_type = "gpt_moe"
@@ -103,7 +103,7 @@ class GPTConfig(CheckedConfig):
     position: str = setting("learned", choices=("learned", "rope"))
     rope_theta: float | int = setting(10000.0, above=0)
     n_kv_head: int | None = setting(None, least=1)  # None = n_head
-    sliding_window: int | None = setting(None, least=1)  # a query sees this many positions, its own included
+    sliding_window: int | None = setting(None, least=1)  # positions that a query sees, including its own
     global_every: int | None = setting(None, least=1)  # with a window: every k-th layer sees everything
     norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, above=0)
@@ -114,7 +114,7 @@ class GPTConfig(CheckedConfig):
     init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: "bytes" or a name tiktoken knows
-    encoding_size: int | None = setting(None, least=1)  # ids from here up pad vocab_size, are never generated
+    encoding_size: int | None = setting(None, least=1)  # ids from here on are padding, never generated
     infer_step: int = 250  # kept for configurations of the original training script
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -141,7 +141,7 @@ class GPTConfig(CheckedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer attends to, in the words transformers' caches and masks understand."""
+        """The kind of each layer's attention, in the words of transformers' caches and masks."""
         if self.sliding_window is None:
             return ["full_attention"] * self.n_layer
         every = self.global_every or self.n_layer + 1
@@ -169,7 +169,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; statistics in fp32 as Llama does."""
+    """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
 
     def __init__(self, ndim: int, eps: float = 1e-5):
         super().__init__()
@@ -190,8 +190,8 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
 
-    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). They are computed at every forward: a
-    buffer outside the state dict would hold garbage after transformers has loaded on the meta device.
+    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them. transformers
+    loads a model on the meta device, and afterwards a buffer outside the state dict would hold garbage.
     """
     channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
@@ -201,7 +201,7 @@ def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
+    """Rotate queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
     wide = upcast(x)
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
@@ -212,14 +212,14 @@ def build_masks(
 ) -> dict[str, Tensor | BlockMask | None]:
     """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
 
-    attention_mask: 2-d (B, S), 0 = padding; 4-d; or the dictionary that generate() makes for static caches,
-    which is the result. position_ids: only those that a caller gave. flexible: windows may be a BlockMask.
+    attention_mask: 2-d (B, S), 0 = padding; 4-d; or generate()'s dictionary for static caches, which is
+    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask.
     """
     if isinstance(attention_mask, dict):
         return attention_mask
     special = attention_mask is not None or past_key_values is not None or position_ids is not None
     plain, T = not special and config._attn_implementation != "eager", x.size(1)
-    arguments = config, x, attention_mask, past_key_values, position_ids  # their names differ by version
+    arguments = config, x, attention_mask, past_key_values, position_ids  # names differ between versions
     masks = dict.fromkeys(config.layer_types)
     if "full_attention" in masks and not plain:
         masks["full_attention"] = create_causal_mask(*arguments)
@@ -283,10 +283,10 @@ class Block(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
         """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
 
-        token_mask (B, T), num_tokens: as MoE's. The weights are None unless output_attentions. The report
-        exists in training and for an MoE only: the fields of a RouterAuxiliary one by one, because reentrant
-        checkpointing gives gradients to bare tensors only. The caller must accumulate() it: checkpointing
-        runs this forward twice.
+        token_mask (B, T), num_tokens: as in MoE. The weights are None unless output_attentions. Only an MoE
+        in training has a report. It is the fields of a RouterAuxiliary one by one, because reentrant
+        checkpointing gives gradients to plain tensors only. The caller must accumulate() it, because
+        checkpointing runs this forward twice.
         """
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
@@ -300,14 +300,14 @@ class Block(GradientCheckpointingLayer):
 
 
 class GPT(GPTPreTrainedModel, GPTGenerationMixin):
-    """The transformer with its (tied) head. `forward` gives hidden states; with a target, logits and loss.
+    """The transformer with its (tied) head. `forward` returns hidden states; with targets, logits and loss.
 
-    `config` is a GPTConfig or the plain dictionary of one, as training checkpoints hold it.
+    `config` is a GPTConfig, or a plain dictionary of its fields, as in training checkpoints.
     """
 
     config_class = GPTConfig
-    # Rows of logits at a time in the loss, to save memory; -1: as many as pay. The outputs then have no
-    # logits, except in nanoGPT's pair. 0: all rows at once.
+    # How many rows of logits the loss computes at a time, to save memory; -1: automatic, 0: all at once.
+    # Except with 0, and in nanoGPT's pair, outputs with a loss have no logits.
     loss_chunk = 0
 
     def __init__(self, config: GPTConfig | dict):
@@ -322,8 +322,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if name.endswith("c_proj"):
-                module.into_residual = True  # for _init_weights, which is not told the name
-        # DDP would overwrite what a rank has counted with rank 0's; update_routers() adds up all ranks'.
+                module.into_residual = True  # _init_weights does not know the name
+        # DDP would overwrite each rank's counts with rank 0's; update_routers() adds up the counts.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
         ]
@@ -333,8 +333,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)).
 
-        With init="zero_proj" the latter begin at zero: every block is the identity at first. transformers
-        calls this for every module with parameters or buffers of its own.
+        With init="zero_proj" these projections start at zero, so that every block starts as the identity.
+        transformers calls this method for every module that holds parameters or buffers.
         """
         residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -371,8 +371,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def flops_per_token(self, length: int | None = None) -> float:
         """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
 
-        T is `length` or block_size, or in a layer with a window the window; N counts active parameters.
-        Causality is not discounted, as in nanoGPT and llm.c, so figures compare with theirs.
+        T is `length` or block_size; in a layer with a window it is the window. N counts active parameters.
+        Masked positions count, too, as in nanoGPT and llm.c, so that their figures can be compared.
         """
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
@@ -382,9 +382,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def estimate_mfu(
         self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None = None, length: int | None = None
     ) -> float | None:
-        """Model FLOPs utilisation, 0..1: sequences of length (block_size) tokens an iteration, of dt seconds.
+        """Model FLOPs utilisation, 0..1, of fwdbwd_per_iter sequences of `length` (block_size) in dt seconds.
 
-        Relative to the device's peak in bf16 (PEAK_FLOPS); None where that is not known (CPU, unlisted GPUs).
+        It is relative to the device's bf16 peak (PEAK_FLOPS); None if the peak is unknown (CPU, other GPUs).
         """
         if peak_flops is None and self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
@@ -400,13 +400,13 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
     def update_routers(self, process_group=None) -> None:
-        """Tell the routers that an optimizer step is over: call it before training and after every step. It
-        reduces the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
+        """Tell the routers that an optimizer step is over. Call it before training and after every step. It
+        adds up the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
-        """Each MoE layer's counts and loads since its last reset, of all ranks. Those since the last
-        update_routers() are this rank's alone, unless reduce=True (a collective). reset: on this rank."""
+        """Each MoE layer's counts and loads since its last reset, of all ranks. Counts after the last
+        update_routers() are of this rank only, unless reduce=True (a collective). reset: set them to 0."""
         usage = expert_usage(self.moe_layers(), reduce=reduce)
         for moe in self.moe_layers() if reset else ():
             moe.reset_usage_counts()
@@ -431,17 +431,17 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
-        Either gives logits and the loss when there are labels or targets (targets: as nanoGPT's pair, unless
+        With labels or targets both classes return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
-        logits_to_keep: only the last so many positions (0 = all), or a 1-d tensor of them; not with a loss.
+        logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
-        loss is then this part's share, and the routers' losses weigh tokens as the cross-entropy does (those
-        with a target, over the step's number of targets), so that no sum depends on the cut.
-        ValueError for a sequence longer than block_size, and for arguments that exclude each other.
+        loss is then this part's share. The routers' losses also count only tokens with a target, and divide
+        by the same number, so that the sum over the parts does not depend on how the step is cut.
+        ValueError for a sequence longer than block_size, and for incompatible arguments.
         """
         config = self.config
         if cache is not None and past_key_values is not None:
-            raise ValueError("give past_key_values or cache, two names of the same, not both")
+            raise ValueError("give past_key_values or cache (two names of one argument), not both")
         if labels is not None and targets is not None:
             raise ValueError("give labels (unshifted) or targets (shifted), not both")
         if (input_ids is None) == (inputs_embeds is None):
@@ -469,7 +469,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, **extras)
         else:
             logits, losses = None, {}
-            # An adapter or quantisation may have replaced the head. linear_cross_entropy needs the bare one.
+            # An adapter or quantisation may have replaced the head. linear_cross_entropy needs an nn.Linear.
             chunk = self.loss_chunk if type(self.lm_head) is nn.Linear and not as_pair else 0
             if targets is None or not chunk:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -488,7 +488,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
         """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
 
-        counted (B, T) or None: the tokens in the routers' losses and statistics; padding never is.
+        counted (B, T) or None: tokens that count in the routers' losses and statistics; padding never counts.
         """
         config, T = self.config, x.size(1)
         if use_cache and past_key_values is None:
@@ -506,7 +506,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
                 raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
             position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
-            if padding is not None:  # it is not counted, so that a left-padded row equals the row alone
+            if padding is not None:  # padding gets no position: a left-padded row equals the row alone
                 position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
         if config.position == "rope":
             rotary = rotary_angles(position_ids, config.n_embd // config.n_head, config.rope_theta)
@@ -543,8 +543,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
         """The loss on targets (B, T) and, in training, its parts.
 
-        Cross-entropy in nats, of logits (B, T, V), or without them of hidden (B, T, C): a mean over the
-        targets; with num_items their sum, divided by that number. reports: the routers'.
+        Cross-entropy in nats, from logits (B, T, V), or if they are None from hidden (B, T, C): the mean over
+        the targets; with num_items their sum, divided by num_items. reports: of the routers.
         """
         config = self.config
         if logits is None:
@@ -575,10 +575,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         router_lr_mult: float = 1.0,
         expert_lr_mult: float = 1.0,
     ) -> torch.optim.AdamW:
-        """AdamW with weight decay for matrices and embeddings, without it for biases and norms.
+        """AdamW with weight decay for matrices and embeddings, and no decay for biases and norms.
 
-        layers/roles.py decides, by name, which parameter is which, and describes the groups. AdamW runs as
-        one fused kernel where torch has one.
+        layers/roles.py finds each parameter's role by its name, and describes the groups. AdamW runs as one
+        fused kernel if torch has one.
         """
         groups = parameter_groups(
             self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult
@@ -587,6 +587,6 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
 
 
 class GPTLMHeadModel(GPT):
-    """GPT for generation and next-token prediction: `forward` gives logits. Its state dict is a GPT's."""
+    """GPT for generation and next-token prediction: `forward` returns logits. Same state dict as GPT."""
 
     _gives_logits = True

@@ -4,9 +4,9 @@
     python plot_log.py log/ --x tokens --format svg  # also --x time; svg and pdf are for print
     python plot_log.py dense/ moe/ --out both.png    # several runs over each other
 
-Reads metrics.jsonl, or log.txt if that is missing or empty (docs/formats.md). Panels without data are left
-out, and unreadable lines are skipped with a warning, so a running or broken run can be drawn too.
-training/metrics.py says which number stands in which panel. Colours: https://jfly.uni-koeln.de/color/"""
+It reads metrics.jsonl, or log.txt if metrics.jsonl is missing or empty (docs/formats.md). It draws no panel
+without data, and skips unreadable lines with a warning, so that it can also draw a running or broken run.
+training/metrics.py says which number is in which panel. Colours: https://jfly.uni-koeln.de/color/"""
 
 import argparse
 import io
@@ -40,7 +40,7 @@ STYLE = {"axes.grid": True, "grid.linewidth": 0.6, "axes.titleweight": "bold", "
 
 @dataclass
 class LoggedRun:
-    """A run as its log tells it, and how its curves look."""
+    """A run as read from its log, and the style of its curves."""
 
     name: str
     config: dict = field(default_factory=dict)  # all settings; empty if read from log.txt
@@ -110,7 +110,7 @@ def read_run(folder: str) -> LoggedRun:
                 if "run" in record:
                     run.config, restarted = record["run"], True
                     continue
-                if restarted:  # a resumed run replaces what was logged after its first step
+                if restarted:  # a resumed run replaces the records from its first step on
                     rows = {step: row for step, row in rows.items() if step <= record["step"]}
                     restarted = False
                 rows.setdefault(record["step"], {}).update(record)
@@ -147,7 +147,7 @@ def set_x(runs: list[LoggedRun], axis: str) -> str:
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, as a loss falls fast."""
+    """Centred mean over 1/30 of the points, (n,) -> (n,); over fewer at the start, where losses fall fast."""
     i, n = np.arange(len(y)), len(y)
     half = np.minimum(i // 6, 1 + n // 60)
     end = np.minimum(i + half + 1, n)
@@ -164,7 +164,7 @@ def short(value: float, _position: object = None) -> str:
 
 
 def load_colours() -> dict:
-    """Colours of a load: dark blue for none, white for a fair share, orange for twice that or more."""
+    """Colours of a load: dark blue for no rows, white for a fair share, orange for twice as much or more."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return {"cmap": LinearSegmentedColormap.from_list("load", HEAT), "vmin": 0, "vmax": 2}
@@ -180,7 +180,7 @@ def draw_reference(ax, y: float, text: str, x: float = 0, va: str = "bottom") ->
 
 
 def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> None:
-    """Draw a metric's values light, and their smoothed curve in the run's colour and line style."""
+    """Draw a metric's values as a light line, and their smoothed curve in the run's colour and line style."""
     x, y = run.points(name)
     ax.plot(x, y, color=run.line["color"], alpha=0.3, linewidth=0.6, marker="." if len(y) == 1 else None)
     ax.plot(x, smooth(y), **run.line, **more)
@@ -349,7 +349,7 @@ def save_picture(fig, out: Path) -> None:
 def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     """Draw the logs in `folders` over each other into the file `out`. Raises OSError, ValueError."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # pyplot would open windows and keep figures alive
+    from matplotlib.figure import Figure  # pyplot would open windows and keep figures
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -361,7 +361,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     label, names, problems = set_x(runs, x), [run.name for run in runs], []
     for i, (run, folder) in enumerate(zip(runs, folders, strict=True)):
         name = run.name if names.count(run.name) == 1 else os.path.normpath(folder)
-        run.name = name.replace("$", r"\$")  # a bare $ would begin a formula
+        run.name = name.replace("$", r"\$")  # matplotlib reads a plain $ as a formula
         run.line = {"color": COLOURS[i % 7], "linestyle": DASHES[i % 4], "linewidth": 1.6}
         run.mark = {"marker": MARKERS[i % 5], "markersize": 4.5, "markerfacecolor": "white"}
         problems += [f"{folder}: {problem}" for problem in run.problems]
@@ -369,7 +369,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
         raise ValueError("; ".join(problems))
     if problems:
         print(f"plot_log: warning: {'; '.join(problems)}", file=sys.stderr)
-    # Losses can be compared with GPT-2's only over its vocabulary (50257, perhaps padded).
+    # A loss can be compared with GPT-2's only if the vocabulary is GPT-2's (50257, perhaps padded).
     sizes = [run.config.get("vocab_size") for run in runs]
     grid = panels(runs, compare=all(is_finite(size) and 50257 <= size <= 51200 for size in sizes))
     with rc_context(STYLE):

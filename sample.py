@@ -18,14 +18,14 @@ from training.parallel import choose_device
 
 
 def load(source: str) -> GPTLMHeadModel:
-    """The model of that name, able to begin a text without a prompt. Raises FileNotFoundError if none."""
+    """The model of that name, with a token to start from without a prompt. FileNotFoundError if missing."""
     try:
         model = load_model(source)
-    except OSError as error:  # transformers raises it, after it has asked the hub
+    except OSError as error:  # transformers raises it after a failed download
         if os.path.exists(source) or isinstance(error, FileNotFoundError):
             raise
         here = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
-        there = f"nor a model that Hugging Face's hub could give: {str(error).strip().splitlines()[0]}"
+        there = f"nor a model that can be downloaded: {str(error).strip().splitlines()[0]}"
         raise FileNotFoundError(f"{here}, {there}") from error
     end = model.config.eos_token_id
     if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="log/model_XXXXX.pt, or log/latest for the newest in log")
     source.add_argument("--model", help="gpt2 ... gpt2-xl, or a folder that transformers can load")
-    parser.add_argument("--prompt", default="Hello, I'm a language model,", help='"" = from scratch')
+    parser.add_argument("--prompt", default="Hello, I'm a language model,", help='"" = no prompt')
     parser.add_argument("--num_samples", type=int, default=3)
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not getattr(options, name) >= least:
             parser.error(f"--{name} {getattr(options, name)}: must be at least {least}")
     with contextlib.suppress(AttributeError, OSError):  # sys.stdout may be another kind of object
-        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal does not have
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot print
     how = dict(do_sample=False)
     if options.temperature > 0:
         how = dict(do_sample=True, temperature=options.temperature, top_k=options.top_k)
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how), flush=True)
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # no such model, or a prompt that it has no tokens for
+    except (ValueError, OSError) as error:  # no such model, or a prompt that it cannot encode
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

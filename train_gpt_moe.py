@@ -60,7 +60,7 @@ class TrainConfig(llmc.Flags):
     input_bin: str = setting("", "pattern of training shards, instead of data_dir/train_*.bin")
     input_val_bin: str = setting("", "pattern of validation shards, instead of data_dir/val_*.bin")
     log_dir: str = setting("log", "folder that everything is written to", "--output_dir")
-    resume: str = setting("", "checkpoint to continue from; auto = the newest undamaged one in log_dir")
+    resume: str = setting("", "checkpoint to continue; auto = the newest undamaged one in log_dir")
     init_from: str = setting("", "weights to start from: a checkpoint, a folder, gpt2 ... gpt2-xl")
     # --- batch: total_batch_size tokens a step, in micro-steps of B sequences of T tokens on each rank
     total_batch_size: int = setting(524288, "tokens per optimizer step: 2**19, GPT-3's 0.5M", least=1)
@@ -78,10 +78,10 @@ class TrainConfig(llmc.Flags):
     wsd_decay_frac: float = setting(0.4, "wsd: the share of max_steps that decays", above=0, most=1)
     # --- optimizer
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
-    weight_decay: float = setting(0.1, "of matrices and embeddings; biases and norms have none", least=0)
+    weight_decay: float = setting(0.1, "for matrices and embeddings, not for biases and norms", least=0)
     beta1: float = setting(0.9, "AdamW's first beta")
     beta2: float = setting(0.95, "AdamW's second beta")
-    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no clipping", least=0)
+    grad_clip: float = setting(1.0, "largest gradient norm after clipping; 0 = no clipping", least=0)
     router_lr_mult: float = setting(1.0, "learning rate of the routers, relative to max_lr", least=0)
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
     # --- evaluation, samples, checkpoints, log
@@ -97,7 +97,7 @@ class TrainConfig(llmc.Flags):
     keep_last: int = setting(0, "checkpoints to keep, older ones are deleted; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
     save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again")
-    max_bad_steps: int = setting(10, "stop after so many steps in a row without a finite gradient", least=1)
+    max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
     log_every: int = setting(1, "print every so many steps; the log files have them all", least=1)
     plot: bool = setting(True, "draw log_dir/training.png at the end")
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
@@ -105,11 +105,11 @@ class TrainConfig(llmc.Flags):
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
-    dtype: str = setting("auto", "of matrix products; auto = bfloat16 on CUDA, else float32", choices=DTYPES)
-    tensorcores: bool = setting(True, "with float32 on CUDA: allow TF32")
-    flash: bool = setting(True, "compute attention by fused kernels; False = written out")
+    dtype: str = setting("auto", "for matrix products; auto = bfloat16 if CUDA, else float32", choices=DTYPES)
+    tensorcores: bool = setting(True, "allow TF32 if dtype is float32 on CUDA")
+    flash: bool = setting(True, "compute attention by fused kernels; False = by plain products")
     use_compile: bool = setting(True, "torch.compile every block", "--compile")
-    loss_chunk: int = setting(-1, "rows of logits at a time in the loss; -1 = auto, 0 = all", least=-1)
+    loss_chunk: int = setting(-1, "rows of logits that the loss makes at once; -1 = auto, 0 = all", least=-1)
     attention_backend: str = setting(
         "auto", "on CUDA; auto = the fastest, timed", choices=("auto", *BACKENDS)
     )
@@ -117,7 +117,7 @@ class TrainConfig(llmc.Flags):
     zero_stage: int = setting(0, "1 = with ddp, each rank keeps a share of AdamW's moments", choices=(0, 1))
     ep_size: int = setting(1, "ranks that share the experts of a layer (expert parallelism)", least=1)
     activation_checkpointing: str = setting("none", "block = recompute blocks", choices=("none", "block"))
-    seed: int = setting(1337, "of weights, sample order and dropout", least=0, below=2**63)
+    seed: int = setting(1337, "seed of weights, sample order and dropout", least=0, below=2**63)
     # --- model: GPTConfig in model.py explains and checks these
     block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
     vocab_size: int = setting(0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1)
@@ -126,7 +126,7 @@ class TrainConfig(llmc.Flags):
     n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 is best when data is seen once")
     bias: bool = setting(True, "biases in linear layers and norms")
-    mlp_hidden_size: int | None = setting(None, "of dense feed-forward layers; None = 4 * n_embd")
+    mlp_hidden_size: int | None = setting(None, "width of dense feed-forward layers; None = 4 * n_embd")
     use_moe: bool = setting(True, "Mixture of Experts in place of the MLP")
     num_experts: int = setting(2, "experts per MoE layer")
     num_experts_per_tok: int = setting(1, "experts that each token visits")
@@ -135,34 +135,34 @@ class TrainConfig(llmc.Flags):
     moe_loss_type: str = setting("load_balancing", "balance loss", choices=BALANCE_LOSSES)
     moe_loss_coef: float = setting(0.01, "weight of the balance loss, summed over layers")
     router_z_loss_coef: float = setting(0.0, "weight of the router z-loss; ST-MoE uses 0.001")
-    router_score: str = setting("softmax", "of the router's logits", choices=ROUTER_SCORES)
+    router_score: str = setting("softmax", "turns router logits into scores", choices=ROUTER_SCORES)
     norm_topk_prob: bool = setting(True, "make the weights of a token's experts sum to 1 (K > 1)")
     router_bias_update_rate: float = setting(0.0, "loss-free balancing; its paper uses 0.001")
     num_shared_experts: int = setting(0, "experts that every token visits in addition")
     expert_hidden_size: int | None = setting(None, "hidden size of an expert; None = 4 * n_embd")
-    position: str = setting("learned", "learned or rope")
+    position: str = setting("learned", "position encoding: learned or rope")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     n_kv_head: int | None = setting(None, "key/value heads; None = n_head")
     sliding_window: int | None = setting(None, "positions that a query sees; None = all before it")
-    global_every: int | None = setting(None, "with a window: every k-th layer sees everything")
+    global_every: int | None = setting(None, "with a window: every k-th layer has none")
     norm: str = setting("layernorm", "layernorm or rmsnorm")
     norm_eps: float = setting(1e-5, "added to the variance")
-    activation: str = setting("gelu", "of the feed-forward layers", choices=ACTIVATIONS)
+    activation: str = setting("gelu", "in the feed-forward layers", choices=ACTIVATIONS)
     qk_norm: bool = setting(False, "normalise queries and keys")
-    logit_softcap: float = setting(0.0, "bound of the logits; 0 = none")
+    logit_softcap: float = setting(0.0, "largest logit, by a tanh; 0 = no limit")
     init: str = setting("gpt2", "gpt2, or zero_proj: projections into the residual stream start at zero")
     tie_word_embeddings: bool = setting(True, "one matrix for token embedding and head")
 
 
-# Named settings (--preset NAME). A flag wins over them.
-MODERN = dict(  # what paid: docs/measurements/recipe_ablation.csv
+# Named settings (--preset NAME). A flag overrides them.
+MODERN = dict(  # settings that lowered the loss: docs/measurements/recipe_ablation.csv
     optimizer="muon", max_lr=1e-2, position="rope", qk_norm=True, activation="relu2"
 )  # fmt: skip
 PRESETS = {
-    "gpt2": dict(use_moe=False),  # the faithful 124M
+    "gpt2": dict(use_moe=False),  # GPT-2 124M, dense
     "llmc": llmc.PRESET,  # the defaults of llm.c's train_gpt2.py
     "modern": MODERN | dict(max_lr=2e-3),
-    "qwen3": MODERN | dict(  # as good, and a stock Qwen3 (-MoE): checkpoint.py export --format qwen3_moe
+    "qwen3": MODERN | dict(  # equal loss; can be exported as a stock Qwen3 or Qwen3-MoE
         max_lr=2e-3, norm="rmsnorm", activation="swiglu", bias=False, mlp_hidden_size=2048,
         expert_hidden_size=2048,
     ),
@@ -176,7 +176,7 @@ PRESETS = {
 
 
 def overrides(config: TrainConfig) -> dict:
-    """The settings that --preset and --model put in place of the defaults. ValueError for unknown names."""
+    """The settings that --preset and --model replace. ValueError for unknown names."""
     if config.preset and config.preset not in PRESETS:
         raise ValueError(f"preset={config.preset!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS.get(config.preset, {})
@@ -187,7 +187,7 @@ def overrides(config: TrainConfig) -> dict:
 
 
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
-    """The settings, and the names of those that flags (not presets) gave. ValueError for a bad flag."""
+    """The settings, and the names of settings that flags (not presets) set. ValueError for a bad flag."""
     return parse_flags(TrainConfig, overrides, arguments, __doc__.split("\n\n")[0])
 
 
@@ -195,9 +195,9 @@ def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[s
 
 
 def train_step(run: Run, step: int) -> dict:
-    """One optimizer step, on all ranks together. Returns what it measured, the same on all ranks.
+    """One optimizer step, on all ranks together. Returns its measurements, equal on all ranks.
 
-    A step whose loss or gradient norm is not finite changes nothing: all ranks skip the update.
+    If the loss or the gradient norm is not finite, all ranks skip the update.
     """
     config, layout, model, optimizer = run.config, run.layout, run.model, run.optimizer
     start = time.perf_counter()
@@ -217,7 +217,7 @@ def train_step(run: Run, step: int) -> dict:
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)
 
-    # One all-reduce tells all ranks the losses, and the signals that any of them has received.
+    # One all-reduce adds up the losses, and the signals that the ranks have received.
     sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 3,)
     means = sums[:3] / (layout.world.size * run.accumulation)
     values = torch.cat([means, norm.to(means.dtype)[None], sums[3:]]).tolist()  # waits for the device
@@ -247,14 +247,14 @@ def train_step(run: Run, step: int) -> dict:
 
 
 def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
-    """Train for max_steps steps, and visit the end once more to save and evaluate. Returns the exit code."""
+    """Train for max_steps steps; one more pass of the loop saves and evaluates. Returns the exit code."""
     config, log, signals = run.config, run.log, run.signals
     step, val_loss = run.resumed.get("step", 0), run.resumed.get("val_loss")
     val_loss_step = run.resumed.get("val_loss_step")
     terminal = Terminal(config, step, run.layout.world.is_master)
     saver = RunSaver(run, terminal.say)
     run.start_clock(terminal.say)
-    run.model.update_routers()  # from here on the routers' statistics are those of whole optimizer steps
+    run.model.update_routers()  # from now on routing statistics cover whole optimizer steps
     with terminal, signals, faults.collector_paused(), saver.saving_on_errors():
         while True:
             last_step = step == config.max_steps
@@ -271,7 +271,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if evaluates or step % 100 == 0:
                 gc.collect()
             measured = evaluate(run, step, evaluates, samples, saver.is_urgent, terminal)
-            if measured is None:  # interrupted: the next visit saves, and then evaluates or stops
+            if measured is None:  # interrupted: the next pass saves, then evaluates or stops
                 signals.agree(run.layout.world.sum(signals.take(run.layout.world.device)).tolist())
                 continue
             if "val_loss" in measured:
@@ -334,12 +334,12 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
 
 
 def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, terminal: Terminal) -> int:
-    """After the last step: the picture, what the run ended with, the exit code."""
-    run.layout.world.barrier()  # launchers stop all processes as soon as one has ended
+    """After the last step: draw the picture, print the results, return the exit code."""
+    run.layout.world.barrier()  # a launcher stops all processes as soon as one has ended
     is_master, newest = run.layout.world.is_master, saver.newest()
     if is_master and run.config.plot:
         problem = run.log.draw(wait=True)
-        hint = f"WARNING: no picture: {problem}; python plot_log.py {run.config.log_dir} draws it"
+        hint = f"WARNING: no picture: {problem}; draw it with: python plot_log.py {run.config.log_dir}"
         terminal.say(hint if problem else f"picture         {run.config.log_dir}/training.png")
     if run.diagnosis:
         text = (
@@ -350,11 +350,11 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         print(text if is_master else run.diagnosis.splitlines()[-1], file=sys.stderr, flush=True)
         return faults.FAILED
     if saver.failed:
-        text = f"train_gpt_moe.py: not all could be written; the newest checkpoint is {newest}"
+        text = f"train_gpt_moe.py: some files could not be written; the newest checkpoint is {newest}"
         print(text, file=sys.stderr)
         return faults.FAILED
     if run.signals.stops:
-        terminal.say(f"stopped before step {step}; --resume auto goes on from {newest}")
+        terminal.say(f"stopped before step {step}; --resume auto continues from {newest}")
         return run.signals.exit_code
     if is_master:
         terminal.summary(run.model, peak_memory(run.layout.world.device), val_loss, newest)
@@ -362,11 +362,11 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Set up and train; returns the exit code. An error that a person can mend is one line, no traceback."""
+    """Set up and train; returns the exit code. Errors that the user can fix print one line, no traceback."""
     config = world = run = None
     in_training = False
     with contextlib.suppress(AttributeError, OSError):  # a stdout that cannot be reconfigured
-        sys.stdout.reconfigure(errors="backslashreplace")  # samples may hold characters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # samples may have characters that it cannot print
     try:
         config, given = parse_config(arguments)
         llmc.check_flags(config)
@@ -384,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
         if in_training and not isinstance(error, faults.DataError):
             raise  # an error in training does not come from a setting
         return faults.report(error)
-    except RuntimeError:  # gloo's and NCCL's errors are of this type
+    except RuntimeError:  # gloo and NCCL raise this type
         lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise

@@ -1,10 +1,10 @@
-"""Measurements. What is compared takes turns (A B A B ...) in one run; times are medians.
+"""Measurements. The compared functions take turns (A B A B ...) in one run; times are medians.
 
     python -m bench moe [--compile 1]     # MoE layer against dense MLP, mask loop, transformers' experts
     python -m bench train --size d12 --nanogpt DIR    # in turns with nanoGPT's model, from a checkout in DIR
     python -m bench --help                # all commands; COMMAND --help: a command's options
 
-docs/measurements.md has results with their commands, and says what the columns mean.
+docs/measurements.md has results with their commands, and explains the columns.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
     "hellaswag": ("models", "HellaSwag: the plain method against ours",
         LAYERS | dict(size="d12", data="", limit=30)),
     "checkpoint": ("loop", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
-    "loop": ("loop", "what of a training step's time is the loop's own", MODELS | dict(size="", B=16, T=128)),
+    "loop": ("loop", "how much of a step's time the loop takes", MODELS | dict(size="", B=16, T=128)),
     "time_to_loss": ("recipes", "loss against seconds, beside nanoGPT",
         dict(text="", nanogpt="", steps=2000, png="")),
     "moe_pays": ("recipes", "8 experts top-2 against an equally active dense model",
@@ -37,13 +37,13 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
             ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep")),
 }  # fmt: skip
 HELP = {
-    "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "of matrix products",
+    "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "dtype of matrix products",
     "compile": "1 = with torch.compile; step and train: 2 = with and without",
-    "rounds": "measured calls of each contender", "vocab_size": "token ids",
-    "tokens": "tokens in place of each size's own number; 0 = that",
-    "size": "of models.py's MODEL_SIZES; train takes several, separated by commas",
-    "B": "sequences per micro-step (ladder: 0 = the device's own number)",
-    "T": "tokens per sequence (ladder: 0 = the device's own number)",
+    "rounds": "measured calls of each function", "vocab_size": "number of token ids",
+    "tokens": "number of tokens; 0 = each size's default",
+    "size": "a name in models.py's MODEL_SIZES; train takes several, separated by commas",
+    "B": "sequences per micro-step (ladder: 0 = the default of the device)",
+    "T": "tokens per sequence (ladder: 0 = the default of the device)",
     "nanogpt": "a checkout of nanoGPT to take turns with", "text": "the text file to train on",
     "data": "HellaSwag's questions; empty = downloaded once", "seeds": "runs of each model",
     "limit": "questions, taken evenly from the whole file", "total_batch_size": "tokens per step",
@@ -53,7 +53,7 @@ HELP = {
     "nvlink": "GB/s per GPU within a machine", "network": "GB/s per GPU between machines",
     "gpus": "GPUs per machine, each with a network card", "latency": "microseconds per call and hop",
     "ranks": "numbers of ranks, separated by commas",
-    "layouts": "of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
+    "layouts": "some of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
     "threads": "CPU threads; 0 = torch's choice", "csv": "write the table to this file as well",
     "png": "draw loss against seconds into this file (.png, .svg or .pdf)",
 }  # fmt: skip

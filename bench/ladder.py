@@ -3,7 +3,7 @@
     python -m bench ladder                             # CUDA: 124M, B = 16, T = 1024
     python -m bench ladder --device cpu --rounds 3     # CPU: a small model, without the rungs of CUDA
 
-Every rung keeps the changes of the rungs before it, and takes turns with the one before it. On a CPU only
+Every rung keeps the changes of all earlier rungs, and takes turns with the rung before it. On a CPU only
 --compile 1 compiles the blocks.
 Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
 """
@@ -35,12 +35,12 @@ RUNGS = {
     "8 experts top-2, same active FLOPs": dict(moe=True),
 }  # fmt: skip
 CUDA_ONLY = ("TF32", "cuDNN attention")
-# n_layer, n_head, n_embd, and B, T where no flag gives them
+# n_layer, n_head, n_embd, and the defaults of B and T
 SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
-    """The settings of every rung that this device can climb. compiled: with the rung of torch.compile."""
+    """The settings of every rung that this device can run. compiled: include the rung with torch.compile."""
     left_out = () if device.type == "cuda" else CUDA_ONLY
     left_out += () if has_fast_bf16(device.type) else ("bf16",)
     left_out += () if compiled else ("torch.compile",)
@@ -52,7 +52,7 @@ def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
 
 
 def compile_apart(model: GPTLMHeadModel) -> None:
-    """torch.compile every block, on CUDA with a backend of this model's own, so that rungs share no graph: a
+    """torch.compile every block. On CUDA each model has a separate backend, so that rungs share no graph: a
     graph keeps the attention kernel that was preferred when it was compiled."""
     backend = inductor = torch._dynamo.lookup_backend("inductor")
     if model.device.type == "cuda":

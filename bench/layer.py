@@ -1,4 +1,4 @@
-"""One layer, forward and backward, beside others that do the same work.
+"""One layer, forward and backward, compared with other layers that do the same work.
 
     python -m bench moe [--compile 1] [--dtype bfloat16]
     python -m bench head
@@ -22,7 +22,7 @@ HEAD_SIZES = ((2048, 768, 50304), (2048, 384, 8192), (2048, 128, 384))  # tokens
 
 
 class MaskLoop(nn.Module):
-    """The naive layer: each expert in turn picks its tokens by a mask and adds their results."""
+    """The naive layer: one expert after the other selects its tokens by a mask and adds their results."""
 
     def __init__(self, C: int, E: int, K: int, H: int):
         super().__init__()

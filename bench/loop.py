@@ -1,11 +1,11 @@
-"""What training costs besides its steps: the loop's own work (logging, terminal, signals), and checkpoints.
+"""The cost of training besides its steps: the loop's work (logging, terminal, signals), and checkpoints.
 
     python -m bench loop [--device cuda --size d12]
     python -m bench checkpoint --size d12
 
 Whenever the loop asks for a step, train_step is called twice, each time directly after another train_step.
-The first call's time, with all that the loop has done since the call before, is a step of the loop. The
-second call's time is a step without the loop.
+The first call's time, plus the loop's time since the previous call, is a step of the loop. The second call's
+time is a step without the loop.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from training.checkpoints import load_checkpoint, verify_checkpoint
 from training.parallel import World
 from training.setup import Run, open_log, set_up
 
-SKIPPED = 5  # first steps, which are not measured: kernels and caches get ready in them
+SKIPPED = 5  # first steps, not measured: kernels and caches warm up
 
 
 def bench_loop(options) -> list[dict]:
@@ -72,10 +72,10 @@ def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float,
             loss = run.parallel_model(x, targets=y, return_dict=True).loss
         loss.backward()
         synchronize(device)
-        faults.discard_routing(run.model)  # these two leave no trace in the run
+        faults.discard_routing(run.model)  # do not count these two passes
         run.optimizer.zero_grad(set_to_none=True)
         found.append((first - last, second - first, now() - begin))
-        train_step(run, step)  # leaves the device as busy as the loop finds it
+        train_step(run, step)  # keeps the device as busy as a normal loop does
         last = now()
         return record
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times in turns, peak memory, a run for train_step, tables."""
+"""Shared code of the benchmarks: times in turns, peak memory, a run for train_step, tables."""
 
 import csv
 import statistics
@@ -18,7 +18,7 @@ from training.setup import Run
 
 
 def alternate(contenders: dict[Any, Callable], device: torch.device, rounds: int, warmup: int = 3) -> dict:
-    """Median seconds of each function. They take turns, `rounds` times, so that noise meets all alike."""
+    """Median seconds of each function. They take turns, `rounds` times, so that noise affects all equally."""
     times = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
         for name, call in contenders.items():
@@ -32,14 +32,14 @@ def alternate(contenders: dict[Any, Callable], device: torch.device, rounds: int
 
 
 def memory_bytes(call: Callable, device: torch.device) -> tuple[int, int]:
-    """(peak, kept): the most bytes that call()'s tensors take at once, and those alive when it returns."""
+    """(peak, kept): the most bytes that call()'s tensors take at once, and the bytes left when it returns."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = call()
         kept = torch.cuda.memory_allocated(device) - before
         return torch.cuda.max_memory_allocated(device) - before, kept
-    # On a CPU torch's profiler counts, which makes the call slow.
+    # On a CPU torch's profiler counts the bytes. It makes the call slow.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()  # noqa: F841
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -59,7 +59,7 @@ class RandomBatch:
 def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
     """A run for train_step(run, step): by default AdamW, learning rate 1e-4, one process.
 
-    loader: whatever has next_batch(). fields: those of Run, in place of the defaults.
+    loader: any object with next_batch(). fields: fields of Run that replace the defaults.
     """
     defaults = dict(
         config=TrainConfig(max_lr=1e-4, min_lr=1e-4, warmup_steps=0),
@@ -67,7 +67,7 @@ def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
         optimizer=model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type),
     )
     run = Run(model=model, train_loader=loader, **defaults | fields)
-    run.model.update_routers()  # as train() does: from here on the routers count whole optimizer steps
+    run.model.update_routers()  # as in train(): from now on routing statistics cover whole steps
     return run
 
 

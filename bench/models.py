@@ -1,4 +1,4 @@
-"""Whole models: optimizer steps, compiled and not, beside nanoGPT's; HellaSwag's questions per second.
+"""Whole models: optimizer steps, compiled or not, compared with nanoGPT; HellaSwag's questions per second.
 
     python -m bench step                  # a small model, dense and with 8 experts top-2
     python -m bench train --size d12 --dtype bfloat16 --compile 2
@@ -34,7 +34,7 @@ MODEL_SIZES = {
 def size_of(name: str) -> dict:
     """The fields of GPTConfig of one size. ValueError for an unknown name."""
     if name not in MODEL_SIZES:
-        raise ValueError(f"size={name!r}: choose of {', '.join(MODEL_SIZES)}")
+        raise ValueError(f"size={name!r}: choose from {', '.join(MODEL_SIZES)}")
     return MODEL_SIZES[name]
 
 
@@ -46,11 +46,11 @@ class NanoGPT:
         if not path.is_file():
             mend = f"git clone https://github.com/karpathy/nanoGPT {folder}"
             raise FileNotFoundError(f"nanogpt={folder!r} has no model.py; {mend}")
-        spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # our model.py is another
+        spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # not our model.py
         nanogpt = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = nanogpt  # dataclasses look their module up there
+        sys.modules[spec.name] = nanogpt  # dataclasses look for their module there
         spec.loader.exec_module(nanogpt)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT prints its size
             self.model = self.forward = nanogpt.GPT(nanogpt.GPTConfig(**fields)).to(device)
             self.optimizer = self.model.configure_optimizers(0.1, lr, (0.9, beta2), device.type)
 
@@ -82,7 +82,7 @@ def bench_train(options) -> list[dict]:
 
 
 def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "") -> list[dict]:
-    """A row per model. Every dense size takes turns with nanoGPT's, from the checkout `nanogpt`, if any."""
+    """A row per model. Each dense size takes turns with nanoGPT from the checkout `nanogpt`, if given."""
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
@@ -121,7 +121,7 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
 
 
 def bench_hellaswag(options) -> list[dict]:
-    """Questions per second of an untrained model. plain: each question alone, padded rows, all logits."""
+    """Questions per second of an untrained model. "plain" scores each question alone, with all logits."""
     device = options.device
     torch.manual_seed(0)
     model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size_of(options.size))).to(device).eval()

@@ -1,4 +1,4 @@
-"""What a recipe is worth: loss against seconds, beside nanoGPT; experts against a dense model.
+"""Compare recipes: loss against seconds, with nanoGPT; experts with a dense model.
 
     python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
     python -m bench moe_pays --text input.txt
@@ -37,8 +37,8 @@ MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
-# moe_pays: both are 64 wide, so small that more parameters help. A hidden size of 261 gives the dense
-# feed-forward layers as many parameters as two experts, their second bias and the router have.
+# moe_pays: both models are 64 wide, so small that more parameters help. With a hidden size of 261 the dense
+# feed-forward layers have as many parameters as two experts, their second bias and the router.
 PAYS = MODERN | dict(n_embd=64, T=128, B=12)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
@@ -96,7 +96,7 @@ class Contender:
     model: nn.Module
     config: TrainConfig  # batch and schedule
     train_step: Callable[[int], object]  # one optimizer step, given the step of the schedule
-    share: float | None = None  # of the first contender's seconds; None: config.max_steps, however long
+    share: float | None = None  # of the first contender's seconds; None: train for config.max_steps
     seconds: float = 0.0
     last: float = 0.0  # seconds of the last step
     done: int = 0  # steps
@@ -147,7 +147,7 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
                 one.run(one.config.max_steps * turn // rounds)
             else:
                 start, until = one.seconds, one.share * contenders[0].seconds
-                while one.seconds + one.last < until:  # after another step, too
+                while one.seconds + one.last < until:  # there is time for one step
                     one.step((turn - 1 + (one.seconds - start) / (until - start)) / rounds)
             losses = [validation_loss(one.model, windows) for windows in validation]
             one.points.append((one.done, one.seconds, losses))
@@ -157,7 +157,7 @@ def bench_time_to_loss(options) -> list[dict]:
     """A row per recipe: the loss it reaches, and in how many seconds.
     Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock."""
     if not options.text:
-        raise ValueError("time_to_loss trains on a text of yours: give --text FILE")
+        raise ValueError("time_to_loss needs a text to train on: give --text FILE")
     train, val = split_text(options.text)
     windows = draw_windows(val, WINDOWS, SIZE["T"], torch.Generator().manual_seed(0))
     build = {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
@@ -168,7 +168,7 @@ def bench_time_to_loss(options) -> list[dict]:
     contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
     for name in ("modern", "modern-moe"):
         for part, share in (("a third of the time", 1 / 3), ("the same time", 1.0)):  # of the baseline's
-            # How many steps it is expected to do: the schedule counts its warmup in them.
+            # The expected number of steps, because the warmup of the schedule is a number of steps.
             contenders.append(build[name](steps=max(1, int(share * steps * cost[first] / cost[name]))))
             contenders[-1].name, contenders[-1].share = f"{name}, {part}", share
     race(contenders, [windows], ROUNDS)
@@ -200,7 +200,7 @@ def seconds_to(contender: Contender, goal: float) -> str:
 
 def draw_losses(contenders: list[Contender], path: str) -> None:
     """Draw loss against seconds."""
-    from matplotlib.figure import Figure  # without pyplot, which would look for a display
+    from matplotlib.figure import Figure  # pyplot would look for a display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

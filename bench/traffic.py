@@ -7,7 +7,7 @@ Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters
 
     ddp     all-reduce of 4 P bytes of gradients
     zero    as ddp; then broadcasts of 4 P bytes of parameters in all
-    fsdp    a times: all-gather of all parameters, and of the blocks' once more; reduce-scatter of 4 P bytes
+    fsdp    a times: all-gather of all parameters, and again of the blocks'; reduce-scatter of 4 P bytes
     ep      a times and per MoE layer: 4 all-to-alls of R C elements among ep ranks; all-reduce of
             4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
     all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
@@ -60,12 +60,12 @@ class Collective:
     """All calls of one kind and purpose in a step."""
 
     kind: str
-    size: float  # bytes, of all calls together: S
+    size: float  # S: bytes of all calls together
     ranks: int  # W of the group
     stride: int = 1  # from one rank of the group to the next
     calls: int = 1
-    behind: str = ""  # hidden by "forward" or "backward" of every micro-step, or by the "last" backward
-    late: float = 1.0  # share that is never hidden
+    behind: str = ""  # what hides it: "forward" or "backward" of every micro-step, or the "last" backward
+    late: float = 1.0  # the share that nothing can hide
 
     @property
     def sent(self) -> float:
@@ -198,7 +198,7 @@ def bench_scale(options) -> list[dict]:
     names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
-        raise ValueError(f"layouts={unknown[0]!r}: choose of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layouts={unknown[0]!r}: choose from {', '.join(LAYOUTS)}")
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))

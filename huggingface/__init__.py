@@ -1,1 +1,1 @@
-"""What makes the network of model.py a transformers model: text, generation, folders, foreign weights."""
+"""What makes the network of model.py a transformers model: text, generation, folders, other weights."""

@@ -16,7 +16,7 @@ from mixture_of_experts import MoE, update_routers
 
 
 class MoEUsageCallback(TrainerCallback):
-    """What both share: step boundaries for the routers, and counts over all ranks for self._report."""
+    """Base class of both callbacks: ends the routers' steps, and sums counts over all ranks for _report."""
 
     def __init__(self, log_interval: int = 100):
         if log_interval < 1:
@@ -29,7 +29,7 @@ class MoEUsageCallback(TrainerCallback):
         return [module for module in model.modules() if isinstance(module, MoE)]
 
     def _report_counts(self, model, state) -> None:
-        """Report on the master, and start counting anew, in the layers too."""
+        """Report on the master. Then set the counts to zero, here and in the layers."""
         counts, self._counts = [count.cpu() for count in self._counts], []
         for layer in self._get_moe_layers(model):
             layer.reset_usage_counts()
@@ -37,21 +37,21 @@ class MoEUsageCallback(TrainerCallback):
             self._report(counts, state.global_step)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """From here on the routers' statistics are those of whole steps."""
+        """From now on routing statistics cover whole optimizer steps."""
         layers = self._get_moe_layers(model)
         smoothing = getattr(args, "label_smoothing_factor", 0)
         if layers and smoothing > 0:
             problem = "Trainer then computes the loss without the experts' balance losses; leave it at 0"
             raise ValueError(f"label_smoothing_factor={smoothing}: {problem}")
         update_routers(layers)
-        resumed = state.global_step > 0  # then the layers hold what was not reported before the interruption
+        resumed = state.global_step > 0  # then the layers hold counts that are not reported yet
         self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Every rank closes the optimizer step; at the interval the master reports."""
         layers = self._get_moe_layers(model)
         update_routers(layers)
-        # Summed here: another callback may have reset the layers' own sums.
+        # The sum is kept here, because another callback may reset the sums in the layers.
         counts = [layer.last_step_counts() for layer in layers]
         self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)] if self._counts else counts
         if state.global_step % self.log_interval == 0:
@@ -80,7 +80,7 @@ class MoEUsageLoggingCallback(MoEUsageCallback):
 
 class MoEUsageTensorBoardCallback(MoEUsageCallback):
     """Writes every MoE layer's shares, max/mean load and counts to TensorBoard every `log_interval` steps.
-    tb_writer: a SummaryWriter, which stays open. Without one the master opens and closes its own."""
+    tb_writer: a SummaryWriter, which stays open. If it is None, the master opens and closes one."""
 
     def __init__(self, log_interval: int = 100, tb_writer=None):
         super().__init__(log_interval)

@@ -20,12 +20,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from huggingface.export_code import export_code
 
-# Where transformers' Auto classes find ours in a saved folder.
+# Where transformers' Auto classes find our classes in a saved folder.
 AUTO_MAP = {
     "AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT", "AutoModelForCausalLM": "model.GPTLMHeadModel",
 }  # fmt: skip
 
-# Names that transformers or an older dictionary of ours may pass, besides the fields.
+# Names that transformers or our older versions may pass, in addition to the fields.
 OTHER_NAMES = {
     "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
     "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
@@ -68,7 +68,7 @@ def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], remedy: 
 
 
 class CheckedConfig(PreTrainedConfig):
-    """Checks limits and names of settings when it is made, and saves the model's code along with them."""
+    """Checks limits and names of settings when it is made. save_pretrained also saves the model's code."""
 
     code = ""  # path of the file that defines the model; without annotation: no field
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
@@ -87,7 +87,7 @@ class CheckedConfig(PreTrainedConfig):
             check_setting(item.name, getattr(self, item.name), item.metadata)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """transformers' save_pretrained, which the model's own calls, and export_code."""
+        """transformers' save_pretrained, then export_code. The model's save_pretrained calls it."""
         os.makedirs(save_directory, exist_ok=True)
         export_code(save_directory, Path(self.code))
         saved = copy.copy(self)  # auto_map describes the folder, not the configuration in memory

@@ -1,4 +1,4 @@
-"""Folders for transformers: written whole, with tokenizer, in our format or a stock architecture's.
+"""Write folders for transformers, with a tokenizer, in our format or as a stock architecture.
 
     export_folder(model, "my_model")                  # for AutoModelForCausalLM, pipeline() and lm_eval
     export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from a dense GPT-2
@@ -33,17 +33,17 @@ def export_folder(
     model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
     max_shard_size: str = "5GB",
 ) -> None:  # fmt: skip
-    """Write a folder that transformers loads; it appears complete or not at all.
+    """Write a folder that transformers can load. After an error no part of it remains.
 
     model: a GPT or GPTLMHeadModel. format: "gpt_moe" or a name in FOREIGN. tokenizer: add the files of the
-    model's encoding, and make its <|endoftext|> the token that ends a text unless the configuration names
-    one. ValueError for what the format cannot express, FileExistsError for a folder with other things.
+    model's encoding, and use its <|endoftext|> as end of text unless the configuration names another token.
+    ValueError if the format cannot express the model, FileExistsError if the folder holds other files.
     """
     folder = Path(folder).resolve()
     if format not in ("gpt_moe", *FOREIGN):
         raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
     refuse_other_files(folder)
-    model = copy.copy(model)  # the same weights; the configuration becomes the folder's own
+    model = copy.copy(model)  # the copy shares the weights, but gets another configuration
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
     words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
     if words is not None:
@@ -82,7 +82,7 @@ def export_folder(
 
 
 def refuse_other_files(folder: Path) -> None:
-    """FileExistsError if there is something at `folder` that is neither empty nor an export of ours alone."""
+    """FileExistsError unless `folder` does not exist, is empty, or holds only files of an earlier export."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     found = set(os.listdir(folder)) if folder.exists() else set()
@@ -92,7 +92,7 @@ def refuse_other_files(folder: Path) -> None:
         known = set()
     if found - known:
         other = repr(min(found - known))
-        raise FileExistsError(f"{folder} holds {other}, which no export of ours wrote; name an empty folder")
+        raise FileExistsError(f"{folder} holds {other}, which is not from an export; name an empty folder")
 
 
 @contextlib.contextmanager

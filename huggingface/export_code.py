@@ -1,4 +1,4 @@
-"""Copies of our code for a saved model's folder, so that it loads on a machine without this project.
+"""Copy our code into a saved model's folder, so that the model loads on a machine without this project.
 
     export_code("my_model", Path("model.py"))       # model.py and all files of ours that it imports, flat
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def export_code(folder: str | Path, start: Path) -> None:
-    """Write the file `start` and every file of its folder and subfolders that it imports, directly or not.
+    """Write the file `start`, and every file below its folder that it imports, directly or indirectly.
 
-    Such a copy can be copied again. ValueError, before anything is written, if two files have the same name.
+    A copy can be copied again. ValueError, before anything is written, if two files have the same name.
     """
     waiting, found, flat = [start], {}, {}
     while waiting:

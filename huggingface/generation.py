@@ -1,4 +1,4 @@
-"""Generation: transformers' generate(), also from a string, and beyond block_size by cropping."""
+"""Generation: transformers' generate(), also for a string, and for texts longer than block_size."""
 
 import torch
 from transformers import GenerationMixin
@@ -11,18 +11,18 @@ from tokens.encodings import decode_tokens
 class GPTGenerationMixin(GenerationMixin):
     """generate() for a model with `config.block_size`, `config.encoding` and `config.encoding_size`."""
 
-    _gives_logits = False  # the model's forward gives logits while it is true
+    _gives_logits = False  # while it is true, the model's forward returns logits
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
 
-        max_length and max_new_tokens count tokens. With num_return_sequences > 1 a list of texts comes back.
+        max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
         ValueError for a string that the model's vocabulary or encoding cannot hold.
         """
-        modes = [(module, module.training) for module in self.modules()]  # a frozen part may have its own
+        modes = [(module, module.training) for module in self.modules()]  # frozen parts may differ
         self.eval()
-        # accelerate may have bound this model's own forward, which then reads this flag of this model.
+        # accelerate may have bound the forward to this model, and it then reads the flag of this model.
         self._gives_logits, gave = True, self._gives_logits
         # The copy shares all parameters, but has no compiled forward, which torch would compile again for
         # every length. (copy.copy fails for the class that FSDP gives the model.)
@@ -49,7 +49,7 @@ class GPTGenerationMixin(GenerationMixin):
 
         The cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it.
         """
-        for name in ("tokenizer", "assistant_tokenizer"):  # generate() has them for stop_strings
+        for name in ("tokenizer", "assistant_tokenizer"):  # generate() passes them for stop_strings
             kwargs.pop(name, None)
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0

@@ -1,4 +1,4 @@
-"""GPT-2 in and out: the weights and configuration of transformers' GPT2LMHeadModel.
+"""Read and write GPT-2: weights and configuration of transformers' GPT2LMHeadModel.
 
     GPTLMHeadModel.from_pretrained("gpt2")            # or a folder with a GPT2LMHeadModel
     export_folder(model, "my_gpt2", format="gpt2")    # from a dense model with GPT-2's options
@@ -22,7 +22,7 @@ FIELDS = {name: name for name in (*SHARED_FIELDS, "n_layer", "n_head", "n_embd")
 
 
 def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Our fields and weights for a GPT2LMHeadModel; ValueError, naming the field, for what we lack."""
+    """Our fields and weights for a GPT2LMHeadModel. ValueError names a field that we cannot express."""
     config = theirs.config
     only = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
@@ -40,7 +40,7 @@ def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
 
 
 def gpt2_features(config: PreTrainedConfig) -> dict[str, tuple]:
-    """The fields of ours for which GPT-2 has only one value, and its spellings."""
+    """Our fields that are fixed in GPT-2, each with the values that mean GPT-2's."""
     return {
         "use_moe": (False,), "position": ("learned",), "n_kv_head": (config.n_head, None),
         "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
@@ -57,7 +57,7 @@ def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def to_gpt2(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """A dense GPT-2-style model as transformers' GPT2LMHeadModel, on the CPU, with equal logits.
 
-    vocab_size: rows of the embeddings to keep. Absent biases become zeros. ValueError for what GPT-2 lacks.
+    vocab_size: rows of the embeddings to keep. Missing biases become zeros. ValueError for what GPT-2 lacks.
     """
     config, remedy = model.config, ", only {!r}; export with format='gpt_moe'"
     refuse("GPT-2 cannot express", config, gpt2_features(config), remedy)

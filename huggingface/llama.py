@@ -1,11 +1,11 @@
-"""Models of the Llama family, in and out: RoPE, RMSNorm and SwiGLU, dense or with experts.
+"""Read and write models of the Llama family: RoPE, RMSNorm and SwiGLU, dense or with experts.
 
     export_folder(model, "my_llama", format="llama")          # or qwen3, mixtral, qwen3_moe
-    GPTLMHeadModel.from_pretrained("my_llama")                # any of them comes back
+    GPTLMHeadModel.from_pretrained("my_llama")                # reads any of them
 
-docs/huggingface.md says what a model must have for each format, and what is dropped.
-Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 we never
-do: the weight would be 1, and the router would get no gradient.
+docs/huggingface.md says what a model must have for each format, and what an export drops.
+Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 our model
+never does: the weight would be 1, and the router would get no gradient.
 
 Sources: transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py and modeling_qwen3_moe.py."""
 
@@ -19,14 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from huggingface.configuration import SHARED_FIELDS, refuse
 
 logger = logging.getLogger(__name__)
-# Our formats, which are their model_type, and how their classes' names begin.
+# Our formats (transformers' model_type), and the first part of transformers' class names.
 FAMILY = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}
 FIELDS = {name: name for name in SHARED_FIELDS} | {  # our fields, and theirs
     "n_embd": "hidden_size", "mlp_hidden_size": "intermediate_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "norm_eps": "rms_norm_eps",
     "block_size": "max_position_embeddings"}  # fmt: skip
-# Our weights, and theirs that they stack by rows. INSIDE lists those of a block: transformer.h.{i} and
-# model.layers.{i}. A name without "experts" in it is followed by .weight or .bias.
+# Our weights, and their weights that each of ours stacks by rows. INSIDE lists those of a block:
+# transformer.h.{i} and model.layers.{i}. A name without "experts" in it is followed by .weight or .bias.
 OUTSIDE = {"transformer.wte.weight": "model.embed_tokens.weight",
            "transformer.ln_f.weight": "model.norm.weight", "lm_head.weight": "lm_head.weight"}  # fmt: skip
 INSIDE = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
@@ -39,7 +39,7 @@ INSIDE = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",),
 
 
 def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Every weight of ours that a model of so many layers can have -> the names of theirs that it stacks."""
+    """Each of our weights in a model of so many layers -> the names of their weights that it stacks."""
     names = {ours: (theirs,) for ours, theirs in OUTSIDE.items()}
     for layer in range(layers):
         for ours, theirs in INSIDE.items():
@@ -50,7 +50,7 @@ def stacked_names(layers: int) -> dict[str, tuple[str, ...]]:
 
 
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Our fields for a configuration of FAMILY; ValueError, naming the field, for what we cannot express."""
+    """Our fields for a configuration of FAMILY. ValueError names a field that we cannot express."""
     kind, this = config.model_type, f"this {config.model_type} has"
     head_size = config.hidden_size // config.num_attention_heads
     only = {
@@ -77,7 +77,7 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def named_encoding(config: PreTrainedConfig) -> str:
-    """How text becomes tokens: what our exports note in config.json, or GPT-2's way if the vocabulary is."""
+    """The encoding that our exports write into config.json, or "gpt2" if the vocabulary has GPT-2's size."""
     encoding = getattr(config, "encoding", "gpt2" if 50257 <= config.vocab_size <= 50304 else None)
     if encoding is None:
         remedy = 'for text, write "encoding": "bytes", or a name that tiktoken knows, into its config.json'
@@ -86,7 +86,7 @@ def named_encoding(config: PreTrainedConfig) -> str:
 
 
 def period(marked: list[bool], start: int) -> int | None:
-    """The k for which layer i is marked exactly if i - start is a multiple of k; None if there is none."""
+    """The k such that layer i is marked exactly if i - start is a multiple of k; None if there is none."""
     for k in range(1, len(marked) + 1):
         if marked == [(i - start) % k == 0 for i in range(len(marked))]:
             return k
@@ -94,7 +94,7 @@ def period(marked: list[bool], start: int) -> int | None:
 
 
 def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Our sliding_window and global_every; ValueError for windows in other layers than ours could be in."""
+    """Our sliding_window and global_every; ValueError if our fields cannot give windows to these layers."""
     window = getattr(config, "sliding_window", None)
     if window is None or config.model_type == "llama":
         return {}
@@ -107,7 +107,7 @@ def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Our fields of the experts; ValueError, naming the field, for a routing that is not ours."""
+    """Our fields of the experts; ValueError, naming the field, for a routing that we cannot express."""
     kind, layers = config.model_type, config.num_hidden_layers
     if kind not in ("mixtral", "qwen3_moe"):
         return {}
@@ -129,7 +129,7 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def from_llama(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Our fields and weights for a model of FAMILY; ValueError, naming the field, for what we lack."""
+    """Our fields and weights for a model of FAMILY. ValueError names a field that we cannot express."""
     fields, weights, ours = config_fields(theirs.config), theirs.state_dict(), {}
     for name, parts in stacked_names(fields["n_layer"]).items():
         if parts[0] in weights:
@@ -150,7 +150,7 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     names, weights = stacked_names(model.config.n_layer), {}
     for name, tensor in model.state_dict().items():
-        if name in names:  # and no statistics of the routers
+        if name in names:  # routers' statistics are not
             tensor = tensor[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
             weights |= zip(names[name], tensor.split([shapes[part][0] for part in names[name]]), strict=True)
     theirs.load_state_dict(weights)
@@ -178,7 +178,7 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
 
 
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
-    """What their configuration is made of; `encoding` is a note for the way back."""
+    """Arguments of their configuration. from_llama reads `encoding` back."""
     expert = config.expert_hidden_size or 4 * config.n_embd
     arguments = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | dict(
         vocab_size=vocab_size, intermediate_size=config.mlp_hidden_size or 4 * config.n_embd,
@@ -195,7 +195,7 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
     if kind == "mixtral":
         return arguments | dict(intermediate_size=expert)
     step, dense_layers = config.moe_every, []
-    if config.n_layer % step != 0:  # then counting from the first layer, as Qwen3 does, finds other layers
+    if config.n_layer % step != 0:  # Qwen3 counts from the first layer, and would choose other layers
         step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     normed = config.norm_topk_prob and config.num_experts_per_tok > 1
     return arguments | dict(use_sliding_window=windowed, moe_intermediate_size=expert, norm_topk_prob=normed,

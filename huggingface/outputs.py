@@ -5,16 +5,16 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-# The field in which transformers hands over a cache of keys and values: "cache" from version 5.24 on.
+# transformers' field for the cache of keys and values. From version 5.24 on its name is "cache".
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 
 @dataclass
 class GPTLMOutput(CausalLMOutputWithCrossAttentions):
-    """transformers' output, and in training the parts of the loss: loss = cross_entropy + weighted others.
+    """transformers' output, and in training the parts of the loss: cross-entropy, balance loss, z-loss.
 
-    cross_entropy, balance_loss and z_loss are 0-dimensional. The latter two are sums over the MoE layers,
-    before their coefficients. All three are None in evaluation, where loss is the cross-entropy alone.
+    The parts are 0-dimensional. balance_loss and z_loss are sums over the MoE layers; `loss` adds them times
+    their coefficients. In evaluation the parts are None, and `loss` is the cross-entropy.
     """
 
     cross_entropy: torch.Tensor | None = None

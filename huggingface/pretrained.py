@@ -1,4 +1,4 @@
-"""What transformers, accelerate and Trainer expect of a model besides its forward: embeddings, loading."""
+"""What transformers, accelerate and Trainer need from a model besides its forward: embeddings, loading."""
 
 import inspect
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from huggingface.gpt2 import from_gpt2
 from huggingface.llama import FAMILY, from_llama
 
-# model_type of the other architectures that can be read and written, and their classes in transformers.
+# model_type of other architectures that this project reads and writes, and their classes in transformers.
 FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
 
 # Trainer shifts the labels that it smooths only for the models in this list of transformers.
@@ -38,24 +38,24 @@ class GPTPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["mlp.gate", "router_bias"]  # noqa: RUF012 (when loaded with another dtype)
     _supports_sdpa = True
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch and does not rescale the loss
+    accepts_loss_kwargs = True  # makes Trainer pass num_items_in_batch, and not rescale the loss
 
     def __init__(self, config: PreTrainedConfig | dict):
         super().__init__(self.config_class(**config) if isinstance(config, dict) else config)
-        # Trainer then counts labels after the shift. Otherwise the loss it reports is (T-1)/T of the truth.
+        # Makes Trainer count labels after the shift. Otherwise it reports (T-1)/T of the true loss.
         self.loss_type = "ForCausalLM"
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """transformers guesses this from the source of the model's file, and guesses wrong for ours."""
+        """transformers guesses this from the source of the model's file, and its guess is wrong here."""
         return True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or one of FOREIGN.
+        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or a folder of FOREIGN.
 
         Settings of GPTConfig may be given too (dropout=0.1). ValueError for another architecture, for missing
-        weights and, naming the field, for what this model cannot express.
+        weights, and for a field (which it names) that this model cannot express.
         """
         name, found, ours = pretrained_model_name_or_path, {}, cls.config_class
         if name is not None and kwargs.get("config") is None:
@@ -90,7 +90,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def _suppress_padding(self) -> None:
-        """Never generate ids from encoding_size up: they only pad the vocabulary, no text has them."""
+        """Never generate ids from encoding_size on: they only pad the vocabulary, and no text has them."""
         size, generation = self.config.encoding_size, self.generation_config
         if size is not None and size < self.config.vocab_size and generation.suppress_tokens is None:
             generation.suppress_tokens = list(range(size, self.config.vocab_size))
@@ -114,7 +114,7 @@ class GPTPreTrainedModel(PreTrainedModel):
             self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As transformers', ties kept. Where the size changes, every id counts as real text afterwards."""
+        """transformers' method; tied weights stay tied. If the size changes, all ids can be generated."""
         old_size = self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if self.config.vocab_size != old_size:

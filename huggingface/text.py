@@ -26,7 +26,7 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
 
-    It reads <|endoftext|> in a text as the token, which encode_text does not. ValueError for other encodings.
+    It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings.
     """
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
@@ -45,7 +45,7 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
 
 
 def byte_characters() -> list[str]:
-    """The character for each byte in GPT-2's vocabulary: itself where printable, else one from 256 up."""
+    """The character for each byte in GPT-2's vocabulary: the byte itself if printable, else from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)
     codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(others)}
@@ -53,7 +53,7 @@ def byte_characters() -> list[str]:
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that byte pair encoding merges, in order: what lower ranks leave of each token's bytes."""
+    """The pairs that byte pair encoding merges, in order: each token's two parts after all earlier merges."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]

@@ -1,1 +1,1 @@
-"""Feed-forward networks, experts, attention, loss head: fast paths, each beside its slow reference."""
+"""Feed-forward networks, experts, attention, loss head: fast versions, some with a slow reference."""

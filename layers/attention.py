@@ -1,4 +1,4 @@
-"""Attention of queries, keys and values: written out, by fused kernels, and the choice among those.
+"""Attention of queries, keys and values: a plain version, fused kernels, and the choice of the kernel.
 
 Letters: see model.py.
 Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Fused kernels for CUDA by the name of the flag, in the order in which they stand in for each other. "math"
-# consists of ordinary products, takes every shape and mask, and always comes last.
+# Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math" uses ordinary
+# products. It can compute every shape and mask, and always comes last.
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
@@ -24,12 +24,12 @@ BACKENDS = {
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """x in fp32, or as it is if that is wider (float64)."""
+    """x in fp32, or unchanged if its dtype is wider (float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and its weights, (B, nh, T, S).
+    """Attention by plain products: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and weights (B, nh, T, S).
 
     q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
     """
@@ -52,17 +52,17 @@ def fused_attention(q, k, v, mask: torch.Tensor | BlockMask | None, dropout: flo
     grouped = k.size(1) != q.size(1)
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        q, k, v = (t.contiguous() for t in (q, k, v))  # generated code has misread views of one buffer
+        q, k, v = (t.contiguous() for t in (q, k, v))  # compiled code has misread views of one buffer
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     causal = mask is None
-    if q.size(2) == 1:  # the newest token sees all; a branch, because a compiled `T > 1` is not a bool
+    if q.size(2) == 1:  # one query sees all keys; an `if`, because a compiled `T > 1` is not a bool
         causal = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
 
 
-@functools.cache  # when first needed: torch.compile imports the whole compiler
+@functools.cache  # a function, because torch.compile imports the whole compiler
 def compiled_flex_attention():
     """flex_attention as a kernel; uncompiled it is O(T^2)."""
     return torch.compile(flex_attention)
@@ -74,17 +74,17 @@ def window_block_mask(T: int, window: int, device: torch.device, block: int = 12
     def visible(b, h, query, key):
         return (query >= key) & (query - key < window)
 
-    last = torch.arange(math.ceil(T / block), device=device)  # (T/block,): of one's own keys, the last to see
+    last = torch.arange(math.ceil(T / block), device=device)  # (T/block,): a query block's last key block
     first = (last * block - window + 1).clamp(min=0) // block
-    indices = (first[:, None] + last).clamp(max=len(last) - 1)  # those past the count are not looked at
+    indices = (first[:, None] + last).clamp(max=len(last) - 1)  # torch ignores those past the count
     count, indices = (last - first + 1).int()[None, None], indices.int()[None, None]
     return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(T, T))
 
 
 def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
-    """The mask with which flex_attention's kernels train windowed layers, or None where they cannot.
+    """The mask for training layers with a window by flex_attention, or None if its kernels cannot.
 
-    They need a GPU from Ampere on, heads of 16, 32, 64, ... channels, and no dropout.
+    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout.
     """
     size = config.n_embd // config.n_head
     new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -93,7 +93,7 @@ def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -109,7 +109,7 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
     direction, times = torch.randn(q.shape, device=device, dtype=dtype), []
     try:
         with sdpa_kernel(backend), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says why a backend cannot
+            warnings.simplefilter("ignore")  # torch warns why a backend cannot run
             for _ in range(5):
                 synchronize(device)
                 start = time.perf_counter()
@@ -138,15 +138,15 @@ def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtyp
 
 
 def choose_for_the_first_time(device: torch.device) -> None:
-    """Let torch set its own order of backends now. A process's first attention on CUDA overwrites any order,
-    and on Hopper and Blackwell puts cuDNN first (priority_order in sdp_utils.cpp)."""
+    """Let torch set its order of backends now. A process's first attention on CUDA overwrites any order, and
+    puts cuDNN first on Hopper and Blackwell (priority_order in sdp_utils.cpp)."""
     q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
     F.scaled_dot_product_attention(q, q, q)
 
 
 def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which attention on CUDA uses the backend `name`, and the others of BACKENDS in their order
-    where that one cannot (a mask, float64). On a CPU, and for "auto", nothing changes."""
+    """A context in which attention on CUDA uses the backend `name`. Where it cannot (a mask, float64), torch
+    tries the other BACKENDS in order. On a CPU, and for "auto", nothing changes."""
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
     choose_for_the_first_time(device)

@@ -1,11 +1,11 @@
-"""Stacked experts: feed-forward networks that each compute their own rows, with an engine for every device.
+"""Stacked experts: feed-forward networks in stacked weights, with an engine for every device.
 
     experts = Experts(config)                                # config: any object with GPTConfig's MoE fields
     routing = dispatch(index, weights, num_experts)          # index, weights (N, K)
     y = experts(x, routing)                                  # (N, C) -> (N, C)
 
-mixture_of_experts.py decides which experts compute a token; this file computes what they answer. `Routing` is
-all that passes between the two. In it, tokens may have different numbers of rows.
+mixture_of_experts.py decides which experts compute a token. This file computes the experts' outputs. The two
+files share only a `Routing`, in which tokens may have different numbers of rows.
 
 Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
 
@@ -28,11 +28,11 @@ from layers.sharding import local
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
-MOST_GROUPS = 1024  # torch's grouped product takes fewer
+MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 
 # Namespace of the operators. An exported folder has a copy of this file, and a process may import both. The
-# copy registers its operators under another name, because torch would replace this file's operators by those
-# of the same name, and whoever calls the replaced ones reads freed memory.
+# copy registers its operators under another name. Under the same name torch would free the first operators,
+# and calling them would read freed memory.
 NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
 # -----------------------------------------------------------------------------
@@ -42,7 +42,7 @@ NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32
 class Routing(NamedTuple):
     """Which experts compute which tokens: one row for each token and each of its experts, sorted by expert.
 
-    A slot is a row's place before sorting, when the rows go token by token.
+    A slot is a row's place before sorting, when the rows are in the order of the tokens.
     """
 
     token: Tensor  # (R,) int64, the token of each row
@@ -103,7 +103,7 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     token by token.
     """
     K = expert.shape[1] if token is None else None
-    expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # int16 sorts in a third of the time
+    expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # three times faster than int64
     experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
     ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
     token = order // K if token is None else token[order]  # (R,)
@@ -118,7 +118,7 @@ def take_rows(x: Tensor, routing: Routing) -> Tensor:
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
     """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights.
 
-    Only this function makes use of K rows for every token: it then sums an (N, K, D) view over K.
+    If every token has K rows, it sums an (N, K, D) view over K.
     """
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
@@ -146,7 +146,7 @@ def _spans(ends: Tensor) -> tuple[list[slice], int]:
 
 
 def _kept_rows(x: Tensor, token: Tensor) -> int:
-    """How many rows of activations `expert_mlp` hands to its backward: all, or none."""
+    """How many rows of activations `expert_mlp` saves for its backward: all, or none."""
     return token.shape[0] if x.device.type == "cpu" and x.shape[1] < KEEP_ACTIVATION_BELOW else 0
 
 
@@ -154,14 +154,14 @@ def _kept_rows(x: Tensor, token: Tensor) -> int:
 def expert_mlp(
     x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, parameters: list[Tensor], activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stages 3 and 4, one expert after the other: the output (N, C), and for the backward the hidden values
-    before the activation (R, H) or gated (R, 2H), and after it (R, H), or nothing as `_kept_rows` says.
+    """Stages 3 and 4, one expert after the other. Returns the output (N, C) and two tensors for the backward:
+    hidden values before the activation, (R, H) or gated (R, 2H), and after it, (R, H) or `_kept_rows` rows.
 
     x (N, C); weight, token and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
-    One operator, so that a compiler sees no shape that depends on data. Each expert's rows are gathered into
-    the same buffers, which stay in the cache, and nothing of size (R, C) is stored: writing to fresh memory
-    costs a CPU more than gathering.
+    It is one operator, so that torch.compile sees no shape that depends on data. It gathers every expert's
+    rows into the same buffers, which stay in the cache. It stores nothing of size (R, C), because on a CPU
+    writing to fresh memory costs more than gathering.
     """
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
@@ -262,19 +262,19 @@ expert_mlp.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 @torch.compiler.assume_constant_result
 def _has_grouped_kernel() -> bool:
-    """Whether grouped_mm has a kernel of its own on this GPU; elsewhere it loops, with a synchronisation."""
+    """Whether grouped_mm has one kernel on this GPU; on other GPUs it loops and synchronises."""
     return grouped_mm is not None and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 @torch.compiler.assume_constant_result
 def _idle_gradients_are_garbage() -> bool:
-    """Whether grouped_mm's backward leaves the gradient of an expert without rows uninitialised, as it does
-    on Blackwell (https://github.com/pytorch/pytorch/issues/172439)."""
+    """Whether grouped_mm's backward leaves the gradient of an expert without rows uninitialised. It does
+    so on Blackwell GPUs (https://github.com/pytorch/pytorch/issues/172439)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
 
 
 class ZeroIdleGradients(torch.autograd.Function):
-    """Stacked weights (E, ...) as they are. Their gradient becomes zero for each expert without rows."""
+    """Returns stacked weights (E, ...) unchanged. Sets the gradient of each expert without rows to zero."""
 
     @staticmethod
     def forward(ctx, weights, counts):
@@ -296,9 +296,9 @@ class Experts(nn.Module):
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
-    All other cases on CUDA (fp32, fp16, another capability, odd sizes, more experts) use the loop, which then
-    waits for the device once per layer in the forward pass and once in the backward pass. Weights are cast as
-    autocast would: expert by expert, except in "grouped_mm", which needs all of them.
+    All other cases on CUDA (fp32, fp16, another capability, other sizes, more experts) use the loop. It waits
+    for the device once per layer in the forward pass and once in the backward pass. Weights are cast as under
+    autocast: expert by expert, except in "grouped_mm", which needs all experts.
     """
 
     def __init__(self, config):
@@ -334,7 +334,7 @@ class Experts(nn.Module):
         return expert_mlp(x, routing.weight, routing.token, routing.ends, parameters, self.activation)[0]
 
     def _choose_engine(self, x: Tensor, rows: int) -> str:
-        if x.device.type != "cuda" or rows == 0:  # with expert parallelism a rank may receive no row
+        if x.device.type != "cuda" or rows == 0:  # with expert parallelism a rank may get no row
             return "loop"
         groups = local(self.c_fc).shape[0]
         if rows <= groups and not torch.is_grad_enabled():
@@ -353,7 +353,7 @@ class Experts(nn.Module):
             experts = torch.arange(ends.shape[0], device=x.device)
             one_hot = (routing.expert()[:, None] == experts).to(x.dtype)  # (R, E)
             h = torch.addmm(h, one_hot, local(self.c_fc_bias).to(x.dtype))
-        # With weights applied before the projection, autograd keeps (R, H); applied after it, (R, C).
+        # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
         h = (act.forward(h) * w).to(x.dtype)
         y = combine(grouped_mm(h, c_proj.mT, offs=ends), routing, x.shape[0])  # (N, C)
         if self.c_proj_bias is not None:

@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear layer's outputs without ever holding all of them: a language model's loss head.
+"""Cross-entropy of a linear layer's outputs, a few rows at a time: a language model's loss head.
 
     loss = linear_cross_entropy(x, lm_head.weight, targets)      # = F.cross_entropy(x @ weight.t(), targets)
 
 Plain autograd keeps several tensors of the logits' size, (N, V). Here a buffer holds the logits of a few rows
-at a time, and the forward computes the gradients of x and of the weight from them. No product is computed
-twice; the backward only multiplies by the gradient of the loss.
+at a time. The forward computes the gradients of x and of the weight from these logits. No product is computed
+twice: the backward only multiplies by the gradient of the loss.
 
 Letters: N tokens, C n_embd, V vocabulary, n rows in the buffer.
 References: Liger Kernel, arXiv 2410.10989, section 3.2. torch 2.13's linear_cross_entropy is a little slower
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from layers.experts import NAMESPACE
 
-# Bytes of the buffer that chunk=-1 aims at, in fp32. On CPUs measured (bench head); on GPUs an estimate.
+# Bytes of the fp32 buffer for chunk=-1. The CPU's number is measured (bench head), the GPU's estimated.
 BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 def rows_per_chunk(N: int, V: int, chunk: int, device_type: str) -> int:
-    """Rows of logits at a time: chunk, or for -1 what BUFFER_BYTES holds, evened out over the chunks."""
+    """Rows of logits at a time: chunk, or for -1 as many as fit in BUFFER_BYTES, in equal chunks."""
     step = 1
     if chunk < 1:
         chunk = max(1, BUFFER_BYTES.get(device_type, BUFFER_BYTES["cpu"]) // (4 * V))
@@ -84,7 +84,7 @@ def chunked(
         else:
             grad_weight += torch.mm(low.t(), inputs[rows] * counted[rows, None])
     if dtype != wide:
-        grad_weight.mul_(scale.nan_to_num(posinf=0.0))  # without any target it is infinite
+        grad_weight.mul_(scale.nan_to_num(posinf=0.0))  # scale is infinite if there is no target
     return loss * scale, grad_x, grad_weight
 
 
@@ -103,9 +103,9 @@ def _save_for_backward(ctx, inputs, output):
 
 def _run_backward(ctx, grad, *_):
     grads = ctx.saved_tensors
-    if torch.compiler.is_compiling() or type(grad) is not Tensor:  # a graph is being made
+    if torch.compiler.is_compiling() or type(grad) is not Tensor:  # torch is making a graph
         grads = [grad_input * grad for grad_input in grads]
-    elif grad.device.type != "cpu" or grad != 1:  # in place: a second time would be autograd's error
+    elif grad.device.type != "cpu" or grad != 1:  # in place: autograd refuses a second backward
         grads = [grad_input.mul_(grad) for grad_input in grads]
     grads = [grad_input.to(dtype) for grad_input, dtype in zip(grads, ctx.dtypes, strict=True)]
     return *grads, *[None] * 7

@@ -3,8 +3,8 @@
     mlp = MLP(config)                        # config: a GPTConfig, or any object with its fields
     y = mlp(x)                               # (..., C) -> (..., C)
 
-`ACTIVATIONS` is the only place that knows an activation. The experts, Muon, the memory estimate and GPTConfig
-read its rows, so a new activation is one new row.
+Only the table `ACTIVATIONS` defines activations. Experts, Muon, the memory estimate and GPTConfig read it, so
+a new activation needs one new row.
 
 References: GELU, arXiv 1606.08415; squared ReLU (Primer), 2109.08668; SwiGLU, 2002.05202.
 """
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """The non-linearity between the projections c_fc and c_proj; H is the hidden size, which c_proj reads.
+    """The non-linearity between the projections c_fc and c_proj. c_proj reads H hidden values.
 
     parts is 1, or 2 for a gated activation: c_fc then holds two matrices of H rows, first gate, then up.
     """
@@ -50,7 +50,7 @@ def gated(act: Callable, act_backward: Callable) -> Activation:
 
 
 def relu_squared(h: Tensor) -> Tensor:
-    """max(h, 0)^2, as a product: square() is a power, which autocast on CUDA computes in fp32."""
+    """max(h, 0)^2, as a product. square() is a power, and autocast on CUDA computes powers in fp32."""
     h = F.relu(h)
     return h * h
 

@@ -1,4 +1,4 @@
-"""What each parameter is for, decided once, from its name: how optimizers treat it and preflight counts it.
+"""The role of each parameter, from its name: optimizers and the memory estimate (preflight) use it.
 
 role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay.
 """
@@ -17,7 +17,7 @@ class Role(NamedTuple):
     part: str  # the part of the model under which preflight counts the parameter
     lr_group: str  # "router", "experts" or "rest": the learning-rate multiple that applies
     decays: bool  # whether weight decay applies; it never does to biases
-    is_matrix: bool  # whether Muon may update it, rather than AdamW; it never updates biases
+    is_matrix: bool  # whether Muon may update it instead of AdamW; Muon never updates biases
 
 
 ROLES = (
@@ -46,8 +46,8 @@ def parameter_groups(
     """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order.
 
     A schedule multiplies its rate by a group's "lr_mult". details(name, parameter, role) -> (end of the
-    group's name, further settings) divides further.
-    A saved optimizer state counts parameters in this order: another order could not read old checkpoints.
+    group's name, further settings) splits the groups further.
+    A saved optimizer state numbers parameters in this order, so another order could not read old checkpoints.
     """
     lr_mults = {"router": router_lr_mult, "experts": expert_lr_mult, "rest": 1.0}
     groups: dict[tuple, dict] = {}

@@ -1,4 +1,4 @@
-"""What this rank has of a tensor that several ranks share (DTensor), or everything of a plain tensor."""
+"""This rank's part of a tensor that several ranks share (DTensor). A plain tensor is one whole part."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a shared tensor, differentiable; a plain tensor as it is."""
+    """This rank's part of a shared tensor, differentiable; a plain tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -22,6 +22,6 @@ def local_ranges(tensor: Tensor) -> tuple[range, ...]:
 
 
 def dimension_to_shard(shape: Sequence[int], ranks: int) -> int:
-    """The dimension in which FSDP cuts stacked experts (E, ...): the first that `ranks` divides, or else 0,
-    the only one that FSDP pads."""
+    """The dimension in which FSDP cuts stacked experts (E, ...): the first that `ranks` divides, or else 0.
+    FSDP pads only dimension 0."""
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)

@@ -1,4 +1,4 @@
-"""llm.c's binary files, both ways: models, debug states, tokenizers. (fineweb.py writes the data shards.)
+"""Read and write llm.c's binary files: models, debug states, tokenizers. (fineweb.py writes data shards.)
 
     python -m llmc export --checkpoint log/model_19073.pt --out llmc_files           # for llm.c's trainers
     python -m llmc state --checkpoint log/model_19073.pt --data shard.bin --B 4 --T 64 --out llmc_files
@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
         return {name: tuple(letters[s] for s in shape.split()) for name, (_, shape) in TENSORS.items()}
 
     def num_stored(self) -> int:
-        """How many numbers the tensors have, padding included."""
+        """How many numbers the tensors have, including padding."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
 
@@ -92,7 +92,7 @@ def sizes_of(config: GPTConfig) -> Sizes:
     """
     only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
     only["mlp_hidden_size"] = (4 * config.n_embd, None)
-    if config.mlp_hidden_size is None:  # then this field is the size of dense layers too
+    if config.mlp_hidden_size is None:  # then dense layers, too, have expert_hidden_size
         only["expert_hidden_size"] = (4 * config.n_embd, None)
     remedy = ", only {!r}; keep this model as a Hugging Face folder (python checkpoint.py export)"
     refuse("llm.c's GPT-2 cannot express", config, only, remedy)
@@ -103,20 +103,20 @@ def sizes_of(config: GPTConfig) -> Sizes:
 
 
 def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
-    """The encoding that a model's tokenizer is written from; ValueError if it is unknown or cannot be had."""
+    """The encoding from which a model's tokenizer is written; ValueError if it is unknown or missing."""
     try:
         return get_encoding(config.encoding)
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        # get_encoding's own message names a flag of fineweb.py.
+        # The message of get_encoding names a flag of fineweb.py.
         problem = f"tiktoken cannot fetch the files of encoding={config.encoding!r} ({error.__cause__})"
         remedy = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
         raise ValueError(f"no tokenizer can be written: {problem}; {remedy}") from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
-    """The GPT-2 of these sizes around the tensors of `state`, in evaluation mode. Draws no random numbers."""
+    """A GPT-2 of these sizes with the tensors of `state`, in evaluation mode. Draws no random numbers."""
     eot = sizes.V - 1 if sizes.V in (257, 50257) else None  # the last token of both encodings
     config = GPTConfig(
         use_moe=False, block_size=sizes.P, vocab_size=sizes.V, n_layer=sizes.L, n_head=sizes.nh,
@@ -134,7 +134,7 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
 
 
 def our_names(name: str, layers: int) -> list[str]:
-    """Our parameters that make up one of llm.c's tensors: one for each layer, or a single one."""
+    """The names of our parameters that form one of llm.c's tensors: one per layer, or a single one."""
     ours = f"transformer.{TENSORS[name][0]}"
     return [ours.format(i=i) for i in range(layers)] if "{i}" in ours else [ours]
 
@@ -228,12 +228,12 @@ def read_model(path: Path) -> GPTLMHeadModel:
             names = our_names(name, sizes.L)
             parts = tensor if "L" in TENSORS[name][1].split() else [tensor]
             for ours, part in zip(names, parts, strict=True):
-                state[ours] = part.to(torch.float32, copy=True)  # its own memory, not a view
+                state[ours] = part.to(torch.float32, copy=True)  # a copy, not a view
     return dense_model(sizes, state)
 
 
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
-    """Write inputs x (B, T), targets y (B, T) and what follows from them: logits, mean loss, gradients.
+    """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give.
 
     All is computed in fp32 on the model's device, without dropout. The model's mode and .grad and the random
     state do not change. ValueError as sizes_of, and for ids or a T that the model does not have.
@@ -251,7 +251,7 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: sizes.V]
     reference = dense_model(sizes, state)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # no TF32 in what others compare with
+    torch.set_float32_matmul_precision("highest")  # no TF32: others compare with these numbers
     try:
         with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             logits, loss = reference(x.to(model.device).long(), targets=y.to(model.device).long())
@@ -296,8 +296,8 @@ def write_all(
 ) -> list[Path]:  # fmt: skip
     """What llm.c's train_gpt2.py writes before its first step, or some `parts` (keys of FILES) of it.
 
-    names: a model's, "d12" or "gpt2-medium", for gpt2_d12.bin or gpt2_355M.bin; c_names adds copies under
-    124M's. x and y, (B, T), are the state's. Returns the paths; ValueError before anything is written.
+    names: a model's name, such as "d12" (gpt2_d12.bin) or "gpt2-medium" (gpt2_355M.bin); c_names adds copies
+    with 124M's names. x, y (B, T): for the debug state. Returns paths; ValueError before anything is written.
     """
     sizes_of(model.config)
     encoding = encoding_of(model.config) if "tokenizer" in parts else None
@@ -320,7 +320,7 @@ def write_all(
 
 
 def run(options: argparse.Namespace) -> list[Path]:
-    """Do what the command line asks for; the paths written."""
+    """Run the command; returns the paths that it wrote."""
     if options.command == "import":
         model = read_model(options.model)
         if options.out.exists():
@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--checkpoint", required=True, help="log/model_XXXXX.pt, or a model's folder")
         command.add_argument("--out", type=Path, required=True, help="folder to write into")
         command.add_argument("--c_names", type=int, choices=(0, 1), default=0, help="1 = also gpt2_124M...")
-    reading = commands.add_parser("import", help="make a Hugging Face folder of a model of llm.c's")
+    reading = commands.add_parser("import", help="convert a model file of llm.c to a Hugging Face folder")
     reading.add_argument("--model", type=Path, required=True, help="a model file of llm.c, fp32 or bf16")
     reading.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist yet")
     try:

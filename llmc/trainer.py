@@ -1,12 +1,12 @@
-"""What llm.c's users know in train_gpt_moe.py: its defaults and model names, its files, a forward-only run.
+"""llm.c's defaults, model names, files and forward-only run, for train_gpt_moe.py.
 
-train_gpt_moe.py takes the flags of llm.c's train_gpt2.py, and with --preset llmc its defaults. Differences:
+train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py. --preset llmc sets its defaults. Differences:
     --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
         without torchrun) are refused;
     --grad_clip 0 means no clipping, not gradients of 0;
     --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
     --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
-    --dtype holds on a CPU, too; samples take one of 50 tokens, not 40; new weights have another seed.
+    --dtype also applies on a CPU; sampling chooses among 50 tokens, not 40; new weights have another seed.
 
 Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
 """
@@ -34,7 +34,7 @@ class Flags:
     c_names: bool = setting(False, "with write_tensors: also write them under the names its C programs open")
 
 
-# --model NAME: pretrained weights, or new weights of these sizes. Dense unless a flag says more.
+# --model NAME: pretrained weights, or new weights of these sizes. Both are dense unless a flag adds experts.
 MODELS = {name: dict(init_from=name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 MODELS |= {
     f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
@@ -54,19 +54,19 @@ def writes_files(config: Any) -> bool:
 
 
 def check_flags(config: Any) -> None:
-    """ValueError for a run that cannot write llm.c's files, as far as its flags tell."""
+    """ValueError if the flags already show that a run cannot write llm.c's files."""
     if not writes_files(config):
         return
     if config.use_moe and not config.init_from:
         raise ValueError("write_tensors=True: llm.c has no experts, but use_moe=True; give --use_moe False")
     if config.parallel == "fsdp":
-        raise ValueError("write_tensors=True writes a whole model, which parallel=fsdp has nowhere; use ddp")
+        raise ValueError("write_tensors=True needs a whole model, which parallel=fsdp does not keep; use ddp")
     if config.vocab_size == 0:  # only the files pad the vocabulary, so that losses agree with llm.c's
         config.vocab_size = -1
 
 
 def prepare(run: Any) -> None:
-    """Before the log is opened. ValueError for a model whose files llm.c could not read."""
+    """Check the run before the log opens. ValueError for a model whose files llm.c could not read."""
     run.trains = not run.config.inference_only
     if writes_files(run.config) and not run.resumed:
         try:
@@ -90,7 +90,7 @@ def write_files(run: Any) -> None:
 
 
 def forward_step(run: Any, step: int) -> dict:
-    """In place of train_gpt_moe.train_step: the forward passes of a step, without gradients and update."""
+    """Replaces train_gpt_moe.train_step: the forward passes of a step, without gradients and update."""
     layout, device, start = run.layout, run.layout.world.device, time.perf_counter()
     run.model.train()
     torch.manual_seed(faults.dropout_seed(run.config.seed, step, layout.world.rank))

@@ -773,7 +773,7 @@ def test_a_folder_with_shards_of_another_kind_is_refused(tmp_path):
     (tmp_path / "in.txt").write_text("some text " * 100)
     (tmp_path / "out").mkdir()
     write_shard(tmp_path / "out" / "train.bin", make_tokens(50))  # by nanoGPT's name
-    with pytest.raises(ValueError, match=r"out holds train\.bin, which is not of this data: give another"):
+    with pytest.raises(ValueError, match=r"out holds train\.bin, which belongs to other data: give another"):
         run(tmp_path / "in.txt", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["train.bin"]
 
@@ -801,7 +801,7 @@ def test_text_columns_that_are_dictionaries_and_archives_without_a_byte(tmp_path
     found = [text for _, text, _ in sources.read_parquet(str(tmp_path / "a.parquet"), 0, "text")]
     assert found == ["first", "", "sécond", "first"]
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"b\.jsonl\.gz is empty, which no compressed file is"):
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz is empty, so it is no compressed file"):
         list(sources.read_jsonl(str(tmp_path / "b.jsonl.gz"), 0, "text"))
 
 
@@ -936,7 +936,7 @@ def test_shards_of_unknown_origin_are_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     make_shards(tmp_path / "out", [50])
     before = content(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"train_000000\.bin holds other tokens, and no meta\.json says why"):
+    with pytest.raises(ValueError, match=r"train_000000\.bin holds other tokens, and there is no meta\.json"):
         run(tmp_path / "a.jsonl", tmp_path / "out", val_tokens=0)
     assert content(tmp_path / "out") == before
 
@@ -1092,7 +1092,7 @@ def test_full_disk_is_reported_and_gone_on_from(tmp_path):
     make = command(tmp_path / "a.jsonl", tmp_path / "out", shard_size=3000)
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (4000, 4000))
     done = subprocess.run(make, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 1 and "the same command goes on" in done.stderr
+    assert done.returncode == 1 and "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(content(tmp_path / "out")) == ["meta.json", "val_000000.bin"]
     subprocess.run(make, stdout=subprocess.DEVNULL, check=True)

@@ -1,4 +1,4 @@
-"""The demo corpus: prose that every Python carries, about 1.8 MB, to try training without network."""
+"""The demo corpus: documentation that comes with Python, about 1.8 MB, to train without network."""
 
 import ast
 import hashlib
@@ -19,9 +19,9 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as two shards unless they are there (by any Python version); return meta.json.
+    """Write the demo corpus as two shards, unless any Python version has written them; return meta.json.
 
-    Validation gets a twentieth of the text, chosen by hashes. Raises ValueError if the folder has other data.
+    Hashes choose a twentieth of the text for validation. Raises ValueError if the folder has other data.
     """
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
@@ -45,7 +45,7 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
 def demo_documents() -> Iterator[str]:
     """The language's help topics and the docstrings of each module of the standard library.
 
-    Repeated paragraphs are left out: no validation document has a twin in training. Raises FileNotFoundError.
+    Repeated paragraphs are left out, so that training has no copy of validation. Raises FileNotFoundError.
     """
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()
@@ -69,7 +69,7 @@ def demo_documents() -> Iterator[str]:
 
 
 def _without_repeats(text: str, seen: set[tuple[str, ...]]) -> str:
-    """The paragraphs of which at least half of the runs of eight words are not in `seen`, which grows."""
+    """The paragraphs with at least half of their runs of eight words not in `seen`. Adds the runs to it."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = re.findall(r"\w+", paragraph.lower())

@@ -1,8 +1,8 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
 An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files) or a name
-that tiktoken knows, such as "gpt2". tiktoken is imported by name inside a function: a copy of this file lies
-in exported model folders, and transformers refuses code that imports a package that is not installed.
+that tiktoken knows, such as "gpt2". A function imports tiktoken by name, because exported model folders have
+a copy of this file, and transformers refuses code with an import of a package that is not installed.
 """
 
 import difflib
@@ -21,7 +21,7 @@ def load_encoding(name: str) -> Any:
     """The tiktoken.Encoding of that name. Raises ValueError if it is unknown, OSError without its files."""
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":
-        lines, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}  # any pieces give the same ids
+        lines, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}  # every split gives these ids
         return tiktoken.Encoding("bytes", pat_str=lines, mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
@@ -34,7 +34,7 @@ def load_encoding(name: str) -> Any:
 
 @functools.cache
 def get_encoding(name: str) -> Any:
-    """load_encoding for shards: ValueError also if its files cannot be fetched or its ids exceed uint16."""
+    """load_encoding for shards: ValueError, too, if its files cannot be fetched or its ids exceed uint16."""
     try:
         encoding = load_encoding(name)
     except OSError as error:
@@ -48,7 +48,7 @@ def get_encoding(name: str) -> Any:
 
 
 def encode(encoding: Any, text: str) -> np.ndarray:
-    """Token ids of `text` by an encoding of get_encoding, uint16. Special tokens in it are ordinary text."""
+    """Token ids of `text`, uint16. encoding: from get_encoding. Special tokens in the text are plain text."""
     parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
     ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
     return np.concatenate(ids).astype(np.uint16)
@@ -65,7 +65,7 @@ def encode_pieces(pieces: list[tuple[bool, str]], name: str) -> np.ndarray:
 
 
 def encode_text(text: str, name: str) -> list[int]:
-    """Token ids of `text`; special tokens in it are ordinary text. Raises as load_encoding does."""
+    """Token ids of `text`; special tokens in `text` are ordinary text. Raises as load_encoding does."""
     return list(text.encode("utf-8")) if name == "bytes" else load_encoding(name).encode_ordinary(text)
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Write files atomically: after a crash a file is complete or does not exist."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 
 class DataError(ValueError):
-    """Training data that is damaged or gone, found in the middle of a run."""
+    """Training data is damaged or missing in the middle of a run."""
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
@@ -27,7 +27,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable: POSIX needs an fsync of the folder. Other systems need nothing."""
+    """Make a rename in the folder durable. POSIX needs an fsync of the folder; other systems do not."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""HellaSwag's questions (https://github.com/rowanz/hellaswag): downloads them once, and checks each."""
+"""HellaSwag's questions (https://github.com/rowanz/hellaswag): download them once, and check each one."""
 
 import hashlib
 import http.client
@@ -18,11 +18,11 @@ HELLASWAG_FILES = {
 
 
 class HellaSwagUnavailable(FileNotFoundError):
-    """The questions are not here and cannot be fetched; the message is one line."""
+    """The questions are missing and cannot be downloaded; the message is one line."""
 
 
 def download(split: str = "val") -> Path:
-    """Path of a split's file, downloaded if it is not there. Raises HellaSwagUnavailable, ValueError."""
+    """Path of a split's file, downloaded if it does not exist. Raises HellaSwagUnavailable, ValueError."""
     if split not in HELLASWAG_FILES:
         raise ValueError(f"split={split!r}: choose train or val (the test file has no labels)")
     path = DATA_DIR / f"hellaswag_{split}.jsonl"

@@ -1,8 +1,8 @@
-"""Tokens into shards: what a killed process has written is kept, and writing goes on after it.
+"""Write tokens into shards. After a kill, the complete shards stay, and writing continues after them.
 
 writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
 position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
-writer.add(tokens, position, skip)  # of the text from `position` on; the first `skip` are in shards already
+writer.add(tokens, position, skip)  # read from `position` on; shards already have the first `skip`
 meta = writer.finish(position, "book.txt")
 """
 
@@ -36,7 +36,7 @@ def is_complete(folder: str, meta: dict) -> bool:
 
 
 def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
-    """What every meta.json says; `shards` is the number of tokens by file name."""
+    """The entries of every meta.json; `shards` maps a file name to its number of tokens."""
     counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
     vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
     return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
@@ -46,9 +46,9 @@ class ShardWriter:
     """Cuts a stream of tokens into shards, and notes in meta.json where in the source each of them begins.
 
     Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
-    shard is known after any kill. Without meta.json everything is read again, and must equal what is there. A
-    shard is written only when more tokens follow: a source that is too small leaves nothing behind.
-    settings: whatever decides which tokens come out, at least "source" and "encoding"; meta.json keeps them.
+    shard is known after any kill. Without meta.json the source is read again, and must give the same shards.
+    A shard is written only when more tokens follow, so that a source that is too small writes no file.
+    settings: all that decides the tokens, at least "source" and "encoding"; meta.json keeps them.
     Raises ValueError if the folder holds other data.
     """
 
@@ -69,11 +69,11 @@ class ShardWriter:
         for name in os.listdir(folder):
             ours = re.fullmatch(r"(train|val)_(p\d{4}_)?\d{6}\.bin", name)
             if name.endswith((".bin", ".npy")) and not ours:
-                raise ValueError(f"{folder} holds {name}, which is not of this data: give another --out")
+                raise ValueError(f"{folder} holds {name}, which belongs to other data: give another --out")
         self.old = metas.get(self.meta_path, {})
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
             for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
-                os.unlink(temporary)  # a killed process has left it
+                os.unlink(temporary)  # a killed process left it
         self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
 
     def path(self, n: int) -> str:
@@ -126,7 +126,7 @@ class ShardWriter:
     def _flush(self, following: list | None) -> None:
         path, tokens = self.path(self.n), self.buffer[: self.filled]
         if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
-            raise ValueError(f"{path} holds other tokens, and no meta.json says why: give another --out")
+            raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         write_shard(path, tokens)

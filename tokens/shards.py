@@ -29,7 +29,7 @@ import numpy as np
 from tokens.files import write_atomically
 
 if TYPE_CHECKING:
-    import torch  # the methods import it: the tokenising processes start far sooner without it
+    import torch  # methods import torch when they need it, so that tokenising processes start fast
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # as in llm.c, dev/data/data_common.py
 OPEN_SHARDS = 256  # memory maps that a loader keeps; each takes a file descriptor, often limited to 1,024
@@ -94,15 +94,15 @@ def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]
 
 
 def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
-    """Raise ValueError if a file without a header is something other than bare tokens."""
+    """Raise ValueError if a file without a header holds anything except tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
     if magic == MAGIC:
         why = f"it is truncated within its header, at {len(head)} bytes"
-    # llm.c's magic numbers are dates; read as uint16, these are no tokens of GPT-2. Its headers end in zeros.
+    # llm.c's magic numbers are dates. Read as uint16 they are not GPT-2 tokens. Its headers end in zeros.
     elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
         why = f"it has magic number {magic} instead of {MAGIC}"
-    # Text has no control characters. The bytes of tokens soon have one.
+    # Text has no control characters. The bytes of tokens usually have some.
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
             if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
@@ -147,15 +147,15 @@ def load_metas(folder: str) -> dict[str, dict]:
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given.
 
-    The token counts of several machines are added. Without meta.json the tokens are taken to be GPT-2's, with
-    a warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
+    Token counts of several machines are added. Without meta.json it assumes GPT-2's tokens, and prints a
+    warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
     """
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `python fineweb.py --out {folder}`")
     metas = load_metas(folder)
     if not metas:
-        warnings.warn(f"no meta.json in {folder}: taking its tokens for GPT-2's", stacklevel=2)
+        warnings.warn(f"no meta.json in {folder}: assuming GPT-2's tokens", stacklevel=2)
         return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
     (first, meta), *others = metas.items()
     for path, other in others:
@@ -165,15 +165,15 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
         counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
         meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
     if not meta["complete"]:
-        warnings.warn(f"{folder} is unfinished; start the fineweb.py that was making it again", stacklevel=2)
+        warnings.warn(f"{folder} is unfinished; run the same fineweb.py command again", stacklevel=2)
     return meta
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Images of `index`, (k,), under the permutation of range(n) that `keys`, (rounds,) uint64, select.
+    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select.
 
-    It is a Feistel network on just enough bits for n, applied again until the result is below n (Black and
+    It is a Feistel network with just enough bits for n, repeated until the result is below n (Black and
     Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser.
     """
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
@@ -192,7 +192,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 class DistributedDataLoader:
-    """Endless batches of a data set: the same stream for any number of ranks, any B and any accumulation.
+    """Endless batches of a data set. Any number of ranks, any B and any accumulation read the same stream.
 
     A sample is a window of T tokens and the token after it. Windows do not overlap and stay in their shard.
     All ranks call next_batch() equally often. Each call consumes the next B * world_size samples, of which
@@ -200,8 +200,8 @@ class DistributedDataLoader:
 
     pattern     glob pattern, folder (its train shards) or list of files
     shuffle     True: each epoch has every sample once, in an order that T, seed, epoch and shards decide.
-                False: llm.c's order, batch after batch through each shard; a rest too short for a batch of
-                all ranks is skipped (by all of them together, unlike in llm.c).
+                False: llm.c's order, batch after batch through each shard. All ranks together skip a rest
+                that is too short for a batch of all ranks (in llm.c each rank skips alone).
     vocab_size  every token read must be below it
     prefetch    number of batches that a background thread keeps ready, in the GPU's memory if device is CUDA
 
@@ -254,7 +254,7 @@ class DistributedDataLoader:
         self.position = 0  # samples handed out so far, to all ranks together
 
     def locate(self, global_sample: int) -> tuple[str, int]:
-        """(file, offset of its first token) of a sample, to look up the text of a strange batch."""
+        """(file, offset of its first token) of a sample, to look up the text of a bad batch."""
         (file,), (offset,) = self._locate(np.array([global_sample]))
         return self.files[file], int(offset)
 
@@ -270,7 +270,7 @@ class DistributedDataLoader:
         return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """This rank's inputs and targets at a position, (2, B, T) int64; the end of their copy to CUDA."""
+        """This rank's inputs and targets at a position, (2, B, T) int64; the event after the CUDA copy."""
         import torch
 
         tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
@@ -286,7 +286,7 @@ class DistributedDataLoader:
         if self._upload is None:
             return batch, None
         torch.cuda.set_device(self.device)  # for this thread; otherwise pinning would initialise GPU 0
-        with torch.cuda.stream(self._upload):  # training runs on in its own stream meanwhile
+        with torch.cuda.stream(self._upload):  # training continues in another stream
             batch = batch.pin_memory().to(self.device, non_blocking=True)
             return batch, self._upload.record_event()
 
@@ -305,8 +305,8 @@ class DistributedDataLoader:
         self.position += step
         if arrived is not None:
             training = torch.cuda.current_stream(self.device)
-            training.wait_event(arrived)  # the GPU waits, not this process
-            batch.record_stream(training)  # torch reuses the memory only when `training` is done with it
+            training.wait_event(arrived)  # only the GPU waits
+            batch.record_stream(training)  # torch must not reuse the memory before `training` has read it
         x, y = batch.to(self.device)
         return x, y
 
@@ -322,10 +322,10 @@ class DistributedDataLoader:
         return {"position": self.position, **self._stream}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, on any number of ranks. Raises ValueError for another stream."""
+        """Continue where `state` was saved, on any number of ranks. Raises ValueError for another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
                 saved = f"it was saved with {name}={reprlib.repr(state.get(name))}, but here {name}={value!r}"
-                give = f"({self.files[0]}, ...); give it the data and settings it had"
-                raise ValueError(f"the data loader cannot go on: {saved} {give}")
+                give = f"({self.files[0]}, ...); use the data and settings of the saved run"
+                raise ValueError(f"the data loader cannot continue: {saved} {give}")
         self.reset(state["position"])

@@ -1,11 +1,11 @@
-"""Readers of documents, for fineweb.py. Reading can stop anywhere and go on from there.
+"""Readers of documents, for fineweb.py. Reading can stop anywhere and continue from there.
 
-    position = dict(START_POSITION)  # how far reading has come; kept in meta.json
+    position = dict(START_POSITION)  # how much has been read; meta.json keeps it
     pieces = read_files(find_files("corpus/"), "text", position)
     for begins, text in select(pieces, config, position): ...
 
-A document comes in pieces; `begins` says whether a piece is its first. `position` stays at the last piece
-that select has yielded: reading on from a copy of it repeats nothing and leaves nothing out.
+A document comes in pieces; `begins` says whether a piece is its first. `position` is the end of the last
+piece that select has yielded: a reader that starts from a copy of it repeats and skips nothing.
 """
 
 import io
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-TASK_CHARS = 1 << 19  # characters handed to a tokenising process at a time: some 30 ms of work
+TASK_CHARS = 1 << 19  # characters that a tokenising process gets at a time: about 30 ms of work
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LETTER_BEFORE_SPACE = re.compile(rb".*[A-Za-z](?=[ \n])", re.DOTALL)  # up to the last such place
-# Number of the file; bytes, lines or rows done of it; bytes read of all files; documents seen, those of this
-# part, the empty ones of these; invalid characters replaced.
+# Number of the file; bytes, lines or rows done in it; bytes read in all files; documents seen, documents of
+# this part, empty documents of this part; invalid characters replaced.
 START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
 Pieces = Iterator[tuple[bool, str, dict]]  # begins, text, what changes in the position
 
@@ -33,8 +33,8 @@ def decode(raw: bytes | bytearray) -> str:
 def read_txt(path: str, at: int, field: str = "") -> Pieces:
     """Pieces of a .txt file, which is one document, from byte `at` on. It need not fit into memory.
 
-    The pieces have the tokens of the whole: cuts are only made between an ASCII letter and a space or line
-    feed, where all of tiktoken's encodings begin a token without looking back.
+    The pieces give the tokens of the whole text. A cut is always between an ASCII letter and a space or line
+    feed, because all of tiktoken's encodings begin a new token there.
     """
     with open(path, "rb") as file:
         file.seek(at)
@@ -59,7 +59,7 @@ def read_jsonl(path: str, at: int, field: str) -> Pieces:
             import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
             if os.path.getsize(path) == 0:
-                raise ValueError(f"{path} is empty, which no compressed file is")
+                raise ValueError(f"{path} is empty, so it is no compressed file")
             kind = "gzip" if path.endswith(".gz") else "zstd"
             lines = io.BufferedReader(pyarrow.CompressedInputStream(file, kind), 1 << 20)
         for number, line in enumerate(lines, 1):
@@ -84,7 +84,7 @@ def read_parquet(path: str, at: int, field: str) -> Pieces:
         if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise ValueError(f"{path}: the field {field!r} is not text")
         size, batches = os.path.getsize(path), table.iter_batches(1000, columns=[field])
-        # A dictionary's values can only be cast to text. Bytes, because the text may be invalid UTF-8.
+        # pyarrow casts a dictionary's values only to text. Bytes, because the text may be invalid UTF-8.
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
         for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
             if row > at:
@@ -105,7 +105,7 @@ def text_of(record: object, field: str, where: str) -> str:
 
 
 def replace_invalid(text: str, position: dict) -> str:
-    """`text` with U+FFFD, counted, for invalid UTF-8 (read as surrogate escapes) and lone surrogates."""
+    """Replace invalid UTF-8 (read as surrogate escapes) and lone surrogates by U+FFFD, and count them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -117,14 +117,14 @@ def replace_invalid(text: str, position: dict) -> str:
 
 
 def find_files(path: str) -> list[str]:
-    """The file itself, or all files of text in and below a folder but hidden ones. ValueError if none."""
+    """The file itself, or all text files in and below a folder, except hidden files. ValueError if none."""
     found, seen = [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:  # links can lead to a folder again, and in circles
+        if os.path.realpath(folder) in seen:  # links can form a circle
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine visits the same ones
+        folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine needs the same order
         found += [os.path.join(folder, name) for name in names if name[0] != "."]
     files = sorted(file for file in found if file.endswith(SUFFIXES) and os.path.isfile(file))
     if not files:
@@ -141,7 +141,7 @@ def read_files(files: list[str], field: str, position: dict) -> Pieces:
         try:
             for begins, text, done in reader(path, start, field):
                 yield begins, text, {"file": number, "at": done["at"], "read": before + done["read"]}
-        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's do not name the file
+        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors do not name the file
             if path in str(error):
                 raise
             raise ValueError(f"{path} cannot be read: {error}") from error
@@ -155,7 +155,7 @@ def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     which = dict(split=config.split, revision=config.revision)
     data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
     total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
-    if config.num_parts > 1 and data.num_shards >= config.num_parts:  # each part downloads only its own files
+    if config.num_parts > 1 and data.num_shards >= config.num_parts:  # each part downloads only its files
         data = data.shard(config.num_parts, config.part)
         config = replace(config, num_parts=1, part=0)
     if "hub" in position:
@@ -165,8 +165,8 @@ def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
 
 
 def select(pieces: Pieces, config: Any, position: dict) -> Iterator[tuple[bool, str]]:
-    """(begins, text) of every num_parts-th document, up to limit_docs. Keeps `position` and its counts."""
-    ours = True  # a position inside a document is always inside one of this part
+    """(begins, text) of every num_parts-th document, up to limit_docs. Updates `position` and its counts."""
+    ours = True  # a saved position lies only inside documents of this part
     for begins, text, changes in pieces:
         if begins:
             if position["documents"] == config.limit_docs:

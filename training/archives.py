@@ -1,4 +1,4 @@
-"""The zip archives of torch.save that checkpoints consist of: read without trust in what they hold.
+"""Read torch.save's zip archives, which checkpoints consist of, without trust in their content.
 
 References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
 https://docs.pytorch.org/docs/stable/notes/serialization.html
@@ -24,7 +24,7 @@ CHECKPOINT_FORMAT = 1  # of files and folders alike
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of ours, is damaged, or was made by a newer version."""
+    """A file is not a checkpoint of this program, is damaged, or was made by a newer version."""
 
 
 class NewerFormatError(CheckpointError):
@@ -68,7 +68,7 @@ def check_regular(path: Path, size: int | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, if it exists. A folder is renamed first: no half of it has a checkpoint's name."""
+    """Delete a checkpoint, if it exists. A folder is renamed first: no incomplete one keeps its name."""
     if path.is_dir():
         renamed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(renamed, ignore_errors=True)
@@ -88,10 +88,10 @@ def size_and_checksum(path: Path) -> list[int]:
 
 
 def check_archive(file: BinaryIO) -> None:
-    """Compare all that torch.save wrote with its checksums. Any error may come: use it inside `reading`."""
+    """Compare all that torch.save wrote with its checksums. Raises any error: use it inside `reading`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - (1 << 17)))
-    file.read()  # raises the disk's own error; zipfile would replace it by "not a zip file"
+    file.read()  # raises the disk's error; zipfile would raise "not a zip file" instead
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             # torch leaves a tensor uninitialised if its entry is marked as a folder. torch.save compresses
@@ -111,7 +111,7 @@ def load_archive(file: BinaryIO) -> Any:
 
 
 def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in the archive at this place of a file. CheckpointError if it is damaged or another one."""
+    """The tensor in the archive at this place of a file. CheckpointError if it is damaged or unexpected."""
     with reading(file, f"no tensor can be read from byte {start} on"), open(file, "rb") as stream:
         if start + length > os.fstat(stream.fileno()).st_size:
             raise ValueError("the file is cut off")
@@ -140,8 +140,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def reading(file: Path, problem: str) -> Iterator[None]:
-    """Replace an error of the block by a CheckpointError, with `problem`, or by an OSError if the machine is
-    to blame (no memory, no permission, a disk that does not answer), because the file may be good then."""
+    """Replace an error of the block by a CheckpointError, with `problem`. If the machine is the cause (no
+    memory, no permission, a disk that does not answer), raise OSError, because the file may be good."""
     try:
         yield
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a background thread; decides what a run saves, and when it tries again."""
+"""Write checkpoints in a background thread; decide what a run saves, and when it tries a save again."""
 
 import contextlib
 import dataclasses
@@ -20,9 +20,9 @@ from training.archives import NotFiniteError
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
 
-    A save that fails (disk full, no memory, values not finite) says so at once; the training goes on. Old
-    checkpoints are deleted only after the new one has been read back and found good. Without `savers`, rank 0
-    saves alone. With `savers`, a group of their own, all ranks save a folder together (sharded.py).
+    If a save fails (disk full, no memory, a value not finite), the writer prints a warning at once, and
+    training continues. The writer deletes old checkpoints only after it has read back and verified the new
+    one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class CheckpointWriter:
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
         self.rank, self.saver = rank, sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
-        self.error: Exception | None = None  # of the last save that ended
+        self.error: Exception | None = None  # the error of the last finished save
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
-        self.seconds = 0.0  # that the last save took in the thread
+        self.seconds = 0.0  # time of the last save in the thread
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
-        """Copy, call before() and write in the thread. Returns the seconds that training stood still."""
+        """Copy; the thread calls before() and writes the copy. Returns how many seconds training waited."""
         begin = self.tried_at = time.perf_counter()
         self.wait()
         if self.saver is None and self.rank != 0:
@@ -70,7 +70,7 @@ class CheckpointWriter:
         return self.error
 
     def wants_retry(self) -> bool:
-        """Whether the last save has failed, may succeed now, and began more than retry_s seconds ago."""
+        """Whether the last save failed, may succeed now, and began more than retry_s seconds ago."""
         saves = self._thread is not None and self._thread.is_alive()
         return not saves and self._is_retryable() and time.perf_counter() - self.tried_at > self.retry_s
 
@@ -78,18 +78,18 @@ class CheckpointWriter:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
 
     def wants_last_retry(self, stop: bool) -> bool:
-        """After the last save of a run: whether to save once more, ten times at most. Waits for retry_s."""
+        """After the last save of a run: whether to try again, at most ten times. Waits for retry_s."""
         self.wait()
         if stop or self.tries_left == 0 or not self._is_retryable():
             return False
         self.tries_left -= 1
         left = max(self.retry_s - (time.perf_counter() - self.tried_at), 0)
-        self.say(f"without it the run is lost: make room in {self.folder}; next try in {left:.0f} s")
+        self.say(f"the run is lost without it: free space in {self.folder}; next try in {left:.0f} s")
         time.sleep(left)
         return True
 
     def _copy(self, value: Any, used: dict) -> Any:
-        """`value` with its tensors copied to the host, into the buffers of the last save where they fit.
+        """`value` with its tensors copied to the host, into buffers of the last save if they fit.
         Tensors that share memory (tied embeddings) share a copy, so the file holds them once."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
@@ -113,7 +113,7 @@ class CheckpointWriter:
             together(before)
             path = write()
             together(partial(self._accept, path))
-        except Exception as error:  # training goes on, whatever the error is
+        except Exception as error:  # training continues after any error
             return self._report_failure(step, error)
         self.path, self.error = path, None
         self.seconds = time.perf_counter() - begin
@@ -133,14 +133,14 @@ class CheckpointWriter:
             ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 
     def _report_failure(self, step: int, error: Exception) -> None:
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold the copy
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # frames hold the copy
         self.error = error
         try:
             newest = self.path or next(iter(ckpt.list_checkpoints(self.folder)), "none yet")
-        except OSError:  # the disk may be the reason for the failure
+        except OSError:  # the disk may have caused the failure
             newest = "unknown"
         text = f"CHECKPOINT NOT WRITTEN: {str(error) or repr(error)}"
-        self.say(f"step {step}: WARNING: {text}. Training goes on; newest: {newest}")
+        self.say(f"step {step}: WARNING: {text}. Training continues; newest: {newest}")
 
 
 class RunSaver:
@@ -155,8 +155,8 @@ class RunSaver:
         self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
 
     def remember(self, step: int, val_loss: float | None, val_loss_step: int | None) -> None:
-        """Note what a checkpoint of this step holds besides the weights and the optimizer state. val_loss is
-        that of the last evaluation, at val_loss_step: a step is saved before it is evaluated."""
+        """Store the parts of this step's checkpoint that are neither weights nor optimizer state. val_loss was
+        measured at val_loss_step: a step is saved before it is evaluated."""
         run = self.run
         run.updating = False
         self.state = {
@@ -168,7 +168,7 @@ class RunSaver:
             self.last_good_state = self.state
 
     def save(self, again: bool = False) -> None:
-        """Start writing the checkpoint of the remembered step, unless it is saved. again: in any case."""
+        """Start to write the remembered step's checkpoint, unless it is saved. again: write it anyway."""
         run, step = self.run, self.state["step"]
         if not run.trains or (step <= self.saved_step and not again):
             return
@@ -187,7 +187,7 @@ class RunSaver:
         }  # fmt: skip
 
     def is_urgent(self) -> bool:
-        """Whether any rank has been told to stop, or to save a step that is not saved yet."""
+        """Whether any rank has been told to stop, or to save while the newest step is not saved."""
         signals, unsaved = self.run.signals, self.run.trains and self.state["step"] > self.saved_step
         return self.run.layout.any(signals.stop_requested or (signals.save_requested and unsaved))
 
@@ -202,7 +202,7 @@ class RunSaver:
             self.save(again=True)
 
     def save_before_bad_steps(self) -> None:
-        """Save as of the last good step, so that a resumed run tries all of the skipped steps again."""
+        """Save the state of the last good step, so that a resumed run tries all skipped steps again."""
         self.state = self.last_good_state
         self.save()
 
@@ -220,8 +220,8 @@ class RunSaver:
 
     @contextlib.contextmanager
     def saving_on_errors(self) -> Iterator[None]:
-        """If an error ends the block, rank 0 saves what has been trained, alone, if it has everything and
-        weights and optimizer state belong to the same step. In any case finish what is being written."""
+        """If an error ends the block, rank 0 saves the last finished step, if it holds the whole model and
+        weights and optimizer state belong to that step. The block always ends the save in progress."""
         run = self.run
         try:
             yield
@@ -230,7 +230,7 @@ class RunSaver:
             savable = run.trains and not run.updating and not run.layout.saves_together
             if run.layout.world.is_master and savable and step > self.saved_step:
                 faults.discard_routing(run.model)
-                self.say(f"step {step}: an error; saving what has been trained before it")
+                self.say(f"step {step}: an error; saving the steps before it")
                 self.writer.save(self._checkpoint(), run.log.sync)
             raise
         finally:

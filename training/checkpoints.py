@@ -1,8 +1,8 @@
-"""Training checkpoints: save, verify, find, load; begin or resume a run from them.
+"""Training checkpoints: save, verify, find and load them; start or resume a run from them.
 
 A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model (--parallel fsdp, --ep_size,
-sharded.py), a folder log/model_XXXXX with the same content, which docs/formats.md lists. Every function here
-takes either. All checksums are compared before anything is loaded, because torch.load ignores them.
+sharded.py), a folder log/model_XXXXX with the same content. docs/formats.md lists the content. Functions here
+accept both. They compare all checksums before they load anything, because torch.load ignores checksums.
 """
 
 import contextlib
@@ -67,12 +67,12 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
 
 def verify_checkpoint(path: str | Path) -> None:
     """Read all of a checkpoint and compare it with its checksums. CheckpointError: it is damaged.
-    FileNotFoundError. Another OSError: as in `reading`, it may be good."""
+    FileNotFoundError. After any other OSError (see `reading`) the checkpoint may be good."""
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; `ls {path.parent}/model_*` shows all there are")
+        raise FileNotFoundError(f"{path}: no such checkpoint; `ls {path.parent}/model_*` lists all there are")
     with reading(path, "not a checkpoint, or damaged, or cut off"):
         archives.check_regular(path)
         with open(path, "rb") as file:
@@ -111,7 +111,7 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
         verify_checkpoint(path)
     if path.is_dir():
         return sharded.load(path) if whole else sharded.read_rest(path)
-    # torch.load with the name of a file would hide the system's errors.
+    # Given a file's name instead of an open file, torch.load would hide the system's errors.
     with reading(path, "it is no checkpoint of ours"), open(path, "rb") as file:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         archives.check_format(path, checkpoint)
@@ -164,14 +164,14 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 # What an optimizer keeps of each parameter, by the method of the parameter's group.
 MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
-# A resumed run keeps all settings that no flag sets, except these: where things are, what it runs on.
+# A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
 SETTINGS_NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", *LAYOUT_SETTINGS}
 # Fields of the architecture that may change, because no learned weight depends on them.
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
 }  # fmt: skip
-# A run cannot change these: the order of samples, the optimizer's state, the architecture.
+# A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
 FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 
@@ -193,12 +193,12 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
 
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
-    """Give a resumed run's config the settings of its checkpoint, except `given`, those that flags have set.
+    """Copy the checkpoint's settings into a resumed run's config, except `given`, which flags have set.
     CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
         lacks = f"{path}: no {', '.join(sorted(missing))} in it"
-        raise CheckpointError(f"{lacks}: weights for a new run (--init_from), not a run to --resume")
+        raise CheckpointError(f"{lacks}: it cannot be resumed; start a new run with --init_from")
     saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
@@ -220,14 +220,14 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         elif now != saved[name]:
             say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
     if unlike:
-        say(f"resume: as in the checkpoint, not as here: {', '.join(unlike)}; flags change them")
+        say(f"resume: settings from the checkpoint: {', '.join(unlike)}; give a flag to change one")
     if config.max_steps < state["step"]:
         done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
         raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")
 
 
 def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
-    """A folder's checkpoint without its tensors becomes one with them; of DTensors, with this rank's part."""
+    """Add the tensors to a folder's checkpoint that was read without them; of a DTensor, this rank's part."""
     index = rest["index"]
     targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in weights.items()}
     if rest["config"].get("tie_word_embeddings"):
@@ -242,7 +242,7 @@ def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[t
 
 def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
     """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
-    such as weight decay. ValueError, naming what differs, if the data or the architecture is another one."""
+    such as weight decay. ValueError, naming what differs, if the data or the architecture is different."""
     loader.load_state_dict(state["loader"])
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
@@ -271,12 +271,12 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the inner optimizer has this rank's share
-        optimizer.state.clear()  # a second copy of the moments
+        optimizer.state.clear()  # free a second copy of the moments
         optimizer = optimizer.optim
     for group in optimizer.param_groups:
         for parameter in group["params"] if group.get("fused") else ():
             values = optimizer.state.get(parameter, {})
-            if "step" in values:  # on the CPU if ZeRO or an unfused optimizer saved it; CUDA refuses that
+            if "step" in values:  # ZeRO and unfused optimizers save it on the CPU; fused CUDA needs the GPU
                 values["step"] = values["step"].to(parameter.device)
 
 
@@ -286,9 +286,9 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
-    fields: the GPTConfig fields of a run without init_from; given: those that flags have set, of which
-    use_moe=True upcycles a dense model. ValueError for a flag that contradicts the architecture: only
-    MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
+    fields: the GPTConfig fields of a run without init_from; given: the names that flags have set. If a flag
+    sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture:
+    only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
     """
     source = load_model(init_from)
     theirs = source.config
@@ -310,7 +310,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
     changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
-    changed["infer_step"] = fields["infer_step"]  # of the run, not of the model
+    changed["infer_step"] = fields["infer_step"]  # a setting of the run, not of the model
     config = GPTConfig(**(theirs.to_dict() | changed))
     if upcycles:
         model = upcycle(source, config)
@@ -328,7 +328,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 def load_model(source: str | Path) -> GPTLMHeadModel:
     """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
     knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name."""
-    path = Path(source)  # without a slash at the end
+    path = Path(source)  # drops a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
     if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
         return GPTLMHeadModel.from_pretrained(str(source)).eval()
@@ -340,5 +340,5 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
         if is_out_of_memory(error):
             raise
         message = " ".join(str(error).split())
-        raise CheckpointError(f"its config and its weights make no model of ours: {message}") from error
+        raise CheckpointError(f"its config and its weights do not fit this model.py: {message}") from error
     return model.eval()

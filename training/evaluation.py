@@ -20,7 +20,7 @@ def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
     """val_loss, hella_acc, hella_acc_norm if `measures` and the run has them; a "sample" if `samples`. None
-    as soon as interrupted(), which all ranks answer alike: a run that is told to stop saves instead."""
+    as soon as interrupted() is true (on all ranks alike), because the run must then save and stop."""
     measured = {}
     with torch.compiler.set_stance("force_eager"):
         if measures and run.val_loader is not None:
@@ -41,7 +41,7 @@ def evaluate(
 
 
 def evaluates_at(step: int, config: Any) -> bool:
-    """Whether a run measures before this step; after the last step it always does."""
+    """Whether a run measures before this step; it always measures after the last step."""
     return step == config.max_steps or (config.infer_step > 0 and step % config.infer_step == 0)
 
 
@@ -68,7 +68,7 @@ def validate(run: Any, interrupted: Callable[[], bool]) -> float | None:
 
 
 def sample(run: Any, step: int) -> str:
-    """Text that continues the prompt; the same on all ranks, and at every run of the same step."""
+    """Text that continues the prompt; equal on all ranks, and equal whenever this step is repeated."""
     config = run.config
     torch.manual_seed((config.seed + step) % 2**63)
     how = dict(max_new_tokens=config.sample_tokens, do_sample=True, top_k=50)
@@ -78,16 +78,16 @@ def sample(run: Any, step: int) -> str:
 
 
 def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
-    """Why no text can be sampled: the prompt's tokens cannot be had. "" if they can."""
+    """The reason why the prompt cannot be encoded; "" if it can."""
     try:
         encode_prompt(config.prompt, model.config)
-    except (ValueError, OSError) as error:  # without network, and no files of an earlier download
+    except (ValueError, OSError) as error:  # no network, and no earlier download
         return " ".join(str(error).split())
     return ""
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
-    """Accuracies over all ranks; None if interrupted(); {}, and no further try, without the questions."""
+    """Accuracies over all ranks; None if interrupted(); {} without the questions, and no later try."""
     config, world = run.config, run.layout.world
     try:
         result = score_hellaswag(

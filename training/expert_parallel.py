@@ -2,10 +2,10 @@
 
     moe.exchange = Exchange(group)      # parallel.py does it: --ep_size n
 
-Each of the W ranks of a group holds E/W experts of every layer, and has tokens of its own. Between the stages
+Each of the W ranks of a group holds E/W experts of every layer, and has different tokens. Between the stages
 "dispatch" and "experts" of mixture_of_experts.py:
 
-    1. an all-to-all sends each row to the rank of its expert, after a small one that exchanges the counts
+    1. a small all-to-all exchanges the counts, then a large one sends each row to the rank of its expert
     2. each rank sorts the rows that it received by expert, and runs its experts on them
     3. a second all-to-all sends the results back, where they are weighted and added up
 
@@ -48,7 +48,7 @@ class AllToAll:
 
 
 class AllToAllStart(torch.autograd.Function):
-    """Start an all-to-all; AllToAllWait says when the result is filled. The backward pass waits."""
+    """Start an all-to-all; AllToAllWait waits for the result. The backward pass waits for the gradients."""
 
     @staticmethod
     def forward(ctx, rows, all_to_all):
@@ -61,7 +61,7 @@ class AllToAllStart(torch.autograd.Function):
 
 
 class AllToAllWait(torch.autograd.Function):
-    """Wait for an all-to-all. The backward pass starts the gradients' one, and autograd goes on meanwhile."""
+    """Wait for an all-to-all. The backward pass starts the gradients' all-to-all and does not wait."""
 
     @staticmethod
     def forward(ctx, rows, all_to_all):
@@ -86,7 +86,7 @@ class Exchange:
 
     @torch.compiler.disable  # the numbers of rows are known on the host only after an exchange
     def __call__(self, experts: Experts, x: Tensor, routing: Routing, meanwhile: Callable) -> tuple:
-        """x (N, C) -> (y (N, C), meanwhile()). A collective, for which N may differ between the ranks."""
+        """x (N, C) -> (y (N, C), meanwhile()). A collective; N may differ between ranks."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         counts = routing.counts()  # (E,)

@@ -1,9 +1,9 @@
-"""What can go wrong in a run and what the run does then: signals, bad steps, errors and their exit codes.
+"""What a run does when something fails: signals, steps that are not finite, errors, exit codes.
 
     SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT ends at once
     SIGUSR1                     save after this step and continue
     loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
-    lost rank, bad data, no memory    rank 0 saves what has been trained, if it has all of it and learns of
+    lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
 torchrun sends SIGKILL 30 seconds after SIGTERM or, from torch 2.13 on, after --shutdown-timeout.
@@ -27,7 +27,7 @@ import torch.nn as nn
 
 from tokens.files import DataError
 
-REPORT_DELAY = 3.0  # seconds that other ranks wait, so that rank 0 alone reports an error that all ranks have
+REPORT_DELAY = 3.0  # seconds that other ranks wait, so that only rank 0 prints an error that all ranks raise
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128 + its number
 # OSErrors about a path that a setting names. Other OSErrors, such as a full disk, are failures.
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -42,9 +42,9 @@ class Signals:
             flags = all_reduce(signals.take(device))     # what this rank has received since the last take()
             signals.agree(flags.tolist())                # what any rank has received: exit_code, save_now
 
-    Python runs its signal handlers between two of its instructions, never while it waits in a collective. The
-    C part of the handler, though, writes the signal's number to a socket (signal.set_wakeup_fd), from which a
-    thread reads it at once: a second SIGINT ends the process even then.
+    Python runs signal handlers between two Python instructions, but not while it waits in a collective. The C
+    part of the handler writes the signal's number to a socket at once (signal.set_wakeup_fd). A thread reads
+    the socket, so that a second SIGINT ends the process even during a collective.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -70,7 +70,7 @@ class Signals:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._wakeup.close()  # the thread reads the end of the stream
+        self._wakeup.close()  # the thread then reads the end of the stream and returns
 
     def _receive(self, number: int, frame) -> None:
         self._received.add(signal.Signals(number).name)
@@ -78,7 +78,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def _listen(self, wakeup: socket.socket) -> None:
-        end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; once more to stop at once"}
+        end = {"SIGUSR1": "saving", "SIGINT": "saving and stopping; interrupt again to stop at once"}
         interrupts = 0
         with wakeup:
             while numbers := wakeup.recv(64):
@@ -88,7 +88,7 @@ class Signals:
                 names = {signal.Signals(number).name for number in numbers} & set(self.NAMES)
                 for name in sorted(names) if self.talkative else ():
                     text = f"\n{name}: finishing this step, then {end.get(name, 'saving and stopping')}\n"
-                    with contextlib.suppress(OSError):  # stderr's reader is gone, as after `2>&1 | tee out`
+                    with contextlib.suppress(OSError):  # stderr's reader has ended, as in `2>&1 | tee out`
                         os.write(sys.__stderr__.fileno(), text.encode())
 
     def request_save(self) -> None:
@@ -119,7 +119,7 @@ class Signals:
         return flags
 
     def agree(self, counts: list[float]) -> None:
-        """Take note of how many ranks have received each of the three signals."""
+        """Set exit_code and save_now. counts: how many ranks have received each of the three signals."""
         interrupted, terminated, self.save_now = (count > 0 for count in counts)
         if interrupted or terminated:
             self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
@@ -127,7 +127,7 @@ class Signals:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's garbage collector does not run by itself in the block: all ranks would wait for one."""
+    """Switch Python's garbage collector off in the block: all ranks would wait for the rank that collects."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -142,8 +142,8 @@ def collector_paused() -> Iterator[None]:
 
 
 class Health:
-    """Counts steps whose loss or gradient is not finite, and reports jumps of the loss: more than SIGMAS
-    standard deviations above its mean over about MEMORY steps, not in the first MEMORY."""
+    """Counts steps whose loss or gradient is not finite. Reports jumps: a loss more than SIGMAS standard
+    deviations above its running mean over about MEMORY steps. The first MEMORY steps report no jumps."""
 
     SIGMAS, MEMORY = 6.0, 50
 
@@ -161,7 +161,7 @@ class Health:
         return bad
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a finite loss jumped. It becomes part of the running mean."""
+        """Whether a finite loss jumped. Adds the loss to the running mean."""
         jump = loss - self.mean
         spike = self.seen >= self.MEMORY and jump > self.SIGMAS * math.sqrt(self.variance)
         self.seen += 1
@@ -176,19 +176,19 @@ class Health:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The random seed of a step: dropout depends on nothing else, and so is the same after a resume."""
+    """The random seed of a step. Dropout depends on this seed alone, so it is the same after a resume."""
     return ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
 
 
 def discard_routing(model: nn.Module) -> None:
-    """Drop what the routers have counted since the last optimizer step, as if the step had not been tried."""
+    """Set to zero what the routers have counted since the last optimizer step, as if this step never ran."""
     for moe in model.moe_layers():
         moe.step_totals.zero_()
 
 
 def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
-    """Which parameters, gradients and samples are not finite, after the backward passes of a bad step.
-    micro_losses: one loss per micro-step of this rank, whose batches were the last that `loader` gave out."""
+    """Name the parameters, gradients and samples that are not finite, after a bad step's backward passes.
+    micro_losses: this rank's losses, one per micro-step; their batches are the last ones of `loader`."""
     named = list(model.named_parameters())
     values = [name for name, p in named if not p.isfinite().all()]
     gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -214,16 +214,16 @@ def shorten(names: list[str], most: int = 6) -> str:
 
 
 def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
-    """loader.next_batch(), whose errors for bad data become DataError."""
+    """loader.next_batch(); its errors for bad data become DataError."""
     try:
         return loader.next_batch()
     except (ValueError, OSError) as error:
-        raise DataError(f"{error}. Mend the data; --resume auto then goes on") from error
+        raise DataError(f"{error}. Repair the data, then continue with --resume auto") from error
 
 
 def report(error: Exception, config=None) -> int:
     """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
-    others wait: if the launcher stops them meanwhile, that line is enough."""
+    other ranks wait first; the launcher usually stops them before they print the same error."""
     text, code = " ".join(str(error).split()), BAD_SETTINGS
     if isinstance(error, torch.OutOfMemoryError):
         code = FAILED

@@ -17,7 +17,7 @@ from huggingface.configuration import check_setting
 
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`. limits: least, most, above,
-    below, choices, as huggingface.configuration.check_setting knows them."""
+    below, choices; huggingface.configuration.check_setting checks them."""
     if "choices" in limits:
         limits["choices"] = tuple(limits["choices"])
         help += f": {', '.join(map(str, limits['choices']))}"
@@ -59,8 +59,8 @@ class FlagParser(HfArgumentParser):
 def parse_flags(
     kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, description: str
 ) -> tuple[Any, set[str]]:
-    """(an object of the class `kind`, the names of its fields that flags gave). overrides: given these, what
-    a preset among them puts in place of the defaults. ValueError for a bad flag."""
+    """(an object of the class `kind`, the names of the fields that flags set). overrides(the flags' object)
+    returns the values that its preset sets in place of defaults. ValueError for a bad flag."""
     parser = FlagParser(kind, allow_abbrev=False, description=description)
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -68,7 +68,7 @@ def parse_flags(
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them all"
         raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
-    marker = object()  # the default of all flags, to find those that are given
+    marker = object()  # the default of all flags; a flag that is given has another value
     parser.set_defaults(**{field.name: marker for field in dataclasses.fields(kind)})
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
     return kind(**(overrides(kind(**given)) | given)), set(given)

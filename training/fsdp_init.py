@@ -3,8 +3,8 @@
     for name, tensor in initial_weights(config, seed): ...    # GPTLMHeadModel(config)'s, bit for bit
 
 The model's constructor runs once on fake tensors, which have a shape but no memory. A Recorder notes every
-operator that writes to a tensor, and the state of the random number generator before it. Each tensor is then
-made by running its own operators again from these states, so the order of the modules does not matter.
+operator that writes to a tensor, and the state of the random number generator before it. To make a tensor,
+its operators run again from these states, so the order of the modules does not matter.
 
 References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode
 """
@@ -19,13 +19,13 @@ from huggingface.pretrained import fresh_statistics
 from model import GPTConfig, GPTLMHeadModel
 
 aten = torch.ops.aten
-# These replace everything in a tensor, so what was written before need not be run again.
+# These operators overwrite a whole tensor, so earlier writes need not run again.
 OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar)
 
 
 class Recorder(TorchDispatchMode):
     """Records the operators that write to fake tensors, and draws the random numbers that they would draw.
-    RuntimeError for what could not be repeated: a write to a part of a tensor, torch.randn."""
+    RuntimeError for what cannot be repeated: a write to a part of a tensor, torch.randn."""
 
     def __init__(self):
         super().__init__()

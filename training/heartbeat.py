@@ -1,6 +1,6 @@
-"""Heartbeats: the ranks of a run notice that one of them is lost, and end with its name instead of waiting.
+"""Heartbeats: if a rank is lost, the other ranks notice it, print its name and end instead of waiting.
 
-Used by parallel.py; docs/many_gpus.md, "When a rank is lost", says who would notice without heartbeats.
+parallel.py uses this file. docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice.
 Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
 """
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 INTERVAL = 1.0  # seconds between two heartbeats of a rank
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
-TIMEOUT_AFTER_ERROR = 5.0  # the same once a collective has failed on some rank
+TIMEOUT_AFTER_ERROR = 5.0  # seconds without a heartbeat, once a collective has failed
 EXIT_TIMEOUT = 10.0  # seconds that a process has to end by itself once a rank is lost
 MOST_NAMED = 8  # how many lost ranks a message names
 
@@ -23,11 +23,11 @@ MOST_NAMED = 8  # how many lost ranks a message names
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
 
-    One thread increases a counter in the store, over a connection of its own, every INTERVAL seconds. On
-    rank 0 it reads the counters of all ranks and writes who is lost; on others it reads that, and rank 0's
-    counter. A second thread notices when the store does not answer. Timeouts are counted in checks, not in
-    seconds, so that a process that was suspended does not take others for lost. Once a rank is lost, this
-    process has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint, and ends it.
+    One thread increases a counter in the store, over a separate connection, every INTERVAL seconds. On rank 0
+    it also reads the counters of all ranks and writes the names of lost ranks. On other ranks it reads these
+    names and rank 0's counter. A second thread notices when the store does not answer. Timeouts count checks,
+    not seconds, so that a suspended process does not report others as lost. Once a rank is lost, this process
+    has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint and ends it.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store):
@@ -49,15 +49,15 @@ class Heartbeat:
             thread.start()
 
     def lost_after_error(self) -> str:
-        """After a collective has failed: a sentence that names the lost ranks, or "" if all are alive."""
+        """After a collective has failed: a sentence that names the lost ranks, or "" if none is lost."""
         self.error_seen = True
         self.found.wait(2 * TIMEOUT_AFTER_ERROR + 3 * INTERVAL)
         if self.lost and self.rank == 0:
-            self.stopped.wait(3 * INTERVAL)  # others read it, in a store that may end with rank 0
+            self.stopped.wait(3 * INTERVAL)  # so that others read it: the store may end with rank 0
         return self.lost
 
     def stop(self, finished: bool = False) -> None:
-        """Stop the threads; finished: tell the others that this rank has ended as it should."""
+        """Stop the threads. finished: tell the other ranks that this rank has ended without an error."""
         self.stopped.set()
         for thread in self.threads:
             thread.join(3 * INTERVAL)  # the interpreter must not end while a thread is inside torch
@@ -73,7 +73,7 @@ class Heartbeat:
                 self.unanswered = 0
                 if lost:
                     return self._report(lost)
-        except dist.DistError:  # the process that had the store is gone
+        except dist.DistError:  # the process with the store has ended
             if not self.stopped.wait(0 if self.error_seen else TIMEOUT_AFTER_ERROR):
                 self._report(self.store_host)
 
@@ -93,7 +93,7 @@ class Heartbeat:
         most = max(self.missed.values(), default=0)
         if most * INTERVAL <= timeout:
             return ""
-        silent = [other for other in self.others if self.missed[other] >= most - 2]  # all of a lost machine
+        silent = [other for other in self.others if self.missed[other] >= most - 2]  # within two checks
         processes = self.store.multi_get([f"process {other}" for other in silent[:MOST_NAMED]])
         names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
         names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
@@ -102,7 +102,7 @@ class Heartbeat:
 
     def _report(self, lost: str) -> None:
         verb = "are" if ", " in lost else "is"
-        self.lost = f"{lost} {verb} lost: no sign of life any more; what it printed last may say why"
+        self.lost = f"{lost} {verb} lost: it sends no heartbeat; its last output may say why"
         self.found.set()
 
     def _guard(self) -> None:
@@ -115,5 +115,5 @@ class Heartbeat:
         for thread in threading.enumerate():
             if thread.name == "checkpoint":  # checkpoint_writer.py's
                 thread.join(10 * HEARTBEAT_TIMEOUT)
-        print(f"{self.lost}. Rank {self.rank} would wait for ever and ends", file=sys.stderr, flush=True)
+        print(f"{self.lost}. Rank {self.rank} ends instead of waiting", file=sys.stderr, flush=True)
         os._exit(1)

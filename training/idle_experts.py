@@ -1,4 +1,4 @@
-"""Idle experts: an optimizer step gave them nothing to learn, so the optimizer must leave them alone."""
+"""Idle experts: experts without a gradient in an optimizer step. The optimizer must not change them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from mixture_of_experts import MoE
 @torch.no_grad()
 def idle_experts(layers: list[MoE]) -> list[list[int]]:
     """For each layer, the experts without rows or gradients in the step that `update_routers` closed; the
-    same on all ranks. A collective if there are any and ranks share the experts.
+    same on all ranks. It is a collective if there are idle experts and ranks share the experts.
 
-    An expert may have a gradient without a counted row: tokens with ignored labels do not count in the usage.
+    An expert may have a gradient but no counted row: tokens with ignored labels do not count in the usage.
     """
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
     idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
@@ -37,12 +37,12 @@ def idle_experts(layers: list[MoE]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def freeze_idle_experts(layers: list[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: keep idle experts as they are. Yields their number.
+    """Around optimizer.step(), after `update_routers`: keep idle experts unchanged. Yields their number.
 
-    Otherwise AdamW changes them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings),
-    and old moments move them. Their weights and moments are saved before the step and restored after it.
+    AdamW would change them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings), and
+    old moments move them. This block saves their weights and moments, and restores them after the step.
     """
-    states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer has the real one inside
+    states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer wraps the real one
     kept, idle = [], idle_experts(layers)
     for layer, experts in zip(layers, idle, strict=True):
         for parameter in layer.experts.parameters() if experts else ():

@@ -1,6 +1,6 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, main.log, TensorBoard's events in tb/.
 
-docs/formats.md describes the files, training/metrics.py which number goes where; plot_log.py draws them."""
+docs/formats.md describes the files. training/metrics.py says which number goes where. plot_log.py draws."""
 
 import dataclasses
 import importlib.util
@@ -33,15 +33,15 @@ except ImportError:  # Windows does not have them
     fcntl = resource = None
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
-RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all that a run leaves
+RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all files of a run
 
 
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
-    If a disk is full, lines wait in memory until there is room. Files of an earlier run go into a folder
-    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but without
-    evaluates_first it keeps those of the evaluation there. wandb: send curves and samples to Weights & Biases
-    too. ValueError if another run has the folder or wandb is missing; OSError if it cannot be written."""
+    If the disk is full, lines wait in memory until there is space. Files of an earlier run move into a folder
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. It keeps the
+    lines of the evaluation at first_step if evaluates_first is False. wandb: also send curves and samples to
+    Weights & Biases. ValueError: another run uses the folder, or wandb is missing. OSError: writing fails."""
 
     def __init__(self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool,
                  wandb: bool = False, evaluates_first: bool = True, say: Callable = print):  # fmt: skip
@@ -54,7 +54,7 @@ class RunLog:
             say(f"moved the files of an earlier run in {folder} to {moved_to}")
         self.files: dict[str, BinaryIO] = {}
         self.unwritten = {name: bytearray() for name in LOG_FILES}
-        self.writing = threading.Lock()  # the thread that saves checkpoints calls sync()
+        self.writing = threading.Lock()  # the thread that saves checkpoints also calls sync()
         for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open(folder / name, "ab", buffering=0)
@@ -66,7 +66,7 @@ class RunLog:
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
             for line in (folder / "metrics.jsonl").read_text().splitlines() if not evaluates_first else ():
                 record = json.loads(line)
-                if record.get("step") == first_step:  # purge_step has hidden the last evaluation's points
+                if record.get("step") == first_step:  # purge_step hides the last evaluation's points
                     self._add_points(record)
 
     def record(self, values: dict) -> None:
@@ -82,9 +82,9 @@ class RunLog:
 
     def evaluation(self, step: int, measured: dict, expert_load: list | None = None,
                    elapsed_s: float | None = None) -> None:  # fmt: skip
-        """Write what was measured between two steps: numbers, and perhaps a "sample", which leaves the dict.
+        """Write what was measured between two steps: numbers, and perhaps a "sample", which it pops.
         expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
-        last step, when the numbers need a record of their own; before any other, the caller records them."""
+        last step, and the numbers then get a separate record. At other steps the caller records them."""
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
             self._tensorboard("add_text", "sample", markdown, step)
@@ -107,8 +107,8 @@ class RunLog:
                 self._append("main.log", f"s:{step} {metric.llmc_word}:{value:.6f}")
 
     def draw(self, wait: bool = False) -> str:
-        """Draw training.png in another process, unless it is drawing already. wait: wait for a picture of all
-        that is logged by now, and return why there is none ("" if there is)."""
+        """Draw training.png in another process, unless that process is running. wait: wait for a picture of
+        everything logged so far; returns the reason if there is no picture, else ""."""
         if self.drawing is not None and self.drawing.poll() is None:
             if not wait:
                 return ""
@@ -140,9 +140,9 @@ class RunLog:
     def _try_wandb(self, call: Callable, *arguments: Any) -> Any:
         try:
             return call(*arguments)
-        except Exception as error:  # no login, no network, or anything else: the training goes on
+        except Exception as error:  # no login, no network, or any other reason: training continues
             reason = " ".join(str(error).split()) or repr(error)
-            self.say(f"WARNING: wandb gets nothing (more) of this run: {reason}; metrics.jsonl has it all")
+            self.say(f"WARNING: no (more) wandb data of this run: {reason}; metrics.jsonl has all of it")
             self.wandb = None
 
     def _tensorboard(self, method: str, *arguments: Any) -> None:
@@ -150,18 +150,18 @@ class RunLog:
             if self.tensorboard is not None:
                 getattr(self.tensorboard, method)(*arguments)
         except OSError as error:
-            self.say(f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has it all")
+            self.say(f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has all data")
             self.tensorboard = None
 
     def _append(self, name: str, line: str) -> None:
         with self.writing:
-            waits = any(self.unwritten.values())  # a warning has said so
+            waits = any(self.unwritten.values())  # then a warning has been printed
             self.unwritten[name] += line.encode() + b"\n"
             try:
                 self._write()
             except OSError as error:
                 if not waits:
-                    self.say(f"WARNING: {name} cannot be written: {error}; its lines wait for room")
+                    self.say(f"WARNING: {name} cannot be written: {error}; its lines wait for space")
 
     def _write(self) -> None:
         for name, waiting in self.unwritten.items():
@@ -170,7 +170,7 @@ class RunLog:
                 del waiting[:written]
 
     def sync(self) -> None:
-        """Make all lines durable; a checkpoint calls this before it is written. OSError if that fails."""
+        """Write all lines to the disk; called before a checkpoint is written. OSError if that fails."""
         with self.writing:
             self._write()
         for file in self.files.values():
@@ -223,14 +223,14 @@ def claim_folder(folder: Path) -> BinaryIO:
         for temporary in folder.glob(".*.[0-9]*.tmp"):  # its process was killed while it wrote
             temporary.unlink()
     except OSError as error:
-        text = f"log_dir={folder}: cannot write there: {error.strerror}; mend that, or give another --log_dir"
+        text = f"log_dir={folder}: cannot write there: {error.strerror}; fix that, or give another --log_dir"
         raise OSError(error.errno, text) from error
     return lock
 
 
 def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     """Move files that do not belong to this run into a new folder old_DATE; return it, or None. A run that
-    resumes here moves only newer checkpoints: they are damaged, or of steps that it will do again."""
+    resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again."""
     checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
     if resumed is not None and resumed.resolve() in checkpoints:
         found = checkpoints[: checkpoints.index(resumed.resolve())]
@@ -260,8 +260,8 @@ def drop_repeated_lines(path: Path, first_step: int, evaluates_first: bool = Tru
 
 
 def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = True) -> bool:
-    """Whether a line of a log file stays when a run resumes before first_step: it is whole, and of an earlier
-    step or of none. Lines of the evaluation before first_step stay if the run will not evaluate there."""
+    """Whether a line of a log file stays when a run resumes before first_step. A complete line of an earlier
+    step, or without a step, stays. The evaluation at first_step stays if the run will not repeat it."""
     if not line.endswith(b"\n"):
         return False
     try:
@@ -287,7 +287,7 @@ def json_safe(value: Any) -> Any:
 
 
 def run_record(config, model, world, first_step: int) -> dict:
-    """What a run is: settings, git revision, versions, machine; no environment variables."""
+    """A run's settings, git revision, versions and machine; no environment variables."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
@@ -307,7 +307,7 @@ def run_record(config, model, world, first_step: int) -> dict:
 
 def expert_load(model) -> dict:
     """How the last optimizer step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {}
-    of a dense model. The entropy is the layers' mean, NaN before the first step of this process."""
+    for a dense model. The entropy is the mean over layers, NaN before the first step of this process."""
     if not model.moe_layers():
         return {}
     found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
@@ -321,7 +321,7 @@ def expert_load(model) -> dict:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the CUDA allocator, or else of this process; 0 where it cannot be known."""
+    """Peak memory in bytes: of the CUDA allocator, or else of this process; 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0

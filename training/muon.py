@@ -5,10 +5,10 @@ directions by the same amount. Newton-Schulz iterations approximate that matrix 
 
 Matrices: layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
-0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Both halves therefore share learning rate, schedule
-and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as AdamW's: w -= lr * weight_decay * w.
-Many processes: each orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per
-matrix, r <= c), and an all-gather distributes the results.
+0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Muon and AdamW thus share learning rate, schedule
+and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as in AdamW: w -= lr * weight_decay * w.
+Each process orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per matrix,
+r <= c), and an all-gather distributes the results.
 
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
 AdamW, arXiv 1711.05101.
@@ -66,7 +66,7 @@ def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with method="muon" or method="adamw", each with its own lr and weight_decay.
+    """Parameter groups with method="muon" or method="adamw"; every group has an lr and a weight_decay.
 
     A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
     the same parameters and therefore share the work.
@@ -138,7 +138,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return update.bfloat16() if in_bf16 else update
 
     def _adamw_step(self, group: dict) -> None:
-        """AdamW by torch's own function, on the parameters that have a gradient."""
+        """AdamW by torch's function, for the parameters that have a gradient."""
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in params:
             if not self.state[parameter]:
@@ -159,7 +159,7 @@ class MuonAdamW(torch.optim.Optimizer):
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
             problem = f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}"
-            raise ValueError(f"{problem}; resume with the same --optimizer, or begin anew with --init_from")
+            raise ValueError(f"{problem}; resume with the same --optimizer, or start afresh with --init_from")
         super().load_state_dict(state_dict)
 
 
@@ -167,8 +167,8 @@ def configure_muon(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
     router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT; the arguments of GPT.configure_optimizers, and expert_parallel: each process holds
-    other experts and orthogonalises them alone."""
+    """MuonAdamW for a GPT. Arguments as in GPT.configure_optimizers; expert_parallel: processes hold
+    different experts, and each process orthogonalises its experts alone."""
 
     def details(name, parameter, role):
         if not role.is_matrix:

@@ -25,13 +25,13 @@ OPTIMIZERS = {
 
 
 def cosine(step: int, config) -> float:
-    """The share falls from 1 to 0 as half a cosine (GPT-3, arXiv 2005.14165, appendix B)."""
+    """The share of max_lr - min_lr falls from 1 to 0 as half a cosine (GPT-3, arXiv 2005.14165, app. B)."""
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def wsd(step: int, config) -> float:
-    """The share is 1, and falls linearly to 0 in the last wsd_decay_frac of all steps (arXiv 2404.06395)."""
+    """The share of max_lr - min_lr is 1, then falls to 0 in the last wsd_decay_frac of steps (2404.06395)."""
     decay = min(config.wsd_decay_frac * config.max_steps, config.max_steps - config.warmup_steps)
     return (config.max_steps - step) / max(1.0, decay)
 

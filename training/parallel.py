@@ -1,4 +1,4 @@
-"""Where a training runs: device, process group, layout of model and optimizer on the ranks; torch.compile.
+"""Where a run computes: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
 One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 
@@ -39,7 +39,7 @@ TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for all ranks
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank 0 .. size - 1, its rank on its own machine, its device."""
+    """This process: its rank (0 .. size - 1), its rank on its machine, its device."""
 
     rank: int
     local_rank: int
@@ -63,13 +63,13 @@ class World:
             dist.barrier()
 
     def lost_rank(self) -> str:
-        """After an error: a sentence that names the lost ranks, "" if all are alive. Takes some seconds."""
+        """After an error: a sentence that names the lost ranks, "" if none is lost. Takes some seconds."""
         return self.heartbeat.lost_after_error() if self.heartbeat else ""
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`, or with "" the best one there is: CUDA, then MPS, then CPU. ValueError for
-    one that this machine or this torch does not have."""
+    """The device called `name`, or with "" the best available: CUDA, then MPS, then CPU. ValueError if this
+    machine or this torch does not have the device."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -99,13 +99,13 @@ def check_compiler(device: torch.device) -> None:
     else:
         names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if not any(map(shutil.which, names)):
-        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, and that is not here"
+        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, which is not installed"
         raise ValueError(f"{problem}; install it, or --use_compile False")
 
 
 def start(device: str = "", parallel: str = "ddp") -> World:
-    """Choose the device and join the process group, if there is one; heartbeats begin. ValueError for an
-    environment that makes no sense, ranks that do not meet, and several processes with parallel="none"."""
+    """Choose the device, join the process group, if there is one, and start the heartbeats. ValueError for
+    wrong environment variables, ranks that cannot connect, and several processes with parallel="none"."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
     alone, rank, local_rank, size = "RANK" in missing and "WORLD_SIZE" in missing, 0, 0, 1
@@ -121,7 +121,7 @@ def start(device: str = "", parallel: str = "ddp") -> World:
             raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # the default of everything that names no device
+        torch.cuda.set_device(chosen)  # torch's default where no device is named
     if alone:
         return World(0, 0, 1, chosen)
     store, heartbeat = rendezvous(rank, size, os.environ["MASTER_ADDR"], port)
@@ -149,11 +149,11 @@ def whole_number(name: str, least: int) -> int:
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
 
-    torchrun --max-restarts keeps its store, with the addresses of dead processes in it; a process that reads
-    one waits for ever (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a
-    random token, rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also
-    answer a token of a dead process, but goes on only when every rank has acknowledged.
-    ValueError if the store cannot be reached, or a rank does not come within TIMEOUT.
+    torchrun --max-restarts keeps its store, which holds addresses of dead processes. A process that reads one
+    hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
+    rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the
+    token of a dead process, but it continues only when every rank has acknowledged.
+    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT.
     """
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex
@@ -163,20 +163,20 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
         if rank > 0:
             store.set(f"token of {rank}", token)
             prefix = store.get(f"prefix for {token}").decode()  # waits for rank 0
-        # The heartbeat needs a connection of its own: the main thread may be waiting in the other one.
+        # The heartbeat needs a second connection: the main thread may be waiting in the first one.
         heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", connect(is_master=False)))
         if rank > 0:
             store.set(f"{prefix} acknowledged by {rank}", "")
     except dist.DistError as error:
         raise ValueError(
-            f"rank {rank} has not met rank 0 at MASTER_ADDR={address}, MASTER_PORT={port}; is it the same "
+            f"rank {rank} cannot reach rank 0 at MASTER_ADDR={address}, MASTER_PORT={port}; is it the same "
             f"everywhere, free on rank 0's machine, and open? {str(error).splitlines()[0]}"
         ) from error
     missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > end:
             absent = min(missing)
-            raise ValueError(f"rank {absent} of WORLD_SIZE={size} has not come; start as many processes")
+            raise ValueError(f"rank {absent} of WORLD_SIZE={size} did not start; start as many processes")
         for other in sorted(missing):
             if store.check([f"token of {other}"]):
                 store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
@@ -187,10 +187,10 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
 
 
 def stop(world: World | None = None) -> None:
-    """Leave the process group, if there is one, as a rank that has finished. Delete the DDP module before.
+    """Leave the process group, if there is one, as a rank that has finished. First delete the DDP module.
 
-    gloo's threads end with their group, which lives as long as DDP, or a mesh in DTensor's caches, refers to
-    it. If the interpreter ends while a thread releases tensors, the process dies of SIGABRT.
+    gloo's threads end with their group. DDP, or a mesh in DTensor's caches, keeps the group in memory. If the
+    interpreter ends while a thread releases tensors, SIGABRT kills the process.
     """
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
@@ -205,10 +205,10 @@ def stop(world: World | None = None) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How model, gradients and optimizer lie on the ranks; docs/many_gpus.md has the bytes of each layout.
+    """Which part of model, gradients and optimizer each rank holds; docs/many_gpus.md has the bytes.
 
-    All layouts compute the same numbers, but for rounding. A tensor that ranks share is a DTensor: `local`
-    gives a rank's part of it. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
+    All layouts compute the same numbers, except for rounding. A tensor that ranks share is a DTensor: `local`
+    returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
     """
 
     world: World
@@ -220,11 +220,11 @@ class Layout:
     savers: dist.ProcessGroup | None = None  # all ranks, on the CPU, for checkpoints that all ranks write
 
     @property
-    def shares_parameters(self) -> bool:  # every forward and every save then takes all ranks
+    def shares_parameters(self) -> bool:  # then every forward and every save needs all ranks
         return self.parallel == "fsdp" or self.ep_size > 1
 
     @property
-    def saves_together(self) -> bool:  # because no rank alone has all that a checkpoint consists of
+    def saves_together(self) -> bool:  # because no single rank holds the whole checkpoint
         return self.shares_parameters or self.zero_stage > 0
 
     def any(self, flag: bool) -> bool:
@@ -235,7 +235,7 @@ class Layout:
 
 
 def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
-    """The layout of these settings, which setup.check_layout has checked, with its process groups."""
+    """The layout of these settings, with its process groups. setup.check_layout must run first."""
     device, all_ranks, mesh, savers = world.device.type, None, None, None
     if parallel == "fsdp":
         all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",))
@@ -277,7 +277,7 @@ def copy_part(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 def like(whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`whole`, or if `target` is divided among the ranks, `whole` divided in the same way."""
+    """`whole`, divided among the ranks as `target` is; unchanged if `target` is not divided."""
     if isinstance(whole, DTensor) or not isinstance(target, DTensor) or whole.shape != target.shape:
         return whole
     mine = torch.empty_like(target, dtype=whole.dtype, requires_grad=False)
@@ -297,11 +297,11 @@ def share_experts(model: nn.Module, layout: Layout) -> None:
 
 
 def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
-    """Cut all parameters into one part per rank (FSDP2); a block's parameters are gathered when it runs.
+    """Cut all parameters into one part per rank (FSDP2). FSDP gathers a block's parameters when it runs.
 
-    With bfloat16 blocks are gathered in bf16 and gradients reduced in fp32. Routers stay fp32, because bf16
-    would change their choices, and so do embeddings, head and last norm, as the activations between blocks.
-    Experts are cut along dimension_to_shard(); along dimension 0, as the rest, 16 ranks could not share 8.
+    With bfloat16, FSDP gathers blocks in bf16 and reduces gradients in fp32. Routers stay fp32, because bf16
+    would change their choices. Embeddings, head, last norm and activations between blocks stay fp32, too.
+    Experts are cut along dimension_to_shard(): along dimension 0, 16 ranks could not share 8 experts.
     """
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
@@ -323,12 +323,12 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
 
 
 def compile_blocks(model: nn.Module, layout: Layout) -> None:
-    """Compile every block in place. All share one graph; to compile the whole model takes four times as long.
+    """Compile every block in place. All blocks share one graph. The whole model would take four times longer.
 
-    A block is one graph, unless FSDP gathers its router, or ranks exchange rows, in the middle of it.
+    A block is one graph, unless FSDP gathers the router, or ranks exchange rows, inside the block.
     """
-    torch._dynamo.config.optimize_ddp = False  # no cuts at DDP's buckets: it reduces between the blocks
-    # Inductor advises TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
+    torch._dynamo.config.optimize_ddp = False  # do not split a block at DDP's buckets
+    # Inductor recommends TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     for block in model.transformer.h:
         whole = not (layout.shares_parameters and isinstance(block.mlp, MoE))
@@ -340,16 +340,16 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
 
 def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     """The module whose forward the loop calls: the model itself, or DDP around it. Experts are stacked, so
-    every parameter is in every backward, and DDP need not search for unused ones."""
+    every backward uses every parameter, and DDP need not search for unused parameters."""
     if layout.world.size == 1 or layout.parallel == "fsdp":
         return model
-    # Experts that differ between ranks are not DDP's: finish_gradients() reduces their gradients.
+    # DDP must ignore experts that differ between ranks: finish_gradients() reduces their gradients.
     shared = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
     model._ddp_params_and_buffers_to_ignore = [*model._ddp_params_and_buffers_to_ignore, *shared]
     # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
-    # static_graph promises that all backwards are alike; of several micro-steps only the last one reduces.
+    # static_graph needs equal backward passes. With several micro-steps only the last one reduces gradients.
     options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
     device = layout.world.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
@@ -359,8 +359,8 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Before a forward, set whether its backward reduces gradients over the ranks, as a step's last one must.
-    Until then FSDP keeps whole gradients."""
+    """Before a forward, set whether its backward reduces gradients over the ranks. A step's last one must
+    reduce them. Before that, FSDP keeps whole gradients."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -368,8 +368,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward, turn the gradients of shared experts from sums over the ranks of a group
-    into means over all ranks, as DDP and FSDP do not."""
+    """After a step's last backward, the gradients of shared experts are sums over the ranks of a group. Turn
+    them into means over all ranks, because DDP and FSDP do not."""
     if layout.ep_size == 1:
         return
     works, fsdp = [], layout.parallel == "fsdp"  # FSDP has taken the mean over the replicas
@@ -412,7 +412,7 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
     """optimizer.state_dict(), in DTensors where ranks share parameters. With ZeRO-1 a collective: rank 0 gets
-    the whole state, the others {}."""
+    the whole state, the others get {}."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)

@@ -1,8 +1,8 @@
 """What a run will need, printed before its first step: parameters, tokens, epochs, memory.
 
-The memory of the activations is an estimate, good to about a quarter. It counts what autograd keeps of each
-token in every block, and the logits, which make the peak of small models. `size` is the bytes of a number in
-the dtype of the matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig."""
+The memory of the activations is an estimate; it may be wrong by a quarter. It counts what autograd keeps of
+each token in every block, and the logits, which cause the peak in small models. `size` is the bytes of a
+number in the dtype of matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from layers.roles import role_of
 from layers.sharding import dimension_to_shard
 from model import GPTLMHeadModel
 
-REPEATS_THAT_HURT = 4  # epochs; more are worth little (Muennighoff et al., arXiv 2305.16264)
+REPEATS_THAT_HURT = 4  # epochs; more epochs help little (Muennighoff et al., arXiv 2305.16264)
 
 
 def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
@@ -48,7 +48,7 @@ def elements(shapes: list[torch.Size], ranks: int = 1) -> int:
 
 
 def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
-    """Elements of stacked experts that FSDP cuts into parts, padded where it has to (parallel.shard)."""
+    """Elements of stacked experts that FSDP cuts into parts, with FSDP's padding (parallel.shard)."""
     return sum(math.prod(s) if dimension_to_shard(s, ranks) else elements([s], ranks) for s in shapes)
 
 
@@ -66,7 +66,7 @@ def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
     if shape._attn_implementation == "eager":  # weights in fp32 and in the dtype of the next product
         dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0  # mask and result
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
-    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)  # CPUs: no fused one with dropout
+    return (12, 4) if shape.dropout and device_type == "cpu" else (0, 0)  # CPU dropout is not fused
 
 
 def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
@@ -90,7 +90,7 @@ def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
 def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trains: bool) -> int:
     """Bytes of the loss head at its peak, for N tokens."""
     V, C = shape.vocab_size, shape.n_embd
-    copy = size if size < 4 else 0  # logits as the product gave them, besides those in fp32
+    copy = size if size < 4 else 0  # logits in the product's dtype, besides the fp32 copy
     if not loss_chunk:  # logits and in fp32: log-softmax and two gradients; or a copy and log-softmax
         return N * V * (size + 3 * 4 if trains else size + 4 + (4 if copy else 0))
     logits = 4 + copy + (4 if device_type == "cuda" else 0)  # on CUDA logsumexp makes another copy
@@ -107,7 +107,7 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
     blocks = [N * block_bytes(shape, layer, size, device_type) for layer in range(shape.n_layer)]
     head = head_bytes(shape, N, size, config.loss_chunk, device_type, trains)
     stream = 4 * N * C + (4 * N * config.T if shape._attn_implementation == "eager" else 0)  # and the mask
-    if not trains:  # nothing is kept: memory holds either one block or the head
+    if not trains:  # no backward pass: memory holds one block or the head
         return stream + max(max(blocks) + 2 * 4 * pairs * (kept > 0), head)
     layers = [block + kept * pairs for block in blocks]
     if config.activation_checkpointing == "block":
@@ -126,7 +126,7 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of memory that the device has in all; None where torch and the system do not tell."""
+    """Bytes of memory of the device; None if torch and the system do not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -161,11 +161,11 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
     shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
     uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
     if uncut:
-        text = f"of {ranks} processes that share out {uncut[0]} experts the rest get none, but gather as if"
+        text = f"{ranks} processes share {uncut[0]} experts: some get no expert, but send and hold as much"
         mend = "take a number of processes that divides num_experts, n_embd or expert_hidden_size"
-        warnings.append(f"{text} they had: {mend}")
+        warnings.append(f"{text} as the others: {mend}")
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
-        text = f"take the {val_tokens:,} tokens of validation more than once: fewer say as much"
+        text = f"read the {val_tokens:,} tokens of validation more than once; lower val_steps"
         warnings.append(f"val_steps={config.val_steps} {text}")
     if epochs > REPEATS_THAT_HURT:
         text = f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little"

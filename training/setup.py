@@ -1,4 +1,4 @@
-"""From settings to everything that a run needs: data, layout, model, optimizer, what is resumed, the log.
+"""Make everything that a run needs from its settings: data, layout, model, optimizer, resumed state, log.
 
 `config` is train_gpt_moe.py's TrainConfig throughout.
 """
@@ -33,7 +33,7 @@ from training.terminal import tell
 
 @dataclass
 class Run:
-    """Everything that a training step, and the loop around it, uses."""
+    """Everything that a training step and the loop use."""
 
     config: Any
     layout: parallel.Layout
@@ -49,7 +49,7 @@ class Run:
     hellaswag: bool = False  # whether HellaSwag is scored
     samples: bool = False  # whether text is sampled
     trains: bool = True  # False: llm.c's --inference_only
-    updating: bool = False  # weights and optimizer state belong to different steps just now
+    updating: bool = False  # True while weights and optimizer state belong to different steps
     micro_losses: list[torch.Tensor] = field(default_factory=list)  # of the last step on this rank
     diagnosis: str = ""  # why the run cannot continue
     say: Callable[[str], None] = tell
@@ -59,7 +59,7 @@ class Run:
         self.parallel_model = parallel.wrap(self.model, self.layout, self.accumulation)
         self.health = faults.Health(self.resumed.get("health"))
         self.signals = faults.Signals(talkative=self.layout.world.is_master)
-        # Gradients too small for float16 are scaled up, and the scale adapts (arXiv 1710.03740, section 3.2).
+        # float16 loses small gradients: the scaler scales the loss up, and adapts (arXiv 1710.03740, 3.2).
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
         if self.resumed.get("scaler"):
             self.scaler.load_state_dict(self.resumed["scaler"])
@@ -71,21 +71,21 @@ class Run:
         return torch.autocast(device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
     def start_clock(self, say: Callable[[str], None]) -> None:
-        """Training begins now, and prints through `say` from now on."""
+        """Start the clock of training. From now on the run prints through `say`."""
         self.started = time.perf_counter() - self.resumed.get("elapsed_s", 0.0)
         self.say = say
         if self.log:
             self.log.say = say
 
     def elapsed(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return time.perf_counter() - self.started
 
 
 def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
-    """Everything up to the log files. given: the settings that flags have set.
+    """Prepare a run, except its log files. given: the settings that flags have set.
 
-    ValueError, OSError: settings, data or files that cannot work.
+    ValueError, OSError: settings, data or files that cannot be used.
     """
     print0 = tell if world.is_master else lambda text: None
     if not world.is_master:  # the master prints the same warnings
@@ -101,12 +101,12 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         parallel.check_compiler(world.device)
     meta = read_data(config, world, print0)
     train_loader, val_loader = build_loaders(config, world, meta)
-    dtype = config.dtype  # in checkpoints it stays "auto", for a resume on another device
+    dtype = config.dtype  # checkpoints keep "auto", for a resume on another device
     if dtype == "auto":
         dtype = "bfloat16" if world.device.type == "cuda" else "float32"
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
     model = place_model(config, build_model(config, given, meta, state), layout, dtype, state)
-    if config.tensorcores and dtype == "float32":  # with bfloat16 TF32 would only coarsen the routers
+    if config.tensorcores and dtype == "float32":  # with bfloat16, TF32 would only make routers less exact
         torch.set_float32_matmul_precision("high")
     optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
     resumed = {}
@@ -132,9 +132,9 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
 
 
 def open_log(run: Run) -> None:
-    """Before the first step: on the master the log files, and what the run will need, in a table."""
+    """Before the first step the master opens the log files, and prints a table of what the run needs."""
     config, model, world = run.config, run.model, run.layout.world
-    world.barrier()  # all ranks have read what they need: the master may now move an old run's files
+    world.barrier()  # all ranks have read their files: the master may now move an old run's files
     if world.is_master:
         first_step = run.resumed.get("step", 0)
         files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb
@@ -143,7 +143,7 @@ def open_log(run: Run) -> None:
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
         table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
-    if world.device.type == "cuda":  # the run's peak of memory does not include the set-up's
+    if world.device.type == "cuda":  # the peak of the set-up does not count
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(world.device)
 
@@ -169,7 +169,7 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
         raise ValueError(f"min_lr={config.min_lr} is more than max_lr={config.max_lr}; lower --min_lr")
     fit_warmup(config, given, say)
     if config.block_size and config.T > config.block_size:
-        raise ValueError(f"T={config.T} is more than block_size={config.block_size}; lower --T or raise that")
+        raise ValueError(f"T={config.T} is more than block_size={config.block_size}; give a smaller --T")
     per_micro_step = config.B * config.T * world.size
     if config.total_batch_size % per_micro_step != 0:
         raise ValueError(
@@ -181,7 +181,7 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
 
 
 def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
-    """Shorten the default warmup, or a preset's, to a tenth of max_steps if it is not below max_steps.
+    """Shorten a default or preset warmup to a tenth of max_steps if it is not below max_steps.
 
     ValueError if a flag or a resumed run has set that warmup. given: as in check_config.
     """
@@ -223,7 +223,7 @@ def check_layout(config, world: parallel.World) -> None:
         raise ValueError(f"ep_size={ep_size} needs several processes, but parallel=none; use --parallel ddp")
     if world.size % ep_size != 0:
         raise ValueError(f"the number of processes, {world.size}, is not a multiple of ep_size={ep_size}")
-    if not config.init_from:  # otherwise the model that is loaded decides about experts
+    if not config.init_from:  # otherwise the loaded model decides about experts
         check_experts(config, ep_size)
 
 
@@ -243,7 +243,7 @@ def check_experts(config, ep_size: int) -> None:
 def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     """meta.json of the run's data; makes the demo's data first. FileNotFoundError, ValueError."""
     if config.preset == "demo" and config.data_dir == "demo_data":
-        say("Demo: the documentation that Python carries, as bytes, teaches a small GPT with 8 experts.")
+        say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")
         if world.is_master:
             prepare_demo(config.data_dir)
         world.barrier()
@@ -260,7 +260,7 @@ def build_loaders(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
-    # Validation is shuffled by a fixed seed: its batches come from the whole shard, the same in every run.
+    # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
     return (
         DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
         DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments) if val_files else None,
@@ -273,9 +273,9 @@ def build_loaders(
 def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
 
-    With parallel="fsdp" it is on the meta device, without weights, because it may be larger than the memory
-    (unless init_from gives the weights). ValueError for settings that contradict each other, the data, or the
-    source of the weights.
+    With parallel="fsdp" and no init_from the model is on the meta device, without weights, because it may be
+    larger than the memory. ValueError for settings that contradict each other, the data, or the source of the
+    weights.
     """
     names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
@@ -293,7 +293,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
     )  # fmt: skip
     fields["block_size"] = config.block_size or config.T
-    # A multiple of 128 is fast. -1 leaves out the padding, whose logits change the loss by 0.001 at first.
+    # A multiple of 128 is fast. -1: no padding. The padding's logits change the first loss by 0.001.
     multiple = 1 if config.vocab_size < 0 else 128
     rounded = multiple * math.ceil(meta["vocab_size"] / multiple)
     fields["vocab_size"] = max(config.vocab_size, 0) or rounded
@@ -309,7 +309,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
     if model.config.bos_token_id is None:  # an older checkpoint
         model.config.bos_token_id = meta["eot_token"]
-    for name in names:  # from here on the settings are those of the model
+    for name in names:  # the settings take the model's values
         setattr(config, name, getattr(model.config, name))
     check_experts(model.config, config.ep_size)
     return model
@@ -338,7 +338,7 @@ def place_model(
 
 
 def can_sample(config: Any, model: GPTLMHeadModel, layout: parallel.Layout, say: Callable) -> bool:
-    """Whether all ranks can encode the prompt; says why not."""
+    """Whether all ranks can encode the prompt; prints the reason if not."""
     if config.sample_every == 0:
         return False
     problem = cannot_sample(model, config)
@@ -349,7 +349,7 @@ def can_sample(config: Any, model: GPTLMHeadModel, layout: parallel.Layout, say:
 
 
 def agree_on_backend(config: Any, model: GPTLMHeadModel, world: Any, dtype: str, say: Callable) -> None:
-    """Make config.attention_backend the master's choice on all ranks, so that a resumed run rounds alike."""
+    """Set config.attention_backend to the master's choice on all ranks. A resumed run then rounds alike."""
     backend = choose_backend(
         config.attention_backend, model.config, config.B, config.T, world.device, getattr(torch, dtype)
     )

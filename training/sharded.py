@@ -1,7 +1,7 @@
 """Checkpoints as folders, for models that no rank holds whole: every rank writes its part.
 
 docs/formats.md lists the files of a folder. torch.distributed.checkpoint (DCP) writes the parts, and plans
-which a rank reads: any number of ranks, in any layout, can read any folder on a disk that they share.
+which parts a rank reads. Any number of ranks, in any layout, can read a folder on a disk that they share.
 
 Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -53,7 +53,7 @@ def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
-    """The checkpoint from which extract_tensors made these two. KeyError and the like if they do not fit."""
+    """The inverse of extract_tensors. KeyError, IndexError or TypeError if the two do not fit together."""
     checkpoint = {**rest, "model": {}}
     if "optimizer" in rest:
         state = {number: dict(scalars) for number, scalars in rest["optimizer"]["state"].items()}
@@ -77,7 +77,7 @@ class PartWriter(dcp.FileSystemWriter):
     """DCP's writer of files, which reports a full disk as OSError."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """DCP calls this on every rank. torch.save's error has the OSError as context, which DCP drops."""
+        """DCP calls this on every rank. DCP would drop the OSError, which is the context of torch's error."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -85,19 +85,19 @@ class PartWriter(dcp.FileSystemWriter):
 
 
 class Saver:
-    """Saves checkpoints together with the other ranks of a group. An error on one rank raises one on all.
-    group: a CPU group (gloo) that nothing else uses; None: this process alone."""
+    """Saves checkpoints together with the other ranks of a group. If one rank fails, all ranks raise.
+    group: a gloo group for this object only; None: a single process."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
         """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`. A
-        process alone copies nothing. NotFiniteError; what torch raises if memory is short."""
+        single process does not copy. Raises NotFiniteError, or torch's error if memory is short."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
-            if self.rank == 0:  # killed processes leave folders; a run owns its log_dir and removes them all
+            if self.rank == 0:  # remove what killed processes left; no other run writes to this log_dir
                 for leftover in [writer.path] if self.group is None else path.parent.glob(".model_*.*ed"):
                     shutil.rmtree(leftover, ignore_errors=True)
             tensors, rest = extract_tensors(checkpoint)
@@ -108,8 +108,8 @@ class Saver:
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait for all ranks, rename the folder; returns its path. OSError if any rank
-        fails. The parts are then removed, which frees the space on a full disk."""
+        """Write the parts, wait for all ranks, rename the folder; returns its path. If any rank fails, it
+        removes the parts, which frees the space on a full disk, and raises OSError."""
         tensors, rest, writer, path = staged
         temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
@@ -127,7 +127,7 @@ class Saver:
         return path
 
     def together(self, work: Callable) -> Any:
-        """What work() returns. All ranks must call this; if work() fails on any rank, all ranks raise."""
+        """Return work(). All ranks must call this; if work() fails on any rank, all ranks raise."""
         result = error = None
         try:
             result = work()
@@ -142,7 +142,7 @@ class Saver:
         return result
 
     def _gather(self, value: Any) -> list:
-        """The values that all ranks have passed, in the order of the ranks."""
+        """The values of all ranks, in the order of the ranks."""
         if self.group is None:
             return [value]
         values = [None] * dist.get_world_size(self.group)
@@ -169,7 +169,7 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
     index = json.dumps({"format": archives.CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX_FILE, lambda file: file.write(text.encode()))
-    read_index(temporary)  # an index that would be refused must not replace a good checkpoint
+    read_index(temporary)  # an index that read_index refuses must not replace a good checkpoint
     archives.remove(path)
     os.rename(temporary, path)
     sync_folder(path.parent)
@@ -179,7 +179,7 @@ def save(checkpoint: dict, path: Path) -> None:
     """Write a whole checkpoint as the folder `path`, in this process alone."""
     saver = Saver(None)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process")  # DCP warns that it is alone
+        warnings.filterwarnings("ignore", message=".*single process")  # not needed here
         saver.commit(saver.stage(checkpoint, path))
 
 
@@ -223,7 +223,7 @@ def read_index(path: Path) -> Index:
             for offsets, sizes, file, start, length in stored["parts"]:
                 if file not in index["files"] or math.prod(sizes) * dtype.itemsize > length:
                     raise ValueError(f"a part of {name} does not fit into {file!r}")
-                if 0 not in sizes:  # FSDP gives some ranks nothing
+                if 0 not in sizes:  # FSDP gives some ranks an empty part
                     chunk = dcp_metadata.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
                     places[MetadataIndex(name, offsets)] = (path / file, start, length, chunk.sizes, dtype)
                     chunks.append(chunk)
@@ -234,11 +234,11 @@ def read_index(path: Path) -> Index:
 
 
 def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
-    """ValueError unless the chunks are the cells of a grid that fills the shape, as all layouts make them."""
+    """ValueError unless the chunks are the cells of a grid that fills the shape. All layouts make one."""
     cells, fills = 1, all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks)
     boxes = [tuple((o, o + s) for o, s in zip(c.offsets, c.sizes, strict=False)) for c in chunks]
     for dim, size in enumerate(shape) if fills else ():
-        ranges = sorted({box[dim] for box in boxes})  # each must begin where the one before ends
+        ranges = sorted({box[dim] for box in boxes})  # each must begin where the previous one ends
         fills &= [begin for begin, _ in ranges] + [size] == [0] + [end for _, end in ranges]
         cells *= len(ranges)
     if not (fills and cells == len(boxes) == len(set(boxes))):
@@ -265,18 +265,18 @@ def read_rest(path: Path) -> dict:
 
 
 def load(path: Path) -> dict:
-    """The whole checkpoint, as the single file would have it, on the CPU. Errors as in read_index."""
+    """The whole checkpoint, as if read from a single file, on the CPU. Errors as in read_index."""
     rest = read_rest(path)
     index = rest.pop("index")
-    with reading(path, "tensors of these shapes cannot be"):
+    with reading(path, "cannot make tensors of these shapes"):
         tensors = index.tensors()
     load_tensors(index, tensors)
     return insert_tensors(tensors, rest)
 
 
 def load_tensors(index: Index, targets: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, of a DTensor this rank's part, from those of the same names. No rank waits for another.
-    CheckpointError, with the name, if a tensor is missing, has another shape, or holds NaN or infinity."""
+    """Fill the targets (of a DTensor, this rank's part) with the stored tensors of the same names. No rank
+    waits for another. CheckpointError, with the name, if one is missing, misshapen or not finite."""
     path, metadata = index.path, index.metadata
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)
@@ -285,7 +285,7 @@ def load_tensors(index: Index, targets: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{path}: {name} should be {list(target.shape)}, but there is {shape}")
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(targets, metadata)
-    for item in planner.create_local_plan().items:  # each copies a box of a stored part into a target
+    for item in planner.create_local_plan().items:  # an item copies a box of a stored part to a target
         box = [slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True)]
         part = archives.load_tensor(*metadata.storage_data[item.storage_index])
         planner.resolve_tensor(item).copy_(part[tuple(box)])

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: one live line where a person watches, or else plain lines for grep.
+"""What a run prints: one live line if the output is a terminal, otherwise plain lines for grep.
 
 Only the master rank prints. training/metrics.py says which numbers are shown, and how."""
 
@@ -21,12 +21,12 @@ WARMUP, MEASURED = 3, 10  # steps: the first ones compile and are skipped, the n
 
 
 def tell(text: str, write: Callable = print) -> None:
-    """Print a line. Never raises: the log files have all that matters."""
+    """Print a line. A failure is ignored, because the log files have the same numbers."""
     try:
         write(text)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader is gone: Ctrl-C also ends the tee of `... | tee out`
+    except BrokenPipeError:  # the reader has ended: Ctrl-C also ends the tee of `... | tee out`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
     except OSError:  # stdout is a file on a full disk
         pass
@@ -51,12 +51,12 @@ class Terminal:
         self.bar.close()
 
     def say(self, text: str) -> None:
-        """Print a line of its own on the master's stdout."""
+        """Print a separate line on the master's stdout."""
         if self.is_master:
             tell(text, self.bar.write if self.watched else print)
 
     def step(self, record: dict) -> None:
-        """Show the record of a step: in the live line, or every log_every steps in a line of its own."""
+        """Show the record of a step: in the live line, or every log_every steps in a separate line."""
         config, step = self.config, record["step"]
         self.ms.append(record["ms"])
         self.evaluated |= {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
@@ -95,8 +95,8 @@ class Terminal:
         self.say("\n".join(lines))
 
     def average_ms(self) -> tuple[int, float]:
-        """(number, mean milliseconds) of the last steps, as in llm.c's train_gpt2.py: at most 19, without the
-        first, which compiles, unless it is the only one."""
+        """(number, mean milliseconds) of the last steps, as in llm.c's train_gpt2.py: at most 19. The first
+        step, which compiles, counts only if it is the only one."""
         last = self.ms[1:][-19:] or self.ms
         return len(last), statistics.fmean(last) if last else 0.0
 
@@ -114,7 +114,7 @@ def step_line(record: dict, max_steps: int) -> str:
 
 
 def heat_map(counts: torch.Tensor) -> list[str]:
-    """Routed rows (MoE layers, E) as one line per layer, with one character per expert: higher is busier."""
+    """Routed rows (MoE layers, E) as one line per layer, with one bar per expert. High bar: many rows."""
     levels = LEVELS
     try:
         levels.encode(getattr(sys.stdout, "encoding", None) or "ascii")

@@ -1,4 +1,4 @@
-"""A dense model becomes a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
+"""Turn a dense model into a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
 
 Reference: Sparse Upcycling, arXiv 2212.05055
 """
@@ -13,10 +13,10 @@ from model import GPTConfig, GPTLMHeadModel
 def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     """A Mixture-of-Experts in which every expert is a copy of the dense model's MLP: equal logits (to 1e-5).
 
-    Where the weights of the chosen K experts sum to 1, the router begins as in any new model. Where they do
-    not (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and
-    the copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (numbers of idle
-    experts: docs/measurements.md), so prefer K = 2. The copies part ways because each sees other tokens.
+    If the weights of the chosen K experts sum to 1, the router starts as in any new model. If they do not
+    (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and the
+    copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md
+    counts idle experts), so prefer K = 2. The copies become different because they see different tokens.
     ValueError for a model that has experts, or an expert size that is not the MLP's.
     """
     if dense.config.use_moe:

@@ -220,9 +220,9 @@ def test_a_forecast_from_a_measured_step(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--layouts ddp,ep2", "layouts='ep2': choose of ddp, zero"),
-        ("--size d13", "size='d13': choose of d4, d6"),
-        ("--size d4,d6", "size='d4,d6': choose of d4, d6"),
+        ("--layouts ddp,ep2", "layouts='ep2': choose from ddp, zero"),
+        ("--size d13", "size='d13': choose from d4, d6"),
+        ("--size d4,d6", "size='d4,d6': choose from d4, d6"),
         ("--ranks 4,x", "ranks='4,x'"),
     ],
 )

@@ -661,7 +661,7 @@ def test_only_an_export_is_ever_replaced(tmp_path, monkeypatch):
     assert GPTConfig.from_pretrained(folder).n_head == 2 and os.listdir(folder.parent) == ["out"]
 
     (folder / "my notes.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match=r"holds 'my notes\.txt', which no export of ours wrote"):
+    with pytest.raises(FileExistsError, match=r"holds 'my notes\.txt', which is not from an export"):
         export_folder(model, folder)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "config.json").write_text("{}")

@@ -77,7 +77,7 @@ def test_a_signal_ends_the_run_after_saving(data, tmp_path, name, code):
     assert f"{name}: finishing this step, then saving and stopping" in said and "Traceback" not in said
     (path,) = ckpt.list_checkpoints(tmp_path)
     assert ckpt.load_checkpoint(path)["step"] == newest(tmp_path) + 1  # every step in the log, and no more
-    assert f"stopped before step {newest(tmp_path) + 1}; --resume auto goes on from {path}" in said
+    assert f"stopped before step {newest(tmp_path) + 1}; --resume auto continues from {path}" in said
 
 
 def test_sigusr1_saves_and_goes_on_and_a_second_sigint_stops_at_once(data, tmp_path):
@@ -102,7 +102,7 @@ def test_a_machine_without_a_compiler(data, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     assert train_gpt_moe.main([*flags(data, tmp_path / "log"), "--use_compile", "True"]) == 2
     error = capsys.readouterr().err
-    assert "torch.compile needs g++, and that is not here; install it, or --use_compile False" in error
+    assert "torch.compile needs g++, which is not installed; install it, or --use_compile False" in error
     assert error.count("\n") == 1 and not (tmp_path / "log").exists()
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "g+++")
@@ -493,10 +493,10 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(straight, data
     with full_disk(500_000):
         assert train_gpt_moe.main(flags(data, tmp_path, "--save_retry_s", 0.01)) == 1
     said = capsys.readouterr()
-    problem = "CHECKPOINT NOT WRITTEN: [Errno 27] File too large. Training goes on; newest: none yet"
+    problem = "CHECKPOINT NOT WRITTEN: [Errno 27] File too large. Training continues; newest: none yet"
     assert said.out.count(problem) >= 4 + 10
-    assert said.out.count(f"without it the run is lost: make room in {tmp_path}; next try in 0 s") == 10
-    assert "not all could be written" in said.err and "Traceback" not in said.err
+    assert said.out.count(f"the run is lost without it: free space in {tmp_path}; next try in 0 s") == 10
+    assert "some files could not be written" in said.err and "Traceback" not in said.err
     assert (tmp_path / "log.txt").read_bytes() == (straight / "log.txt").read_bytes()
     assert not list(tmp_path.glob("*model*"))
     assert train_gpt_moe.main(flags(data, tmp_path, "--resume", "auto")) == 0

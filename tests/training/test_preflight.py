@@ -122,6 +122,6 @@ def test_warnings_name_the_cure():
     assert not preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1]
     world.size = 11
     (warning,) = preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1]
-    assert "of 11 processes that share out 4 experts the rest get none" in warning
+    assert "11 processes share 4 experts: some get no expert" in warning
     config.parallel, world.size, config.B = "ddp", 1, 10**7
     assert "lower B" in preflight(config, model, 2, world, num_tokens=10**6, dtype="float32")[1][0]

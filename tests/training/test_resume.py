@@ -165,7 +165,7 @@ def test_settings_are_kept_without_flags(straight, stopped, capsys):
     assert resume(stopped / "model_00006.pt") == 0
     same_run(straight, stopped)
     said = [line for line in capsys.readouterr().out.splitlines() if "resume:" in line]
-    assert len(said) == 1 and "as in the checkpoint, not as here" in said[0]
+    assert len(said) == 1 and "settings from the checkpoint" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_constants_that_are_not_the_checkpoints_are_named(stopped, data, capsys)
     assert resume(*on, "--preset", "demo", "--max_steps", 6) == 0
     said = capsys.readouterr().out
     assert "resume: max_steps was 12 and is 6 from step 6 on" in said
-    (line,) = [line for line in said.splitlines() if "as in the checkpoint, not as here" in line]
+    (line,) = [line for line in said.splitlines() if "settings from the checkpoint" in line]
     assert "B=4" in line and "max_lr=0.003" in line and "n_layer" not in line and "max_steps" not in line
 
 
