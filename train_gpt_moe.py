@@ -94,7 +94,7 @@ class TrainConfig(llmc.Flags):
     prompt: str = setting("Hello, I'm a language model,", 'text that samples continue; "" = <|endoftext|>')
     sample_tokens: int = setting(32, "new tokens per sample", least=1)
     checkpoint_every: int = setting(5000, "steps between checkpoints; 0 = only the last", least=0)
-    keep_last: int = setting(0, "checkpoints to keep, older ones are deleted; 0 = keep all", least=0)
+    keep_last: int = setting(0, "keep so many checkpoints, and the best; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
     save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again")
     max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
