@@ -74,8 +74,7 @@ def assert_same_weights(model, expected):
         assert (a.double() - b.double()).abs().max() < 2e-6, name
 
 
-# -----------------------------------------------------------------------------
-# Trainer
+# ---------------------------------------------------------------------------- Trainer
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,9 @@ CUTS = [
 def test_trainer_equals_one_whole_batch_however_it_is_cut(cut, whole_batch, tmp_path):
     batch, accumulation, checkpointing = cut
     expected, expected_losses = whole_batch
-    how = dict(gradient_checkpointing=bool(checkpointing), gradient_checkpointing_kwargs=checkpointing or None)
+    how = dict(
+        gradient_checkpointing=bool(checkpointing), gradient_checkpointing_kwargs=checkpointing or None
+    )
     trainer = train(build(), tmp_path, batch=batch, accumulation=accumulation, **how)
     assert losses(trainer) == pytest.approx(expected_losses, rel=2e-5)
     assert_same_weights(trainer.model, expected)
@@ -209,8 +210,7 @@ def test_two_processes_equal_one(whole_batch, tmp_path):
     assert result["evaluated"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
 
-# -----------------------------------------------------------------------------
-# Callbacks
+# ---------------------------------------------------------------------------- Callbacks
 
 ROUTED = 2 * int(whole()["num_items_in_batch"])  # rows of a step in each layer: K * tokens that count
 

@@ -49,7 +49,7 @@ def test_an_export_replaces_an_export_or_leaves_it_whole(tmp_path, monkeypatch):
     assert GPTConfig.from_pretrained(folder).n_head == 2
     assert os.listdir(folder.parent) == ["out"]  # nothing temporary stays
 
-    with full_disk(100_000), pytest.raises(Exception, match="os error 27|File too large"):
+    with full_disk(100_000), pytest.raises(Exception, match=r"os error 27|File too large"):
         export_folder(model, folder)
     rename = Path.rename
 
@@ -87,8 +87,7 @@ def test_bad_exports_are_refused(how, message, tmp_path, gpt2_encoding):
     assert os.listdir(tmp_path) == []
 
 
-# -----------------------------------------------------------------------------
-# lm-evaluation-harness
+# ---------------------------------------------------------------------------- lm-evaluation-harness
 
 TASK = """
 task: hellaswag_local
@@ -129,9 +128,9 @@ def test_lm_eval_agrees_with_hellaswag_py(tmp_path):
     (tmp_path / "hellaswag_docs.py").write_text(DOCS)
     model = byte_model(block_size=512)
     export_folder(model, tmp_path / "exported")
-    command = f"""{python} -m lm_eval --model hf --tasks hellaswag_local --limit 20 --device cpu --batch_size 8
+    command = f"""{python} -m lm_eval --model hf --tasks hellaswag_local --limit 20 --device cpu
         --model_args pretrained=exported,trust_remote_code=True --include_path . --output_path results
-        --log_samples"""
+        --log_samples --batch_size 8"""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

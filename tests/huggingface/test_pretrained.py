@@ -72,5 +72,5 @@ def test_a_folder_without_some_buffers_and_weights_gets_fresh_ones(tmp_path):
 
 def test_a_folder_of_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ValueError, match="'qwen2' .*only gpt_moe, gpt2, llama"):
+    with pytest.raises(ValueError, match=r"'qwen2' .*only gpt_moe, gpt2, llama"):
         GPTLMHeadModel.from_pretrained(tmp_path)
