@@ -77,13 +77,16 @@ def test_nothing_else_is_replaced(tmp_path):
             export_folder(model, tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [(dict(format="onnx"), "format='onnx'.*gpt_moe, gpt2"), ({}, "encoding='gpt2'.*50257.*vocab_size=97")],
-)
-def test_bad_exports_are_refused(how, message, tmp_path, gpt2_encoding):
+BAD = [
+    ({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"), ({}, "gpt_moe", r"encoding='gpt2'.*50257.*vocab_size=97"),
+    (dict(encoding="cl100k_base"), "gpt_moe", r"encoding='cl100k_base': .*--no-tokenizer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, format, message", BAD)
+def test_bad_exports_are_refused(fields, format, message, tmp_path, gpt2_encoding):
     with pytest.raises(ValueError, match=message):
-        export_folder(GPTLMHeadModel(tiny()), tmp_path / "out", **how)
+        export_folder(GPTLMHeadModel(tiny(**fields)), tmp_path / "out", format=format)
     assert os.listdir(tmp_path) == []
 
 

@@ -69,8 +69,3 @@ def test_the_tokenizer_is_the_encoding(name, end, tmp_path, request):
         files = [path.read_text(encoding="utf-8") for path in shared_file("tiktoken_cache").iterdir()]
         original = next(text for text in files if text.startswith("#version"))
         assert [" ".join(pair) for pair in merges] == original.strip().split("\n")[1:]
-
-
-def test_other_encodings_have_no_tokenizer_files():
-    with pytest.raises(ValueError, match=r"encoding='cl100k_base': .*--no-tokenizer"):
-        build_tokenizer("cl100k_base", 64)
