@@ -74,10 +74,9 @@ def test_defaults_are_the_documented_ones():
         norm_topk_prob=True, router_bias_update_rate=0.0, num_shared_experts=0, expert_hidden_size=None,
         position="learned", rope_theta=10000.0, n_kv_head=None, sliding_window=None, global_every=None,
         norm="layernorm", activation="gelu", qk_norm=False, logit_softcap=0.0, tie_word_embeddings=True,
-        infer_step=250,
+        infer_step=250, model_type="gpt_moe",
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
-    assert config.model_type == "gpt_moe"
 
 
 REFUSED = [
