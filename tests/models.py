@@ -74,3 +74,32 @@ def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
         )
         for _ in range(n)
     ]  # fmt: skip
+
+
+# One model for each part that generation and saved folders must get right.
+ARCHITECTURES = {
+    "learned, MoE": dict(),
+    "dense": dict(use_moe=False),
+    "rope, grouped": dict(position="rope", n_kv_head=2),
+    "window, global": dict(sliding_window=6, global_every=2, position="rope", n_kv_head=1),
+    "modern": dict(
+        position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,
+        bias=False, tie_word_embeddings=False, num_shared_experts=1, router_score="sigmoid",
+    ),
+    "eager": dict(attn_implementation="eager", sliding_window=6),
+}  # fmt: skip
+
+
+def byte_model(**fields) -> GPTLMHeadModel:
+    """A model of bytes and <|endoftext|>, its vocabulary padded to 384."""
+    fields = dict(vocab_size=384, block_size=48, encoding="bytes", encoding_size=257) | fields
+    return strong(GPTLMHeadModel(tiny(**fields)), std=0.15)
+
+
+def greedy_by_hand(model, ids, new):
+    """nanoGPT's loop: the whole text, cropped to block_size, through the model for every token."""
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(ids[:, -model.config.block_size :], use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, logits[:, : model.config.encoding_size].argmax(-1, keepdim=True)], dim=1)
+    return ids

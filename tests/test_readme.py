@@ -47,7 +47,7 @@ LISTED = {
     "pip install torch ": "network",
     "pip install accelerate": "network",
     "pip install lm_eval": "network",
-    "lm_eval ": "not installed; test_huggingface.py",
+    "lm_eval ": "not installed; test_export.py",
     "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
     "torchrun ": "GPUs; test_train_gpt_moe.py, test_parallel.py, test_nodes.py",
