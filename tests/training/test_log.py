@@ -7,12 +7,14 @@ import json
 import re
 import shutil
 import sys
-import types
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from processes import flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_gpt_moe
 from model import GPTLMHeadModel
@@ -21,47 +23,13 @@ from training.log import RunLog
 from training.metrics import METRICS, Metric
 
 
-class Wandb(types.ModuleType):
-    """Stands in for the package wandb and for its run: notes the calls; the method `broken` fails."""
-
-    id = "abc123"
-
-    def __init__(self, broken: str = ""):
-        super().__init__("wandb")
-        self.__spec__ = types.SimpleNamespace(name="wandb")  # for find_spec
-        self.broken, self.calls = broken, []
-
-    def note(self, name: str, arguments=None) -> "Wandb":
-        if name == self.broken:  # as where nobody has logged in: a text of two lines
-            raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
-        self.calls.append((name, arguments))
-        return self
-
-    def init(self, **fields):
-        return self.note("init", fields)
-
-    def log(self, values, step):
-        self.note("log", (step, values))
-
-    def finish(self):
-        self.note("finish")
-
-
-@pytest.fixture(scope="module")
-def wandb():
-    return Wandb()
-
-
-@pytest.fixture(scope="module")
-def finished(data, wandb, tmp_path_factory):
-    """The log folder of a run with everything that can be logged."""
-    folder = tmp_path_factory.mktemp("run")
-    more = "--sample_every 8 --sample_tokens 8 --tensorboard 1 --plot_every 6 --wandb 1".split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", wandb)
-        patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
-        assert train_gpt_moe.main(flags(data, folder, *more)) == 0
-    return folder
+def pretend_wandb(monkeypatch) -> Mock:
+    """Install a package wandb that remembers all calls; it is its own run, too."""
+    wandb = Mock(id="abc123")
+    wandb.__spec__ = SimpleNamespace(name="wandb")  # importlib.util.find_spec looks there
+    wandb.init.return_value = wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
 
 def read_records(folder) -> list[dict]:
@@ -70,44 +38,46 @@ def read_records(folder) -> list[dict]:
     return [record for record in map(json.loads, lines) if "step" in record]
 
 
-@pytest.fixture(scope="module")
-def records(finished) -> list[dict]:
-    return read_records(finished)
+def read_events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
 
 
-def read_events(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulator.EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0})
-    return found.Reload()
+def points(events, curve: str) -> dict:
+    """{step: value} of a curve."""
+    return {event.step: event.value for event in events.Scalars(curve)}
 
 
 @pytest.fixture(scope="module")
-def events(finished):
-    return read_events(finished)
+def finished(data, tmp_path_factory):
+    """What is left of a run with everything that can be logged."""
+    folder = tmp_path_factory.mktemp("run")
+    more = "--sample_every 8 --sample_tokens 8 --tensorboard 1 --plot_every 6 --wandb 1".split()
+    with pytest.MonkeyPatch.context() as patch:
+        wandb = pretend_wandb(patch)
+        patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
+        assert train_gpt_moe.main(flags(data, folder, *more)) == 0
+    return SimpleNamespace(
+        folder=folder, wandb=wandb, records=read_records(folder), events=read_events(folder)
+    )
 
 
-def curve(events, name: str) -> dict:
-    """The points of a curve: {step: value}."""
-    return {event.step: event.value for event in events.Scalars(name)}
-
-
-def test_tensorboard_curves_are_the_metrics(events, records):
+def test_tensorboard_curves_are_the_metrics(finished):
     names = {
         "loss/train": "loss", "loss/val": "val_loss", "loss/balance": "balance_loss", "loss/z": "z_loss",
         "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
         "memory_gib": "memory", "starved": "starved", "router_entropy": "router_entropy",
     }  # fmt: skip
-    for shown, name in names.items():
-        expected = {record["step"]: record[name] for record in records if name in record}
-        assert expected and curve(events, shown) == pytest.approx(expected, rel=1e-6), shown
-    assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in records if "loss" in r)
+    for curve, name in names.items():
+        expected = {record["step"]: record[name] for record in finished.records if name in record}
+        assert expected and points(finished.events, curve) == pytest.approx(expected, rel=1e-6), curve
+    assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
 
 
-def test_tensorboard_histograms_are_the_experts_loads(events, records):
+def test_tensorboard_histograms_are_the_experts_loads(finished):
     """The load at an evaluation is that of the step before it; fair = 1, so four experts sum to 4."""
-    load = {r["step"]: np.array(r["expert_load"]) for r in records if "expert_load" in r}
+    load = {r["step"]: np.array(r["expert_load"]) for r in finished.records if "expert_load" in r}
     for layer in range(2):
-        found = events.Histograms(f"expert_load/layer_{layer}")
+        found = finished.events.Histograms(f"expert_load/layer_{layer}")
         assert [event.step for event in found] == [4, 8, 12]
         for event in found:
             value = event.histogram_value
@@ -115,22 +85,22 @@ def test_tensorboard_histograms_are_the_experts_loads(events, records):
             assert value.max == pytest.approx(4 * load[event.step - 1][layer].max())
 
 
-def test_tensorboard_has_the_samples(events):
-    found = events.Tensors("sample/text_summary")
+def test_tensorboard_has_the_samples(finished):
+    found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
 
 
-def test_main_log_is_llmcs(finished, records):
-    lines = (finished / "main.log").read_text().splitlines()
+def test_main_log_is_llmcs(finished):
+    lines = (finished.folder / "main.log").read_text().splitlines()
     found = [re.fullmatch(r"s:(\d+) (trl|tel):(\d+\.\d{6})", line).groups() for line in lines]
     losses = {int(step): float(loss) for step, kind, loss in found if kind == "trl"}
-    assert losses == pytest.approx({r["step"]: r["loss"] for r in records if "loss" in r}, abs=1e-6)
+    assert losses == pytest.approx({r["step"]: r["loss"] for r in finished.records if "loss" in r}, abs=1e-6)
     assert [int(step) for step, kind, _ in found if kind == "tel"] == [0, 4, 8, 12]
 
 
 def test_the_picture_is_drawn_during_the_run(finished):
-    with Image.open(finished / "training.png") as image:  # --plot is off: nothing is drawn at the end
+    with Image.open(finished.folder / "training.png") as image:  # --plot is off: it is not drawn at the end
         assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
 
 
@@ -152,8 +122,8 @@ def test_a_new_run_moves_the_old_one_aside(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "log")
     assert RunLog(tmp_path / "log", None, 0, tensorboard=False).close()
     (old,) = (tmp_path / "log").glob("old_*")
-    kept = {path.name for path in old.iterdir()}
-    assert {"model_00012.pt", "latest", "log.txt", "metrics.jsonl", "main.log"} <= kept
+    moved = {path.name for path in old.iterdir()}
+    assert {"model_00012.pt", "latest", "log.txt", "metrics.jsonl", "main.log"} <= moved
     assert (old / "log.txt").read_text() == (straight / "log.txt").read_text()
 
 
@@ -178,7 +148,7 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     assert (tmp_path / "main.log").read_text() == text
     assert read_records(tmp_path) == [{"step": 2, "loss": 3.5}, {"step": 3, "elapsed_s": 9.5, **MEASURED}]
     events = read_events(tmp_path)
-    assert curve(events, "loss/bpb") == {3: 1.125}
+    assert points(events, "loss/bpb") == {3: 1.125}
     assert [event.step for event in events.Histograms("expert_load/layer_0")] == [2]
     assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
@@ -205,45 +175,40 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
     third = resumed(tmp_path, 2, tensorboard=True, evaluates_first=False)
     third.step({"step": 2, "loss": 1.5})
     assert third.close()
-    lines = [
-        "s:0 trl:3.500000",
-        "s:1 trl:2.500000",
-        "s:2 tel:3.250000",
-        "s:2 eval:0.500000",
-        "s:2 trl:1.500000",
-    ]
-    assert (tmp_path / "main.log").read_text().splitlines() == lines
+    lines = "0 trl:3.500000|1 trl:2.500000|2 tel:3.250000|2 eval:0.500000|2 trl:1.500000".split("|")
+    assert (tmp_path / "main.log").read_text().splitlines() == [f"s:{line}" for line in lines]
     events = read_events(tmp_path)
-    assert curve(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
-    for name, value in {"loss/val": 3.25, "hellaswag": 0.5, "hellaswag_plain": 0.25}.items():
-        assert curve(events, name) == {2: value}, name
+    assert points(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
+    for curve, value in {"loss/val": 3.25, "hellaswag": 0.5, "hellaswag_plain": 0.25}.items():
+        assert points(events, curve) == {2: value}, curve
 
 
 # ---------------------------------------------------------------------------- Weights & Biases
 
 
-def test_wandb_gets_the_same_names(finished, wandb):
-    assert [name for name, _ in wandb.calls if name != "log"] == ["init", "finish"]
-    _, fields = wandb.calls[0]
-    assert fields["id"] is None and fields["dir"] == str(finished)
-    logged = [arguments for name, arguments in wandb.calls if name == "log"]
-    steps = [step for step, _ in logged]
+def test_wandb_gets_the_same_names(finished):
+    wandb = finished.wandb
+    fields = wandb.init.call_args.kwargs
+    assert fields["id"] is None and fields["dir"] == str(finished.folder)
+    assert (wandb.init.call_count, wandb.finish.call_count) == (1, 1)
+    logged = [call.args for call in wandb.log.call_args_list]
+    steps = [step for _, step in logged]
     assert steps == sorted(steps)  # wandb drops what comes late
-    found = {name for _, values in logged for name in values}
+    found = {name for values, _ in logged for name in values}
     assert {"loss/train", "loss/val", "loss/balance", "lr", "norm", "memory_gib", "sample"} <= found
 
 
 def test_a_resumed_run_is_the_same_in_wandb(tmp_path, monkeypatch):
-    wandb = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb = pretend_wandb(monkeypatch)
     assert RunLog(tmp_path, None, 0, tensorboard=False, wandb=True).close()
     assert resumed(tmp_path, 3, wandb=True).close()
-    assert [fields["id"] for name, fields in wandb.calls if name == "init"] == [None, "abc123"]
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, broken):
-    monkeypatch.setitem(sys.modules, "wandb", Wandb(broken))
+    error = RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
+    getattr(pretend_wandb(monkeypatch), broken).side_effect = error
     said, records = [], [{"step": step, "loss": 3.5} for step in range(3)]
     opened = RunLog(tmp_path, None, 0, tensorboard=False, wandb=True, say=said.append)
     for record in records:
@@ -255,5 +220,5 @@ def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch,
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="wandb=True.*pip install wandb"):
+    with pytest.raises(ValueError, match=r"wandb=True.*pip install wandb"):
         RunLog(tmp_path, None, 0, tensorboard=False, wandb=True)
