@@ -3,7 +3,6 @@
 Run: python -m pytest tests/training/test_setup.py
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -46,6 +45,7 @@ REFUSED = {
     "--data_dir EMPTY": "EMPTY.*fineweb.py", "--data_dir TEXT": "TEXT.*is text.*fineweb.py --source",
     "--data_dir TOO_SHORT": "too little data.*TOO_SHORT",
     "--log_dir FILE": "log_dir=.*cannot write there.*--log_dir",
+    "--log_dir LOCKED": "log_dir=.*cannot write there.*--log_dir",
     "--log_dir FILE/below": "log_dir=.*cannot write there.*--log_dir",
     "--init_from nowhere/model_00001.pt": "nowhere/model_00001.pt: no such checkpoint",
     "--init_from FOREIGN.pt": "FOREIGN.pt: not a checkpoint",
@@ -60,6 +60,7 @@ def places(data, tmp_path_factory) -> Path:
     (folder / "FILE").write_text("a file")
     (folder / "FOREIGN.pt").write_text("not a checkpoint")
     (folder / "EMPTY").mkdir()
+    (folder / "LOCKED" / ".lock").mkdir(parents=True)  # a file of that name cannot be opened
     for name in ("NO_VALIDATION", "TOO_SHORT", "TEXT"):
         shutil.copytree(data, folder / name)
     (folder / "NO_VALIDATION" / "val_000000.bin").unlink()
@@ -103,25 +104,6 @@ def test_a_bad_environment(change, message, data, tmp_path, monkeypatch, capsys)
     assert re.search(message, error) and error.count("\n") == 1 and not (tmp_path / "log").exists()
 
 
-def test_a_folder_without_permission(straight, data, tmp_path, monkeypatch, capsys):
-    """Root may write anywhere, so it becomes nobody. Nobody may not import what no run before (`straight`)
-    has imported, nor pass through the folders above: the paths are relative."""
-    shutil.copytree(data, tmp_path / "data")
-    folders, user = (tmp_path, tmp_path / "data"), os.geteuid()
-    for path in (*folders, *folders[1].iterdir()):
-        path.chmod(0o555)
-    monkeypatch.chdir(tmp_path)
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        assert train_gpt_moe.main(flags("data", "log")) == 2
-    finally:
-        os.seteuid(user)
-        for folder in folders:
-            folder.chmod(0o755)
-    assert re.search("cannot write there: Permission denied.*--log_dir", capsys.readouterr().err)
-
-
 def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
     world = parallel.World(0, 0, 3, torch.device("cpu"))
     assert check_config(TrainConfig(B=4, T=8, total_batch_size=192), world) == 2
@@ -144,12 +126,10 @@ def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
     said, words = [], ["--preset", "demo", "--max_steps", str(steps)]
     config, given = parse_config(words)
     check_config(config, ALONE, given, said.append)
-    assert config.warmup_steps == expected
+    assert config.warmup_steps == expected and len(said) == (expected != 40)
     if expected == 40:
-        assert not said
         return
-    (line,) = said
-    assert line.startswith(f"warmup_steps={expected}, not 40: max_steps={steps}") and "--warmup_steps" in line
+    assert re.match(rf"warmup_steps={expected}, not 40: max_steps={steps}.*--warmup_steps", said[0])
     config, given = parse_config([*words, "--warmup_steps", "40"])
     for given_now in (given, None):  # a flag's warmup is refused, and that of a resumed run
         with pytest.raises(ValueError, match=rf"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"):
