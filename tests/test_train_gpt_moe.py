@@ -87,8 +87,7 @@ def test_sampling_a_model_that_is_not_there(straight, tmp_path, monkeypatch, cap
 
 
 def test_two_processes_give_the_losses_of_one_and_say_everything_once(data, tmp_path):
-    """One process has the batch in one piece, two processes in two micro-steps each. They validate on other
-    batches."""
+    """One process has the batch in one piece, two have it in four. They validate on other batches."""
     more = ["--dropout", 0, "--max_steps", 5]  # other cuts of a batch draw other dropout
     assert train_gpt_moe.main(flags(data, tmp_path / "one", *more, "--B", 8)) == 0
     ranks = start_ranks(2, flags(data, tmp_path / "two", *more, "--B", 2), tmp_path / "output")

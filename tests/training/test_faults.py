@@ -301,7 +301,7 @@ def test_an_error_in_an_evaluation_loses_no_step(straight, data, tmp_path, monke
 
 def test_an_error_between_update_and_next_step_saves_no_mixture(data, tmp_path, monkeypatch):
     """Then the weights are those of the next step already, but its log line is not written."""
-    at_call(monkeypatch, RunLog, "step", [5], Mock(side_effect=RuntimeError("something unforeseen")))
+    at_call(monkeypatch, RunLog, "step", [4], Mock(side_effect=RuntimeError("something unforeseen")))
     with pytest.raises(RuntimeError, match="something unforeseen"):
         train_gpt_moe.main(flags(data, tmp_path))
     assert steps_saved(tmp_path) == [3]

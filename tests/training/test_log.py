@@ -161,13 +161,13 @@ def resumed(folder, step: int, **more) -> RunLog:
 
 
 def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
-    """It dies in the middle of a line of step 2 and goes on from step 1; then it ends, and is made longer."""
+    """It dies in the middle of a line of step 4 and goes on from step 1; then it ends, and is made longer."""
     first = RunLog(tmp_path, None, 0, tensorboard=True)
-    for step in range(2):
+    for step in range(4):
         first.step({"step": step, "loss": 3.5})
     assert first.close()
     with open(tmp_path / "main.log", "a") as file:
-        file.write("s:2 tr")
+        file.write("s:4 tr")
     second = resumed(tmp_path, 1, tensorboard=True)
     second.step({"step": 1, "loss": 2.5})
     second.evaluation(2, dict(MEASURED), elapsed_s=9.5)
