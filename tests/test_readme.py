@@ -50,7 +50,7 @@ LISTED = {
     "lm_eval ": "not installed; test_export.py",
     "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
-    "torchrun ": "GPUs; test_train_gpt_moe.py, test_parallel.py, test_nodes.py",
+    "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py",
     "sbatch ": "Slurm; test_nodes.py",
     "RANK=": "GPUs; test_nodes.py",
     "python tests/torture.py": "minutes, as root",
