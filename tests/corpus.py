@@ -25,32 +25,22 @@ def make_tokens(n: int, seed: int = 0, below: int = 50257) -> np.ndarray:
 def make_shards(folder: Path, lengths: list[int], below: int = 50257) -> list[np.ndarray]:
     """Write training shards of random tokens; return the tokens of each."""
     folder.mkdir(exist_ok=True)
-    shards = [make_tokens(n, seed, below) for seed, n in enumerate(lengths)]
-    for i, tokens in enumerate(shards):
-        write_shard(folder / f"train_{i:06d}.bin", tokens)
-    return shards
-
-
-def write_jsonl(path: Path, lines: list) -> Path:
-    """Write lines, each of which is bytes or becomes JSON."""
-    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-    path.write_bytes(b"".join(line + b"\n" for line in raw))
-    return path
+    shards = {f"train_{i:06d}.bin": make_tokens(n, i, below) for i, n in enumerate(lengths)}
+    for name, tokens in shards.items():
+        write_shard(folder / name, tokens)
+    return list(shards.values())
 
 
 def write_source(path: Path, documents: list[str] = DOCUMENTS) -> Path:
     """Write documents in the format that the name asks for; a folder of .txt files if it has no suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)).encode()
-    half = len(lines) // 2
-    if path.suffix == ".parquet":
+    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix)
+    if compress:  # two members, as `cat a.gz b.gz` makes
+        path.write_bytes(compress(lines[:99]) + compress(lines[99:]))
+    elif path.suffix == ".parquet":
         table = pyarrow.table({"text": documents, "id": list(range(len(documents)))})
         parquet.write_table(table, path, row_group_size=2)
-    elif path.suffix == ".gz":  # two members, as `cat a.gz b.gz` makes
-        path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
-    elif path.suffix == ".zst":
-        compress = zstandard.ZstdCompressor().compress
-        path.write_bytes(compress(lines[:half]) + compress(lines[half:]))
     elif path.suffix == ".jsonl":
         path.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\n\n"))  # byte order mark, empty lines
     else:
@@ -69,11 +59,6 @@ def build(source: Path | str, out: Path | None, **flags) -> dict:
 def content(folder: Path) -> dict[str, bytes]:
     """The bytes of every file in a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def times(folder: Path) -> dict[str, int]:
-    """When each file in a folder was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def stream_of(folder: Path) -> list[int]:

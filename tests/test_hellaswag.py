@@ -3,21 +3,21 @@
 Run: python -m pytest tests/test_hellaswag.py
 """
 
-import contextlib
 import copy
 import hashlib
 import io
 import json
 import statistics
 import urllib.error
+import urllib.request
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import shared_file, slow
-from corpus import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_examples, strong, tiny
@@ -35,8 +35,14 @@ MOE = dict(use_moe=True, num_experts=3, moe_every=2, router_score="sigmoid", tie
 
 @pytest.fixture
 def write(tmp_path):
-    """Function that writes examples (or lines) to a file and returns its path."""
-    return lambda examples, name="questions.jsonl": write_jsonl(tmp_path / name, examples)
+    """Function that writes lines, each bytes or to become JSON, to a file and returns its path."""
+
+    def to_file(lines, name="questions.jsonl"):
+        raw = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+        (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
+        return tmp_path / name
+
+    return to_file
 
 
 def make_model(**fields) -> GPTLMHeadModel:
@@ -88,9 +94,8 @@ def test_losses_against_hugging_face_in_double_precision(tmp_path, write):
     """Each ending alone, no padding, no batch, by transformers' GPT-2 in float64."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    theirs = strong(
-        GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=90, vocab_size=300))
-    )
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=90, vocab_size=300)
+    theirs = strong(GPT2LMHeadModel(config))
     theirs.save_pretrained(tmp_path / "gpt2")
     examples = make_examples(8, longest=12)
     path, expected, double = write(examples), [], copy.deepcopy(theirs).double()
@@ -199,29 +204,17 @@ def test_autocast_changes_little_and_ends_with_the_evaluation(write):
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_share_the_questions_and_run_equally_many_forwards(world_size, write, monkeypatch):
-    """Every rank's part computed here, one after the other; their sum is what all_reduce would give."""
-    model, examples = make_model(block_size=70), make_examples(11)
-    questions = [build_question(e, "bytes", "completion", 70) for e in examples]
-    shapes, parts = [[] for _ in range(world_size)], []
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: parts.append(tensor.clone()))
-    for rank, seen in enumerate(shapes):
-        note = lambda m, args, out, seen=seen: seen.append(out.size(1))  # noqa: E731
-        hook = model.transformer.wte.register_forward_hook(note)
-        hellaswag.score_batched(model, questions, 160, rank, world_size)
-        hook.remove()
-    assert all(seen == shapes[0] for seen in shapes)
-    assert_close(sum(parts).view(-1, 4), evaluate(model, write(examples)).losses)
-
-
 def main(arguments: list[str]) -> int:
     """One of two processes: all questions, then a file that rank 1 does not find."""
     folder, path = map(Path, arguments)
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    rank, model = dist.get_rank(), torch.nn.parallel.DistributedDataParallel(make_model(use_moe=True))
-    torch.save(evaluate(model, path, rank=rank, world_size=2).losses, f"{folder}/losses{rank}.pt")
+    rank, model = dist.get_rank(), make_model(use_moe=True, block_size=70)
+    lengths = []
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: lengths.append(output.size(1)))
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    for budget in (1, 160):
+        losses = evaluate(model, path, tokens_per_batch=budget, rank=rank, world_size=2).losses
+        torch.save((losses, lengths), f"{folder}/{budget}_{rank}.pt")
     try:
         evaluate(model, path if rank == 0 else "missing", rank=rank, world_size=2)
     except HellaSwagUnavailable as error:
@@ -231,13 +224,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def test_two_processes_give_the_result_of_one_or_fail_together(tmp_path, write):
-    path = write(make_examples(7))
-    ranks = start_ranks(2, [tmp_path, path], tmp_path / "output", script="test_hellaswag")
+def test_two_ranks_run_equally_many_forwards_give_the_result_of_one_and_fail_together(tmp_path, write):
+    examples = [*make_examples(4, longest=3), *make_examples(3, seed=1)]  # of which some are cropped
+    ranks = start_ranks(2, [tmp_path, write(examples)], tmp_path / "output", script="test_hellaswag")
     assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
-    whole = evaluate(make_model(use_moe=True), path).losses
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"losses{rank}.pt"), whole)
+    whole = evaluate(make_model(use_moe=True, block_size=70), write(examples))
+    assert 0 < whole.cropped < 7
+    for budget in (1, 160):  # one row per rank and forward (the last forward has one for both), and more
+        (losses, lengths), (losses1, lengths1) = (
+            torch.load(tmp_path / f"{budget}_{rank}.pt") for rank in (0, 1)
+        )
+        assert_close(losses, whole.losses)
+        assert torch.equal(losses, losses1) and lengths == lengths1 and len(set(lengths)) > 1
     assert "another rank could not load the questions" in (tmp_path / "error0").read_text()
     assert "cannot read the questions in missing" in (tmp_path / "error1").read_text()
 
@@ -337,12 +335,17 @@ def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
             evaluate(make_model(), path)
 
 
-TEXTS = st.text(st.characters(codec="utf-8"))
-RIGHT = dict(ctx=TEXTS, label=st.integers(0, 4), endings=st.lists(TEXTS, min_size=4, max_size=4))
-RIGHT |= dict(activity_label=TEXTS, ctx_a=TEXTS, ctx_b=TEXTS)
-WRONG = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text(), max_size=5)
-CHANGES = st.dictionaries(st.sampled_from([*RIGHT]), WRONG, max_size=2)
-LINES = st.binary(max_size=60) | st.builds(dict.__or__, st.fixed_dictionaries(RIGHT), CHANGES)
+WRONG = (
+    st.lists(st.text(), min_size=4, max_size=4)
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.lists(st.text())
+)
+CHANGES = st.dictionaries(st.sampled_from([*make_examples(1)[0]]), WRONG, max_size=2)
+LINES = st.binary(max_size=60) | CHANGES.map(lambda changes: make_examples(1)[0] | changes)
 
 
 @settings(max_examples=70)
@@ -362,43 +365,34 @@ def test_any_file_is_read_or_refused(write, lines, style, block):
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A stand-in for the network: what it answers, and what it was asked for."""
+def urlopen(monkeypatch, tmp_path):
+    """A stand-in for the network, which answers with one question."""
     content = json.dumps(make_examples(1)[0]).encode()
-    state = {"answer": content, "asked": []}
-
-    def urlopen(url, timeout):
-        state["asked"].append(url)
-        if isinstance(state["answer"], Exception):
-            raise state["answer"]
-        return io.BytesIO(state["answer"])
-
-    monkeypatch.setattr(hellaswag_files.urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(hellaswag_files, "DATA_DIR", tmp_path / "hellaswag")
     known = {"val": (len(content), hashlib.sha256(content).hexdigest())}
+    monkeypatch.setattr(hellaswag_files, "DATA_DIR", tmp_path / "hellaswag")
     monkeypatch.setattr(hellaswag_files, "HELLASWAG_FILES", known)
-    return state
+    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock(return_value=io.BytesIO(content)))
+    return urllib.request.urlopen
 
 
-def test_download_once(server, tmp_path):
+def test_download_once(urlopen, tmp_path):
     assert len(list(iterate_examples("val"))) == len(list(iterate_examples("val"))) == 1
     url = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-    assert server["asked"] == [url]
+    urlopen.assert_called_once_with(url, timeout=mock.ANY)
     assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
     assert evaluate(make_model()).n == 1
     with pytest.raises(ValueError, match="split='test'"):
         hellaswag.download("test")
 
 
-ANSWERS = [urllib.error.URLError("no route"), b"<html>", TimeoutError("slow"), None]
-
-
-@pytest.mark.parametrize("answer", ANSWERS, ids=["offline", "html", "slow", "full disk"])
-def test_a_failed_download_is_one_clear_line_and_leaves_nothing(answer, server, tmp_path):
-    server["answer"] = answer or server["answer"]
-    with full_disk(100) if answer is None else contextlib.nullcontext():
-        with pytest.raises(HellaSwagUnavailable) as caught:
-            evaluate(make_model())
+@pytest.mark.parametrize("trouble", [urllib.error.URLError("no route"), TimeoutError(), "html", "full disk"])
+def test_a_failed_download_is_one_clear_line_and_leaves_nothing(trouble, urlopen, tmp_path):
+    if trouble == "html":
+        urlopen.return_value = io.BytesIO(b"<html>")
+    elif trouble != "full disk":
+        urlopen.side_effect = trouble
+    with full_disk(100), pytest.raises(HellaSwagUnavailable) as caught:
+        evaluate(make_model())
     assert isinstance(caught.value, FileNotFoundError)
     assert "curl" in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "hellaswag").iterdir()) == []
