@@ -181,8 +181,8 @@ def test_all_processes_end_together(endless, tmp_path, name, victim, workers, co
     if victim == "all":
         os.killpg(process.pid, end)
     else:
-        first, _ = workers_of(process)
-        os.kill(process.pid if victim == "script" else first, end)
+        _, last = workers_of(process)
+        os.kill(process.pid if victim == "script" else last, end)
     errors = process.communicate(timeout=300)[1]  # returns when the last process has closed its stderr
     assert process.returncode == code and "Traceback" not in errors, errors
     assert ("a tokenising process died" in errors) == (victim == "worker")

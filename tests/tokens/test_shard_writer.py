@@ -90,13 +90,11 @@ def test_parts_share_the_documents_and_a_folder(tmp_path):
     source = write_source(tmp_path / "a.jsonl.gz", documents)
     for part in (2, 0, 1):
         build(source, out, num_parts=3, part=part, shard_size=150, val_tokens=50)
-    train = [os.path.basename(path) for path in find_shards(out, "train")]
-    assert len(train) > 6
-    assert {re.sub(r"\d{6}", "N", name) for name in train} == {f"train_p000{part}_N.bin" for part in range(3)}
-    assert find_shards(out, "val") == [str(out / "val_p0000_000000.bin")]
-    assert sorted(stream_of(out)) == sorted(t for text in documents for t in [256, *text.encode()])
-    assert stream_of(out)[:14] == [256, *b"document 0 ", 256, ord("d")]
+    names = {re.sub(r"\d{6}", "N", os.path.basename(path)) for path in find_shards(out / "*.bin")}
+    assert names == {"val_p0000_N.bin", *(f"train_p000{part}_N.bin" for part in range(3))}
+    texts = "".join(map(chr, stream_of(out))).split(chr(256))[1:]
+    assert sorted(texts) == sorted(documents) and texts[1] == documents[3]  # part 0 has every third
     meta = read_meta(out)
-    assert meta["complete"] and sum(meta["tokens"].values()) == sum(len(text) + 1 for text in documents)
+    assert meta["complete"] and sum(meta["tokens"].values()) == len("".join(documents)) + 40
     with pytest.raises(ValueError, match=r"too small \(part 40 of 41\): 0 documents, 0 tokens; no text"):
         build(source, tmp_path / "empty", num_parts=41, part=40)
