@@ -55,6 +55,11 @@ def moe_layer(seed: int = 0, std: float = 0.5, **fields) -> MoE:
     return strong(MoE(tiny(**dict(n_embd=8) | fields)), std, seed).train()
 
 
+def gradients(module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients by the parameters' names."""
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
 def experts_by_hand(experts: Experts, x, expert, weight):
     """The experts' output for x (N, C) as a loop over tokens; expert and weight (N, K) as for dispatch."""
     names, y = ("c_fc", "c_fc_bias", "c_proj", "c_proj_bias"), []

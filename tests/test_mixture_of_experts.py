@@ -15,26 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import needs_compiler
-from models import ENGINES, chosen, experts_by_hand, moe_layer, sure_layer, tiny
+from models import ENGINES, chosen, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from processes import finish, start_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mixture_of_experts import (
-    ROUTER_SCORES,
-    MoE,
-    expert_usage,
-    update_routers,
-)
+from mixture_of_experts import ROUTER_SCORES, MoE, expert_usage, update_routers
 from model import GPTLMHeadModel
 from training import parallel
 from training.idle_experts import idle_experts
 from training.log import expert_load
-
-
-def gradients(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
-
 
 # -----------------------------------------------------------------------------
 # The layer
@@ -88,25 +78,20 @@ def test_dropout_is_active_in_training_only():
 
 
 def test_router_stays_in_fp32_under_autocast():
-    layer = moe_layer(n_embd=32)
-    x = torch.randn(4, 64, 32)
-    expected = chosen(layer, layer.gate(x.view(-1, 32)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = layer.gate(x.view(-1, 32))
-        routed = chosen(layer, logits)
-        y, auxiliary = layer(x, return_auxiliary=True)
-    assert logits.dtype == torch.float32 and auxiliary.balance_loss.dtype == torch.float32
-    assert torch.equal(routed[0], expected[0]) and torch.equal(routed[1], expected[1])
-    assert y.dtype == torch.bfloat16
-    exact = layer(x)
-    assert (y - exact).abs().max() < 0.03 * exact.abs().max()
-    y.float().square().sum().backward()
-    bf16 = gradients(layer)
-    layer.zero_grad()
-    exact.square().sum().backward()
-    for name, gradient in gradients(layer).items():
-        assert bf16[name].dtype == torch.float32
-        assert (bf16[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    layer, x, found = moe_layer(n_embd=32), torch.randn(4, 64, 32), []
+    for bf16 in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            routed = chosen(layer, layer.gate(x.view(-1, 32)))
+            y, auxiliary = layer(x, return_auxiliary=True)
+        assert y.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        y.float().square().sum().backward()
+        assert {auxiliary.balance_loss.dtype, *(p.grad.dtype for p in layer.parameters())} == {torch.float32}
+        found.append((routed, {"y": y.float(), **gradients(layer)}))
+    (exact_route, exact), (route, low) = found
+    torch.testing.assert_close(route, exact_route, rtol=0, atol=0)
+    for name in exact:
+        assert (low[name] - exact[name]).norm() < 0.03 * exact[name].norm(), name
 
 
 def test_ties_go_to_the_lower_index():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import ENGINES, experts_by_hand, moe_layer, tiny
+from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
 
 from layers import experts
 from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows
@@ -17,10 +17,6 @@ from layers.mlp import ACTIVATIONS
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
 GROUPED = pytest.param("grouped_mm", marks=needs_grouped_mm)
-
-
-def gradients(module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
 # -----------------------------------------------------------------------------
