@@ -11,16 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import chosen, moe_layer, sure_layer
 
-from mixture_of_experts import (
-    BALANCE_LOSSES,
-    ROUTER_SCORES,
-    BalanceLoss,
-    diversity_regularization,
-    entropy_regularization,
-    load_balancing,
-    update_routers,
-    variance_penalty,
-)  # fmt: skip
+from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES, BalanceLoss, update_routers
 from model import GPTConfig
 
 
@@ -64,20 +55,22 @@ def test_balance_loss_equals_the_formula_and_its_finite_differences(loss_type, s
         update_routers([layer])
 
 
-@pytest.mark.parametrize(
-    "loss, balanced, collapsed, lowest, highest",
-    [
-        (load_balancing, [torch.full((6,), 1 / 6)] * 2, [torch.eye(6)[0]] * 2, 1, 6),
-        (variance_penalty, [torch.full((6,), 1 / 6)], [torch.eye(6)[0]], 0, 5),
-        (entropy_regularization, [torch.full((6,), 1 / 6)], [torch.eye(6)[0]], 0, math.log(6)),
-        (diversity_regularization, [torch.eye(6) / 6], [torch.full((6, 6), 1 / 36)], 0, 1),
-    ],
-)  # fmt: skip
-def test_values_at_perfect_balance_and_collapse(loss, balanced, collapsed, lowest, highest):
-    assert loss(*balanced).item() == pytest.approx(lowest, abs=1e-6)
-    assert loss(*collapsed).item() == pytest.approx(highest)
-    sure, single = (dict(moe_loss_type=loss.__name__, num_experts_per_tok=1, num_experts=E) for E in (4, 1))
-    for layer, x in ((sure_layer(**sure), torch.eye(4)), (moe_layer(**single), torch.randn(3, 8))):
+UNIFORM, ONE_EXPERT = torch.full((6,), 1 / 6), torch.eye(6)[0]
+EXTREMES = [  # loss, arguments at perfect balance and at collapse, values there
+    ("load_balancing", (UNIFORM, UNIFORM), (ONE_EXPERT, ONE_EXPERT), 1, 6),
+    ("variance_penalty", (UNIFORM,), (ONE_EXPERT,), 0, 5),
+    ("entropy_regularization", (UNIFORM,), (ONE_EXPERT,), 0, math.log(6)),
+    ("diversity_regularization", (torch.eye(6) / 6,), (torch.full((6, 6), 1 / 36),), 0, 1),
+]
+
+
+@pytest.mark.parametrize("name, balanced, collapsed, lowest, highest", EXTREMES, ids=BALANCE_LOSSES)
+def test_values_at_perfect_balance_and_collapse(name, balanced, collapsed, lowest, highest):
+    assert BALANCE_LOSSES[name].function(*balanced).item() == pytest.approx(lowest, abs=1e-6)
+    assert BALANCE_LOSSES[name].function(*collapsed).item() == pytest.approx(highest)
+    fields = dict(moe_loss_type=name, num_experts_per_tok=1)
+    single = moe_layer(num_experts=1, **fields)
+    for layer, x in ((sure_layer(**fields), torch.eye(4)), (single, torch.randn(3, 8))):
         layer(x[None])
         assert layer.get_auxiliary_loss().item() == pytest.approx(lowest, abs=1e-5)
 

@@ -12,15 +12,6 @@ from transformers import DynamicCache
 
 from huggingface.outputs import CACHE
 from layers import attention
-from layers.attention import (
-    BACKENDS,
-    attention_reference,
-    choose_backend,
-    flex_window,
-    prefer_backend,
-    time_backend,
-    window_block_mask,
-)
 from model import CausalSelfAttention
 
 CPU = torch.device("cpu")
@@ -34,10 +25,6 @@ OPTIONS = [
 def build(**fields):
     """A small dense model with large weights."""
     return strong(dense_model(**fields))
-
-
-# -----------------------------------------------------------------------------
-# The model's attention and its cache
 
 
 @pytest.mark.parametrize("fields", OPTIONS, ids=str)
@@ -89,7 +76,8 @@ def test_dropout_falls_on_attention_weights_in_training():
     layer, x = build(dropout=0.5).transformer.h[0].attn.train(), torch.randn(1, 9, 64)
     assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
     q = torch.randn(1, 1, 4000, 2)
-    y, weight = attention_reference(q, q[:, :, :1], torch.ones(1, 1, 1, 2), torch.ones(4000, 1).bool(), 0.5)
+    k, v, mask = q[:, :, :1], torch.ones(1, 1, 1, 2), torch.ones(4000, 1).bool()
+    y, weight = attention.attention_reference(q, k, v, mask, 0.5)
     assert weight.eq(1).all() and set(y.unique().tolist()) == {0.0, 2.0}
     assert y.mean().item() == pytest.approx(1.0, abs=0.1)
 
@@ -107,7 +95,7 @@ def written_out_window(T: int, window: int) -> torch.Tensor:
 @pytest.mark.parametrize("T, window, block", [(300, 70, 128), (128, 64, 64), (48, 1, 16), (100, 33, 16)])
 @torch.no_grad()
 def test_block_mask_is_the_window(T, window, block):
-    mask, expected = window_block_mask(T, window, CPU, block), written_out_window(T, window)
+    mask, expected = attention.window_block_mask(T, window, CPU, block), written_out_window(T, window)
     grown = mask.to_dense()[0, 0].bool().repeat_interleave(block, 0).repeat_interleave(block, 1)[:T, :T]
     assert (grown | ~expected).all()  # no visible key is in a block that is left out
     looked_at = mask.to_dense()[0, 0].sum(-1)
@@ -130,14 +118,10 @@ def test_attention_layer_takes_a_block_mask():
     expected = layer(x, written_out_window(200, 4)[None, None])
     layer.compile(fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        fast = layer(x, window_block_mask(200, 4, x.device))
+        fast = layer(x, attention.window_block_mask(200, 4, x.device))
         torch.testing.assert_close(fast, expected, rtol=0, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_block_masks_are_for_gpus_only():
-    assert flex_window(tiny(sliding_window=4), 16, CPU) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -145,7 +129,7 @@ def test_windows_on_cuda_train_as_on_the_cpu():
     fields = dict(position="rope", n_kv_head=2, sliding_window=100, global_every=2, block_size=512)
     cpu, gpu = build(**fields).train(), build(**fields).train().cuda()
     ids = tokens(2, 300)
-    assert flex_window(gpu.config, 300, torch.device("cuda", 0)) is not None
+    assert attention.flex_window(gpu.config, 300, torch.device("cuda", 0)) is not None
     for model, rows in ((cpu, ids), (gpu, ids.cuda())):
         model(rows, targets=rows)[1].backward()
     for (name, p), q in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
@@ -156,23 +140,24 @@ def test_windows_on_cuda_train_as_on_the_cpu():
 # Backends
 
 
-def test_on_a_cpu_there_is_no_backend_to_choose():
+def test_on_a_cpu_there_is_nothing_to_choose():
     config = tiny()
-    for name in ("auto", *BACKENDS):
-        assert choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
+    for name in ("auto", *attention.BACKENDS):
+        assert attention.choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
     with pytest.raises(ValueError, match=r"attention_backend='flush'.*auto, cudnn, flash"):
-        choose_backend("flush", config, 2, 8, CPU, torch.float32)
+        attention.choose_backend("flush", config, 2, 8, CPU, torch.float32)
+    assert attention.flex_window(tiny(sliding_window=4), 16, CPU) is None  # only GPUs have block masks
     model, ids = build(), tokens()
     expected = model(ids).logits
-    for name in ("", "auto", *BACKENDS):
-        with prefer_backend(name, CPU):
+    for name in ("", "auto", *attention.BACKENDS):
+        with attention.prefer_backend(name, CPU):
             assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_backend_that_cannot_do_a_shape_takes_forever():
-    config = tiny(n_kv_head=2)
-    assert time_backend(BACKENDS["math"], config, 2, 8, CPU, torch.float32) < 60
-    assert time_backend(BACKENDS["cudnn"], config, 2, 8, CPU, torch.float32) == float("inf")
+    shape = tiny(n_kv_head=2), 2, 8, CPU, torch.float32
+    assert attention.time_backend(attention.BACKENDS["math"], *shape) < 60
+    assert attention.time_backend(attention.BACKENDS["cudnn"], *shape) == float("inf")
 
 
 def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
@@ -182,7 +167,7 @@ def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
     monkeypatch.setattr(attention, "sdpa_kernel", lambda order, **named: calls.append((order, named)))
     monkeypatch.setattr(attention, "choose_for_the_first_time", lambda device: calls.append(device.type))
     for name in ("flash", "math"):
-        prefer_backend(name, torch.device("cuda"))
+        attention.prefer_backend(name, torch.device("cuda"))
     orders = [["flash", "cudnn", "efficient", "math"], ["math", "cudnn", "flash", "efficient"]]
-    first, second = ([BACKENDS[name] for name in names] for names in orders)
+    first, second = ([attention.BACKENDS[name] for name in names] for names in orders)
     assert calls == ["cuda", (first, {"set_priority": True}), "cuda", (second, {"set_priority": True})]

@@ -19,10 +19,6 @@ needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="this torch has
 GROUPED = pytest.param("grouped_mm", marks=needs_grouped_mm)
 
 
-# -----------------------------------------------------------------------------
-# Dispatch
-
-
 def test_dispatch_of_a_hand_worked_example():
     index = torch.tensor([[2, 0], [0, 3], [2, 3]])  # slots 0 to 5 want experts 2 0 0 3 2 3
     routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
@@ -32,10 +28,6 @@ def test_dispatch_of_a_hand_worked_example():
     assert routing.expert().tolist() == [0, 0, 2, 2, 3, 3]
     assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
     assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]
-
-
-# -----------------------------------------------------------------------------
-# Engines
 
 
 def blackwells(x, weights, offs):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import needs_compiler
 from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes
@@ -53,23 +52,16 @@ def value_and_gradients(function, x, weight, *arguments, factor=1.0):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(9)], ids=["mean", "int", "tensor"])
 def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softcap, chunk):
-    for ignore_index, dtype in itertools.product((-1, -100), (torch.float32, torch.float64)):
+    """Also of logits so large or small that a careless softmax would overflow or vanish."""
+    dtypes = {torch.float32: 1e-5, torch.float64: 1e-12}
+    for ignore_index, dtype, scale in itertools.product((-1, -100), dtypes, (1.0, 1e-4, 30.0, 3000.0)):
         x, weight, targets = inputs(dtype, ignore_index)
-        rest = (targets, ignore_index, num_items, softcap)
+        x, rest = scale * x, (targets, ignore_index, num_items, softcap)
         ours = value_and_gradients(linear_cross_entropy, x, weight, *rest, chunk, factor=0.3)
         truth = value_and_gradients(plain, x.double(), weight.double(), *rest, factor=0.3)
         for a, b in zip(ours, truth, strict=True):
             assert a.dtype == dtype
-            assert (a - b).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_extreme_logits_neither_overflow_nor_vanish():
-    x, weight, targets = inputs()
-    for scale in (1e-4, 30.0, 3000.0):
-        ours = value_and_gradients(linear_cross_entropy, scale * x, weight, targets, -100, None, 0.0, 5)
-        truth = value_and_gradients(plain, (scale * x).double(), weight.double(), targets)
-        for a, b in zip(ours, truth, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
+            assert (a - b).abs().max() <= dtypes[dtype] * b.abs().max().clamp(min=1)
 
 
 def test_where_all_targets_are_ignored_it_is_as_plain():
@@ -119,24 +111,6 @@ def test_float16_gradients_outlive_a_small_scale():
         ours = value_and_gradients(linear_cross_entropy, x.half(), weight, *arguments, factor=2.0**24)
     for a, true in zip(ours, truth, strict=True):
         assert (a - true).norm() <= 0.005 * true.norm()
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True])
-def test_compiled_without_a_graph_break(bf16):
-    torch._dynamo.reset()
-    x, weight, targets = inputs()
-
-    def half(*arguments):
-        return 0.5 * linear_cross_entropy(*arguments)
-
-    results = []
-    for function in (half, torch.compile(half, fullgraph=True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            results.append(value_and_gradients(function, x, weight, targets, -100, None, 0.0, 7, factor=0.3))
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-7)
 
 
 def test_the_operator_keeps_its_promises_to_the_compiler():

@@ -12,10 +12,8 @@ from models import moe_layer, sure_layer
 from mixture_of_experts import update_routers
 from training.idle_experts import freeze_idle_experts
 
-
-def learner(layer) -> torch.optim.AdamW:
-    """It decays weights a lot; the router is not trained."""
-    return torch.optim.AdamW(layer.experts.parameters(), lr=0.1, weight_decay=0.5)
+# The experts' weights decay a lot; the router is not trained.
+ADAMW = dict(lr=0.1, weight_decay=0.5)
 
 
 def values(layer, optimizer) -> list[torch.Tensor]:
@@ -29,7 +27,7 @@ def values(layer, optimizer) -> list[torch.Tensor]:
 def test_idle_experts_stay_as_they_are(spared):
     """Expert 3 has rows in the first step only. Later, neither decay nor old moments may change it."""
     layer, x, seen = moe_layer(num_experts_per_tok=1), torch.randn(2, 16, 8), []
-    optimizer = learner(layer)
+    optimizer = torch.optim.AdamW(layer.experts.parameters(), **ADAMW)
     update_routers([layer])
     for step in range(3):
         layer.router_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 100.0 if step == 0 else -100.0]))
@@ -51,8 +49,8 @@ def test_what_tokens_that_do_not_count_have_taught_is_kept():
     """Tokens with ignored labels are in no count, but may have gradients: their experts learn. Experts with
     nothing but padding, whose gradient is zero, or without rows stay as they are."""
     layer, x, seen = sure_layer(num_experts_per_tok=1), torch.eye(4)[None], []
-    optimizer = learner(layer)
-    # In the second step, token 0 counts, token 1 has an ignored label, token 2 is padding, token 3 is not there.
+    optimizer = torch.optim.AdamW(layer.experts.parameters(), **ADAMW)
+    # Second step: token 0 counts, token 1 has an ignored label, token 2 is padding, token 3 is not there.
     steps = ((x, [1, 1, 1, 1], [1, 1, 1, 1], 0), (x[:, :3], [1, 0, 0], [1, 1, 0], 2))
     for tokens, counted, scale, idle in steps:
         update_routers([layer])
