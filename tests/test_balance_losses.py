@@ -76,8 +76,7 @@ def test_values_at_perfect_balance_and_collapse(name, balanced, collapsed, lowes
 
 
 def test_z_loss_equals_the_formula():
-    layer = moe_layer().double()
-    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    layer, x = moe_layer().double(), torch.randn(1, 6, 8, dtype=torch.float64)
     _, auxiliary = layer(x, return_auxiliary=True)
     expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in layer.gate(x[0]).tolist()) / 6
     assert auxiliary.z_loss.item() == pytest.approx(expected, rel=1e-12)
@@ -154,8 +153,7 @@ def test_a_new_loss_or_score_is_one_row(monkeypatch):
 
 @pytest.mark.parametrize("loss_type", BALANCE_LOSSES)
 def test_masked_tokens_do_not_count(loss_type):
-    x = torch.randn(3, 8, 8)
-    mask = torch.rand(3, 8) < 0.6
+    x, mask = torch.randn(3, 8, 8), torch.rand(3, 8) < 0.6
     masked, alone = moe_layer(moe_loss_type=loss_type), moe_layer(moe_loss_type=loss_type)
     y, auxiliary = masked(x, mask.long(), return_auxiliary=True)
     torch.testing.assert_close(y, alone.eval()(x))

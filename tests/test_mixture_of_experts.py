@@ -1,8 +1,6 @@
 """The MoE layer against loops in float64: routing, balance losses, accounts, compilation, two ranks.
 
 Run: python -m pytest tests/test_mixture_of_experts.py
-
-tests/layers/test_experts.py tests the experts' engines.
 """
 
 import copy
@@ -63,10 +61,8 @@ def test_output_and_every_gradient_equal_a_loop_over_tokens(score, K, norm):
 
 
 def test_dropout_is_active_in_training_only():
-    layer = moe_layer(dropout=0.5)
-    x = torch.randn(4, 16, 8)
-    zeros = (layer(x) == 0).float().mean()
-    assert 0.3 < zeros < 0.7
+    layer, x = moe_layer(dropout=0.5), torch.randn(4, 16, 8)
+    assert 0.3 < (layer(x) == 0).float().mean() < 0.7
     assert (layer.eval()(x) != 0).all()
 
 
@@ -104,8 +100,7 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize("score", ROUTER_SCORES)
 @pytest.mark.parametrize("norm", [True, False])
 def test_nan_surfaces_where_it_came_from(score, norm):
-    layer = moe_layer(router_score=score, norm_topk_prob=norm)
-    x = torch.randn(2, 4, 8)
+    layer, x = moe_layer(router_score=score, norm_topk_prob=norm), torch.randn(2, 4, 8)
     expected = layer(x)
     x[1, 2, 3] = math.nan
     y = layer(x)
@@ -116,12 +111,11 @@ def test_nan_surfaces_where_it_came_from(score, norm):
         layer.gate.weight[1] = math.nan  # only one expert's logit is bad, for all tokens
     assert layer(x).isnan().all()
     assert layer.get_usage_counts().sum() == 3 * 2 * 8
-    assert expert_usage([layer])[0].entropy.isfinite()
+    assert 0 <= expert_usage([layer])[0].entropy <= math.log(4)
 
 
 def test_loss_free_balancing():
-    layer = moe_layer(router_bias_update_rate=0.1, moe_loss=False)
-    x = torch.randn(4, 16, 8)
+    layer, x = moe_layer(router_bias_update_rate=0.1, moe_loss=False), torch.randn(4, 16, 8)
     update_routers([layer])
     assert layer.router_bias.tolist() == [0, 0, 0, 0]
     counts = torch.zeros(4, dtype=torch.int64)
@@ -209,8 +203,7 @@ def test_what_a_run_logs_of_the_experts(monkeypatch):
 
 
 def test_resetting_the_usage_leaves_training_alone():
-    x = torch.randn(3, 2, 8, 8)
-    results = []
+    x, results = torch.randn(3, 2, 8, 8), []
     for reset in (False, True):
         layer = moe_layer(router_bias_update_rate=0.1)
         for part in x:
@@ -223,7 +216,7 @@ def test_resetting_the_usage_leaves_training_alone():
         update_routers([layer])  # an empty step changes nothing
         assert layer.get_usage_counts().sum() == (0 if reset else 3 * 32)
         results.append((layer.router_bias, layer.reference_totals))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_accounts_are_exact_in_any_dtype_of_the_model():
@@ -259,8 +252,7 @@ def test_fresh_parameters_are_initialised():
     layer = MoE(tiny(num_shared_experts=2, expert_hidden_size=80))
     for name, parameter in layer.named_parameters():
         if "shared" not in name:  # a GPT initialises nn.Linear
-            expected = 0.0 if "bias" in name else 0.02
-            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+            assert parameter.std().item() == pytest.approx(0 if "bias" in name else 0.02, rel=0.1), name
     assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == {
         "gate.weight": (4, 64), "experts.c_fc": (4, 80, 64), "experts.c_proj": (4, 64, 80),
         "experts.c_fc_bias": (4, 80), "experts.c_proj_bias": (4, 64), "shared.c_fc.weight": (160, 64),

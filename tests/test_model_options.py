@@ -1,8 +1,6 @@
 """Options of the model's architecture: each alone against a model written out here, all together, in pairs.
 
 Run: python -m pytest tests/test_model_options.py
-
-tests/layers/test_attention.py has attention, its cache and its windows.
 """
 
 import copy
