@@ -105,13 +105,13 @@ def test_nan_surfaces_where_it_came_from(score, norm):
     x[1, 2, 3] = math.nan
     y = layer(x)
     assert y[1, 2].isnan().all()
+    assert 0 <= expert_usage([layer])[0].entropy <= math.log(4)
     y[1, 2] = expected[1, 2]
     torch.testing.assert_close(y, expected)
     with torch.no_grad():
         layer.gate.weight[1] = math.nan  # only one expert's logit is bad, for all tokens
     assert layer(x).isnan().all()
     assert layer.get_usage_counts().sum() == 3 * 2 * 8
-    assert 0 <= expert_usage([layer])[0].entropy <= math.log(4)
 
 
 def test_loss_free_balancing():
