@@ -3,8 +3,15 @@
 import random
 
 import torch
+import torch.nn.functional as F
 
+from layers.experts import Experts, grouped_mm
+from layers.mlp import ACTIVATIONS
+from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
+
+# Engines of layers/experts.py; older versions of torch have no grouped_mm.
+ENGINES = ("loop", "gather", "grouped_mm") if grouped_mm else ("loop", "gather")
 
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 
@@ -41,6 +48,47 @@ def dense_model(**fields) -> GPTLMHeadModel:
     """A small dense model, to make one with experts from."""
     torch.manual_seed(5)
     return GPTLMHeadModel(tiny(use_moe=False, **fields)).eval()
+
+
+def moe_layer(seed: int = 0, std: float = 0.5, **fields) -> MoE:
+    """An MoE layer of 8 channels in training, with weights so large that every difference shows."""
+    return strong(MoE(tiny(**dict(n_embd=8) | fields)), std, seed).train()
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients by the parameters' names."""
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def experts_by_hand(experts: Experts, x, expert, weight):
+    """The experts' output for x (N, C) as a loop over tokens; expert and weight (N, K) as for dispatch."""
+    names, y = ("c_fc", "c_fc_bias", "c_proj", "c_proj_bias"), []
+    for row, chosen, factors in zip(x, expert.tolist(), weight, strict=True):
+        answers = []
+        for e in chosen:
+            stacked = (getattr(experts, name) for name in names)
+            c_fc, fc_bias, c_proj, proj_bias = (None if p is None else p[e] for p in stacked)
+            h = ACTIVATIONS[experts.activation].forward(F.linear(row, c_fc, fc_bias))
+            answers.append(F.linear(h, c_proj, proj_bias))
+        y.append(sum(factor * answer for factor, answer in zip(factors, answers, strict=True)))
+    return torch.stack(y)
+
+
+def sure_layer(**fields) -> MoE:
+    """A layer of 4 channels and 4 experts that sends the unit vector e to expert e, with probability 1."""
+    layer = moe_layer(n_embd=4, **fields)
+    with torch.no_grad():
+        layer.gate.weight.copy_(100 * torch.eye(4))
+    return layer
+
+
+def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
+    routing, probs = layer.route(logits)
+    slots = (
+        row[routing.position()].view(-1, routing.per_token) for row in (routing.expert(), routing.weight)
+    )
+    return *slots, probs
 
 
 def strong(model, std=0.2, seed=0):
