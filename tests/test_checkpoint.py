@@ -24,12 +24,13 @@ def test_file_and_folder_become_each_other(straight, tmp_path, tied):
     save_checkpoint(state, tmp_path)
     for name in (".model_00012.unfinished", ".model_00015.unfinished"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__0_0.distcp").write_bytes(b"half of it")
+        (tmp_path / name / "__7_0.distcp").write_bytes(b"half of it")
     assert main(["convert", f"{file}/", f"{folder}/"]) == 0
     assert main(["convert", f"{folder}/", f"{back}/"]) == 0
     for path in (file, folder, back):
         assert equal(load_checkpoint(path), state)
         assert main(["verify", f"{path}/"]) == 0
+    assert [path.name for path in folder.glob("__*")] == ["__0_0.distcp"]
     model = load_model(f"{folder}/")
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
     hidden = [path.name for path in tmp_path.glob(".*")]

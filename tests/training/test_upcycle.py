@@ -91,7 +91,7 @@ def test_upcycling_end_to_end(data, tmp_path):
 
 def test_flags_that_contradict_the_weights_are_refused(straight, data, tmp_path, capsys):
     for flag, value in (("n_layer", 3), ("num_experts", 8), ("use_moe", False), ("T", 64)):
-        assert begin(straight / "latest", data, tmp_path, f"--{flag}", value) == 2
+        assert begin(straight / "latest", data, tmp_path, "--max_steps", 1, f"--{flag}", value) == 2
         error = capsys.readouterr().err
         assert f"{flag}={value}, but init_from={straight}" in error and error.count("\n") == 1
     assert not (tmp_path / "log.txt").exists()
