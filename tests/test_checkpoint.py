@@ -57,7 +57,7 @@ def test_what_is_printed(straight, tmp_path, capsys):
     (tmp_path / "file").write_text("of somebody else")
     for words, named in (
         (["verify", tmp_path / "none.pt"], "none.pt"),
-        (["convert", path, tmp_path / "file"], "file: there is something already"),
+        (["convert", path, tmp_path / "file"], tmp_path / "file"),
         (["export", path, tmp_path], tmp_path),
     ):
         assert main([*map(str, words)]) == 2
