@@ -107,6 +107,15 @@ def tokens(B=3, T=24, V=97, seed=0):
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def small_checkpoint(step: int = 3, **more) -> dict:
+    """A dictionary that can be saved as a checkpoint; no model fits it. Its numbers depend on the step."""
+    generator = torch.Generator().manual_seed(step)
+    weights = {"a": torch.randn(5, 7, generator=generator), "b": torch.arange(3) + step}
+    moments = {"step": torch.tensor(2.0), "exp_avg": torch.randn(5, 7, generator=generator)}
+    optimizer = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
+    return {"model": weights, "config": {"n_layer": 1}, "step": step, "optimizer": optimizer, **more}
+
+
 def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
     """Questions of random words, of very different lengths, with ctx_a and ctx_b."""
     rng = random.Random(seed)
