@@ -3,6 +3,7 @@
     process = start(["--max_steps", "9"], "out.txt")            # python train_gpt_moe.py --max_steps 9
     ranks = start_ranks(2, ["--max_steps", "9"], "out.txt")     # what torchrun starts
     assert finish(process) == 0
+    run_ranks(2, ["--max_steps", "9"], "out.txt")               # starts them, and waits for a good end
 
 A server process imports the program once; every training process is forked from it (multiprocessing's
 forkserver), so it has an id, memory, signals and an exit code of its own.
@@ -32,7 +33,7 @@ from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
-# Places in a file and new bytes for them: (place from 0 to 1, bytes removed, bytes inserted).
+# A change of a file: (place from 0 to 1, number of bytes removed, bytes inserted).
 CUT = st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40))
 PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
@@ -59,8 +60,7 @@ def start(arguments, output, environment: Mapping = {}, sick: Mapping = {}, scri
 
 
 def free_port() -> int:
-    """A port at which nobody listens, of 20000 to 29999: the system gives out none of these by itself, so it
-    stays free until it is used."""
+    """A port from 20000 to 29999 at which nobody listens. The system gives out none of these by itself."""
     while True:
         port = 20_000 + next(PORTS) % 10_000
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -68,18 +68,18 @@ def free_port() -> int:
             return port
 
 
-def start_ranks(
-    size: int,
-    arguments: list,
-    output: str | Path,
-    sick: Mapping = {},
-    script: str = "train_gpt_moe",
-    environment: Mapping = {},
-) -> list:
+def start_ranks(size: int, arguments: list, output: str | Path, sick: Mapping = {},
+                script: str = "train_gpt_moe", environment: Mapping = {}) -> list:  # fmt: skip
     """Start `size` processes that train together, as torchrun would."""
     names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), **environment)
     each = ({**names, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
     return [start(arguments, output, names, sick, script) for names in each]
+
+
+def run_ranks(size: int, arguments: list, output: Path, **options) -> None:
+    """start_ranks, and wait for their end. AssertionError with the output unless all exit codes are 0."""
+    ranks = start_ranks(size, arguments, output, **options)
+    assert [finish(rank) for rank in ranks] == [0] * size, output.read_text()
 
 
 def finish(process, timeout: float = 600) -> int:
@@ -116,7 +116,7 @@ def flags(data, log_dir, *more) -> list[str]:
 
 
 def metrics(log_dir) -> list[dict]:
-    """The steps' records without what is a matter of time."""
+    """The steps' records of metrics.jsonl without times and memory."""
     records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
     clock = {"ms", "tok_per_s", "elapsed_s", "memory"}
     return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
@@ -200,10 +200,8 @@ def _run(script: str, arguments: list[str], output: str, environment: dict, sick
 
 
 def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Callable:
-    """A model's `forward` that meets NaN behind the embedding in some training forwards.
-
-    sick: number of the training forward in this process, from 0 -> rank that it befalls, -1 for all.
-    """
+    """A model's `forward` whose embedding gives NaN in some training forwards of a process.
+    sick: {number of the forward, from 0: the rank that gets the NaN, or -1 for all}."""
     numbers = itertools.count()
 
     def sick_forward(self, *args, **kwargs):
@@ -222,7 +220,7 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
 
 @contextlib.contextmanager
 def little_memory(megabytes: int):
-    """So much is left for this process."""
+    """This process can take so much more memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))

@@ -156,17 +156,15 @@ def test_padding_of_what_does_not_divide():
 # ---------------------------------------------------------------------------- against what is sent
 
 
-@pytest.mark.parametrize("ranks", [2, *slow(4)])
-def test_formulas_equal_what_ranks_send(ranks):
+@pytest.mark.parametrize("case", [(2, "float32"), *slow((4, "float32"), (2, "bfloat16"))], ids=str)
+def test_formulas_equal_what_ranks_send(case, tmp_path):
     """Two micro-steps of every layout, byte by byte, in the calls; and, within the messages' heads and gloo's
     reduce-scatter by an all-reduce, through the network. Two experts on four ranks are cut through."""
-    fields = dict(
-        n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2, num_experts_per_tok=2,
-        num_shared_experts=1,
-    )  # fmt: skip
-    plan = Plan(ranks, B=2, T=16, dtype="float32", micro_steps=2)
-    meta = meta_model(GPTConfig(block_size=16, **fields))
-    found = train_ranks(plan, fields, list(LAYOUTS))
+    ranks, dtype = case
+    fields = SMALL | dict(n_embd=32, vocab_size=128, num_experts=2, num_shared_experts=1, bias=True)
+    plan = Plan(ranks, B=2, T=16, dtype=dtype, micro_steps=2)
+    meta = model(**fields)
+    found = train_ranks(tmp_path, plan, fields, list(LAYOUTS))
     for name, changes in LAYOUTS.items():
         formula = sent(step_traffic(meta, replace(plan, **changes)))
         for rank in found:
@@ -177,15 +175,6 @@ def test_formulas_equal_what_ranks_send(ranks):
         mean = sum(rank[name]["held"] for rank in found) / ranks
         uses = memory_by_use(meta, replace(plan, **changes))
         assert mean == pytest.approx(uses["parameters"] + uses["gradients"] + uses["moments"], rel=0.01), name
-
-
-@pytest.mark.slow
-def test_bf16_of_fsdp_is_gathered_in_two_bytes():
-    fields = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2)
-    plan = Plan(2, B=2, T=16, dtype="bfloat16")
-    meta = meta_model(GPTConfig(block_size=16, **fields))
-    for name, rank in train_ranks(plan, fields, ["fsdp", "ep"])[0].items():
-        assert rank["sent"] == pytest.approx(sent(step_traffic(meta, replace(plan, **LAYOUTS[name])))), name
 
 
 # ---------------------------------------------------------------------------- the command

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import tiny, tokens
-from processes import finish, start_ranks
+from processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -156,5 +156,4 @@ def main(arguments: list[str]) -> int:
 
 
 def test_two_processes_share_the_matrices(tmp_path):
-    ranks = start_ranks(2, [], tmp_path / "output", script="test_muon")
-    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
+    run_ranks(2, [], tmp_path / "output", script="test_muon")
