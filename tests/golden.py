@@ -4,15 +4,13 @@
     python tests/golden.py OLD NEW --cases moe,resume        # these, and the cases they need
     python tests/golden.py OLD NEW --keep FOLDER             # keeps OLD's outputs for the next time
 
-This guards changes that must not change results, such as a refactoring. It imports no module of the checkouts
-and knows only their command lines. CASES lists what it runs. It compares token shards, log files (without
-times), all that is in the last checkpoint (weights, optimizer, data loader, random state), sampled texts, and
-the logits of exported models. It prints every difference as one line.
+This guards changes that must not change results, such as a refactoring. It knows only the checkouts' command
+lines; CASES lists them. It compares token shards, log files (without times), all that is in the last
+checkpoint, sampled texts, and the logits of exported models, and prints every difference as one line.
 Exit codes: 0 all is equal, 1 something differs or failed, 2 bad arguments.
 
---keep FOLDER holds OLD's outputs under FOLDER/old-REVISION and NEW's last outputs under FOLDER/new. OLD's are
-used again while its revision, this file and the version of torch stay the same. Outputs of an OLD with
-uncommitted changes are not kept.
+--keep uses OLD's outputs in FOLDER/old-REVISION again while this file and the version of torch stay the same;
+not those of an OLD with uncommitted changes. NEW's last outputs lie in FOLDER/new.
 """
 
 import argparse
@@ -27,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +45,10 @@ TWO = "2 " + MOE + "--B 2 --max_steps 6 "  # two ranks, with two micro-steps on 
 CONVERT = "checkpoint.py convert log/latest whole.pt"
 SAMPLE = "--prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu > sample.txt"
 
-# The commands of a case run one after the other in the case's folder. A number in front is the number of
-# ranks. {moe} stands for the folder of the case moe, which then runs before. `> FILE` takes standard output.
-# Two commands are this file's own. `rewind LOG CHECKPOINT` copies a run's log folder without newer
-# checkpoints. `load MODEL` loads an exported model where no checkout can be imported, and saves its outputs.
+# Cases run in this order, the commands of a case one after the other in the case's folder. A number in front is
+# the number of ranks; {moe} stands for the folder of the case moe; `> FILE` takes standard output. `rewind LOG
+# CHECKPOINT` copies a run's log folder without newer checkpoints. `load MODEL` loads an exported model where no
+# checkout can be imported, and saves its outputs.
 CASES = {
     "data": ["fineweb.py --source ../text.txt --encoding bytes --out data --val_tokens 20000"],
     "compile": [MOE + "--moe_every 2 --max_steps 3 --use_compile True"],  # it takes longest
@@ -94,16 +92,16 @@ torch.save({"logits": logits, "text": text, "weights": dict(model.state_dict())}
 class Side:
     """A checkout, and the folder that holds its outputs, one folder per case."""
 
-    name: str
     checkout: Path
     root: Path
     mark: str = ""  # stands in outputs that may be used again; empty: none may
 
 
 def needs(case: str) -> set[str]:
-    """The cases that must have run before: those whose folders the commands name, and the shards."""
+    """The cases whose outputs a case uses."""
     text = " ".join(CASES[case])
-    return set(re.findall(r"{(\w+)}", text)) | ({"data"} if "--data_dir" in text else set())
+    data = {"data"} if "--data_dir" in text else set()
+    return data | set(re.findall(r"{(\w+)}", text)) | ({CROSS[case]} if case in CROSS else set())
 
 
 def write_inputs(root: Path) -> None:
@@ -130,18 +128,16 @@ def run_case(case: str, side: Side, old: Side) -> float:
     for command in CASES[case]:
         words = [word.format_map({name: source.root / name for name in CASES}) for word in command.split()]
         ranks = int(words.pop(0)) if words[0].isdigit() else 1
-        output = folder / words[-1] if ">" in words else None
-        words = words[:-2] if output else words
+        words, output = (words[:-2], folder / words[-1]) if ">" in words else (words, None)
         if words[0] == "rewind":
             shutil.copytree(words[1], folder / "log")
             for path in (folder / "log").glob("model_*"):
                 if path.name > words[2]:
                     path.unlink()
             (folder / "log" / "latest").write_text(words[2])
-        elif words[0] == "load":
-            run_ranks(["-P", "-c", LOAD, *words[1:]], 1, folder, output)
         else:
-            run_ranks([str(side.checkout / words[0]), *words[1:]], ranks, folder, output)
+            script = ["-P", "-c", LOAD] if words[0] == "load" else [str(side.checkout / words[0])]
+            run_ranks([*script, *words[1:]], ranks, folder, output)
     done.write_text(side.mark)
     return time.monotonic() - begin
 
@@ -157,25 +153,24 @@ def run_ranks(arguments: list[str], ranks: int, folder: Path, output: Path | Non
         "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": str(folder / "modules"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
     }  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        environment["MASTER_PORT"] = str(probe.getsockname()[1])
-    group = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost") if ranks > 1 else {}
-    places = [group | dict(RANK=str(i), LOCAL_RANK=str(i)) if group else {} for i in range(ranks)]
-    command, name = [sys.executable, *arguments], Path(arguments[0]).name
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        environment |= dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=port)
+    places = [dict(RANK=str(i), LOCAL_RANK=str(i)) if ranks > 1 else {} for i in range(ranks)]
     with open(folder / "out.log", "ab") as log, open(output or os.devnull, "wb") as text:
         to = dict(cwd=folder, stdin=subprocess.DEVNULL, stdout=text if output else log, stderr=log)
+        command = [sys.executable, *arguments]
         processes = [subprocess.Popen(command, env=environment | place, **to) for place in places]
         try:
             codes = [process.wait(TIMEOUT_S) for process in processes]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{name}: still ran after {TIMEOUT_S} s") from None
         finally:
             for process in processes:
                 process.kill()
     if any(codes):
         last = (folder / "out.log").read_text(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"{name}: exit codes {codes}: {' '.join(last)}")
+        raise RuntimeError(f"{Path(arguments[0]).name}: exit codes {codes}: {' '.join(last)}")
 
 
 # ---------------------------------------------------------------------------- COMPARING
@@ -228,7 +223,7 @@ def compare(case: str, old: Path, new: Path, seconds: str) -> bool:
     """Print a line about a case, and one for every difference. Returns whether all is equal."""
     a, b = outcome(old), outcome(new)
     lines = [] if a else ["nothing to compare"]
-    for name in [*a, *(name for name in b if name not in a)]:
+    for name in a | b:
         if name in a and name in b:
             text = difference(a[name], b[name])
         else:  # settings may come and go
@@ -249,45 +244,31 @@ def compare(case: str, old: Path, new: Path, seconds: str) -> bool:
 def make_sides(options: argparse.Namespace, scratch: Path) -> tuple[Side, Side]:
     """The two checkouts and the folders of their outputs."""
     keep = options.keep.resolve() if options.keep else scratch
-    old = Side("OLD", options.old.resolve(), scratch / "old")
-    new = Side("NEW", options.new.resolve(), keep / "new")
+    old, new = Side(options.old.resolve(), scratch / "old"), Side(options.new.resolve(), keep / "new")
     git = ["git", "-C", options.old, "describe", "--always", "--dirty", "--exclude=*"]
     revision = subprocess.check_output(git, text=True).strip() if options.keep else "-dirty"
     if not revision.endswith("-dirty"):
-        old.root = keep / f"old-{revision}"
-        old.mark = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()
+        mark = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()
+        old = Side(old.checkout, keep / f"old-{revision}", mark)
     shutil.rmtree(new.root, ignore_errors=True)
     write_inputs(old.root)
     write_inputs(new.root)
     return old, new
 
 
-def run_all(wanted: set[str], old: Side, new: Side) -> list[str]:
-    """Run and report the cases, at most two processes at a time. Returns those that are not equal."""
-    futures: dict[tuple[str, str], Future] = {}
-
-    def job(case: str, side: Side) -> float:
-        for other in needs(case):  # they were submitted before, so they run or have run
-            futures[other, "OLD" if other == "data" or case in CROSS else side.name].result()
-        return run_case(case, side, old)
-
-    unequal = []
-    for workers in (2, 1):  # first the cases of one process, then those of two ranks
-        cases = [
-            case for case in CASES if case in wanted and CASES[case][0].startswith("2 ") == (workers < 2)
-        ]
-        with ThreadPoolExecutor(workers) as pool:
-            for case in cases:
-                for side in (new,) if case in CROSS else (old, new):
-                    futures[case, side.name] = pool.submit(job, case, side)
-            for case in cases:
-                try:
-                    seconds = [f"{futures[key].result():5.1f} s" for key in futures if key[0] == case]
-                    folders = old.root / CROSS.get(case, case), new.root / case
-                    unequal += [] if compare(case, *folders, " + ".join(seconds)) else [case]
-                except Exception as error:  # the other cases go on
-                    unequal.append(case)
-                    print(f"{case:14} failed   {error!r}", flush=True)
+def run_all(wanted: set[str], old: Side, new: Side) -> int:
+    """Run and report the cases, OLD and NEW at the same time. Returns how many are not equal."""
+    unequal = 0
+    with ThreadPoolExecutor(2) as pool:
+        for case in (case for case in CASES if case in wanted):
+            sides = [new] if case in CROSS else [old, new]
+            try:
+                seconds = [f"{s:5.1f} s" for s in pool.map(run_case, [case] * 2, sides, [old] * 2)]
+                folders = old.root / CROSS.get(case, case), new.root / case
+                unequal += not compare(case, *folders, " + ".join(seconds))
+            except Exception as error:  # the other cases go on
+                unequal += 1
+                print(f"{case:14} failed   {error!r}", flush=True)
     return unequal
 
 
@@ -306,12 +287,11 @@ def main() -> int:
         wanted.remove("compile")
         print("compile        skipped (no C++ compiler)")
     for case in reversed(CASES):  # what a case needs stands before it
-        if case in wanted:
-            wanted |= needs(case) | ({CROSS[case]} if case in CROSS else set())
+        wanted |= needs(case) if case in wanted else set()
     with tempfile.TemporaryDirectory() as scratch:
         unequal = run_all(wanted, *make_sides(options, Path(scratch).resolve()))
-    print(f"{len(unequal)} of {len(wanted)} cases differ, {time.monotonic() - begin:.0f} s")
-    return int(bool(unequal))
+    print(f"{unequal} of {len(wanted)} cases differ, {time.monotonic() - begin:.0f} s")
+    return int(unequal > 0)
 
 
 if __name__ == "__main__":
