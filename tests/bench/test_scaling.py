@@ -18,9 +18,7 @@ from bench.traffic import LAYOUTS, Collective, Links, Plan, memory_by_use, step_
 from model import GPTConfig
 
 # 2 layers, C = 8, 4 experts of H = 32, 2 per token, no biases, V = 32, T = 16: P by hand
-SMALL = dict(
-    n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False,
-)  # fmt: skip
+SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False)
 OUTSIDE = 32 * 8 + 16 * 8 + 8  # wte, wpe, ln_f
 GATES, EXPERTS = 2 * 4 * 8, 2 * 4 * 2 * 32 * 8
 BLOCKS = 2 * (8 + 3 * 8 * 8 + 8 * 8 + 8)  # ln_1, c_attn, c_proj, ln_2
@@ -43,17 +41,6 @@ def sent(collectives: list[Collective]) -> dict[str, float]:
     for collective in collectives:
         total[collective.kind] += collective.sent
     return {kind: size for kind, size in total.items() if size}
-
-
-# ---------------------------------------------------------------------------- by hand
-
-
-def test_bytes_of_each_collective():
-    gb = 1e9
-    assert Collective("all_reduce", gb, 4).sent == 1.5e9
-    assert Collective("all_gather", gb, 4).sent == Collective("reduce_scatter", gb, 4).sent == 0.75e9
-    assert Collective("all_to_all", gb, 8).sent == Collective("broadcast", gb, 8).sent == 0.875e9
-    assert all(Collective(kind, gb, 1).sent == 0 for kind in ("all_reduce", "broadcast"))
 
 
 @pytest.mark.parametrize(
@@ -142,9 +129,6 @@ def test_padding_of_what_does_not_divide():
     assert count(traffic.expert_elements, (8, 28, 6), (8, 7, 42), ranks=14) == 8 * 28 * 6 + 8 * 7 * 42
 
 
-# ---------------------------------------------------------------------------- against what is sent
-
-
 @pytest.mark.parametrize("case", [(2, "float32"), *slow((4, "float32"), (2, "bfloat16"))], ids=str)
 def test_formulas_equal_what_ranks_send(case, tmp_path):
     """Two micro-steps of every layout, byte by byte, in the calls; and, within the messages' heads and gloo's
@@ -164,9 +148,6 @@ def test_formulas_equal_what_ranks_send(case, tmp_path):
         mean = sum(rank[name]["held"] for rank in found) / ranks
         uses = memory_by_use(meta, replace(plan, **changes))
         assert mean == pytest.approx(uses["parameters"] + uses["gradients"] + uses["moments"], rel=0.01), name
-
-
-# ---------------------------------------------------------------------------- the command
 
 
 def table(capsys, command: str) -> list[dict[str, str]]:

@@ -40,16 +40,6 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return u @ s.diag() @ vh
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20)])
-def test_newton_schulz_is_the_quintic_on_singular_values(shape):
-    matrices = torch.randn(shape, dtype=torch.float64)
-    expected = torch.stack([orthogonal(matrix) for matrix in matrices])
-    torch.testing.assert_close(newton_schulz(matrices), expected, rtol=0, atol=1e-6)
-    singular = torch.linalg.svdvals(newton_schulz(torch.randn(1, 16, 256)))
-    assert 0.6 < singular.min() and singular.max() < 1.3
-    assert newton_schulz(torch.zeros(shape)).abs().max() == 0
-
-
 @torch.no_grad()
 def muon_step(weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, rows: list[int]) -> None:
     """Muon written out for one parameter: a loop over the matrices that it stacks."""
@@ -64,7 +54,7 @@ def muon_step(weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, 
 
 def test_steps_equal_written_out_ones():
     """Muon's half equals muon_step, AdamW's half equals torch's AdamW to the bit. The optimizer is made anew
-    from its saved state before every step. Expert 1 gets no gradient in the last step."""
+    from its saved state before every step. Expert 1 gets a gradient in the second step only."""
     model, twin = build_model().double(), build_model().double()
     optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5)
     adamw = twin.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", router_lr_mult=0.5)
@@ -79,7 +69,7 @@ def test_steps_equal_written_out_ones():
             idx = tokens(2, 17, seed=step)
             loss = model(idx[:, :-1], targets=idx[:, 1:])[1]
             loss.backward()
-            if step == 2:
+            if step != 1:
                 model.moe_layers()[0].experts.c_fc.grad[1] = 0
             return loss
 

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/training/test_nodes.py
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -10,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,24 +44,17 @@ def one_node(data, tmp_path_factory) -> Path:
     return log_dir
 
 
-def worker(log_dir: Path, rank: int) -> int:
-    """Process id of the training process of this rank that writes to log_dir, once there is one."""
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-            except OSError:  # it has ended meanwhile, or is not ours
-                continue
-            words = command.split(b"\0")
+def kill_worker(log_dir: Path, rank: int) -> int:
+    """Kill the training process of this rank that writes to log_dir, after some steps. Returns its id."""
+    wait_for(log_dir / "log.txt", 8)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
+            words, environment = ((folder / f).read_bytes().split(b"\0") for f in ("cmdline", "environ"))
             of_run = str(log_dir).encode() in words and b"torch.distributed.run" not in words
-            if of_run and f"RANK={rank}".encode() in environment.split(b"\0"):
+            if of_run and f"RANK={rank}".encode() in environment:
+                os.kill(int(folder.name), signal.SIGKILL)
                 return int(folder.name)
-        time.sleep(0.1)
     raise AssertionError(f"no process of rank {rank}")
-
-
-# ---------------------------------------------------------------------------- two launchers
 
 
 @pytest.mark.slow
@@ -82,9 +75,7 @@ def test_static_rendezvous_and_a_lost_worker_without_restarts(one_node, data, tm
             options = command.replace("--node_rank=0", f"--node_rank={node}").split()
             launchers.append(subprocess.Popen([*TORCHRUN, *options, *script], stdout=output, stderr=output))
         request.addfinalizer(launchers[-1].kill)
-    victim = worker(tmp_path / "log", 1)  # looked for beforehand: that takes time
-    wait_for(tmp_path / "log" / "log.txt", 8)
-    os.kill(victim, signal.SIGKILL)
+    victim = kill_worker(tmp_path / "log", 1)
     assert [launcher.wait(300) for launcher in launchers] == [1, 1]
     said = (tmp_path / "node0").read_text()
     assert f"rank 1 (process {victim} on {HOST}) is lost" in said
@@ -111,17 +102,12 @@ def test_the_slurm_script_brings_a_lost_worker_back(one_node, data, tmp_path, re
     words = ["bash", ROOT / "train.slurm", *flags(data, tmp_path / "log", *SHORT)]
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with open(tmp_path / "out", "w") as output:
-        task = subprocess.Popen(
-            list(map(str, words)), stdout=output, stderr=output, env=environment, cwd=ROOT,
-            start_new_session=True,
-        )  # fmt: skip
+        options = dict(env=environment, cwd=ROOT, start_new_session=True)
+        task = subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, **options)
     request.addfinalizer(lambda: task.poll() is None and os.killpg(task.pid, signal.SIGKILL))
-    victim = worker(tmp_path / "log", 1)
-    wait_for(tmp_path / "log" / "log.txt", 8)
-    os.kill(victim, signal.SIGKILL)
-    said = lambda: (tmp_path / "out").read_text()  # noqa: E731
-    assert task.wait(600) == 0, said()
-    assert re.search(r"resumed .*model_00\d\d\d.pt at step", said())
+    kill_worker(tmp_path / "log", 1)
+    code, said = task.wait(600), (tmp_path / "out").read_text()
+    assert code == 0 and re.search(r"resumed .*model_00\d\d\d.pt at step", said), said
     same_run(one_node, tmp_path / "log")
 
 
@@ -133,9 +119,6 @@ def test_what_the_slurm_script_asks_for():
     assert options["ntasks-per-node"] == "1" and options["signal"] == "TERM@120" and "requeue" in options
     before_first_command = text[: text.index("set -euo")]
     assert text.count("#SBATCH") == before_first_command.count("#SBATCH")  # Slurm reads no later ones
-
-
-# ---------------------------------------------------------------------------- lost ranks
 
 
 @pytest.mark.parametrize("lost", [*slow(0), 1])
@@ -205,8 +188,6 @@ def test_finishing_after_the_rank_that_has_the_store():
     last.stop(finished=True)
     assert last.lost == ""
 
-
-# ---------------------------------------------------------------------------- environment
 
 WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 BAD = [  # variable, value, words that the message must contain
