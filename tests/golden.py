@@ -43,12 +43,12 @@ MOE = "python " + EXPERTS
 TWO = f"python -m torch.distributed.run --standalone --nproc_per_node 2 {EXPERTS} --B 2 --max_steps 6 "
 CONVERT = "python {code}/checkpoint.py convert log/latest whole.pt"
 EXPORT = "python {code}/checkpoint.py export "
-LOAD = 'python -P -c "$LOAD"'  # the program below
-SAMPLE = "--prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu > sample.txt"
-SAMPLER = "python {code}/sample.py "
-REWIND = """cp -r {moe}/log log
-    rm -r log/model_00009.pt log/model_00012.pt
-    printf model_00006.pt > log/latest"""
+LOAD = 'python -P -c "$LOAD_CODE"'
+SAMPLE_FLAGS = "--prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu > sample.txt"
+SAMPLE = "python {code}/sample.py "
+REWIND = (
+    "cp -r {moe}/log log && rm log/model_00009.pt log/model_00012.pt && printf model_00006.pt > log/latest"
+)
 RESUME = [REWIND, MOE + "--sample_every 4 --resume auto"]
 
 # The cases run in this order, each in its folder. {code} is the checkout, {moe} the folder of the case moe.
@@ -62,9 +62,9 @@ CASES = {
         --dropout 0.1 --flash False --hellaswag True --hellaswag_data ../questions.jsonl"""],
     "resume": RESUME,
     "cross_resume": RESUME,
-    "sample": [SAMPLER + "--checkpoint {moe}/log/latest " + SAMPLE],
-    "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLER + "--model model " + SAMPLE],
-    "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLER + "--model {export}/model " + SAMPLE],
+    "sample": [SAMPLE + "--checkpoint {moe}/log/latest " + SAMPLE_FLAGS],
+    "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLE + "--model model " + SAMPLE_FLAGS],
+    "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLE + "--model {export}/model " + SAMPLE_FLAGS],
     "gpt2": [DENSE + "--max_steps 3 --dtype bfloat16", EXPORT + "log/latest model --format gpt2", LOAD],
     "ddp": [TWO],
     "zero": [TWO + "--zero_stage 1"],
@@ -118,7 +118,7 @@ def run_case(case: str, code: Path, root: Path, old: Path) -> float:
         "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
         "HF_MODULES_CACHE": str(folder / "modules"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-        "LOAD": LOAD_CODE, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "LOAD_CODE": LOAD_CODE, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     bash, nothing = ["timeout", str(TIMEOUT_S), "bash", "-e", "-c", script], subprocess.DEVNULL
     with open(folder / "out.log", "wb") as log:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -50,12 +51,9 @@ def start(arguments, output, environment: Mapping = {}, sick: Mapping = {}, scri
     texts = [str(argument) for argument in arguments]
     process = CONTEXT.Process(target=_run, args=(script, texts, str(output), dict(environment), dict(sick)))
     here = Path(__file__).resolve().parent
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), before])  # for the server
-    try:
+    places = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(places)):  # for the server
         process.start()
-    finally:
-        os.environ["PYTHONPATH"] = before
     return process
 
 
@@ -129,7 +127,7 @@ def losses(log_dir: Path, kind: str = "train") -> list[float]:
 
 
 def newest(log_dir: Path) -> int:
-    """The last step in log.txt, -1 for none."""
+    """The last step whose line in log.txt is complete, -1 for none."""
     lines = (log_dir / "log.txt").read_text().split("\n")[:-1]
     return max([int(line.split()[0]) for line in lines if " train " in line], default=-1)
 
@@ -208,12 +206,10 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
         training = self.training and kwargs.get("targets") is not None
         if not training or sick.get(next(numbers)) not in (-1, rank):
             return forward(self, *args, **kwargs)
-        spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
-        hook = self.transformer.drop.register_forward_hook(spoil)
-        try:
+        with contextlib.ExitStack() as stack:
+            spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
+            stack.callback(self.transformer.drop.register_forward_hook(spoil).remove)
             return forward(self, *args, **kwargs)
-        finally:
-            hook.remove()
 
     return sick_forward
 

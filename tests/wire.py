@@ -6,7 +6,7 @@
 
 "sent" are the bytes of each kind of collective, by its formula, from the calls that pass torch's dispatcher.
 "wire" are the bytes that left through the process's TCP connections: more by the messages' headers, and by
-gloo, which makes a reduce-scatter out of an all-reduce. "held" are the bytes of parameters, gradients, moments.
+gloo, which makes a reduce-scatter out of an all-reduce. "held": bytes of parameters, gradients and moments.
 """
 
 import json
@@ -37,8 +37,8 @@ SIZED_BY = {  # operator: (kind, argument that has the size S)
 
 
 class Volume(TorchDispatchMode):
-    """`with Volume() as volume`: volume.sent are the bytes that this rank sends, by kind of collective. torch's
-    dispatcher sees every one, whether DDP, FSDP, ZeroRedundancyOptimizer or our code calls it."""
+    """`with Volume() as volume`: volume.sent are the bytes that this rank sends, by kind of collective.
+    torch's dispatcher sees every one, whether DDP, FSDP, ZeroRedundancyOptimizer or our code calls it."""
 
     def __init__(self):
         super().__init__()

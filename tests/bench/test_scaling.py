@@ -118,15 +118,17 @@ def test_memory_by_hand():
     assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
 
 
-def test_padding_of_what_does_not_divide():
-    def count(function, *shapes, ranks):
-        return function([torch.Size(shape) for shape in shapes], ranks)
-
-    assert count(traffic.elements, (3, 5), ranks=2) == 4 * 5
-    assert count(traffic.elements, (8, 7, 5), (8,), ranks=64) == 64 * 7 * 5 + 64
-    assert count(traffic.elements, (8, 7, 5), ranks=1) == 8 * 7 * 5
-    assert count(traffic.expert_elements, (8, 7, 6), ranks=14) == 14 * 7 * 6  # 14 divides none of them
-    assert count(traffic.expert_elements, (8, 28, 6), (8, 7, 42), ranks=14) == 8 * 28 * 6 + 8 * 7 * 42
+@pytest.mark.parametrize(
+    ("function", "shapes", "ranks", "expected"),
+    [
+        (traffic.elements, [(3, 5)], 2, 4 * 5), (traffic.elements, [(8, 7, 5)], 1, 8 * 7 * 5),
+        (traffic.elements, [(8, 7, 5), (8,)], 64, 64 * 7 * 5 + 64),
+        (traffic.expert_elements, [(8, 7, 6)], 14, 14 * 7 * 6),  # 14 divides none of them
+        (traffic.expert_elements, [(8, 28, 6), (8, 7, 42)], 14, 8 * 28 * 6 + 8 * 7 * 42),
+    ],
+)  # fmt: skip
+def test_padding_of_what_does_not_divide(function, shapes, ranks, expected):
+    assert function([torch.Size(shape) for shape in shapes], ranks) == expected
 
 
 @pytest.mark.parametrize("case", [(2, "float32"), *slow((4, "float32"), (2, "bfloat16"))], ids=str)

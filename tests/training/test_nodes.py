@@ -155,10 +155,9 @@ def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
 def test_all_learn_who_is_lost_and_none_that_has_finished_is_missed(monkeypatch):
     """Heartbeats of five ranks in this process. Rank 2 finishes, then ranks 3 and 4 are lost together, as
     they are with a machine."""
-    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_TIMEOUT", 1.0)
-    monkeypatch.setattr(heartbeat, "TIMEOUT_AFTER_ERROR", 1.0)
-    monkeypatch.setattr(heartbeat, "EXIT_TIMEOUT", 600.0)  # a timeout would end this process
+    times = dict(INTERVAL=0.05, HEARTBEAT_TIMEOUT=1.0, TIMEOUT_AFTER_ERROR=1.0)
+    for name, seconds in (times | dict(EXIT_TIMEOUT=600.0)).items():  # whose end would end this process
+        monkeypatch.setattr(heartbeat, name, seconds)
     host = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     connect = lambda: dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)  # noqa: E731
     ranks = [heartbeat.Heartbeat(rank, 5, connect()) for rank in range(5)]

@@ -157,18 +157,15 @@ def checkpoint(folder: Path, name: str) -> Path:
     return ckpt.list_checkpoints(folder / name)[0]
 
 
-def gloo_threads() -> int:
-    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
-
-
 def main(arguments: list[str]) -> int:
     """What each process does: given a folder, the layouts for that many processes, one after the other; given
     flags, a training run, whose exit code is the number of gloo's threads once it has left its group."""
     if len(arguments) > 1:
         left, stop = [], parallel.stop
-        parallel.stop = lambda world: (stop(world), left.append(gloo_threads()))
-        assert train_gpt_moe.main(arguments) == 0
-        return left[0]
+        names = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # noqa: E731
+        parallel.stop = lambda world: (stop(world), left.extend(names()))
+        assert train_gpt_moe.main(arguments) == 0 and left
+        return sum("gloo" in name for name in left)
     world, folder = parallel.start("cpu"), Path(arguments[0])
     muon.has_fast_bf16 = lambda device_type: False  # its rounding would hide what is wrong
     mine = [name for name, (size, *_) in LAYOUTS.items() if size == world.size and name not in ALONE]
