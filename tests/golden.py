@@ -26,29 +26,21 @@ from typing import Any
 
 import torch
 
-# ---------------------------------------------------------------------------- CASES
-
 TINY = """{code}/train_gpt_moe.py --n_layer 2 --n_head 2 --n_embd 32 --T 32 --B 4 --total_batch_size 256
     --max_steps 12 --warmup_steps 2 --max_lr 3e-3 --min_lr 3e-4 --infer_step 4 --val_steps 2 --sample_every 0
     --prompt Return --sample_tokens 4 --hellaswag False --use_compile False --device cpu --checkpoint_every 3
     --plot False --tensorboard False --data_dir {data}/data --log_dir log """
 DENSE = "python " + TINY + "--use_moe False "
-EXPERTS = (
-    TINY
-    + """--num_experts 4 --num_experts_per_tok 2 --dropout 0.1 --router_bias_update_rate 0.01
+EXPERTS = f"""{TINY} --num_experts 4 --num_experts_per_tok 2 --dropout 0.1 --router_bias_update_rate 0.01
     --router_z_loss_coef 0.001 """
-)
 MOE = "python " + EXPERTS
 # Two ranks, with two micro-steps on each.
 TWO = f"python -m torch.distributed.run --standalone --nproc_per_node 2 {EXPERTS} --B 2 --max_steps 6 "
 CONVERT = "python {code}/checkpoint.py convert log/latest whole.pt"
 EXPORT = "python {code}/checkpoint.py export "
 LOAD = 'python -P -c "$LOAD_CODE"'
-SAMPLE_FLAGS = "--prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu > sample.txt"
-SAMPLE = "python {code}/sample.py "
-REWIND = (
-    "cp -r {moe}/log log && rm log/model_00009.pt log/model_00012.pt && printf model_00006.pt > log/latest"
-)
+SAMPLE = "python {code}/sample.py --prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu "
+REWIND = "cp -r {moe}/log log; rm log/model_00009.pt log/model_00012.pt; printf model_00006.pt > log/latest"
 RESUME = [REWIND, MOE + "--sample_every 4 --resume auto"]
 
 # The cases run in this order, each in its folder. {code} is the checkout, {moe} the folder of the case moe.
@@ -62,9 +54,9 @@ CASES = {
         --dropout 0.1 --flash False --hellaswag True --hellaswag_data ../questions.jsonl"""],
     "resume": RESUME,
     "cross_resume": RESUME,
-    "sample": [SAMPLE + "--checkpoint {moe}/log/latest " + SAMPLE_FLAGS],
-    "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLE + "--model model " + SAMPLE_FLAGS],
-    "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLE + "--model {export}/model " + SAMPLE_FLAGS],
+    "sample": [SAMPLE + "--checkpoint {moe}/log/latest > sample.txt"],
+    "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLE + "--model model > sample.txt"],
+    "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLE + "--model {export}/model > sample.txt"],
     "gpt2": [DENSE + "--max_steps 3 --dtype bfloat16", EXPORT + "log/latest model --format gpt2", LOAD],
     "ddp": [TWO],
     "zero": [TWO + "--zero_stage 1"],
@@ -84,8 +76,6 @@ with torch.no_grad():
     logits = model(ids).logits  # (B, T, V)
 text = model.generate(ids[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
 torch.save({'logits': logits, 'text': text, 'weights': dict(model.state_dict())}, 'loaded.pt')"""
-
-# ---------------------------------------------------------------------------- RUNNING
 
 
 def needs(case: str) -> set[str]:
@@ -127,9 +117,6 @@ def run_case(case: str, code: Path, root: Path, old: Path) -> float:
         last = (folder / "out.log").read_text(errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"exit code {run.returncode}: {' '.join(last)}")
     return time.monotonic() - begin
-
-
-# ---------------------------------------------------------------------------- COMPARING
 
 
 def leaves(value: Any, name: str) -> dict[str, Any]:
@@ -194,16 +181,12 @@ def compare(case: str, old: Path, new: Path, seconds: str) -> bool:
     return not lines
 
 
-# ---------------------------------------------------------------------------- COMMAND LINE
-
-
 def run_all(wanted: set[str], checkouts: list[Path], roots: list[Path]) -> int:
     """Run and report the cases, OLD and NEW at the same time. Returns how many are not equal."""
     unequal, (old, new) = 0, roots
     with ThreadPoolExecutor(2) as pool:
         for case in (case for case in CASES if case in wanted):
-            first = 1 if case in CROSS else 0  # of OLD and NEW
-            sides = zip(checkouts[first:], roots[first:], strict=True)
+            sides = list(zip(checkouts, roots, strict=True))[1 if case in CROSS else 0 :]
             futures = [pool.submit(run_case, case, *side, old) for side in sides]
             try:
                 seconds = " + ".join(f"{future.result():5.1f} s" for future in futures)

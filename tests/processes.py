@@ -100,12 +100,12 @@ def made_up_text() -> str:
 def write_data(folder: str | Path) -> str:
     """Write the made-up text as training and validation shards of bytes; returns the folder's name."""
     os.makedirs(folder)
-    tokens, sizes = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16), {}
-    for name, part in (("train_000000.bin", tokens[:-20000]), ("val_000000.bin", tokens[-20000:])):
+    tokens = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16)
+    parts = {"train_000000.bin": tokens[:-20000], "val_000000.bin": tokens[-20000:]}
+    for name, part in parts.items():
         shards.write_shard(os.path.join(folder, name), part)
-        sizes[name] = len(part)
-    meta = describe(get_encoding("bytes"), sizes, complete=True)
-    Path(folder, "meta.json").write_text(json.dumps(meta))
+    sizes = {name: len(part) for name, part in parts.items()}
+    Path(folder, "meta.json").write_text(json.dumps(describe(get_encoding("bytes"), sizes, complete=True)))
     return str(folder)
 
 

@@ -29,6 +29,7 @@ STATISTICS = 6 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
 ROWS = 2 * 16 * 2 * 8  # B T K C
 PLAN = Plan(4, B=2, T=16, dtype="float32")
 FSDP = replace(PLAN, parallel="fsdp")
+FSDP_SENDS = {"reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 4)}  # and gathers
 
 
 def model(**fields):
@@ -48,11 +49,9 @@ def sent(collectives: list[Collective]) -> dict[str, float]:
     [
         ({}, {"all_reduce": 1.5 * (4 * P + STATISTICS)}),
         (dict(zero_stage=1), {"all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P}),
-        (dict(parallel="fsdp"), {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE),
-            "reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 4)}),
-        (dict(parallel="fsdp", dtype="bfloat16"), {
-            "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS))),
-            "reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 4)}),
+        (dict(parallel="fsdp"), FSDP_SENDS | {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE)}),
+        (dict(parallel="fsdp", dtype="bfloat16"), FSDP_SENDS | {
+            "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))}),
         (dict(ep_size=2), {  # 2 replicas x 2; layers, micro-steps, all-to-alls, bytes; counts
             "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),
             "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4}),

@@ -25,17 +25,16 @@ ROWS = {"attn.c_attn.weight": [32, 16, 16], "mlp.c_fc.weight": [128, 128], "expe
 def build_model(**changes) -> GPTLMHeadModel:
     torch.manual_seed(0)
     experts = dict(moe_every=2, num_experts=3, num_experts_per_tok=1, expert_hidden_size=24)
-    config = tiny(**dict(n_embd=32, n_kv_head=2, activation="swiglu") | experts | changes)
-    model = GPTLMHeadModel(config)
+    model = GPTLMHeadModel(tiny(n_embd=32, n_kv_head=2, activation="swiglu", **experts, **changes))
     model.update_routers()
     return model.train()
 
 
-def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """What Newton-Schulz should give, by singular values: the quintic, `steps` times, on each of them."""
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """What Newton-Schulz should give, by singular values: the quintic, five times, on each of them."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()
-    for _ in range(steps):
+    for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return u @ s.diag() @ vh
 
@@ -130,8 +129,7 @@ def test_refusals():
 
 
 def main(arguments: list[str]) -> int:
-    """One of two processes: each does its share of the matrices, which are uneven. (A whole training on two
-    ranks is in test_parallel.py.)"""
+    """One of two processes: each does its share of the matrices, which are uneven."""
     dist.init_process_group("gloo")
     for count in (1, 3, 4):
         matrices = torch.randn(count, 8, 12, dtype=torch.float64)

@@ -71,9 +71,9 @@ def test_static_rendezvous_and_a_lost_worker_without_restarts(one_node, data, tm
 
     launchers = []
     for node in (0, 1):
+        words = [*TORCHRUN, *command.replace("--node_rank=0", f"--node_rank={node}").split(), *script]
         with open(tmp_path / f"node{node}", "a") as output:
-            options = command.replace("--node_rank=0", f"--node_rank={node}").split()
-            launchers.append(subprocess.Popen([*TORCHRUN, *options, *script], stdout=output, stderr=output))
+            launchers.append(subprocess.Popen(words, stdout=output, stderr=output))
         request.addfinalizer(launchers[-1].kill)
     victim = kill_worker(tmp_path / "log", 1)
     assert [launcher.wait(300) for launcher in launchers] == [1, 1]

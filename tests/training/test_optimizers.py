@@ -37,13 +37,10 @@ def test_every_role_is_found():
     assert (bias.lr_group, bias.decays, bias.is_matrix) == ("experts", False, False)
 
 
-QUARTER = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))
-
-
 @pytest.mark.parametrize(
     ("fields", "rates"),
     [
-        ({}, {0: 0.1, 9: 1.0, 10: 1.0, 35: QUARTER, 60: 0.55, 110: 0.1, 120: 0.1}),
+        ({}, {0: 0.1, 9: 1.0, 10: 1.0, 35: 0.55 + 0.45 * math.sqrt(0.5), 60: 0.55, 110: 0.1, 120: 0.1}),
         (dict(schedule="wsd", wsd_decay_frac=0.2), {9: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 120: 0.1}),
         (dict(schedule="wsd", wsd_decay_frac=1.0), {60: 0.55}),  # at most the steps after the warmup
     ],

@@ -301,12 +301,11 @@ def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
 def test_a_run_goes_on_in_another_layout(data, tmp_path):
     """Two processes with FSDP and shared experts, then one process from their folder in mid-run."""
     more = "--dropout 0 --max_steps 6 --infer_step 3 --sample_every 3 --sample_tokens 2".split()
-    both = [*flags(data, tmp_path / "two", *more), "--parallel", "fsdp", "--ep_size", "2"]
-    run_ranks(2, both, tmp_path / "output")
+    sharing = flags(data, tmp_path / "two", *more, "--parallel", "fsdp", "--ep_size", "2")
+    run_ranks(2, sharing, tmp_path / "output")
     middle, end = tmp_path / "two" / "model_00003", tmp_path / "two" / "model_00006"
     assert (tmp_path / "two" / "latest").read_text() == end.name and middle.is_dir()
-    one = [*flags(data, tmp_path / "one", *more), "--resume", str(middle)]
-    assert train_gpt_moe.main([*one, "--log_dir", str(tmp_path / "one")]) == 0
+    assert train_gpt_moe.main([*flags(data, tmp_path / "one", *more), "--resume", str(middle)]) == 0
     logs = (metrics(tmp_path / name) for name in ("two", "one"))
     first, second = ({record["step"]: record["loss"] for record in log if "loss" in record} for log in logs)
     assert list(first) == list(range(6)) and list(second) == list(range(3, 6))
@@ -325,7 +324,7 @@ def test_no_thread_of_the_process_group_outlives_it(data, tmp_path):
 
 def test_a_kill_leaves_whole_folders_and_the_run_goes_on(data, tmp_path):
     """Two processes save at every step, and are killed; one process takes the newest folder and goes on."""
-    log_dir = tmp_path / "log"
+    log_dir, warnings = tmp_path / "log", []
     common = flags(data, log_dir, "--dropout", "0", "--checkpoint_every", "1")
     (log_dir / ".model_00009.unfinished").mkdir(parents=True)  # of a run that was killed before
     endless = [*common, "--max_steps", 500, "--parallel", "fsdp", "--keep_last", "2"]
@@ -334,7 +333,6 @@ def test_a_kill_leaves_whole_folders_and_the_run_goes_on(data, tmp_path):
     for rank in ranks:
         rank.kill()
     assert [finish(rank) for rank in ranks] == [-signal.SIGKILL] * 2
-    warnings = []
     path, state = ckpt.load_newest(log_dir, warnings.append)
     assert path.is_dir() and state["step"] >= 3 and not warnings
     assert 1 <= len(ckpt.list_checkpoints(log_dir)) <= 3
