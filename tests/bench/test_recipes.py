@@ -110,17 +110,17 @@ def test_time_to_loss(text, small, clock, tmp_path, capsys):
     (tmp_path / "nanoGPT").mkdir()
     (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT)
     png, table = tmp_path / "loss.png", tmp_path / "table.csv"
-    command = ["time_to_loss", "--text", text, "--steps", "60", "--png", str(png), "--csv", str(table)]
+    command = ["time_to_loss", "--text", text, "--steps", "12", "--png", str(png), "--csv", str(table)]
     assert bench.main([*command, "--nanogpt", str(tmp_path / "nanoGPT")]) == 0
     rows = list(csv.DictReader(table.open()))
     names = ["modern, a third of the time", "modern, the same time"]
     names += [name.replace("modern", "modern-moe") for name in names]
     assert [row["recipe"] for row in rows] == ["nanoGPT", "gpt2", *names]
     assert rows[0]["s / nanoGPT"] == "1.0" and rows[0]["below nanoGPT"] == "0.000"
-    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "60"
-    # A step that would pass the time that is given is not begun: of 5, 10, 15, 20 and 15, 30, 45, 60 seconds.
-    assert [int(row["steps"]) for row in rows[2:]] == [19, 59] * 2
-    assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([19 / 60, 59 / 60] * 2)
+    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "12"
+    # A step that would pass the seconds that are given is not begun: of 1, 2, 3, 4 and of 3, 6, 9, 12.
+    assert [int(row["steps"]) for row in rows[2:]] == [3, 11] * 2
+    assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([3 / 12, 11 / 12] * 2)
     assert png.stat().st_size > 10_000
     assert "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
@@ -140,8 +140,7 @@ def test_the_rivals_have_equal_active_parameters(text):
     assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "split_demo", lambda: recipes.split_text(text))  # it takes seconds
+def test_moe_pays(text, small, short_demo, tmp_path):
     table = tmp_path / "table.csv"
     command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
     assert bench.main(command) == 0
