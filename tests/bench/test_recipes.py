@@ -124,7 +124,7 @@ def test_time_to_loss(text, small, clock, tmp_path, capsys):
     assert png.stat().st_size > 10_000
     assert "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
-    assert bench.main([*command[:3], "--steps", "12"]) == 0
+    assert bench.main([*command[:3], "--steps", "4"]) == 0
     assert "| gpt2 | " in capsys.readouterr().out.splitlines()[4]
     assert bench.main(["time_to_loss"]) == 2 and "give --text FILE" in capsys.readouterr().err
     assert bench.main([*command[:3], "--nanogpt", str(tmp_path)]) == 2
