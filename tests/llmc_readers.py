@@ -13,20 +13,21 @@ STATE = r"^    (\w+)\s+(\(.*?\)|as tensors)\s+(int32|fp32)\s+(\d.*)$"
 
 
 def read_tensors(raw: bytes, sizes: dict[str, int], start: int, bf16: bool = False) -> dict[str, np.ndarray]:
-    """Tensors as float64 by llm.c's name, found by the shapes and offsets of the table."""
+    """Tensors as float64 by our names, found by the shapes and offsets of the table."""
     assert len(TABLE) == 16
     a, b = sizes["L"] * sizes["C"], sizes["L"] * sizes["C"] ** 2
     letters = sizes | {"D": (sizes["Vp"] + sizes["P"]) * sizes["C"], "a": a, "b": b}
     letters |= {"3C": 3 * sizes["C"], "4C": 4 * sizes["C"]}
     tensors, end, size = {}, start, 2 if bf16 else 4
-    for name, shape, first, _ in TABLE:
+    for name, shape, first, ours in TABLE:
         offset = start + size * eval(first, {}, letters)
         assert offset == end, f"{name} does not begin where the tensor before it ends"
         shape = [letters[s.strip()] for s in shape.split(",")]
         end = offset + size * int(np.prod(shape))
         values = np.frombuffer(raw[offset:end], "<u2" if bf16 else "<f4")
         values = (values.astype(np.uint32) << 16).view(np.float32) if bf16 else values
-        tensors[name] = values.astype(np.float64).reshape(shape)
+        values = values.astype(np.float64).reshape(shape)
+        tensors |= {ours.format(i=i): part for i, part in enumerate(values if "{i}" in ours else [values])}
     assert end == len(raw), "bytes that the table does not name"
     return tensors
 

@@ -60,13 +60,12 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
 def draw(monkeypatch):
     """draw(*folders) -> {panel title up to a colon: axes} and the figure; writes a file only with `out`."""
     figures, save = [], plot_log.save_picture
-    monkeypatch.setattr(plot_log, "save_picture", lambda fig, out: figures.append((fig, out)))
 
-    def draw(*folders, x="step", out=""):
+    def draw(*folders, x="step", out=None):
+        keep = lambda fig, path: figures.append(fig) or (out and save(fig, path))  # noqa: E731
+        monkeypatch.setattr(plot_log, "save_picture", keep)
         plot_log.plot_runs([str(folder) for folder in folders], str(out or "unused.png"), x)
-        fig, path = figures[-1]
-        if out:
-            save(fig, path)
+        fig = figures[-1]
         return {ax.get_title(loc="left").split(":")[0]: ax for ax in fig.axes}, fig
 
     return draw
@@ -88,19 +87,12 @@ def by_label(fig, label: str):
     return next(ax for ax in fig.axes if ax.get_ylabel() == label)
 
 
-def texts_of(ax) -> str:
-    return " | ".join(text.get_text() for text in ax.texts)
-
-
 def check_room(axes: dict) -> None:
     """The layout gives no panel a sliver, and none passes the edge of the page."""
     for ax in axes.values():
         box = ax.get_position()
         assert (box.width > 0.2 and box.height > 0.08) or ax.get_label() == "<colorbar>", ax
         assert box.x0 > 0.02 and box.x1 <= 1 and box.y0 > 0.02 and box.y1 < 0.98
-
-
-# -------------------------------------------------------------------------------------------------- THE FILE
 
 
 def test_png_of_a_long_run_is_readable_and_small(tmp_path, draw):
@@ -116,12 +108,6 @@ def test_png_of_a_long_run_is_readable_and_small(tmp_path, draw):
     luminance = pixels @ [0.299, 0.587, 0.114]
     assert (luminance > 250).mean() > 0.5 and (luminance < 60).any()  # dark ink on a white page
     assert (abs(pixels - [0, 0x72, 0xB2]).max(-1) < 12).sum() > 1000  # the run's blue line is there
-
-
-def test_pdf(tmp_path):
-    folder = write_log(tmp_path, [{"step": step, "loss": 3.0} for step in range(9)])
-    out = Path(plot_log.plot_runs([str(folder)], str(tmp_path / "a.pdf")))
-    assert out.read_bytes().startswith(b"%PDF") and out.stat().st_size > 5_000
 
 
 def test_a_failing_write_leaves_the_old_picture_and_no_litter(tmp_path):
@@ -165,9 +151,6 @@ def test_wrong_arguments(moe):
         plot_log.plot_runs([str(moe)], "a.png", x="epochs")
 
 
-# -------------------------------------------------------------------------------------------- WHAT IS DRAWN
-
-
 def test_all_panels_of_a_moe_run(moe, draw):
     axes, fig = draw(moe)
     assert [title for title in axes if title] == [
@@ -203,7 +186,7 @@ def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe, draw
     np.testing.assert_allclose(now.collections[0].get_array().reshape(4, 8), shares * 8)
     for cross in now.lines:
         assert cross.get_xydata().tolist() == [[2.5, 1.5]]  # expert 2 of layer 1, middle of its cell
-    assert "starved" in now.get_xlabel() and len(texts_of(now).split(" | ")) == 32
+    assert "starved" in now.get_xlabel() and len(now.texts) == 32
     assert [line.get_ydata() for line in history.lines] == [[1 * 8 + 2]]
     starved = points(by_label(fig, "starved experts"))[:, 1]  # computed, as this log has expert_load alone
     assert starved[-1] == 1 / 32 and starved[len(starved) // 2 - 2] == 0
@@ -238,19 +221,14 @@ def test_smoothing_against_a_plain_loop():
 
 
 COMPARED = {
-    (50257,): True,
-    (50304,): True,
-    (257,): False,
-    (100352,): False,
-    (None,): False,
-    (50304, 257): False,
-}
+    (50257,): True, (50304,): True, (257,): False, (100352,): False, (None,): False, (50304, 257): False,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("vocabularies", "compared"), COMPARED.items())
 def test_gpt2s_results_are_drawn_only_beside_its_vocabulary(tmp_path, draw, vocabularies, compared):
     axes, _ = draw(*(fake_log(tmp_path / str(V), steps=40, experts=0, vocab=V) for V in vocabularies))
-    assert ("GPT-2 124M on FineWeb-Edu, 3.29" in texts_of(axes["Loss"])) is compared
+    assert [text.get_text()[:20] for text in axes["Loss"].texts] == ["GPT-2 124M on FineWe"] * compared
     heights = {float(line.get_ydata()[0]) for line in axes["HellaSwag"].lines if len(line.get_ydata()) == 2}
     assert heights == ({0.25, 0.294463, 0.337} if compared else {0.25})
 
@@ -302,9 +280,6 @@ def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, d
     assert len({(key.get_color(), key.get_linestyle(), key.get_marker()) for key in keys}) == 20
 
 
-# ---------------------------------------------------------------------------------------------- BROKEN LOGS
-
-
 def one_warning(capsys) -> str:
     """What was said on stderr, which must be one line."""
     said = capsys.readouterr().err
@@ -337,11 +312,15 @@ def test_steps_without_a_finite_loss(tmp_path, draw, capsys):
     assert len(points(loss)) == 97 and all(np.isfinite(loss.get_ylim()))
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "nonsense\n"])
-def test_nothing_logged_yet(tmp_path, capsys, content):
+EMPTY = [("", "png", b"\x89PNG"), ("\n\n", "svg", b"<?xml"), ("nonsense\n", "pdf", b"%PDF")]
+
+
+@pytest.mark.parametrize(("content", "form", "magic"), EMPTY)
+def test_nothing_logged_yet(tmp_path, capsys, content, form, magic):
     (tmp_path / "metrics.jsonl").write_text(content)
-    out = plot_log.plot_runs([str(tmp_path)], str(tmp_path / "training.png"))
-    assert "metrics.jsonl holds no step" in one_warning(capsys) and Path(out).stat().st_size > 500
+    out = plot_log.plot_runs([str(tmp_path)], str(tmp_path / f"training.{form}"))
+    assert "metrics.jsonl holds no step" in one_warning(capsys)
+    assert Path(out).read_bytes().startswith(magic)
 
 
 def test_a_single_step_and_rows_of_oddities_can_be_drawn(tmp_path, draw):

@@ -76,8 +76,6 @@ def one_fast_command_each() -> list:
     return parameters
 
 
-# ---------------------------------------------------------------------------- commands
-
 SMALL = """--n_layer 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --val_steps 1
     --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0 --hellaswag 0
     --data_dir data""".split()
@@ -90,23 +88,15 @@ SHAPES = {  # of checkpoints that have these formats
 }  # fmt: skip
 # What a command gets behind its own flags, so that it is done in a second or a few, offline.
 MORE = {
-    "train_gpt_moe.py": SHORT,
-    "fineweb.py": ["--encoding", "bytes", "--workers", "1"],
-    "hellaswag.py": ["--data", "questions.jsonl", "--encoding", "bytes", "--device", "cpu"],
-    "sample.py": ["--max_new_tokens", "4", "--device", "cpu"],
-    "state": ["--B", "1", "--T", "16"],
-    "moe": "--rounds 1 --tokens 64 --compile 0".split(),
-    "step": ["--rounds", "1"],
-    "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0".split(),
-    "ladder": "--rounds 1 --B 1 --T 16".split(),
-    "head": "--rounds 1 --tokens 16".split(),
-    "loop": "--rounds 1 --B 1 --T 16".split(),
-    "checkpoint": "--rounds 1 --size d4".split(),
-    "hellaswag": "--rounds 1 --size d4 --limit 1".split(),
-    "time_to_loss": ["--steps", "2"],
-    "moe_pays": "--steps 2 --seeds 1".split(),
-    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16".split(),
-}
+    "fineweb.py": "--encoding bytes --workers 1", "sample.py": "--max_new_tokens 4 --device cpu",
+    "hellaswag.py": "--data questions.jsonl --encoding bytes --device cpu", "state": "--B 1 --T 16",
+    "moe": "--rounds 1 --tokens 64 --compile 0", "step": "--rounds 1", "head": "--rounds 1 --tokens 16",
+    "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0",
+    "ladder": "--rounds 1 --B 1 --T 16", "loop": "--rounds 1 --B 1 --T 16",
+    "checkpoint": "--rounds 1 --size d4", "hellaswag": "--rounds 1 --size d4 --limit 1",
+    "time_to_loss": "--steps 2", "moe_pays": "--steps 2 --seeds 1",
+    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16",
+}  # fmt: skip
 
 
 def make_run(folder: Path, shape: list[str]) -> None:
@@ -178,8 +168,8 @@ def test_commands_run(command, workshop, monkeypatch, capsys, request):
     """Each command runs as it stands, but for smaller sizes and local files."""
     script, flags = split(command)
     for folder in {"my_data", "my_bytes"} & set(flags):  # by the command that README has before it
-        making = ["--source", "my_text.txt", "--out", folder, "--val_tokens", "20000"]
-        assert script == "fineweb.py" or fineweb.main([*making, *MORE["fineweb.py"]]) == 0
+        making = f"--source my_text.txt --out {folder} --val_tokens 20000 {MORE['fineweb.py']}"
+        assert script == "fineweb.py" or fineweb.main(making.split()) == 0
     if "--format" in flags:
         make_run(workshop, SHAPES[flags[flags.index("--format") + 1]])
     if "convert" in flags:
@@ -195,15 +185,15 @@ def test_commands_run(command, workshop, monkeypatch, capsys, request):
     if script == "bench" and flags[0] == "hellaswag":
         request.getfixturevalue("gpt2_encoding")
 
-    code = 0
+    code, more = 0, MORE.get(script if script.endswith(".py") else flags[0], "").split()
     if script == "-c":
         exec(flags[0], {})
     elif script == "train_gpt_moe.py":
         code = run_training(flags)
     elif script.endswith(".py"):
-        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *MORE.get(script, [])])
+        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *more])
     else:
-        code = run_module(script, [*flags, *MORE.get(flags[0], [])], monkeypatch)
+        code = run_module(script, [*flags, *more], monkeypatch)
     assert code == 0, capsys.readouterr().err
 
 
@@ -251,9 +241,6 @@ SCRIPTS = ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plo
 def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
     assert "usage" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------- pages
 
 
 def test_readme_is_short_and_counts_the_lines_of_the_reading_path():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import NANOGPT
+from models import NANOGPT, tiny, tokens
 
 from bench import __main__ as bench
 from bench import recipes
@@ -63,15 +63,12 @@ def test_texts_are_split_and_windows_drawn(text, tmp_path):
 
 
 def test_evaluation_is_the_mean_over_all_windows():
-    sizes = dict(block_size=8, n_layer=1, n_head=2, n_embd=16)
-    model = GPTLMHeadModel(GPTConfig(use_moe=False, vocab_size=50, **sizes))
-    x, y = torch.randint(0, 50, (2, 13, 8))
+    model, (x, y) = GPTLMHeadModel(tiny(use_moe=False)), (tokens(13, 24), tokens(13, 24, seed=1))
     with torch.no_grad():
         logits = model.eval().double()(x).logits
-    expected = F.cross_entropy(logits.view(-1, 50), y.view(-1)).item()
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
     found = recipes.validation_loss(model.float().train(), (x, y), batch=5)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert model.training
+    assert found == pytest.approx(expected, rel=1e-5) and model.training
 
 
 def test_a_step_is_adamw_on_the_drawn_batch(text):
@@ -96,14 +93,6 @@ def test_a_step_is_adamw_on_the_drawn_batch(text):
     assert contender.done == 3 and contender.seconds > 0
     ours = contender.model.state_dict()
     assert all(torch.allclose(value, ours[name], atol=1e-6) for name, value in model.state_dict().items())
-
-
-def test_seconds_to_a_loss_are_interpolated():
-    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
-    contender = SimpleNamespace(points=points)
-    assert recipes.seconds_to(contender, 2.125) == "3.5"
-    assert recipes.seconds_to(contender, 3.0) == "< 1.0"
-    assert recipes.seconds_to(contender, 1.9) == "-"
 
 
 def test_time_to_loss(text, small, clock, tmp_path, capsys):
@@ -154,6 +143,9 @@ def test_moe_pays(text, small, short_demo, tmp_path):
     assert float(experts["mean: below dense"].split()[0]) == pytest.approx(difference, abs=2e-3)
 
 
-def test_mean_and_spread():
+def test_numbers_of_the_tables():
+    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
+    for goal, seconds in ((2.125, "3.5"), (3.0, "< 1.0"), (1.9, "-")):  # interpolated
+        assert recipes.seconds_to(SimpleNamespace(points=points), goal) == seconds
     assert recipes.mean_and_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
     assert recipes.mean_and_spread([1.25]) == "1.250 ± 0.000"

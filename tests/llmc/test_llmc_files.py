@@ -12,7 +12,9 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from llmc_readers import TABLE, read_model, read_state, read_tokenizer
+from llmc_readers import read_model, read_state, read_tokenizer
+from models import strong, tokens
+from processes import full_disk
 
 from llmc import files as llmc
 from model import GPTConfig, GPTLMHeadModel
@@ -24,13 +26,7 @@ GPT2 = dict(use_moe=False, block_size=12, vocab_size=384, encoding_size=300, n_l
 
 def randomised(**fields) -> GPTLMHeadModel:
     """A model in which no two tensors or layers are alike: norms of 1 and biases of 0 would hide swaps."""
-    torch.manual_seed(0)
-    model = GPTLMHeadModel(GPTConfig(**(GPT2 | fields)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-            parameter.copy_(mean + 0.3 * torch.randn_like(parameter))
-    return model
+    return strong(GPTLMHeadModel(GPTConfig(**(GPT2 | fields))), std=0.3)
 
 
 @pytest.fixture
@@ -40,60 +36,46 @@ def model() -> GPTLMHeadModel:
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(0, 300, (2, 10))
+    ids = tokens(2, 10, 300)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def gpt2_logits(p: dict[str, np.ndarray], sizes: dict[str, int], x: np.ndarray) -> np.ndarray:
-    """GPT-2 in float64, from the formulas of llm.c's train_gpt2.c. x (B, T) -> logits (B, T, V)."""
-
-    def norm(h, weight, bias):
-        h = h - h.mean(-1, keepdims=True)
-        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
-
-    (B, T), C, nh = x.shape, sizes["C"], sizes["nh"]
-    h = p["wte"][x] + p["wpe"][:T]  # (B, T, C)
-    for i in range(sizes["L"]):
-        qkv = norm(h, p["ln1w"][i], p["ln1b"][i]) @ p["qkvw"][i].T + p["qkvb"][i]  # (B, T, 3C)
-        q, k, v = (qkv[..., j * C : (j + 1) * C].reshape(B, T, nh, -1).swapaxes(1, 2) for j in range(3))
-        score = q @ k.swapaxes(-1, -2) / np.sqrt(C // nh) + np.triu(np.full((T, T), -np.inf), 1)
-        weight = np.exp(score - score.max(-1, keepdims=True))
-        y = (weight / weight.sum(-1, keepdims=True)) @ v  # (B, nh, T, hs)
-        h = h + y.swapaxes(1, 2).reshape(B, T, C) @ p["attprojw"][i].T + p["attprojb"][i]
-        f = norm(h, p["ln2w"][i], p["ln2b"][i]) @ p["fcw"][i].T + p["fcb"][i]  # (B, T, 4C)
-        f = 0.5 * f * (1 + np.tanh(np.sqrt(2 / np.pi) * (f + 0.044715 * f**3)))
-        h = h + f @ p["fcprojw"][i].T + p["fcprojb"][i]
-    return norm(h, p["lnfw"], p["lnfb"]) @ p["wte"][: sizes["V"]].T
-
-
-def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """fp32 -> the bits of bf16, rounded to the nearest, ties to even, by integer arithmetic."""
-    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-# --- models -------------------------------------------------------------------------------------------------
+def in_float64(model, x, y, V: int) -> dict[str, np.ndarray]:
+    """What a debug state holds: logits of V tokens (B, T, V), loss and, by their names, gradients."""
+    model = copy.deepcopy(model).double().eval()
+    logits = model(x).logits[..., :V]
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    gradients["transformer.wte.weight"][V:] = 0
+    return (
+        dict(x=x.numpy(), y=y.numpy(), logits=logits.detach().numpy(), loss=loss.detach().numpy()) | gradients
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_recomputed_from_the_file(model, batch, tmp_path, dtype):
-    """GPT-2 written out, with the tensors of the file, has the model's logits; so has llmc's read_model."""
-    x, _ = batch
+def test_tensors_of_the_file_are_the_models(model, tmp_path, dtype):
+    """For a reader that knows the table alone, and for read_model; bf16 is rounded to the nearest, ties to even."""
+    ties = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F808001, 0x3F807FFF, 0x007F8000], np.uint32)
+    with torch.no_grad():
+        model.transformer.wte.weight.view(-1)[:6] = torch.from_numpy(ties.view(np.float32))
     llmc.write_model(model, tmp_path / "m.bin", dtype)
+    if dtype == "bfloat16":
+        numbers = np.frombuffer((tmp_path / "m.bin").read_bytes()[1024:], "<u2")
+        assert numbers[:6].tolist() == [0x3F80, 0x3F82, 0xBF80, 0x3F81, 0x3F80, 0x0080]
     sizes, tensors = read_model(tmp_path / "m.bin")
     assert sizes == {"P": 12, "V": 300, "L": 3, "nh": 2, "C": 16, "Vp": 384}
-    assert not tensors["wte"][300:].any()
-    ours = llmc.read_model(tmp_path / "m.bin")
-    assert not ours.training and ours.dtype == torch.float32 and ours.config.vocab_size == 300
-    assert ours.lm_head.weight is ours.transformer.wte.weight
-    for name, parameter in ours.named_parameters():  # else saving a part saves the whole stack
+    again = llmc.read_model(tmp_path / "m.bin")
+    assert not again.training and again.config.vocab_size == 300
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert tensors.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in again.named_parameters():
+        exact = model.get_parameter(name)[: len(parameter)].to(getattr(torch, dtype)).float()
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, exact), name
+        np.testing.assert_array_equal(tensors[name][: len(parameter)], exact.numpy(), err_msg=name)
+        # A view of a stack of layers would save the whole stack.
         assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
-    expected = gpt2_logits(tensors, sizes, x.numpy())
-    with torch.no_grad():
-        assert np.abs(ours(x).logits.numpy() - expected).max() < 1e-4
-        if dtype == "float32":
-            assert np.abs(model.eval()(x).logits[..., :300].numpy() - expected).max() < 1e-4
+    assert not tensors["transformer.wte.weight"][300:].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -109,21 +91,6 @@ def test_round_trips_are_byte_identical(model, tmp_path, dtype):
     assert (tmp_path / "third.bin").read_bytes() == first
 
 
-def test_bf16_rounds_to_the_nearest_even_everywhere(tmp_path):
-    """Exact ties, their neighbours, and random values, in every tensor, norms included."""
-    tie = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F808001, 0x3F807FFF, 0x007F8000], np.uint32)
-    model = randomised()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.view(-1)[: len(tie)] = torch.from_numpy(tie.view(np.float32))
-    llmc.write_model(model, tmp_path / "32.bin", "float32")
-    llmc.write_model(model, tmp_path / "16.bin", "bfloat16")
-    exact = np.frombuffer((tmp_path / "32.bin").read_bytes()[1024:], "<f4")
-    rounded = np.frombuffer((tmp_path / "16.bin").read_bytes()[1024:], "<u2")
-    assert rounded[:6].tolist() == [0x3F80, 0x3F82, 0xBF80, 0x3F81, 0x3F80, 0x0080]
-    np.testing.assert_array_equal(rounded, bf16_bits(exact))
-
-
 @pytest.mark.parametrize("encoding_size", [50257, None])
 def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
     """The 47 rows that pad GPT-2's vocabulary are written as zeros and take no part in logits and loss."""
@@ -133,15 +100,14 @@ def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
     x, y = torch.tensor([[1, 50256, 3]]), torch.tensor([[50256, 3, 4]])
     llmc.write_model(model, tmp_path / "m.bin")
     llmc.write_state(model, x, y, tmp_path / "m_debug_state.bin")
-    sizes, tensors = read_model(tmp_path / "m.bin")
+    (sizes, tensors), state = read_model(tmp_path / "m.bin"), read_state(tmp_path / "m_debug_state.bin")
     assert (sizes["V"], sizes["Vp"]) == (50257, 50304)
-    assert not tensors["wte"][50257:].any() and tensors["wte"][50256].any()
-    state = read_state(tmp_path / "m_debug_state.bin")
-    logits = gpt2_logits(tensors, sizes, x.numpy())
-    np.testing.assert_allclose(state["logits"], logits, atol=1e-4)
-    expected = F.cross_entropy(torch.from_numpy(logits).view(-1, 50257), y.view(-1))
-    assert abs(state["loss"] - expected.item()) < 1e-5
-    assert not state["wte"][50257:].any() and state["wte"][50256].any()
+    expected = in_float64(model, x, y, 50257)
+    for name in ("logits", "loss"):
+        np.testing.assert_allclose(state[name], expected[name], atol=1e-4)
+    for written in (tensors, state):
+        table = written["transformer.wte.weight"]
+        assert not table[50257:].any() and table[50256].any()
 
 
 OTHERS = [
@@ -165,40 +131,20 @@ def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_state_against_float64(model, batch, tmp_path):
+    """Logits, loss and each gradient of each layer."""
+    llmc.write_model(model, tmp_path / "gpt2_d3.bin")
+    llmc.write_state(model, *batch, tmp_path / "gpt2_d3_debug_state.bin")
+    state, expected = read_state(tmp_path / "gpt2_d3_debug_state.bin"), in_float64(model, *batch, 300)
+    assert state.keys() == expected.keys() and len(state) == 4 + 12 * 3 + 4
+    for name, exact in expected.items():
+        error = np.linalg.norm(state[name] - exact) / np.linalg.norm(exact)
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
 def test_a_dtype_llmc_lacks(model, tmp_path):
     with pytest.raises(ValueError, match=r"dtype='float16'.*float32 or bfloat16"):
         llmc.write_model(model, tmp_path / "m.bin", "float16")
-
-
-# --- debug states -------------------------------------------------------------------------------------------
-
-
-def test_state_against_float64(model, batch, tmp_path):
-    """Logits and loss, and each gradient of each layer, against autograd on a copy in float64."""
-    x, y = batch
-    llmc.write_model(model, tmp_path / "gpt2_d3.bin")
-    llmc.write_state(model, x, y, tmp_path / "gpt2_d3_debug_state.bin")
-    sizes, tensors = read_model(tmp_path / "gpt2_d3.bin")
-    state = read_state(tmp_path / "gpt2_d3_debug_state.bin")
-    np.testing.assert_array_equal(state["x"], x)
-    np.testing.assert_array_equal(state["y"], y)
-    np.testing.assert_allclose(state["logits"], gpt2_logits(tensors, sizes, x.numpy()), atol=1e-4)
-
-    double = copy.deepcopy(model).double().eval()
-    loss = F.cross_entropy(double(x).logits[..., :300].reshape(-1, 300), y.reshape(-1))
-    loss.backward()
-    assert abs(state["loss"] - loss.item()) < 1e-5
-    gradients = {name: p.grad.numpy() for name, p in double.named_parameters()}
-    gradients["transformer.wte.weight"][300:] = 0
-    compared = 0
-    for name, _, _, ours in TABLE:
-        for i in range(3 if "{i}" in ours else 1):
-            written = state[name][i] if "{i}" in ours else state[name]
-            exact = gradients[ours.format(i=i)]
-            error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
-            assert error < 1e-4, f"{name}, layer {i}: {error:.1e}"
-            compared += 1
-    assert compared == 12 * 3 + 4 == len(gradients)
 
 
 def test_state_disturbs_nothing_and_nothing_disturbs_it(batch, tmp_path):
@@ -242,9 +188,6 @@ def test_bad_batches_are_refused(model, tmp_path):
     assert not path.exists()
 
 
-# --- damaged files ------------------------------------------------------------------------------------------
-
-
 def test_damaged_models_are_refused_by_name(model, tmp_path):
     good = tmp_path / "good.bin"
     llmc.write_model(model, good)
@@ -284,21 +227,13 @@ def test_padding_that_is_not_zero_is_said(model, tmp_path):
         assert llmc.read_model(path).config.vocab_size == 300
 
 
-def test_a_write_that_fails_leaves_the_old_file(model, tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(model, tmp_path):
     path = tmp_path / "m.bin"
     llmc.write_model(model, path)
     before = path.read_bytes()
-
-    def fails(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(llmc, "write_tensors", fails)
-    with pytest.raises(OSError, match="disk full"):
-        llmc.write_model(randomised(n_layer=1), path)
+    with full_disk(2000), pytest.raises(OSError, match="File too large"):
+        llmc.write_model(model, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-# --- tokenizers and data ------------------------------------------------------------------------------------
 
 
 def small_encoding(special: dict[str, int], ranks: dict[bytes, int] | None = None) -> tiktoken.Encoding:
@@ -309,15 +244,15 @@ def small_encoding(special: dict[str, int], ranks: dict[bytes, int] | None = Non
 def check_tokenizer(encoding: tiktoken.Encoding, path: Path) -> None:
     """Every byte of a tokenizer file."""
     llmc.write_tokenizer(encoding, path)
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    assert read_tokenizer(path) == (tokens, encoding.eot_token)
+    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    assert read_tokenizer(path) == (pieces, encoding.eot_token)
 
 
 def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
     check_tokenizer(gpt2_encoding, tmp_path / "gpt2_tokenizer.bin")
-    tokens, eot = read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
-    assert (len(tokens), eot, tokens[eot]) == (50257, 50256, b"<|endoftext|>")
-    assert b"".join(tokens[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
+    pieces, eot = read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
+    assert (len(pieces), eot, pieces[eot]) == (50257, 50256, b"<|endoftext|>")
+    assert b"".join(pieces[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
 
 
 def test_tokenizer_of_bytes_and_others(tmp_path):
@@ -335,13 +270,10 @@ def test_tokenizer_of_bytes_and_others(tmp_path):
     assert not (tmp_path / "refused.bin").exists()
 
 
-# --- sets of files, command line ----------------------------------------------------------------------------
+NAMES = [("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"])]
 
 
-@pytest.mark.parametrize(
-    "names, c_names, labels",
-    [("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"])],
-)
+@pytest.mark.parametrize("names, c_names, labels", NAMES)
 def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
     """What `--write_tensors 1` leaves behind, and with c_names the same bytes under the C programs' names."""
     model = randomised(vocab_size=257, encoding_size=None, encoding="bytes")
@@ -352,9 +284,8 @@ def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written} == expected
     for pattern in patterns:
         assert len({(tmp_path / pattern.format(label)).read_bytes() for label in labels}) == 1
-    assert llmc.read_sizes(tmp_path / patterns[0].format(labels[0]))[1] == 3
-    assert llmc.read_sizes(tmp_path / patterns[1].format(labels[0]))[1] == 5
-    assert len(read_state(tmp_path / patterns[2].format(labels[0]))) == 20
+    versions = [llmc.read_sizes(tmp_path / pattern.format(labels[0]))[1] for pattern in patterns[:2]]
+    assert versions == [3, 5]
 
 
 def test_command_line(tmp_path, capsys):
@@ -362,8 +293,8 @@ def test_command_line(tmp_path, capsys):
     model = randomised(vocab_size=384, encoding_size=257, encoding="bytes")
     checkpoint, out = tmp_path / "model_00007.pt", tmp_path / "new" / "llmc"
     torch.save({"model": model.state_dict(), "config": model.config.to_dict(), "step": 7}, checkpoint)
-    tokens = np.random.default_rng(0).integers(0, 257, 100).astype(np.uint16)
-    shards.write_shard(tmp_path / "shard.bin", tokens)
+    text = tokens(1, 100, 257).numpy().astype(np.uint16)[0]
+    shards.write_shard(tmp_path / "shard.bin", text)
 
     source = ["--checkpoint", str(checkpoint), "--out", str(out)]
     assert llmc.main(["export", *source]) == 0
@@ -372,8 +303,8 @@ def test_command_line(tmp_path, capsys):
     assert llmc.main(["state", *source, *data, "--c_names", "1"]) == 0
     assert (out / "gpt2_124M_debug_state.bin").is_file()
     read = read_state(out / "gpt2_d3_debug_state.bin")
-    np.testing.assert_array_equal(read["x"].reshape(-1), tokens[:33])
-    np.testing.assert_array_equal(read["y"].reshape(-1), tokens[1:34])
+    np.testing.assert_array_equal(read["x"].reshape(-1), text[:33])
+    np.testing.assert_array_equal(read["y"].reshape(-1), text[1:34])
     assert "wrote" in capsys.readouterr().out
 
     folder = tmp_path / "hugging" / "face"
@@ -402,9 +333,7 @@ def test_command_line_says_what_is_wrong(tmp_path, capsys):
         (["state", "--checkpoint", dense, "--out", out, "--data", dense], "dense.pt"),
         ([*state, "--B", 4, "--T", 5], "20 tokens, --B and --T need 21"),
         ([*state, "--B", 0, "--T", 5], "--B 0"),
-        ([*state, "--B", 1, "--T", 13], "T=13 is longer"),
         (["import", "--model", shard, "--out", out], "a data shard"),
-        (["import", "--model", tmp_path / "missing.bin", "--out", out], "missing.bin: no such file"),
     ):
         assert llmc.main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
