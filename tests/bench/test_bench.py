@@ -95,31 +95,30 @@ def test_questions_that_are_not_there(tmp_path, capsys, gpt2_encoding):
     assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("command", "flags", "message"),
-    [
-        ("step", "--rounds 0", "--rounds 0: must be above 0"),
-        ("hellaswag", "--limit 0", "--limit 0: must be above 0"),
-        ("moe_pays", "--steps -3", "--steps -3: must be above 0"),
-        ("step", "--threads -1", "--threads -1: must be at least 0"),
-        ("scale", "--micro_ms -1", "--micro_ms -1.0: must be at least 0"),
-        ("step", "--csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
-        ("time_to_loss", "--png x.bmp", "--png x.bmp: the name must end in .png, .svg or .pdf"),
-        ("moe", "--size d12", "unrecognized arguments: --size d12"),
-    ],
-)
-def test_bad_options_are_refused_before_anything_runs(command, flags, message, capsys):
+BAD_OPTIONS = [
+    ("step --rounds 0", "--rounds 0: must be above 0"),
+    ("hellaswag --limit 0", "--limit 0: must be above 0"),
+    ("moe_pays --steps -3", "--steps -3: must be above 0"),
+    ("step --threads -1", "--threads -1: must be at least 0"),
+    ("scale --micro_ms -1", "--micro_ms -1.0: must be at least 0"),
+    ("step --csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
+    ("time_to_loss --png x.bmp", "--png x.bmp: the name must end in .png, .svg or .pdf"),
+    ("moe --size d12", "unrecognized arguments: --size d12"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused_before_anything_runs(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
-        run(capsys, command, *flags.split())
+        run(capsys, *flags.split())
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = "import sys; from bench.__main__ import *; parse_options(['moe']); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
-    command = [sys.executable, "-m", "bench", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    ask = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
+    assert ask("-c", code).stdout == "False\n"
+    shown = ask("-m", "bench", "--help").stdout
     assert all(f"    {name}" in shown for name in bench.COMMANDS)
 
 
@@ -136,8 +135,8 @@ def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):
     example = {"ctx": "a b c", "activity_label": "x", "endings": ["d", "e f", "g", "h i"], "label": 1}
     (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(example)] * 9))
     load = hellaswag.load_questions
-    ours = lambda p, n, style, _, *sizes: load(p, n, style, "bytes", *sizes)  # noqa: E731
-    monkeypatch.setattr(hellaswag, "load_questions", ours)
+    bytes_ = lambda path, limit, style, _, *sizes: load(path, limit, style, "bytes", *sizes)  # noqa: E731
+    monkeypatch.setattr(hellaswag, "load_questions", bytes_)
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
     assert run(capsys, "hellaswag", *flags, "--csv", tmp_path / "t.csv")[0] == 0
     plain, ours = table(tmp_path / "t.csv")
@@ -158,10 +157,6 @@ def test_checkpoints(d4, tmp_path, capsys, monkeypatch):
     assert [float(row["GB"]) for row in rows] == pytest.approx([12e-9 * parameters] * 5, rel=0.02)
     assert all(float(row["ms"]) > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
-
-
-# -----------------------------------------------------------------------------
-# The ladder
 
 
 def test_rungs_add_up_one_change_at_a_time():
@@ -204,10 +199,6 @@ def test_what_a_rung_says_it_does(tmp_path, monkeypatch):
     assert other.moe_layers() and other.config.vocab_size == plain.config.vocab_size == 50257
     sizes = [model.get_num_active_params() - model.lm_head.weight.numel() for model in (plain, other)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
-
-
-# -----------------------------------------------------------------------------
-# The loop
 
 
 def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, capsys, monkeypatch):

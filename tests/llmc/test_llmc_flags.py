@@ -99,23 +99,19 @@ def loss_at(model, tokens: torch.Tensor, position: int) -> torch.Tensor:
 def reference(gpt2: str, shard: str, single_batch: bool) -> list[float]:
     """Losses of llm.c's loop, written with transformers' GPT-2 and torch's AdamW; two micro-steps a step."""
     model = GPT2LMHeadModel.from_pretrained(gpt2).train()
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
+    matrices, rest = ([p for p in model.parameters() if (p.dim() >= 2) is many] for many in (True, False))
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
-    tokens, position, found = read(shard), 0, []
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=RATE / 2)
+    tokens, found = read(shard), []
     for step in range(STEPS):
-        position = 0 if single_batch else position
+        begin = 0 if single_batch else 2 * B * T * step
+        losses = [loss_at(model, tokens, begin) / 2, loss_at(model, tokens, begin + B * T) / 2]
         optimizer.zero_grad()
-        losses = []
-        for _ in range(2):
-            losses.append(loss_at(model, tokens, position) / 2)
-            losses[-1].backward()
-            position += B * T
+        sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:  # a cosine from RATE to half of it
-            group["lr"] = RATE / 2 + 0.5 * (1 + np.cos(np.pi * step / STEPS)) * RATE / 2
         optimizer.step()
+        scheduler.step()
         found.append(sum(losses).item())
     return found
 
