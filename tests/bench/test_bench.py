@@ -69,9 +69,8 @@ def test_whole_models_beside_nanogpts(d4, tmp_path, capsys, monkeypatch):
     code, out, _ = run(capsys, *flags, "--nanogpt", tmp_path, "--csv", tmp_path / "t.csv")
     assert code == 0 and "number of parameters" not in out
     rows = table(tmp_path / "t.csv")
-    assert [(row["model"], row["whose"]) for row in rows] == [
-        ("d4", "ours"), ("d4", "nanoGPT"), ("d12-moe8x2", "ours")
-    ]  # fmt: skip
+    whose = [(row["model"], row["whose"]) for row in rows]
+    assert whose == [("d4", "ours"), ("d4", "nanoGPT"), ("d12-moe8x2", "ours")]
     for row in rows:
         assert float(row["tokens/s"]) > 0 and float(row["peak MiB"]) > 0 and row["B x T"] == "2 x 8"
     assert float(rows[1]["time x nanoGPT"]) == 1 and float(rows[0]["memory x nanoGPT"]) > 0
@@ -116,7 +115,10 @@ def test_bad_options_are_refused_before_anything_runs(flags, message, capsys):
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = "import sys; from bench.__main__ import *; parse_options(['moe']); print('torch' in sys.modules)"
-    ask = lambda *words: subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
+
+    def ask(*words):
+        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
     assert ask("-c", code).stdout == "False\n"
     shown = ask("-m", "bench", "--help").stdout
     assert all(f"    {name}" in shown for name in bench.COMMANDS)
