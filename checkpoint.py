@@ -1,14 +1,16 @@
-"""Work with training checkpoints (docs/formats.md): verify, convert between file and folder, export.
+"""Work with training checkpoints (docs/formats.md): verify, list, convert between file and folder, export.
 
 python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
 python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
 python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
 python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
+python checkpoint.py list log                                            # step, date, size, validation loss
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,7 +18,23 @@ import torch
 from huggingface.export import export_folder
 from tokens.files import write_atomically
 from training import sharded
-from training.checkpoints import load_checkpoint, load_model
+from training.checkpoints import list_checkpoints, load_checkpoint, load_model, step_of, validation_losses
+
+
+def print_list(folder: Path) -> None:
+    """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt.
+    FileNotFoundError if there is none."""
+    losses, found = validation_losses(folder), list_checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint is there; `ls -d log*/model_* log/*/model_*` finds some"
+        )
+    print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  checkpoint")
+    for path in found:
+        files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(file.st_mtime for file in files)))
+        size, loss = sum(file.st_size for file in files) / 1e6, losses.get(step_of(path))
+        print(f"{step_of(path):8}  {date}  {size:9,.1f}  {'-' if loss is None else f'{loss:.4f}':>8}  {path}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--tokenizer", action=flag, default=True, help="add a tokenizer's files")
     verify = commands.add_parser("verify", help="compare every byte with its checksum")
     verify.add_argument("checkpoint")
+    listing = commands.add_parser("list", help="show the checkpoints of a run, newest first")
+    listing.add_argument("folder", help="log_dir of the run")
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")
     convert.add_argument("checkpoint", help="a file log/model_XXXXX.pt, or a folder log/model_XXXXX")
     convert.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
@@ -39,8 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "verify":
             checkpoint = load_checkpoint(options.checkpoint)
-            step, val_loss = checkpoint["step"], checkpoint.get("val_loss")
-            print(f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}")
+            step, val_loss, measured = (checkpoint.get(k) for k in ("step", "val_loss", "val_loss_step"))
+            text = f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}"
+            print(text + (f" (at step {measured})" if measured is not None else ""))
+        elif options.command == "list":
+            print_list(Path(options.folder))
         elif options.command == "convert":
             checkpoint, to = load_checkpoint(options.checkpoint), Path(options.to)
             if to.exists():

@@ -94,7 +94,7 @@ class TrainConfig(llmc.Flags):
     prompt: str = setting("Hello, I'm a language model,", 'text that samples continue; "" = <|endoftext|>')
     sample_tokens: int = setting(32, "new tokens per sample", least=1)
     checkpoint_every: int = setting(5000, "steps between checkpoints; 0 = only the last", least=0)
-    keep_last: int = setting(0, "checkpoints to keep, older ones are deleted; 0 = keep all", least=0)
+    keep_last: int = setting(0, "keep so many checkpoints, and the best; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
     save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again")
     max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
@@ -250,6 +250,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
     """Train for max_steps steps; one more pass of the loop saves and evaluates. Returns the exit code."""
     config, log, signals = run.config, run.log, run.signals
     step, val_loss = run.resumed.get("step", 0), run.resumed.get("val_loss")
+    val_loss_step = run.resumed.get("val_loss_step")
     terminal = Terminal(config, step, run.layout.world.is_master)
     saver = RunSaver(run, terminal.say)
     run.start_clock(terminal.say)
@@ -257,7 +258,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
     with terminal, signals, faults.collector_paused(), saver.saving_on_errors():
         while True:
             last_step = step == config.max_steps
-            saver.remember(step, val_loss)
+            saver.remember(step, val_loss, val_loss_step)
 
             # ---- CHECKPOINT: saved before the evaluation, so that a failing evaluation cannot lose the run
             if last_step or is_multiple(step, config.checkpoint_every) or signals.save_now or signals.stops:
@@ -273,7 +274,8 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if measured is None:  # interrupted: the next pass saves, then evaluates or stops
                 signals.agree(run.layout.world.sum(signals.take(run.layout.world.device)).tolist())
                 continue
-            val_loss = measured.get("val_loss", val_loss)
+            if "val_loss" in measured:
+                val_loss, val_loss_step = measured["val_loss"], step
             if log:
                 load = expert_load(run.model) if run.trains and step > 0 else {}
                 log.evaluation(step, measured, load.get("expert_load"), run.elapsed() if last_step else None)
@@ -343,7 +345,8 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         text = (
             f"stopped at step {step}: {run.health.in_a_row} steps in a row without a finite loss and gradient"
         )
-        text = f"train_gpt_moe.py: {text}; the last good checkpoint is {newest}\n{run.diagnosis}"
+        text = f"train_gpt_moe.py: {text}; the newest checkpoint is {newest}{saver.describe_best()}"
+        text += f"\n{run.diagnosis}"
         print(text if is_master else run.diagnosis.splitlines()[-1], file=sys.stderr, flush=True)
         return faults.FAILED
     if saver.failed:

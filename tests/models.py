@@ -107,13 +107,19 @@ def tokens(B=3, T=24, V=97, seed=0):
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def small_checkpoint(step: int = 3, **more) -> dict:
-    """A dictionary that can be saved as a checkpoint; no model fits it. Its numbers depend on the step."""
-    generator = torch.Generator().manual_seed(step)
-    weights = {"a": torch.randn(5, 7, generator=generator), "b": torch.arange(3) + step}
-    moments = {"step": torch.tensor(2.0), "exp_avg": torch.randn(5, 7, generator=generator)}
+WTE = "transformer.wte.weight"
+
+
+def small_checkpoint(step: int = 3, V: int = 5, C: int = 7, **more) -> dict:
+    """The checkpoint of a very small model, with WTE of shape (V, C). Its numbers depend on the step."""
+    sizes = dict(n_layer=1, n_head=1, n_embd=C, vocab_size=V, block_size=4, mlp_hidden_size=1)
+    config = GPTConfig(**sizes, use_moe=False, bias=False, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(step)
+        weights, moment = dict(GPTLMHeadModel(config).state_dict()), torch.randn(V, C)
+    moments = {"step": torch.tensor(2.0), "exp_avg": moment}
     optimizer = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
-    return {"model": weights, "config": {"n_layer": 1}, "step": step, "optimizer": optimizer, **more}
+    return {"model": weights, "config": config.to_dict(), "step": step, "optimizer": optimizer, **more}
 
 
 def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -324,7 +325,7 @@ class DistributedDataLoader:
         """Continue where `state` was saved, on any number of ranks. Raises ValueError for another stream."""
         for name, value in self._stream.items():
             if state.get(name) != value:
-                saved = f"it was saved with {name}={state.get(name)!r}, but here {name}={value!r}"
+                saved = f"it was saved with {name}={reprlib.repr(state.get(name))}, but here {name}={value!r}"
                 give = f"({self.files[0]}, ...); use the data and settings of the saved run"
                 raise ValueError(f"the data loader cannot continue: {saved} {give}")
         self.reset(state["position"])

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -34,14 +35,36 @@ class NotFiniteError(CheckpointError):
     """A tensor that was to be saved holds NaN or an infinite value."""
 
 
-def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
-    """NotFiniteError if a value is NaN or infinite; of a DTensor, this rank's part is checked."""
+def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or infinite value; of a DTensor, this rank's part is looked at."""
     for name, tensor in tensors.items():
         tensor = local(tensor)
         if tensor.is_floating_point() and tensor.numel() > 0:
             smallest, largest = tensor.aminmax()  # NaN if any value is; isfinite() would allocate a mask
             if not (smallest.isfinite() and largest.isfinite()):
-                raise NotFiniteError(f"step {step} is not saved: {name} is not finite")
+                return name
+    return None
+
+
+def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
+    """NotFiniteError if a value that is to be saved is NaN or infinite."""
+    if name := find_not_finite(tensors):
+        raise NotFiniteError(f"step {step} is not saved: {name} is not finite")
+
+
+def check_loaded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """CheckpointError if a value that was read is NaN or infinite."""
+    if name := find_not_finite(tensors):
+        raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint")
+
+
+def check_regular(path: Path, size: int | None = None) -> None:
+    """ValueError unless it is an ordinary file, of this size if given. Reading a pipe may not end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no ordinary file")
+    if size not in (None, found.st_size):
+        raise ValueError(f"its size is {found.st_size} bytes, not {size}")
 
 
 def remove(path: Path) -> None:
@@ -100,13 +123,13 @@ def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: t
     return tensor
 
 
-def check_content(path: Path, checkpoint: Any, **kinds: type) -> None:
-    """CheckpointError unless it is a dictionary with entries of these types and a format that we know."""
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), kinds[k]) for k in kinds):
-        raise CheckpointError(f"{path}: not a checkpoint of ours: it lacks one of {', '.join(kinds)}")
-    made = checkpoint.get("format", CHECKPOINT_FORMAT)
-    if not isinstance(made, int) or made > CHECKPOINT_FORMAT:
-        text = f"{path}: made by a newer version: its format is {made!r}"
+def check_format(path: Path, content: Any) -> None:
+    """NewerFormatError for a dictionary that a newer version of this program has written; ValueError."""
+    made = content.get("format", CHECKPOINT_FORMAT) if isinstance(content, dict) else CHECKPOINT_FORMAT
+    if type(made) is not int or made < 1:
+        raise ValueError("its format is no number from 1 on")
+    if made > CHECKPOINT_FORMAT:
+        text = f"{path}: made by a newer version: its format is {made}"
         raise NewerFormatError(f"{text}, this one reads up to {CHECKPOINT_FORMAT}; update the program")
 
 
@@ -131,6 +154,6 @@ def reading(file: Path, problem: str) -> Iterator[None]:
         of_the_file = (errno.ENOENT, errno.EISDIR, errno.EINVAL)  # EINVAL: an offset that does not exist
         if isinstance(error, OSError) and error.errno not in of_the_file:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(file)) from error
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:400]
         reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
         raise CheckpointError(f"{file}: {problem}: {reason}. Use an earlier one") from error

@@ -154,12 +154,14 @@ class RunSaver:
         where = (config.log_dir, config.keep_last, config.keep_every)
         self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
 
-    def remember(self, step: int, val_loss: float | None) -> None:
-        """Store the parts of this step's checkpoint that are neither weights nor optimizer state."""
+    def remember(self, step: int, val_loss: float | None, val_loss_step: int | None) -> None:
+        """Store the parts of this step's checkpoint that are neither weights nor optimizer state.
+        val_loss was measured at val_loss_step: a step is saved before it is evaluated."""
         run = self.run
         run.updating = False
         self.state = {
-            "step": step, "val_loss": val_loss, "loader": run.train_loader.state_dict(),
+            "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
+            "loader": run.train_loader.state_dict(),
             "health": run.health.state_dict(), "rng": torch.get_rng_state(),
         }  # fmt: skip
         if run.health.in_a_row == 0:
@@ -207,6 +209,14 @@ class RunSaver:
     def newest(self) -> Path | str:
         """The newest checkpoint of the run, or "none"."""
         return next(iter(ckpt.list_checkpoints(self.run.config.log_dir)), "none")
+
+    def describe_best(self) -> str:
+        """The checkpoint with the lowest validation loss, in words, unless it is the newest or unknown."""
+        best = ckpt.best_checkpoint(self.run.config.log_dir)
+        if best in (None, self.newest()):
+            return ""
+        loss = ckpt.validation_losses(best.parent)[ckpt.step_of(best)]
+        return f", the one with the lowest validation loss ({loss:.4f}) is {best}"
 
     @contextlib.contextmanager
     def saving_on_errors(self) -> Iterator[None]:

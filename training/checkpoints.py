@@ -5,8 +5,10 @@ sharded.py), a folder log/model_XXXXX with the same content. docs/formats.md lis
 accept both. They compare all checksums before they load anything, because torch.load ignores checksums.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from model import GPTConfig, GPTLMHeadModel
 from tokens.files import write_atomically
 from training import archives, sharded
 from training.archives import CHECKPOINT_FORMAT, CheckpointError, NewerFormatError, is_out_of_memory, reading
+from training.flags import check_limits
 from training.parallel import like
+from training.schema import check_checkpoint
 from training.upcycle import upcycle
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the ending, a folder
@@ -48,9 +52,11 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete, and return, all but the newest `keep_last` (0: keep all) and multiples of `keep_every`."""
+    """Delete, and return, all but the newest `keep_last` (0: all stay), the multiples of `keep_every` and the
+    one with the lowest validation loss."""
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
-    old = [path for path in old if not (keep_every and step_of(path) % keep_every == 0)]
+    best = best_checkpoint(folder) if old else None
+    old = [path for path in old if not (path == best or (keep_every and step_of(path) % keep_every == 0))]
     for path in old:
         archives.remove(path)
     return old
@@ -67,8 +73,10 @@ def verify_checkpoint(path: str | Path) -> None:
         return sharded.verify(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; `ls {path.parent}/model_*` lists all there are")
-    with reading(path, "not a checkpoint, or damaged, or cut off"), open(path, "rb") as file:
-        archives.check_archive(file)
+    with reading(path, "not a checkpoint, or damaged, or cut off"):
+        archives.check_regular(path)
+        with open(path, "rb") as file:
+            archives.check_archive(file)
 
 
 def checkpoint_path(folder: str | Path, step: int, suffix: str = ".pt") -> Path:
@@ -95,17 +103,20 @@ def follow_latest(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The verified checkpoint, on the CPU. Errors as in verify_checkpoint. whole=False: leave out a folder's
-    weights and moments, because `restore` reads them. trusted=True: another rank has verified the folder."""
+    """The checkpoint, verified, on the CPU; schema.py says what is in it. Errors as in verify_checkpoint.
+    whole=False: of a folder, all but weights and moments, which `restore` reads. trusted=True: another rank
+    has verified the folder."""
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
     if path.is_dir():
         return sharded.load(path) if whole else sharded.read_rest(path)
     # Given a file's name instead of an open file, torch.load would hide the system's errors.
-    with reading(path, "torch.load cannot read it safely"), open(path, "rb") as file:
+    with reading(path, "it is no checkpoint of ours"), open(path, "rb") as file:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    archives.check_content(path, checkpoint, model=dict, config=dict, step=int)
+        archives.check_format(path, checkpoint)
+        checkpoint = check_checkpoint(checkpoint)
+    archives.check_loaded(path, dict(named_tensors(checkpoint)))
     return checkpoint
 
 
@@ -117,6 +128,23 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
         return []
     found = [path for path in found if path.is_dir() != (path.suffix == ".pt")]
     return sorted(found, key=step_of, reverse=True)
+
+
+def validation_losses(folder: str | Path) -> dict[int, float]:
+    """The validation loss of each evaluated step, from the folder's log.txt; {} if there is none."""
+    path = Path(folder, "log.txt")
+    words = [line.split() for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    words = [line for line in words if len(line) == 3 and line[1] == "val" and line[0].isdecimal()]
+    with contextlib.suppress(ValueError):
+        return {int(step): float(loss) for step, _, loss in words}
+    return {}
+
+
+def best_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint with the lowest validation loss in the log; None if the log has none of their steps."""
+    losses = validation_losses(folder)
+    known = [path for path in list_checkpoints(folder) if math.isfinite(losses.get(step_of(path), math.nan))]
+    return min(known, key=lambda path: losses[step_of(path)], default=None)
 
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
@@ -134,6 +162,8 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 # ---------------------------------------------------------------------------- RESUME
 
+# What an optimizer keeps of each parameter, by the method of the parameter's group.
+MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
 SETTINGS_NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", *LAYOUT_SETTINGS}
@@ -170,6 +200,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
         lacks = f"{path}: no {', '.join(sorted(missing))} in it"
         raise CheckpointError(f"{lacks}: it cannot be resumed; start a new run with --init_from")
     saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
+    with reading(path, "its train_config is none of this program"):
+        check_limits(config, saved)
     for name in LAYOUT_SETTINGS:
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:
@@ -196,15 +228,15 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
 
 def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
     """Add the tensors to a folder's checkpoint that was read without them; of a DTensor, this rank's part."""
-    path = Path(rest["folder"])
+    index = rest["index"]
     targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in weights.items()}
     if rest["config"].get("tie_word_embeddings"):
         targets.pop("model.lm_head.weight")
-    for name, stored in sharded.read_index(path)[1].state_dict_metadata.items():
+    for name, stored in index.metadata.state_dict_metadata.items():
         if name.startswith("optimizer."):
             parameter = parameters[int(name.split(".")[1])]
             targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype).detach()
-    sharded.load_tensors(path, targets)
+    sharded.load_tensors(index, targets)
     return sharded.insert_tensors(targets, rest)
 
 
@@ -215,7 +247,7 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        if "folder" in state:
+        if "index" in state:
             state = load_shards(state, own, parameters)
         # `like` takes this rank's part of whole tensors.
         weights = {name: like(v, own[name]) if name in own else v for name, v in state["model"].items()}
@@ -223,8 +255,15 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
             number: {k: like(v, parameters[number]) if torch.is_tensor(v) else v for k, v in values.items()}
             for number, values in state["optimizer"]["state"].items()
         }
+        methods = [group.get("method", "adamw") for group in optimizer.param_groups for _ in group["params"]]
+        for number, values in moments.items():
+            shapes = {name: parameters[number].shape for name in MOMENTS[methods[number]]}
+            shapes |= {"step": torch.Size()} if "step" in shapes else {}
+            if shapes != {name: value.shape for name, value in values.items()}:
+                raise KeyError(f"state of parameter {number} of the optimizer")
         model.load_state_dict(weights)
         optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        torch.set_rng_state(state["rng"])
     except (RuntimeError, KeyError, IndexError) as error:
         if is_out_of_memory(error):
             raise
@@ -239,7 +278,6 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
             values = optimizer.state.get(parameter, {})
             if "step" in values:  # ZeRO and unfused optimizers save it on the CPU; fused CUDA needs the GPU
                 values["step"] = values["step"].to(parameter.device)
-    torch.set_rng_state(state["rng"])
 
 
 # ---------------------------------------------------------------------------- MODELS

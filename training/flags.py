@@ -4,7 +4,9 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import reprlib
 import shutil
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +24,17 @@ def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     return HfArg(default=default, help=help, aliases=list(aliases), metadata={"limits": limits})
 
 
-def check_limits(config: Any) -> None:
-    """ValueError, naming field and value, for a value outside its field's limits."""
-    for field in dataclasses.fields(config):
-        check_setting(field.name, getattr(config, field.name), field.metadata["limits"])
+def check_limits(config: Any, values: dict | None = None) -> None:
+    """ValueError, naming field and value, for a value that is not of its field's type or outside its limits.
+    values: check these, if given, in place of the values of config."""
+    values = vars(config) if values is None else values
+    for field in [field for field in dataclasses.fields(config) if field.name in values]:
+        name, value = field.name, values[field.name]
+        kinds = typing.get_args(field.type) or (field.type,)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
+        check_setting(name, value, field.metadata["limits"])
 
 
 class FlagParser(HfArgumentParser):

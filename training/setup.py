@@ -116,7 +116,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         if before != world.size:
             print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
         print0(f"resumed {path} at step {state['step']}")
-        resumed = {name: value for name, value in state.items() if name not in ("model", "optimizer")}
+        resumed = {k: value for k, value in state.items() if k not in ("model", "optimizer", "index")}
     samples = can_sample(config, model, layout, print0)
     model.loss_chunk = config.loss_chunk
     if not config.flash:

@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from tokens.files import root_error, sync_folder, write_atomically
 from training import archives
 from training.archives import CheckpointError, NotFiniteError, reading, size_and_checksum
+from training.schema import check_checkpoint
 
 INDEX_FILE, REST_FILE = "index.json", "rest.pt"
 FILE_NAME = re.compile(r"__\d{1,9}_\d{1,9}\.distcp|rest\.pt", re.ASCII)  # the only files an index may name
@@ -185,22 +186,40 @@ def save(checkpoint: dict, path: Path) -> None:
 # ---------------------------------------------------------------------------- READ
 
 
-def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
-    """[size, CRC-32] of each file, and the metadata from which DCP plans what to read; its storage_data are
-    archives.load_tensor's arguments for each part. CheckpointError; OSError as in `reading`."""
+class Index(NamedTuple):
+    """What index.json says: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
+    The metadata's storage_data are the arguments of archives.load_tensor for each part."""
+
+    path: Path
+    files: dict[str, list[int]]
+    metadata: Metadata
+
+    def tensors(self, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """A tensor, not filled yet, for each that is stored."""
+        stored = self.metadata.state_dict_metadata.items()
+        return {name: torch.empty(t.size, dtype=t.properties.dtype, device=device) for name, t in stored}
+
+
+def read_index(path: Path) -> Index:
+    """The index of a folder, compared with its files' sizes. CheckpointError; OSError as in `reading`."""
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
+        archives.check_regular(path / INDEX_FILE)
         outer = json.loads((path / INDEX_FILE).read_bytes())
         if zlib.crc32(outer["index"].encode()) != outer["crc32"]:
             raise ValueError("its checksum is wrong")
         index, tensors, places = json.loads(outer["index"]), {}, {}
-        archives.check_content(path, index, files=dict, tensors=dict, format=int)
+        archives.check_format(path, index)
         for name in (REST_FILE, *index["files"]):
             if name not in index["files"] or not FILE_NAME.fullmatch(name):  # such as ../../etc/passwd
-                raise ValueError(f"{name!r} is missing or is no file of a checkpoint")
+                raise ValueError(f"{name[:40]!r} is missing or is no file of a checkpoint")
+            with reading(path / name, "the checkpoint is damaged"):
+                archives.check_regular(path / name, index["files"][name][0])
         for name, stored in index["tensors"].items():
             shape, dtype, chunks = torch.Size(stored["shape"]), DTYPES.get(stored["dtype"]), []
             if dtype is None:
-                raise ValueError(f"there is no dtype {stored['dtype']!r}")
+                raise ValueError(f"there is no dtype {stored['dtype'][:40]!r}")
+            if len(stored["parts"]) > len(index["files"]):  # a rank writes one part of a tensor
+                raise ValueError(f"{name} has {len(stored['parts'])} parts, more than there are files")
             for offsets, sizes, file, start, length in stored["parts"]:
                 if file not in index["files"] or math.prod(sizes) * dtype.itemsize > length:
                     raise ValueError(f"a part of {name} does not fit into {file!r}")
@@ -211,7 +230,7 @@ def read_index(path: Path) -> tuple[dict[str, list[int]], Metadata]:
             check_grid(name, shape, chunks)
             properties = dcp_metadata.TensorProperties(dtype=dtype)
             tensors[name] = dcp_metadata.TensorStorageMetadata(properties, shape, chunks)
-    return index["files"], Metadata(tensors, storage_data=places)
+    return Index(path, index["files"], Metadata(tensors, storage_data=places))
 
 
 def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
@@ -228,37 +247,37 @@ def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
 
 def verify(path: Path) -> None:
     """Compare all files of a folder with their checksums. CheckpointError; OSError as in `reading`."""
-    for name, expected in read_index(path)[0].items():
+    for name, expected in read_index(path).files.items():
         with reading(path / name, "the checkpoint is damaged"):
             if size_and_checksum(path / name) != expected:
                 raise ValueError("size or checksum is wrong")
 
 
 def read_rest(path: Path) -> dict:
-    """The checkpoint without its tensors, with its path in "folder". Errors as in read_index."""
-    names = read_index(path)[1].state_dict_metadata
-    with reading(path / REST_FILE, f"torch.load cannot read it safely, or it is of another {INDEX_FILE}"):
+    """The checkpoint without its tensors; the entry "index" says where they are. Errors as in read_index."""
+    index = read_index(path)
+    with reading(path / REST_FILE, f"it is no checkpoint of ours, or it is of another {INDEX_FILE}"):
         with open(path / REST_FILE, "rb") as file:
             rest = archives.load_archive(file)
-        archives.check_content(path / REST_FILE, rest, config=dict, step=int)
-        insert_tensors(dict.fromkeys(names), rest)
-    return {**rest, "folder": str(path)}
+        archives.check_format(path, rest)
+        checkpoint = check_checkpoint(insert_tensors(index.tensors("meta"), rest))
+    return {**rest, "config": checkpoint["config"], "index": index}
 
 
 def load(path: Path) -> dict:
     """The whole checkpoint, as if read from a single file, on the CPU. Errors as in read_index."""
-    rest, stored = read_rest(path), read_index(path)[1].state_dict_metadata
-    del rest["folder"]
+    rest = read_rest(path)
+    index = rest.pop("index")
     with reading(path, "cannot make tensors of these shapes"):
-        tensors = {name: torch.empty(t.size, dtype=t.properties.dtype) for name, t in stored.items()}
-    load_tensors(path, tensors)
+        tensors = index.tensors()
+    load_tensors(index, tensors)
     return insert_tensors(tensors, rest)
 
 
-def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
+def load_tensors(index: Index, targets: dict[str, torch.Tensor]) -> None:
     """Fill the targets (of a DTensor, this rank's part) with the stored tensors of the same names. No rank
-    waits for another. CheckpointError, with the name, if a tensor is missing or has another shape."""
-    metadata = read_index(path)[1]
+    waits for another. CheckpointError, with the name, if one is missing, misshapen or not finite."""
+    path, metadata = index.path, index.metadata
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)
         shape = "nothing" if stored is None else list(stored.size)
@@ -270,3 +289,4 @@ def load_tensors(path: Path, targets: dict[str, torch.Tensor]) -> None:
         box = [slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True)]
         part = archives.load_tensor(*metadata.storage_data[item.storage_index])
         planner.resolve_tensor(item).copy_(part[tuple(box)])
+    archives.check_loaded(path, targets)

@@ -223,7 +223,7 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_pat
     assert train_gpt_moe.main([*arguments, "--checkpoint_every", "100"]) == 1
     error = capsys.readouterr().err
     assert "stopped at step 10: 3 steps in a row" in error
-    assert f"the last good checkpoint is {log_dir / 'model_00008.pt'}" in error  # before the bad steps
+    assert f"newest checkpoint is {log_dir / 'model_00008.pt'}" in error  # before the bad steps
     assert "parameters that are not finite: none" in error
     assert re.search(r"gradient is not finite: transformer\.wte\.weight, .* and \d+ more \(of \d+\)", error)
     assert "micro-step 0 is the first whose loss is not finite" in error

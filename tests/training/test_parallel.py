@@ -97,7 +97,7 @@ class Loader:
         return tokens[:, :-1], tokens[:, 1:]
 
     def load_state_dict(self, state: dict) -> None:
-        assert state == {}
+        assert state == {"position": 0}
 
 
 def train(world: parallel.World, folder: Path, name: str) -> None:
@@ -116,7 +116,7 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
     (folder / name).mkdir(exist_ok=True)
     writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
-    rest = dict(step=STEPS, config=model.config.to_dict(), loader={}, rng=torch.get_rng_state())
+    rest = dict(step=STEPS, config=model.config.to_dict(), loader={"position": 0}, rng=torch.get_rng_state())
     if world.is_master or layout.saves_together:
         writer.save(state | rest)
     moments = getattr(optimizer, "optim", optimizer).state.values()

@@ -1,0 +1,168 @@
+"""What a checkpoint may hold. check_checkpoint() looks at all that was read, before anything uses it.
+
+docs/formats.md says what each entry means. Tensors may lie on the meta device, without values.
+"""
+
+import inspect
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from huggingface.configuration import OTHER_NAMES
+from model import GPTConfig, GPTLMHeadModel
+
+DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
+HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's
+
+
+def show(value: Any) -> str:
+    """repr(value) of bounded length."""
+    try:
+        return reprlib.repr(value)[:120]
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"a very large {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------- KINDS
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 on (True is not)."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number (True is not)."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a settings class may have it as a value. Its own limits are checked where it is used."""
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is an ordinary tensor, whose storage holds as many elements as its shape says."""
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def is_random_state(value: Any) -> bool:
+    """Whether it looks like torch.get_rng_state()."""
+    return is_tensor(value) and value.dtype == torch.uint8 and value.shape == torch.get_rng_state().shape
+
+
+def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
+    """A kind: dictionaries with these names (None: any) whose values are all of `kind`."""
+
+    def check(value: Any) -> bool:
+        fits = isinstance(value, dict) and all(type(key) is str for key in value)
+        return fits and names in (None, value.keys()) and all(map(kind, value.values()))
+
+    return check
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether it is {"param_groups": [{"params": numbers, ...}], "state": {number: {name: tensor}}}, as torch
+    makes it, where the numbers count the parameters from 0."""
+    if not isinstance(value, dict) or not {"param_groups", "state"} <= value.keys():
+        return False
+    groups, state = value["param_groups"], value["state"]
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        return False
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
+        return False
+    numbers = [number for group in groups for number in group["params"]]
+    if not all(map(is_count, [*numbers, *state])) or sorted(numbers) != list(range(len(numbers))):
+        return False
+    return state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
+
+
+# ---------------------------------------------------------------------------- ENTRIES
+
+# name: (kind of the value, its words). The first three are in every checkpoint, the others in those of a run.
+ENTRIES = {
+    "model": (are_named(is_tensor), "tensors by name"),
+    "config": (are_named(lambda value: True), "settings by name"),
+    "step": (is_count, "a number of steps"),
+    "val_loss": (lambda value: value is None or type(value) is float or is_number(value), "a number or None"),
+    "val_loss_step": (lambda value: value is None or is_count(value), "a number of steps or None"),
+    "optimizer": (is_optimizer, "an optimizer's state"),
+    "loader": (lambda v: are_named(is_setting)(v) and is_count(v.get("position")), "a data loader's state"),
+    "rng": (is_random_state, "torch's random state"),
+    "train_config": (are_named(is_setting), "settings by name"),
+    "elapsed_s": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
+    "health": (are_named(is_number, HEALTH), f"numbers named {', '.join(sorted(HEALTH))}"),
+    "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
+    "world_size": (lambda value: is_count(value) and value > 0, "a number of processes"),
+}
+
+
+def check_checkpoint(content: Any) -> dict:
+    """The checkpoint, with all fields of GPTConfig in its config. ValueError, naming the entry, if one is not
+    of its kind, if the config makes no model, or if the weights are not those of the model."""
+    check_nesting(content)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {show(content)}, not a checkpoint's dictionary")
+    if missing := [name for name in ("model", "config", "step") if name not in content]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for name, (is_kind, words) in ENTRIES.items():
+        if name in content and not is_kind(content[name]):
+            raise ValueError(f"{name} is {show(content[name])}, not {words}")
+    layers = {name.split(".")[2] for name in content["model"] if name.startswith("transformer.h.")}
+    n_layer = content["config"].get("n_layer")
+    if type(n_layer) is not int or n_layer != len(layers):  # first: a billion layers take hours to build
+        raise ValueError(f"config: n_layer is {show(n_layer)}, but there are weights of {len(layers)} layers")
+    config = check_config(content["config"])
+    check_weights(config, content["model"])
+    return {**content, "config": config.to_dict()}
+
+
+def check_nesting(content: Any) -> None:
+    """ValueError for containers that are nested too deeply, or have too many entries to look at."""
+    left, parts = MOST_ENTRIES, [(content, 0)]
+    while parts:
+        part, depth = parts.pop()
+        inner = list(part.values()) if isinstance(part, dict) else part
+        if not isinstance(inner, list | tuple | set | frozenset):
+            continue
+        left -= len(inner)
+        if left < 0 or depth == DEEPEST:
+            raise ValueError(f"it is nested {DEEPEST} deep or more, or has over {MOST_ENTRIES:,} entries")
+        parts += [(value, depth + 1) for value in inner]
+
+
+def check_config(config: dict) -> GPTConfig:
+    """The model's settings. ValueError for an unknown name and for values that GPTConfig refuses."""
+    names = set(inspect.get_annotations(GPTConfig))
+    if unknown := config.keys() - names - OTHER_NAMES - GPTConfig().to_dict().keys():
+        raise ValueError(f"config has an unknown field {show(min(unknown))}; a newer version may know it")
+    try:
+        return GPTConfig(**{name: config[name] for name in names & config.keys()})
+    except Exception as error:  # strict types raise their own kinds of errors, which are no ValueError
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"config: {reason[:200]}") from error
+
+
+def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """ValueError, naming the first, for a weight that is missing, unknown, or of another shape."""
+    embeddings, shape = weights.get("transformer.wte.weight"), [config.vocab_size, config.n_embd]
+    if embeddings is None or list(embeddings.shape) != shape:  # first: building huge models takes all memory
+        raise ValueError(f"model: transformer.wte.weight is missing or not of shape {shape} as config says")
+    try:
+        with torch.device("meta"):
+            expected = GPTLMHeadModel(config).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:  # a size that torch cannot count
+        raise ValueError(f"config makes no model: {str(error).splitlines()[0]}") from error
+    for name in sorted(expected.keys() ^ weights.keys()):
+        problem = "is missing" if name in expected else "is no weight of such a model"
+        raise ValueError(f"model: {name[:99]} {problem}")
+    for name, tensor in expected.items():
+        ours, theirs = ((t.shape, t.is_floating_point()) for t in (tensor, weights[name]))
+        if ours != theirs:
+            problem = f"{weights[name].dtype} of shape {list(weights[name].shape)}"
+            raise ValueError(f"model: {name} is {problem}, not of shape {list(tensor.shape)} as config says")
