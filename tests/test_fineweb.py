@@ -685,7 +685,7 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     lines = b'{"text": "caf\xe9"}\n{"text": "lone \\ud800, pair \\ud83d\\ude00"}\n'
     (tmp_path / "in" / "a.txt").write_bytes(text)
     (tmp_path / "in" / "b.jsonl").write_bytes(lines)
-    meta = run(tmp_path / "in", tmp_path / "out", val_tokens=5)
+    meta = run(tmp_path / "in", tmp_path / "out", val_tokens=5, errors="replace")
     texts = ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd", "caf\ufffd", "lone \ufffd, pair 😀"]
     assert stream_of(tmp_path / "out") == [t for text in texts for t in [256, *text.encode()]]
     assert meta["replaced"] == 4 + 1 + 1
@@ -871,7 +871,7 @@ def test_crash_at_every_step_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "encode_pieces", lambda *task: tasks.append(task) or encode(*task))
 
     def make(out):
-        run(tmp_path / "in", out, shard_size=130, val_tokens=40)
+        run(tmp_path / "in", out, shard_size=130, val_tokens=40, errors="replace")
 
     make(tmp_path / "out")
     expected, whole = content(tmp_path / "out"), len(tasks)
