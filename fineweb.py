@@ -49,9 +49,7 @@ def flag(default: object, text: str) -> Any:
 class DataConfig:
     """The flags. All except the last four decide the bytes of the shards."""
 
-    source: str = flag(
-        FINEWEB, "file, folder or pattern of .txt, .jsonl[.gz|.zst], .parquet, .json, .csv; or a Hub dataset"
-    )
+    source: str = flag(FINEWEB, "file, folder or pattern (*.py) of text or records; or a Hub dataset")
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
     split: str = flag("train", "split of a Hub dataset")
     revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
@@ -64,9 +62,7 @@ class DataConfig:
     num_parts: int = flag(1, "machines that share the work")
     part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
     out: str | None = flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
-    errors: str = flag(
-        "strict", "strict refuses files that are no UTF-8 text; replace reads them with U+FFFD"
-    )
+    errors: str = flag("strict", "strict refuses a file that is no UTF-8 text, replace reads U+FFFD")
     workers: int | None = flag(None, "tokenising processes; one per core if not given")
     demo: bool = flag(False, "use the documentation that comes with Python as the source")
 
@@ -137,8 +133,7 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             connection = idle.get()
             try:
                 connection.send(pieces)
-                result = connection.recv()
-                if isinstance(result, Exception):
+                if isinstance(result := connection.recv(), Exception):
                     raise result
                 return result
             except (EOFError, OSError) as e:
@@ -224,9 +219,7 @@ def with_defaults(config: DataConfig) -> DataConfig:
     if config.errors not in ("strict", "replace"):
         raise ValueError(f"errors={config.errors!r} must be strict or replace")
     if config.split_on is not None and not (config.split_on and is_local(config.source)):
-        raise ValueError(
-            f"split_on={config.split_on!r} must be some text that separates documents in text files"
-        )
+        raise ValueError(f"split_on={config.split_on!r} must be what separates the documents of text files")
     if not is_local(config.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.source):
         raise FileNotFoundError(f"source={config.source!r} is no file or folder here, nor a Hub dataset")
     return config

@@ -30,13 +30,8 @@ TASK_CHARS = 1 << 19  # characters that a tokenising process gets at a time: abo
 MAX_RECORD = 1 << 24  # characters of a line or item that is parsed whole: about 150 MB of memory
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MORE_SUFFIXES = (".md", ".json", ".csv")  # often notes about the data: read from a folder without the others
-BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
-}
+# With a byte order mark. UTF-32 is looked for first, because its mark begins with that of UTF-16.
+MARKED = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be", "utf-8")
 # Number of the file; bytes, lines or rows done in it; bytes read in all files; documents seen, documents of
 # this part, empty documents of this part; invalid characters replaced.
 START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "empty": 0, "replaced": 0}
@@ -49,19 +44,18 @@ def decode(raw: bytes) -> str:
 
 
 def skip_mark(file: BinaryIO) -> tuple[str, str]:
-    """(encoding, error handler) of a file at its beginning. Moves behind its byte order mark."""
-    head = file.peek(4)[:4]
-    mark = next((mark for mark in BYTE_ORDER_MARKS if head.startswith(mark)), b"")
-    file.read(len(mark))
-    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
-    return encoding, "surrogateescape" if encoding == "utf-8" else "surrogatepass"  # for replace_invalid
+    """(encoding, error handler) of a file at its beginning. Moves behind its byte order mark.
+
+    The handler turns what is invalid into surrogates, for replace_invalid.
+    """
+    head = file.peek(4)
+    encoding = next((name for name in MARKED if head.startswith("\ufeff".encode(name))), "")
+    file.read(len("\ufeff".encode(encoding)) if encoding else 0)
+    return encoding or "utf-8", "surrogateescape" if encoding in ("", "utf-8") else "surrogatepass"
 
 
 def split_documents(blocks: Iterable[str], split_on: str | None) -> Iterator[tuple[str, str]]:
-    """(separator before it, if any; text) of the parts of the documents between separators `split_on`.
-
-    A document need not fit into memory.
-    """
+    """(separator before it or "", text) of each part of the documents that `split_on` separates."""
     separator, held, tail = "", "", len(split_on or "")
     most = TASK_CHARS * 9 // 8  # a little more, so that each part but the last is a task by itself
     for block in blocks:
@@ -83,7 +77,7 @@ def split_documents(blocks: Iterable[str], split_on: str | None) -> Iterator[tup
 def read_txt(path: str, at: int, field: str = "", split_on: str | None = None) -> Pieces:
     """Pieces of a text file from byte `at` on: one document, or those between the separators `split_on`.
 
-    The pieces give the tokens of the whole text, as far as split_text does.
+    A document need not fit into memory. Its pieces give the tokens of the whole, as far as split_text does.
     """
     with open(path, "rb") as file:
         codec = skip_mark(file)
@@ -169,11 +163,8 @@ def read_csv(path: str, at: int, field: str) -> Pieces:
         rows = csv.DictReader(read_lines(file, path))
         for number, row in enumerate(rows, 1):
             if number > at:
-                yield (
-                    True,
-                    text_of(row, field, f"{path}, line {rows.line_num}"),
-                    {"at": number, "read": file.tell()},
-                )
+                where = f"{path}, line {rows.line_num}"
+                yield True, text_of(row, field, where), {"at": number, "read": file.tell()}
 
 
 def read_parquet(path: str, at: int, field: str) -> Pieces:
@@ -181,15 +172,13 @@ def read_parquet(path: str, at: int, field: str) -> Pieces:
     import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path, buffer_size=1 << 20) as table:
+    with parquet.ParquetFile(path) as table:
         text_of(dict.fromkeys(table.schema_arrow.names), field, path)
         kind = table.schema_arrow.field(field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise ValueError(f"{path}: the field {field!r} is not text")
-        groups = (table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups))
-        rows = min(1000, 1 + table.metadata.num_rows * MAX_RECORD // (1 + sum(groups)))
-        size, batches = os.path.getsize(path), table.iter_batches(rows, columns=[field])
+        size, batches = os.path.getsize(path), table.iter_batches(1000, columns=[field])
         # pyarrow casts a dictionary's values only to text. Bytes, because the text may be invalid UTF-8.
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
         for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
@@ -222,32 +211,31 @@ def replace_invalid(text: str, position: dict) -> str:
 
 
 def check_text(pieces: Pieces, path: str, plain: bool) -> Pieces:
-    """Pass the pieces of a file on. Raises ValueError if more than 1% of some TASK_CHARS characters, or of
-    the whole of a smaller file, are invalid, or if a file of plain text holds a NUL."""
+    """Pass the pieces of a file on. Raises ValueError if over 1% of its characters, or of any TASK_CHARS of
+    them, are invalid, or if plain text holds a NUL."""
     chars = invalid = 0
     cure = "convert it to UTF-8 (iconv -f latin1 -t utf-8), or pass --errors replace"
     for piece in itertools.chain(pieces, [None]):
         if piece is None or chars > TASK_CHARS:
             if 100 * invalid > chars:
                 raise ValueError(
-                    f"{path} is not UTF-8: {invalid:,} of {chars:,} characters are invalid; {cure}"
+                    f"{path} is no UTF-8: {invalid:,} of {chars:,} characters are invalid; {cure}"
                 )
             chars = invalid = 0
-        if piece is None:
-            return
-        if plain and "\0" in piece[1]:
-            raise ValueError(f"{path} holds NULs, so it is binary or UTF-16 without its mark; {cure}")
-        chars += len(piece[1])
-        invalid += 0 if piece[1].isascii() else len(re.findall("[\ud800-\udfff]", piece[1]))
-        yield piece
+        if piece is not None:
+            if plain and "\0" in piece[1]:
+                raise ValueError(f"{path} holds NULs: it is binary, or UTF-16 without its mark; {cure}")
+            chars += len(piece[1])
+            invalid += 0 if piece[1].isascii() else len(re.findall("[\ud800-\udfff]", piece[1]))
+            yield piece
 
 
 def find_files(path: str) -> list[str]:
     """The file itself, the files that a pattern such as "src/**/*.py" matches, or the text files in and below
     a folder, except hidden files. Raises ValueError if there are none."""
-    if not os.path.isdir(path):
-        found = [path] if os.path.exists(path) else glob(path, recursive=True)
-        return sorted(file for file in found if os.path.isfile(file))
+    files = [path] if os.path.exists(path) else glob(path, recursive=True)
+    if files := sorted(file for file in files if os.path.isfile(file)):
+        return files
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen:  # links can form a circle
@@ -260,10 +248,8 @@ def find_files(path: str) -> list[str]:
         files = sorted(file for file in found if file.lower().endswith(suffixes) and os.path.isfile(file))
         if files:
             return files
-    names = ", ".join(SUFFIXES + MORE_SUFFIXES)
-    raise ValueError(
-        f"source={path!r} is not, and does not hold, a file named {names}; for others pass a pattern"
-    )
+    names = ", ".join(SUFFIXES + MORE_SUFFIXES) + " (for others pass a pattern)"
+    raise ValueError(f"source={path!r} is not, and does not hold, a file named {names}")
 
 
 def read_files(
