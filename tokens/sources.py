@@ -213,20 +213,18 @@ def replace_invalid(text: str, position: dict) -> str:
 def check_text(pieces: Pieces, path: str, plain: bool) -> Pieces:
     """Pass the pieces of a file on. Raises ValueError if over 1% of its characters, or of any TASK_CHARS of
     them, are invalid, or if plain text holds a NUL."""
-    chars = invalid = 0
+    chars = bad = 0
     cure = "convert it to UTF-8 (iconv -f latin1 -t utf-8), or pass --errors replace"
     for piece in itertools.chain(pieces, [None]):
         if piece is None or chars > TASK_CHARS:
-            if 100 * invalid > chars:
-                raise ValueError(
-                    f"{path} is no UTF-8: {invalid:,} of {chars:,} characters are invalid; {cure}"
-                )
-            chars = invalid = 0
+            if 100 * bad > chars:
+                raise ValueError(f"{path} is no UTF-8: {bad:,} of {chars:,} characters are invalid; {cure}")
+            chars = bad = 0
         if piece is not None:
             if plain and "\0" in piece[1]:
                 raise ValueError(f"{path} holds NULs: it is binary, or UTF-16 without its mark; {cure}")
             chars += len(piece[1])
-            invalid += 0 if piece[1].isascii() else len(re.findall("[\ud800-\udfff]", piece[1]))
+            bad += 0 if piece[1].isascii() else len(re.findall("[\ud800-\udfff]", piece[1]))
             yield piece
 
 

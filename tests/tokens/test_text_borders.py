@@ -6,6 +6,7 @@ Run: python -m pytest tests/tokens/test_text_borders.py
 import itertools
 import random
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_reading_goes_on_anywhere_and_cuts_long_runs_alike(tmp_path, monkeypatch
 def make(source, out, **flags) -> int:
     """fineweb.main with settings for small texts."""
     flags = dict(source=source, out=out, encoding="bytes", val_tokens=0, workers=1) | flags
-    return fineweb.main([f"--{name}={value}" for name, value in flags.items()])
+    with mock.patch("signal.signal"):  # main keeps its handler of SIGTERM
+        return fineweb.main([f"--{name}={value}" for name, value in flags.items()])
 
 
 REPLACE = {"errors": "replace"}
