@@ -210,7 +210,7 @@ WRONG = {
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_settings_are_named(arguments, main, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = "a.md" if "--source ." in arguments else "a.txt"
+    source = "a.doc" if "--source ." in arguments else "a.txt"
     (tmp_path / source).write_text("hello")
     with pytest.raises(SystemExit, match="2"):
         sys.exit(main("--source", source, "--encoding", "bytes", *arguments.split()))  # argparse itself exits
