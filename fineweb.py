@@ -4,6 +4,7 @@
     python fineweb.py --demo                           # documentation that comes with Python -> demo_data/
     python fineweb.py --source book.txt --out book --val_tokens 20000
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
+    python fineweb.py --source "src/**/*.py" --out code --encoding bytes   # one document for each file
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
 
 After a kill, the same command continues after the last complete shard. It makes the same bytes as a run that
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import multiprocessing.connection
 import os
 import queue
@@ -45,13 +47,14 @@ def flag(default: object, text: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """The flags. All except the last three decide the bytes of the shards."""
+    """The flags. All except the last four decide the bytes of the shards."""
 
-    source: str = flag(FINEWEB, "file or folder of .txt, .jsonl[.gz|.zst], .parquet; or a Hub dataset")
+    source: str = flag(FINEWEB, "file, folder or pattern (*.py) of text or records; or a Hub dataset")
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
     split: str = flag("train", "split of a Hub dataset")
     revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
-    text_field: str = flag("text", "where .jsonl, .parquet and Hub datasets keep the text")
+    text_field: str = flag("text", "where records (.jsonl, .parquet, .json, .csv, Hub) keep the text")
+    split_on: str | None = flag(None, 'what separates the documents in a text file, as "<|endoftext|>"')
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(None, "tokens at the start kept for validation; one shard if not given")
@@ -59,6 +62,7 @@ class DataConfig:
     num_parts: int = flag(1, "machines that share the work")
     part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
     out: str | None = flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
+    errors: str = flag("strict", "strict refuses a file that is no UTF-8 text, replace reads U+FFFD")
     workers: int | None = flag(None, "tokenising processes; one per core if not given")
     demo: bool = flag(False, "use the documentation that comes with Python as the source")
 
@@ -84,7 +88,10 @@ def _work(connection: multiprocessing.connection.Connection, encoding: str) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(encode_pieces(connection.recv(), encoding))
+            try:
+                connection.send(encode_pieces(connection.recv(), encoding))
+            except (ValueError, MemoryError) as error:
+                connection.send(error)
 
 
 @contextlib.contextmanager
@@ -126,7 +133,9 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             connection = idle.get()
             try:
                 connection.send(pieces)
-                return connection.recv()
+                if isinstance(result := connection.recv(), Exception):
+                    raise result
+                return result
             except (EOFError, OSError) as e:
                 raise ChildProcessError("a tokenising process died; out of memory? lower --workers") from e
             finally:
@@ -148,8 +157,9 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
 def build(config: DataConfig) -> dict:
     """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them."""
     config = with_defaults(config)
-    settings = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "demo")}
-    local = os.path.exists(config.source)
+    run_only = ("out", "errors", "workers", "demo")
+    settings = {name: value for name, value in vars(config).items() if name not in run_only}
+    local = is_local(config.source)
     if local:
         files = sources.find_files(config.source)
         total = sum(map(os.path.getsize, files))
@@ -161,7 +171,8 @@ def build(config: DataConfig) -> dict:
         return writer.old
     position, skip = writer.resume(config.val_tokens, config.shard_size)
     if local:
-        pieces, share = sources.read_files(files, config.text_field, position), config
+        reading = config.text_field, position, config.split_on, config.errors
+        pieces, share = sources.read_files(files, *reading), config
     else:
         pieces, total, share = sources.read_hub(config, position)
         total = total and total // config.num_parts
@@ -184,6 +195,11 @@ def build(config: DataConfig) -> dict:
         return writer.finish(position, config.source)
 
 
+def is_local(source: str) -> bool:
+    """Whether the source is a file, a folder or a pattern of files here, and not a dataset of the Hub."""
+    return os.path.exists(source) or any(glob.iglob(source, recursive=True))
+
+
 def with_defaults(config: DataConfig) -> DataConfig:
     """The settings, checked and with their defaults filled in. Raises ValueError, FileNotFoundError."""
     if config.source == FINEWEB:
@@ -200,7 +216,11 @@ def with_defaults(config: DataConfig) -> DataConfig:
         raise ValueError(f"part={config.part} must be from 0 to num_parts - 1 = {config.num_parts - 1}")
     if config.out is None:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={config.source!r}")
-    if not os.path.exists(config.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.source):
+    if config.errors not in ("strict", "replace"):
+        raise ValueError(f"errors={config.errors!r} must be strict or replace")
+    if config.split_on is not None and not (config.split_on and is_local(config.source)):
+        raise ValueError(f"split_on={config.split_on!r} must be what separates the documents of text files")
+    if not is_local(config.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.source):
         raise FileNotFoundError(f"source={config.source!r} is no file or folder here, nor a Hub dataset")
     return config
 
@@ -224,6 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        cure = "lower --workers or --shard_size, then"
+        print(f"out of memory ({str(error) or 'MemoryError'}): {cure} {go_on}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"stopped by {error!r}; {go_on}", file=sys.stderr)
         return 1

@@ -72,7 +72,7 @@ def test_crash_at_every_step_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "encode_pieces", lambda *task: tasks.append(task) or encode(*task))
 
     def make(out):
-        build(tmp_path / "in", out, shard_size=170, val_tokens=40)
+        build(tmp_path / "in", out, shard_size=170, val_tokens=40, errors="replace")
 
     make(tmp_path / "out")
     expected, whole = content(tmp_path / "out"), len(tasks)
@@ -210,7 +210,7 @@ WRONG = {
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_settings_are_named(arguments, main, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = "a.md" if "--source ." in arguments else "a.txt"
+    source = "a.doc" if "--source ." in arguments else "a.txt"
     (tmp_path / source).write_text("hello")
     with pytest.raises(SystemExit, match="2"):
         sys.exit(main("--source", source, "--encoding", "bytes", *arguments.split()))  # argparse itself exits

@@ -9,12 +9,18 @@ import difflib
 import functools
 import importlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 EOT = "<|endoftext|>"
-MAX_WHITESPACE = 600_000  # tiktoken's regex engine overflows its stack on 999,999 spaces in a row
+# The most characters that tiktoken gets at a time. Its regex engine overflows its stack on 999,999 spaces in
+# a row, and it takes up to 130 bytes of memory for each character of a long word.
+MAX_CHARS = 600_000
+# The text up to the last place where GPT-2's regular expression always begins a new token: after a letter or
+# digit and before anything else, after a letter and before a digit, or before white space.
+UP_TO_PLACE = re.compile(r".*(?:[^\W_](?=[\W_])|[A-Za-z](?=\d)|\S(?=[ \t\r\n]))", re.DOTALL)
 
 
 def load_encoding(name: str) -> Any:
@@ -47,11 +53,33 @@ def get_encoding(name: str) -> Any:
     return encoding
 
 
+def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
+    """Cut a text into parts of at most `most` characters, which together have the tokens of the whole text.
+
+    The tokens differ only around a cut in a run of more than `most` letters (such as DNA), or of as many
+    digits, punctuation marks or spaces, because GPT-2's regular expression does not split there.
+    """
+    start = 0
+    while len(text) - start > most:
+        place = UP_TO_PLACE.match(text, start, start + most)
+        end = place.end() if place else start + most
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def encode(encoding: Any, text: str) -> np.ndarray:
-    """Token ids of `text`, uint16. encoding: from get_encoding. Special tokens in the text are plain text."""
-    parts = [text] if len(text) < MAX_WHITESPACE else re.split(rf"(\s{{{MAX_WHITESPACE}}})", text)
-    ids = [encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
-    return np.concatenate(ids).astype(np.uint16)
+    """Token ids of `text`, uint16. encoding: from get_encoding. Special tokens in the text are plain text.
+
+    Raises ValueError where tiktoken panics.
+    """
+    try:
+        parts = (encoding.encode_to_numpy(part, disallowed_special=()) for part in split_text(text))
+        return np.concatenate([part.astype(np.uint16) for part in parts])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a panic of Rust, which is no Exception
+            raise
+        raise ValueError(f"tiktoken cannot encode {text[:40]!r}... ({str(error)[:80]!r})") from None
 
 
 def encode_pieces(pieces: list[tuple[bool, str]], name: str) -> np.ndarray:
@@ -66,7 +94,10 @@ def encode_pieces(pieces: list[tuple[bool, str]], name: str) -> np.ndarray:
 
 def encode_text(text: str, name: str) -> list[int]:
     """Token ids of `text`; special tokens in `text` are ordinary text. Raises as load_encoding does."""
-    return list(text.encode("utf-8")) if name == "bytes" else load_encoding(name).encode_ordinary(text)
+    if name == "bytes":
+        return list(text.encode("utf-8"))
+    encoding = load_encoding(name)
+    return [token for part in split_text(text) for token in encoding.encode_ordinary(part)]
 
 
 def decode_tokens(ids: list[int], name: str) -> str:
