@@ -55,21 +55,20 @@ class Shard:
         self.path, self.file = path, open(path, "rb", buffering=0)
         self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
 
-    def read(self, first: int, end: int) -> np.ndarray:
-        """Tokens first to end - 1, uint16. DataError, with file and offset, if they cannot be read any more.
+    def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
+        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.
 
         A memory map is no faster, and when the file has been cut the system kills a process that reads it.
         """
-        tokens, why = np.empty(end - first, dtype="<u2"), "the file became shorter while it was in use"
-        left = tokens.view(np.uint8)
+        left, why = tokens.nbytes, "the file became shorter while it was in use"
         try:
             self.file.seek(self.start + 2 * first)
-            while len(left) and (count := self.file.readinto(left)):
-                left = left[count:]
+            while left and (count := self.file.readinto(tokens.view(np.uint8)[-left:])):
+                left -= count
         except OSError as error:
             why = error.strerror
-        if len(left):
-            at = end - (len(left) + 1) // 2
+        if left:
+            at = first + len(tokens) - (left + 1) // 2
             raise DataError(f"{self.path}: no token at offset {at}: {why}; {_rebuild(self.path)}")
         return tokens
 
@@ -84,7 +83,7 @@ class Shard:
 def read_shard(path: str | os.PathLike) -> np.ndarray:
     """All tokens of a shard, uint16. Raises FileNotFoundError, ValueError if damaged."""
     shard = Shard(path)
-    return shard.read(0, len(shard))
+    return shard.read(0, np.empty(len(shard), dtype="<u2"))
 
 
 def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
@@ -251,8 +250,9 @@ class DistributedDataLoader:
         for shard in map(Shard, self.files):
             lengths.append(n := len(shard))
             digest.update(n.to_bytes(8, "little"))
-            for first in (0, max(0, n - 256)):
-                digest.update(shard.read(first, min(first + 256, n)))
+            ends = np.empty((2, min(256, n)), dtype="<u2")
+            digest.update(shard.read(0, ends[0]))
+            digest.update(shard.read(n - len(ends[1]), ends[1]))
             prints.append(fingerprint(shard.file, shard.start, 2 * n, len(self.files)))
         group = B * world_size
         samples = (np.array(lengths) - 1) // T  # (files,)
@@ -294,16 +294,16 @@ class DistributedDataLoader:
         """This rank's inputs and targets at a position, (2, B, T) int64; the event after the CUDA copy."""
         import torch
 
-        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
+        tokens = np.empty((self.B, self.T + 1), dtype="<u2")
         index = np.arange(self.B) + (position + self.rank * self.B)
         for row, file, start in zip(tokens, *self._locate(index), strict=True):
-            row[:] = self._open(self.files[file]).read(start, start + self.T + 1)
+            self._open(self.files[file]).read(start, row)
             if self.vocab_size is not None and row.max() >= self.vocab_size:
                 at = int(np.argmax(row >= self.vocab_size))
                 path, why = self.files[file], "the shard is damaged, or its encoding is not the model's"
                 wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
                 raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
-        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
+        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:]), dtype=np.int64))
         if self._upload is None:
             return batch, None
         torch.cuda.set_device(self.device)  # for this thread; otherwise pinning would initialise GPU 0
