@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-BLOCK = 4096  # bytes
+BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
 DIGITS = 8  # of a fingerprint
 
