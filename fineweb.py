@@ -6,6 +6,7 @@
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
     python fineweb.py --source "src/**/*.py" --out code --encoding bytes   # one document for each file
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
+    python fineweb.py --verify --out book              # compare every token with the checksums in meta.json
 
 After a kill, the same command continues after the last complete shard. It makes the same bytes as a run that
 was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json.
@@ -34,7 +35,8 @@ from tqdm import tqdm
 from tokens import sources
 from tokens.demo import prepare_demo
 from tokens.encodings import encode_pieces
-from tokens.shard_writer import ShardWriter, is_complete
+from tokens.identity import describe_sources
+from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -65,6 +67,7 @@ class DataConfig:
     errors: str = flag("strict", "strict refuses a file that is no UTF-8 text, replace reads U+FFFD")
     workers: int | None = flag(None, "tokenising processes; one per core if not given")
     demo: bool = flag(False, "use the documentation that comes with Python as the source")
+    verify: bool = flag(False, "make nothing; compare the shards in --out with meta.json's checksums")
 
 
 Task = tuple[dict, list[tuple[bool, str]]]  # position before the pieces, pieces (begins a document, text)
@@ -157,14 +160,15 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
 def build(config: DataConfig) -> dict:
     """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them."""
     config = with_defaults(config)
-    run_only = ("out", "errors", "workers", "demo")
+    run_only = ("out", "errors", "workers", "demo", "verify")
     settings = {name: value for name, value in vars(config).items() if name not in run_only}
     local = is_local(config.source)
     if local:
         files = sources.find_files(config.source)
         total = sum(map(os.path.getsize, files))
         name = os.path.basename(os.path.abspath(config.source))
-        settings |= {"source": name, "source_files": len(files), "source_bytes": total}
+        content = describe_sources(config.source, files)
+        settings |= {"source": name, "files": content, "source_files": len(files), "source_bytes": total}
     writer = ShardWriter(config.out, settings)
     if is_complete(config.out, writer.old):
         print(f"{config.out} is complete already")
@@ -236,6 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     go_on = "run the same command again; it continues after the last complete shard"
     try:
+        if config.verify:
+            problems = verify(config.out or ("demo_data" if config.demo else "edu_fineweb10B"))
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+            return 2 if problems else 0
         if config.demo:
             prepare_demo(config.out or "demo_data", config.encoding or "bytes")
         else:

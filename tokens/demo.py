@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokens.encodings import encode_pieces
+from tokens.identity import load_metas
 from tokens.shard_writer import ShardWriter, is_complete
-from tokens.shards import load_metas
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages __pycache__".split())

@@ -7,6 +7,7 @@ meta = writer.finish(position, "book.txt")
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -17,14 +18,15 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import write_atomically
-from tokens.shards import load_metas, read_shard, write_shard
+from tokens.identity import first_difference, load_metas
+from tokens.shards import Shard, read_shard, write_shard
 from tokens.sources import START_POSITION
 
 
 def count_tokens(path: str) -> int:
     """Tokens in a shard; 0 if it is missing or damaged."""
     try:
-        return len(read_shard(path))
+        return len(Shard(path))
     except (FileNotFoundError, ValueError):
         return 0
 
@@ -40,6 +42,37 @@ def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
     counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
     vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
     return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
+
+
+def verify(folder: str) -> list[str]:
+    """Compare all tokens of a folder with meta.json; print what was compared. Returns a line per problem.
+
+    Raises FileNotFoundError without meta.json, ValueError if it is damaged.
+    """
+    if not (metas := load_metas(folder)):
+        raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
+    again = "run the same fineweb.py command again"
+    problems = [f"{path}: unfinished; {again}" for path, meta in metas.items() if not meta["complete"]]
+    shards = {name: count for meta in metas.values() for name, count in meta["shards"].items()}
+    known = {name: digest for meta in metas.values() for name, digest in meta.get("checksums", {}).items()}
+    for name in tqdm(shards, unit="shard", disable=None):
+        path = os.path.join(folder, name)
+        try:
+            shard = Shard(path)
+            shard.file.seek(shard.start)
+            digest = hashlib.file_digest(shard.file, "sha256").hexdigest()
+            if (len(shard), digest) != (shards[name], known.get(name, digest)):
+                problems.append(f"{path}: its tokens are not those noted in meta.json; delete it and {again}")
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    others = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))} - (
+        shards | known
+    ).keys()
+    problems += [f"{folder}: {name!r} is not noted in meta.json; move it away" for name in sorted(others)]
+    print(f"{folder}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
+    if older := len(shards.keys() - known.keys()):
+        print(f"{older} of them have no checksum (an older fineweb.py made them): only sizes were compared")
+    return problems
 
 
 class ShardWriter:
@@ -58,23 +91,31 @@ class ShardWriter:
         self.prefix = f"p{self.part:04d}_" if self.num_parts > 1 else ""
         os.makedirs(folder, exist_ok=True)
         self.meta_path = os.path.join(folder, f"meta_{self.prefix}"[:-1] + ".json")
-        metas = load_metas(folder)
-        for path, meta in metas.items():
-            for name, value in settings.items():
-                other = (meta | meta.get("settings", {})).get(name)
-                if other != value and (name != "part" or path == self.meta_path):
-                    cure = "give the settings it was made with, or another --out, or delete the folder"
-                    was = f"{folder} was made with {name}={other!r} ({path})"
-                    raise ValueError(f"{was}, but now {name}={value!r}: {cure}")
+        metas = self._load_metas()
         for name in os.listdir(folder):
             ours = re.fullmatch(r"(train|val)_(p\d{4}_)?\d{6}\.bin", name)
             if name.endswith((".bin", ".npy")) and not ours:
                 raise ValueError(f"{folder} holds {name}, which belongs to other data: give another --out")
         self.old = metas.get(self.meta_path, {})
+        files, before = settings.get("files", {}), self.old.get("settings", {}).get("files", {})
+        if any(before.get(name, text) != text for name, text in files.items()):
+            tqdm.write("source files have other times of change, but equal fingerprints: taken for copies")
         for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
             for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
                 os.unlink(temporary)  # a killed process left it
         self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
+
+    def _load_metas(self) -> dict[str, dict]:
+        """meta.json of all parts in the folder. ValueError if one was made from other data."""
+        metas = load_metas(self.folder)
+        for path, meta in metas.items():
+            before = meta | meta.get("settings", {}) | ({} if path == self.meta_path else {"part": self.part})
+            if found := first_difference(self.settings, before):
+                name, value, other = found
+                cure = "give the settings it was made with, or another --out, or delete the folder"
+                was = f"{self.folder} was made with {name}={other!r:.99} ({path})"
+                raise ValueError(f"{was}, but now {name}={value!r:.99}: {cure}")
+        return metas
 
     def path(self, n: int) -> str:
         """File of the n-th shard."""
@@ -96,6 +137,8 @@ class ShardWriter:
         if str(self.n) not in starts:
             self.n = 0
         self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
+        known = self.old.get("checksums", {})  # meta.json of an older version has none
+        self.checksums = {name: known[name] for name in self.done if name in known}
         self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
         return dict(self.start[0]), self.start[1]
 
@@ -127,15 +170,19 @@ class ShardWriter:
         path, tokens = self.path(self.n), self.buffer[: self.filled]
         if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
             raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
+        name = os.path.basename(path)
+        self.checksums[name] = hashlib.sha256(tokens.astype("<u2", copy=False)).hexdigest()
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         write_shard(path, tokens)
         tqdm.write(f"{path}: {self.filled:,} tokens")
-        self.done[os.path.basename(path)] = self.filled
+        self.done[name] = self.filled
         self.n, self.filled, self.start = self.n + 1, 0, following
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
-        meta |= {"source": self.settings["source"], **more, "settings": self.settings}
+        meta |= {"source": self.settings["source"], "checksums": self.checksums, **more}
+        meta["settings"] = self.settings
+        self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
         return meta

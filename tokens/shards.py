@@ -13,7 +13,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
 import reprlib
@@ -21,18 +20,18 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from tokens.files import write_atomically
+from tokens.files import DataError, write_atomically
+from tokens.identity import check_fingerprints, fingerprint, load_metas
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # as in llm.c, dev/data/data_common.py
-OPEN_SHARDS = 256  # memory maps that a loader keeps; each takes a file descriptor, often limited to 1,024
+OPEN_SHARDS = 256  # files that a loader keeps open; a process may often have 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 
@@ -48,23 +47,60 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     write_atomically(path, lambda file: file.writelines((header.tobytes(), data)))
 
 
-def read_shard(path: str | os.PathLike) -> np.memmap:
-    """The tokens of a shard, memory-mapped, uint16. Raises FileNotFoundError, ValueError if damaged."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
-    with open(path, "rb") as file:
-        size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
-        magic = int.from_bytes(head[:4], "little")
-        if head.startswith(b"\x93NUMPY"):
-            start, count = _read_npy_header(path, file)
-        elif magic == MAGIC and size >= 4 * HEADER_INTS:
-            version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
-            start = 4 * HEADER_INTS
-            if version != VERSION:
-                raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
-        else:
-            _refuse_foreign(path, head, magic)
-            start, count = 0, size // 2
+class Shard:
+    """An open shard; len() is its number of tokens. Raises FileNotFoundError, ValueError if damaged."""
+
+    def __init__(self, path: str | os.PathLike):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
+        self.path, self.file = path, open(path, "rb", buffering=0)
+        self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
+
+    def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
+        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.
+
+        A memory map is no faster, and when the file has been cut the system kills a process that reads it.
+        """
+        left, why = tokens.nbytes, "the file became shorter while it was in use"
+        try:
+            self.file.seek(self.start + 2 * first)
+            while left and (count := self.file.readinto(tokens.view(np.uint8)[-left:])):
+                left -= count
+        except OSError as error:
+            why = error.strerror
+        if left:
+            at = first + len(tokens) - (left + 1) // 2
+            raise DataError(f"{self.path}: no token at offset {at}: {why}; {_rebuild(self.path)}")
+        return tokens
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def read_shard(path: str | os.PathLike) -> np.ndarray:
+    """All tokens of a shard, uint16. Raises FileNotFoundError, ValueError if damaged."""
+    shard = Shard(path)
+    return shard.read(0, np.empty(len(shard), dtype="<u2"))
+
+
+def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
+    """(byte at which the tokens begin, number of tokens) of a shard in any of the three formats."""
+    size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
+    magic = int.from_bytes(head[:4], "little")
+    if head.startswith(b"\x93NUMPY"):
+        start, count = _read_npy_header(path, file)
+    elif magic == MAGIC and size >= 4 * HEADER_INTS:
+        version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
+        start = 4 * HEADER_INTS
+        if version != VERSION:
+            raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
+    else:
+        _refuse_foreign(path, head, magic)
+        start, count = 0, size // 2
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     need = start + 2 * count
@@ -72,7 +108,7 @@ def read_shard(path: str | os.PathLike) -> np.memmap:
         wrong = "truncated" if size < need else "padded"
         sizes = f"header and {count} tokens take {need} bytes, it has {size}"
         raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=start, shape=(count,))
+    return start, count
 
 
 def _rebuild(path: str | os.PathLike) -> str:
@@ -129,21 +165,6 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
     return paths
 
 
-def load_metas(folder: str) -> dict[str, dict]:
-    """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json). Raises ValueError."""
-    kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
-    metas, base = {}, os.path.join(glob.escape(folder), "meta")
-    for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
-        try:
-            metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
-            for name, kind in kinds.items():
-                if not isinstance(metas[path][name], kind):
-                    raise TypeError(f"{name} is {metas[path][name]!r}")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}); delete it and {_rebuild(path)}") from error
-    return metas
-
-
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given.
 
@@ -157,11 +178,8 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     if not metas:
         warnings.warn(f"no meta.json in {folder}: assuming GPT-2's tokens", stacklevel=2)
         return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
-    (first, meta), *others = metas.items()
-    for path, other in others:
-        for name in ("encoding", "vocab_size", "eot_token"):
-            if other[name] != meta[name]:
-                raise ValueError(f"{name} is {meta[name]!r} in {first} but {other[name]!r} in {path}")
+    meta, *others = metas.values()
+    for other in others:
         counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
         meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
     if not meta["complete"]:
@@ -229,11 +247,14 @@ class DistributedDataLoader:
         self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
-        digest, lengths = hashlib.sha256(), []
-        for tokens in map(read_shard, self.files):
-            lengths.append(len(tokens))
-            ends = tokens[:256].tobytes() + tokens[-256:].tobytes()
-            digest.update(len(tokens).to_bytes(8, "little") + ends)
+        digest, lengths, prints = hashlib.sha256(), [], []
+        for shard in map(Shard, self.files):
+            lengths.append(n := len(shard))
+            digest.update(n.to_bytes(8, "little"))
+            ends = np.empty((2, min(256, n)), dtype="<u2")
+            digest.update(shard.read(0, ends[0]))
+            digest.update(shard.read(n - len(ends[1]), ends[1]))
+            prints.append(fingerprint(shard.file, shard.start, 2 * n, len(self.files)))
         group = B * world_size
         samples = (np.array(lengths) - 1) // T  # (files,)
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
@@ -247,7 +268,8 @@ class DistributedDataLoader:
             )
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(read_shard)
+        self._prints = {"fingerprints": (self.files, "".join(prints))}
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(Shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._upload = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._batches: deque[Future] = deque()
@@ -273,16 +295,16 @@ class DistributedDataLoader:
         """This rank's inputs and targets at a position, (2, B, T) int64; the event after the CUDA copy."""
         import torch
 
-        tokens = np.empty((self.B, self.T + 1), dtype=np.int64)
+        tokens = np.empty((self.B, self.T + 1), dtype="<u2")
         index = np.arange(self.B) + (position + self.rank * self.B)
         for row, file, start in zip(tokens, *self._locate(index), strict=True):
-            row[:] = self._open(self.files[file])[start : start + self.T + 1]
+            self._open(self.files[file]).read(start, row)
             if self.vocab_size is not None and row.max() >= self.vocab_size:
                 at = int(np.argmax(row >= self.vocab_size))
                 path, why = self.files[file], "the shard is damaged, or its encoding is not the model's"
                 wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
                 raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
-        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))
+        batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:]), dtype=np.int64))
         if self._upload is None:
             return batch, None
         torch.cuda.set_device(self.device)  # for this thread; otherwise pinning would initialise GPU 0
@@ -317,15 +339,22 @@ class DistributedDataLoader:
         self._batches.clear()
         self.position = position
 
+    def watch(self, validation: DistributedDataLoader) -> None:
+        """Save what identifies the validation shards too, and compare it in load_state_dict."""
+        self._prints["validation"] = validation._prints["fingerprints"]
+
     def state_dict(self) -> dict:
         """The position (prefetched batches do not count), and what identifies the stream."""
-        return {"position": self.position, **self._stream}
+        prints = {name: joined for name, (_, joined) in self._prints.items()}
+        return {"position": self.position, **self._stream, **prints}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was saved, on any number of ranks. Raises ValueError for another stream."""
         for name, value in self._stream.items():
-            if state.get(name) != value:
+            if state.get(name) != value and not (name == "sha256" and "fingerprints" in state):
                 saved = f"it was saved with {name}={reprlib.repr(state.get(name))}, but here {name}={value!r}"
                 give = f"({self.files[0]}, ...); use the data and settings of the saved run"
                 raise ValueError(f"the data loader cannot continue: {saved} {give}")
+        for name, (files, here) in self._prints.items():
+            check_fingerprints(files, here, state.get(name, here))  # older checkpoints have only sha256
         self.reset(state["position"])

@@ -260,11 +260,13 @@ def build_loaders(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
+    train_loader = DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments)
+    if not val_files:
+        return train_loader, None
     # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
-    return (
-        DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments),
-        DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments) if val_files else None,
-    )
+    val_loader = DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments)
+    train_loader.watch(val_loader)
+    return train_loader, val_loader
 
 
 # ---------------------------------------------------------------------------- MODEL

@@ -55,7 +55,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         (source, dict(limit_docs=2), "limit_docs=None .* limit_docs=2"),
         (source, dict(num_parts=2), "num_parts=1 .* num_parts=2"),
         (other, {}, r"source='a\.jsonl' .* source='b\.jsonl'"),
-        (longer, {}, "source_bytes=.* source_bytes="),
+        (longer, {}, r"source file 'a\.jsonl'=.* source file"),
     ):
         with pytest.raises(ValueError, match=words + ".*another --out"):
             build(text, out, **flags)

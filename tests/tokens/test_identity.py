@@ -1,0 +1,203 @@
+"""What tells data from other data of the same names and sizes: shards, sources, parts, meta.json.
+
+Run: python -m pytest tests/tokens/test_identity.py
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import flags
+
+import fineweb
+import train_gpt_moe
+from tokens import shard_writer
+from tokens.files import DataError
+from tokens.shards import DistributedDataLoader, Shard, read_shard, write_shard
+
+
+def build(source: Path, out: Path, *more) -> int:
+    """Exit code of fineweb.py on small texts."""
+    words = ["--source", source, "--out", out, "--encoding=bytes", "--workers=1", "--shard_size=2000"]
+    return fineweb.main([*map(str, words), "--val_tokens=100", *more])
+
+
+def error_line(capsys) -> str:
+    """The only message on stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "train_gpt"))]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    (tmp_path / "corpus").mkdir()
+    for name in "abc":
+        (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name} word " * 1000)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def killed(corpus, tmp_path, monkeypatch) -> Path:
+    """The folder of a fineweb.py that was killed after three shards."""
+    left = [write_shard] * 3
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(shard_writer, "write_shard", lambda *shard: left.pop()(*shard))
+        build(corpus, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_shard_that_is_cut_or_fails_while_it_is_open(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    write_shard(path, np.arange(4000, dtype=np.uint16))
+    loader, shard = DistributedDataLoader(tmp_path, 1, 100, shuffle=False, prefetch=0), Shard(path)
+    assert shard.read(3990, np.empty(10, np.uint16)).tolist() == list(range(3990, 4000))
+    loader.next_batch()
+    os.truncate(path, 1024 + 2 * 250 + 1)  # one byte of token 250 is left
+    loader.next_batch()
+    for _ in range(2):  # the position stays
+        with pytest.raises(DataError, match=r"train_000000\.bin: no token at offset 250: .*shorter"):
+            loader.next_batch()
+    if Path("/proc/self/mem").exists():
+        shard.file = open("/proc/self/mem", "rb", buffering=0)  # reading its first bytes is an error
+        with pytest.raises(DataError, match=r"train_000000\.bin: no token at offset 7: Input/output error"):
+            shard.read(7, np.empty(2, np.uint16))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    step, small = train_gpt_moe.train_step, ["--max_steps=6", "--sample_every=0", "--checkpoint_every=0"]
+
+    def cut_before_step_3(run, number):
+        if number == 3:
+            os.truncate(tmp_path / "data" / f"{split}_000000.bin", 2000)
+        return step(run, number)
+
+    monkeypatch.setattr(train_gpt_moe, "train_step", cut_before_step_3)
+    assert train_gpt_moe.main(flags(tmp_path / "data", tmp_path / "log", *small)) == 2
+    line = error_line(capsys)
+    assert f"{split}_000000.bin: no token at offset" in line and "--resume auto" in line
+    assert sorted((tmp_path / "log").glob("model_*.pt")), "nothing saved"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_resume_refuses_shards_with_another_middle(split, data, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "log")
+    path = Path(shutil.copytree(data, tmp_path / "data"), f"{split}_000000.bin")
+    tokens = read_shard(path)
+    tokens[256:-256] = 7
+    write_shard(path, tokens)
+    assert train_gpt_moe.main(flags(tmp_path / "data", tmp_path / "log", "--resume", "auto")) == 2
+    assert f"{path} is another shard" in error_line(capsys)
+
+
+def test_loader_compares_what_a_checkpoint_has(data):
+    train, val = (DistributedDataLoader(f"{data}/{split}_*.bin", B=2, T=8) for split in ("train", "val"))
+    train.watch(val)
+    state = train.state_dict()
+    train.load_state_dict(
+        {k: v for k, v in state.items() if k not in ("fingerprints", "validation")}
+    )  # older
+    for wrong in ({"validation": state["validation"] * 2}, {"validation": 3}, {"fingerprints": ""}):
+        with pytest.raises(
+            ValueError, match=r"cannot continue: .*(missing here|_000000.bin) is another shard"
+        ):
+            train.load_state_dict(state | wrong)
+
+
+def test_verify_compares_every_token(corpus, tmp_path, capsys):
+    out, verify = tmp_path / "out", ["--verify", "--out", str(tmp_path / "out")]
+    assert build(corpus, out) == 0 == fineweb.main(verify)
+    assert "compared 12 shards, 21,003 tokens" in capsys.readouterr().out
+    raw = bytearray((out / "train_000001.bin").read_bytes())
+    raw[1777] ^= 1
+    (out / "train_000001.bin").write_bytes(raw)
+    os.truncate(out / "train_000002.bin", 3000)
+    (out / "train_000003.bin").unlink()
+    shutil.copy(out / "val_000000.bin", out / "train_000099.bin")
+    assert fineweb.main(verify) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"train_0000(\d+)", line)[1] for line in lines] == ["01", "02", "03", "99"], lines
+    (out / "train_000001.bin").unlink()
+    (out / "train_000099.bin").unlink()
+    assert build(corpus, out) == 0 == fineweb.main(verify)  # as the messages say
+    (out / "meta.json").unlink()
+    assert fineweb.main(verify) == 2 and "no meta.json" in error_line(capsys)
+
+
+CHANGES = {
+    "replaced": (lambda folder: (folder / "b.txt").write_text("z WORD " * 1000), "file 'corpus/b.txt'"),
+    "swapped": (lambda folder: shutil.copy(folder / "a.txt", folder / "b.txt"), "file 'corpus/b.txt'"),
+    "renamed": (lambda folder: (folder / "b.txt").rename(folder / "d.txt"), "'corpus/d.txt'='missing'"),
+    "removed": (lambda folder: (folder / "c.txt").unlink(), "'corpus/c.txt'='missing'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sources_that_changed_after_a_kill_are_refused(change, corpus, killed, capsys):
+    before = {path: path.read_bytes() for path in killed.iterdir()}
+    alter, words = CHANGES[change]
+    alter(corpus)
+    assert build(corpus, killed) == 2
+    line = error_line(capsys)
+    assert words in line and "another --out, or delete the folder" in line
+    assert {path: path.read_bytes() for path in killed.iterdir()} == before
+
+
+def test_copied_sources_and_older_folders_continue(corpus, killed, tmp_path, capsys):
+    older = Path(shutil.copytree(killed, tmp_path / "older"), "meta.json")
+    meta = json.loads(older.read_text())
+    del meta["settings"]["files"], meta["checksums"]
+    older.write_text(json.dumps(meta))
+    for path in corpus.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert build(corpus, killed) == 0 and "taken for copies" in capsys.readouterr().out
+    assert build(corpus, older.parent) == build(corpus, tmp_path / "straight") == 0
+    assert (killed / "meta.json").read_bytes() == (tmp_path / "straight" / "meta.json").read_bytes()
+    assert fineweb.main(["--verify", "--out", str(older.parent)]) == 0
+    assert "3 of them have no checksum" in capsys.readouterr().out
+
+
+def test_parts_of_other_sources_are_refused(corpus, tmp_path, capsys, monkeypatch):
+    out, parts = tmp_path / "out", ["--num_parts=2"]
+    assert build(corpus, out, *parts, "--part=0") == 0
+    CHANGES["replaced"][0](corpus)
+    assert build(corpus, out, *parts, "--part=1") == 2 and "file 'corpus/b.txt'" in error_line(capsys)
+    flush = shard_writer.ShardWriter._flush
+
+    def flush_when_part_0_has_come(writer, following):
+        if writer.n == 1:
+            shutil.copy(out / "meta_p0000.json", writer.folder)
+        flush(writer, following)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer.ShardWriter, "_flush", flush_when_part_0_has_come)
+        assert build(corpus, tmp_path / "late", *parts, "--part=1") == 2
+    assert not json.loads((tmp_path / "late" / "meta_p0001.json").read_text())["complete"]
+    assert build(corpus, tmp_path / "apart", *parts, "--part=1") == 0
+    shutil.copytree(tmp_path / "apart", out, dirs_exist_ok=True)
+    capsys.readouterr()
+    assert train_gpt_moe.main(flags(out, tmp_path / "log")) == 2 and "b.txt" in error_line(capsys)
+
+
+FORGED = [
+    dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),
+    dict(tokens={"train": True}), dict(checksums={"a": 1}), dict(checksums=[]), dict(source=3),
+    dict(places={"3": [{"file": "0"}, 0]}), dict(places={"3": [{}]}), dict(settings=3), dict(eot_token=300),
+    dict(settings={"files": ["a"]}), dict(settings={"files": {"a": 1}}), dict(vocab_size=10**12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", FORGED)
+def test_forged_meta_json_is_refused_in_one_line(entry, data, tmp_path, capsys):
+    meta = json.loads(Path(data, "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | entry))
+    for command in ("--verify", "--demo"):
+        assert fineweb.main([command, "--out", str(tmp_path)]) == 2
+        line = error_line(capsys)
+        assert "meta.json is damaged" in line and "python fineweb.py" in line and len(line) < 700
