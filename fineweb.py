@@ -32,6 +32,7 @@ from tqdm import tqdm
 from tokens import sources
 from tokens.demo import prepare_demo
 from tokens.encodings import encode_pieces
+from tokens.printable import one_line
 from tokens.shard_writer import ShardWriter, is_complete
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
 
@@ -222,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             build(config)
         return 0
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"stopped by {error!r}; {go_on}", file=sys.stderr)

@@ -6,7 +6,6 @@ writer.add(tokens, position, skip)  # read from `position` on; shards already ha
 meta = writer.finish(position, "book.txt")
 """
 
-import glob
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokens.encodings import get_encoding
-from tokens.files import write_atomically
+from tokens.files import remove_temporaries, write_atomically
 from tokens.shards import load_metas, read_shard, write_shard
 from tokens.sources import START_POSITION
 
@@ -71,9 +70,8 @@ class ShardWriter:
             if name.endswith((".bin", ".npy")) and not ours:
                 raise ValueError(f"{folder} holds {name}, which belongs to other data: give another --out")
         self.old = metas.get(self.meta_path, {})
-        for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
-            for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
-                os.unlink(temporary)  # a killed process left it
+        meta_name = re.escape(os.path.basename(self.meta_path))
+        remove_temporaries(folder, rf"(train|val)_{self.prefix}\d{{6}}\.bin|{meta_name}")
         self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
 
     def path(self, n: int) -> str:

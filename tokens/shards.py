@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from tokens.files import write_atomically
+from tokens.files import check_regular, write_atomically
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
@@ -135,6 +135,7 @@ def load_metas(folder: str) -> dict[str, dict]:
     metas, base = {}, os.path.join(glob.escape(folder), "meta")
     for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:
+            check_regular(path)
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             for name, kind in kinds.items():
                 if not isinstance(metas[path][name], kind):
