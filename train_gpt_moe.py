@@ -120,18 +120,14 @@ class TrainConfig(llmc.Flags):
     activation_checkpointing: str = setting("none", "block = recompute blocks", choices=("none", "block"))
     seed: int = setting(1337, "seed of weights, sample order and dropout", least=0, below=2**63)
     # --- model: GPTConfig in model.py explains and checks these
-    block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0, most=2**31)
-    vocab_size: int = setting(
-        0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1, most=2**31
-    )
+    block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
+    vocab_size: int = setting(0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1)
     n_layer: int = setting(12, "blocks", least=1, most=10_000)
     n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "width", most=2**20)
+    n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 is best when data is seen once")
     bias: bool = setting(True, "biases in linear layers and norms")
-    mlp_hidden_size: int | None = setting(
-        None, "width of dense feed-forward layers; None = 4 * n_embd", most=2**20
-    )
+    mlp_hidden_size: int | None = setting(None, "width of dense feed-forward layers; None = 4 * n_embd")
     use_moe: bool = setting(True, "Mixture of Experts in place of the MLP")
     num_experts: int = setting(2, "experts per MoE layer")
     num_experts_per_tok: int = setting(1, "experts that each token visits")
@@ -144,7 +140,7 @@ class TrainConfig(llmc.Flags):
     norm_topk_prob: bool = setting(True, "make the weights of a token's experts sum to 1 (K > 1)")
     router_bias_update_rate: float = setting(0.0, "loss-free balancing; its paper uses 0.001")
     num_shared_experts: int = setting(0, "experts that every token visits in addition")
-    expert_hidden_size: int | None = setting(None, "hidden size of an expert; None = 4 * n_embd", most=2**20)
+    expert_hidden_size: int | None = setting(None, "hidden size of an expert; None = 4 * n_embd")
     position: str = setting("learned", "position encoding: learned or rope")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     n_kv_head: int | None = setting(None, "key/value heads; None = n_head")

@@ -893,8 +893,8 @@ def test_lost_or_damaged_pieces_are_made_again(tmp_path):
         make()
         assert content(tmp_path / "out") == expected, name
     os.truncate(tmp_path / "out" / "train_000002.bin", 1100)
-    (tmp_path / "out" / ".train_000002.bin.99.tmp").write_bytes(b"left by a kill")
-    (tmp_path / "out" / ".meta.json.99.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "out" / ".train_000002.bin.0123456789abcdef.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "out" / ".meta.json.0123456789abcdef.tmp").write_bytes(b"left by a kill")
     make()
     assert content(tmp_path / "out") == expected
 

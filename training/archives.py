@@ -125,8 +125,10 @@ def check_format(path: Path, content: Any) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch's CPU allocator has no exception type for that, only a message."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out. torch has no exception type for that on a CPU, only two messages."""
+    messages = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(message in str(error) for message in messages)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ def check_limits(config: Any, values: dict | None = None) -> None:
             raise ValueError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # argv's bytes that are no UTF-8
             raise ValueError(f"{name}={reprlib.repr(value)}: must be text in UTF-8")
-        if type(value) is int and abs(value) >= 2**63:
-            raise ValueError(f"{name}={reprlib.repr(value)}: must be below 2**63")
+        if type(value) is int and abs(value) >= field.metadata["limits"].get("below", 2**60):
+            raise ValueError(f"{name}={reprlib.repr(value)}: it is too large")
         check_setting(name, value, field.metadata["limits"])
 
 

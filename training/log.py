@@ -337,7 +337,7 @@ def read_record(line: bytes) -> dict:
 
 
 def print_thread_error(failed: threading.ExceptHookArgs) -> None:
-    """For threading.excepthook: TensorBoard's thread passes its OSError to the run, which prints a warning."""
+    """For threading.excepthook: TensorBoard's thread passes its OSError to the run, which reports it."""
     if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(failed)
 

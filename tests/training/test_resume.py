@@ -281,7 +281,7 @@ def test_a_preset_changes_nothing_in_a_resumed_run(data, tmp_path):
 def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys):
     content = (stopped / "model_00006.pt").read_bytes()
     (stopped / "model_00006.pt").write_bytes(content[: len(content) // 2])
-    (stopped / ".model_00009.pt.4711.tmp").write_bytes(content[:1000])
+    (stopped / ".model_00009.pt.0123456789abcdef.tmp").write_bytes(content[:1000])
     assert resume("auto", "--log_dir", stopped) == 0
     said = capsys.readouterr().out
     assert all(text in said for text in ("WARNING: skipping", "model_00006.pt", "resumed", "at step 3"))
@@ -365,10 +365,11 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     ("line", "kept"),
     [
         (b"2 train 1.500000\n", True), (b"3 train 1.500000\n", False), (b"2 train nan\n", True),
-        (b"2 train 1.5", False), (b"2 train\n", False), (b"\0\0\0\n", False), (b"\xff\n", False),
-        (b'{"step": 2}\n', True), (b'{"step": 3}\n', False), (b'{"step": 2}', False), (b'{"st\n', False),
-        (b'{"run": {}}\n', True), (b'{"run": {"first_step": 2}}\n', True), (b'{"step": "2"}\n', False),
-        (b'{"run": {"first_step": 3}}\n', False), (b'{"run": 3}\n', False), (b"[1]\n", False), (b"\n", False),
+        (b"2 train 1.5", False), (b"2 train\n", True), (b"\0\0\0\n", False), (b"\xff\n", True),
+        (b'{"step": 2}\n', True), (b'{"step": 3}\n', False), (b'{"step": 2}', False), (b'{"st\n', True),
+        (b'{"run": {}}\n', True), (b'{"run": {"first_step": 2}}\n', True), (b'{"step": "2"}\n', True),
+        (b'{"run": {"first_step": 3}}\n', False), (b'{"run": 3}\n', True), (b"[1]\n", True), (b"\n", True),
+        (b"4 apples\n", True), (b"4 apples", True), (b"4 tra", False), (b"[" * 9999 + b"\n", True),
     ],
 )  # fmt: skip
 def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
@@ -379,7 +380,7 @@ def test_which_lines_a_run_that_goes_on_from_step_3_keeps(line, kept):
     ("line", "kept"),
     [
         (b"3 val 1.500000\n", True), (b"3 hella 0.25\n", True), (b"3 train 1.500000\n", False),
-        (b"s:3 tel:1.5\n", True), (b"s:3 trl:1.5\n", False), (b"4 val 1.5\n", False), (b"3 val\n", False),
+        (b"s:3 tel:1.5\n", True), (b"s:3 trl:1.5\n", False), (b"4 val 1.5\n", False), (b"3 val\n", True),
         (b'{"step": 3, "val_loss": 1.5}\n', True), (b'{"step": 3, "loss": 1.5}\n', False),
         (b'{"run": {"first_step": 3}}\n', False),
     ],
