@@ -148,8 +148,9 @@ def test_a_folder_deleted_in_mid_run_loses_no_line(straight, data, tmp_path, mon
     same_run(straight, tmp_path / "log")
 
 
-def test_tensorboard_on_a_full_disk_prints_one_warning(tmp_path, capfd):
+def test_tensorboard_on_a_full_disk_prints_one_warning(tmp_path, capfd, monkeypatch):
     pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # in place of pytest's
     log, said = RunLog(tmp_path, None, 0, tensorboard=True), []
     log.say = said.append
     with full_disk(2000):
