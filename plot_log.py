@@ -106,14 +106,7 @@ def read_run(folder: str) -> LoggedRun:
             for number, line in enumerate(file, 1):
                 try:
                     record = parse_line(line)
-                except (
-                    ValueError,
-                    KeyError,
-                    TypeError,
-                    AttributeError,
-                    OverflowError,
-                    RecursionError,
-                ):  # any other
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     bad += [str(number)] if line.strip() else []
                     continue
                 if "run" in record:

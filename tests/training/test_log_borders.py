@@ -53,39 +53,26 @@ def test_sample_escapes_on_a_terminal_only(tmp_path, monkeypatch, capsys):
 
 
 def test_files_that_no_run_wrote_stay(tmp_path):
-    archive = tmp_path / "archive"
-    archive.mkdir()
-    folder = tmp_path / "log"
-    folder.mkdir()
-    theirs = [
-        "model_card.md",
-        "training.log",
-        ".notes.tmp",
-        ".notes.1.tmp",
-        "model_1.pt",
-        "model_00001.pt.bak",
-    ]
-    ours = ["log.txt", "model_00001.pt", "training.svg", "latest"]
-    for name in theirs + ours:
-        (folder / name).write_text(name)
-    (archive / "model_00007.pt").write_text("kept")
-    (folder / "model_00007.pt").symlink_to(archive / "model_00007.pt")
-    (folder / ".log.txt.0123456789abcdef.tmp").write_text("left by a kill")
-    (folder / "tb").mkdir()
+    archive, folder = tmp_path / "archive.pt", tmp_path / "log"
+    theirs = {*"model_card.md training.log .notes.tmp .notes.1.tmp model_1.pt model_00001.pt.bak".split()}
+    ours = {*"log.txt model_00001.pt training.svg latest".split()}
+    (folder / "tb").mkdir(parents=True)
+    for path in (archive, *(folder / name for name in theirs | ours | {".log.txt.0123456789abcdef.tmp"})):
+        path.write_text("kept")
+    (folder / "model_00007.pt").symlink_to(archive)
     RunLog(folder, None, 0, tensorboard=False).close()
     (old,) = folder.glob("old_*")
-    assert {path.name for path in old.iterdir()} == {*ours, "model_00007.pt", "tb"}
-    assert (archive / "model_00007.pt").read_text() == "kept" and (old / "model_00007.pt").is_symlink()
-    assert {path.name for path in folder.iterdir()} == {*theirs, *run_log.LOG_FILES, ".lock", old.name}
+    assert {path.name for path in old.iterdir()} == ours | {"model_00007.pt", "tb"}
+    assert archive.read_text() == "kept" and (old / "model_00007.pt").is_symlink()
+    assert {path.name for path in folder.iterdir()} == theirs | {*run_log.LOG_FILES, ".lock", old.name}
 
 
 def test_a_link_to_a_checkpoint_can_be_resumed(straight, tmp_path):
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir)
     (log_dir / "best.pt").symlink_to("model_00006.pt")
-    assert (
-        train_gpt_moe.main(["--resume", str(log_dir / "best.pt"), "--max_steps", "6", "--device", "cpu"]) == 0
-    )
+    arguments = ["--resume", str(log_dir / "best.pt"), "--max_steps", "6", "--device", "cpu"]
+    assert train_gpt_moe.main(arguments) == 0
     assert (log_dir / "latest").read_text() == "model_00006.pt" and (log_dir / "best.pt").is_symlink()
     assert ckpt.load_checkpoint(log_dir / "latest")["step"] == 6
 
@@ -113,21 +100,10 @@ def test_a_user_may_write_into_the_logs(straight, tmp_path):
     """Notes survive a resume, and odd ones disturb neither it nor plot_log.py."""
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir)
-    odd = [
-        "[" * 9999,
-        '{"step": 12, "val_loss": ' + "9" * 400 + ', "load": "x"}',
-        '{"run": 3}',
-        '{"step": 1e400}',
-    ]
-    odd += [
-        '{"run": {"config": {"n_layer": [[]], "n_embd": "x", "use_moe": 1, "num_experts": {}}}}',
-        "{",
-        "note",
-    ]
-    with open(log_dir / "metrics.jsonl", "a") as file:
-        file.write("\n".join(odd))
-    with open(log_dir / "log.txt", "a") as file:
-        file.write("7 apples\n12 val many\nnote")
+    odd = ["[" * 9999, '{"step": 12, "val_loss": ' + "9" * 400 + ', "load": "x"}', '{"step": 1e400}', "{"]
+    odd += ['{"run": 3}', '{"run": {"config": {"n_layer": [[]], "use_moe": 1, "num_experts": {}}}}', "note"]
+    for name, added in (("metrics.jsonl", odd), ("log.txt", ["7 apples", "12 val many", "note"])):
+        (log_dir / name).write_text((log_dir / name).read_text() + "\n".join(added))
     more = ["--max_steps", "12", "--device", "cpu", "--tensorboard", "1"]
     assert train_gpt_moe.main(["--resume", str(log_dir / "model_00012.pt"), *more]) == 0
     assert (log_dir / "log.txt").read_text().startswith((straight / "log.txt").read_text()[:-50])
@@ -139,8 +115,7 @@ def test_a_user_may_write_into_the_logs(straight, tmp_path):
 
 def test_a_folder_deleted_in_mid_run_loses_no_line(straight, data, tmp_path, monkeypatch, capsys):
     step = train_gpt_moe.train_step
-    remove = lambda run, n: (shutil.rmtree(tmp_path / "log") if n == 7 else None, step(run, n))[1]  # noqa: E731
-    monkeypatch.setattr(train_gpt_moe.train, "__defaults__", (remove,))
+    remove = lambda run, n: (n == 7 and shutil.rmtree(tmp_path / "log"), step(run, n))[1]  # noqa: E731
     monkeypatch.setattr(train_gpt_moe, "train_step", remove)
     assert train_gpt_moe.main(flags(data, tmp_path / "log")) == 1
     said = capsys.readouterr()
@@ -157,14 +132,8 @@ def test_tensorboard_on_a_full_disk_prints_one_warning(tmp_path, capfd, monkeypa
         for _ in range(50):
             log._tensorboard("add_text", "sample", "x" * 1000, 0)
         log._tensorboard("flush")
-        for thread in [t for t in threading.enumerate() if type(t).__name__ == "_AsyncWriterThread"]:
-            thread.join(0.1)
     log.close()
-    assert (
-        len(said) == 1
-        and "no more TensorBoard events" in said[0]
-        and "Traceback" not in capfd.readouterr().err
-    )
+    assert len(said) == 1 and "no more TensorBoard" in said[0] and "Trace" not in capfd.readouterr().err
 
 
 def test_a_diverging_run_skips_its_sample_and_is_diagnosed(data, tmp_path, capsys):
