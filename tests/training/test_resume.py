@@ -302,7 +302,8 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
         (True,
          [b"2 train 1.500000\n", b"2 train nan\n", b'{"step": 2}\n', b'{"run": {}}\n',
           b'{"run": {"first_step": 2}}\n',
-          b"2 train\n", b"\xff\n", b'{"st\n', b'{"step": "2"}\n', b'{"run": 3}\n', b"[1]\n", b"\n",  # a user's
+          # what a user may have added
+          b"2 train\n", b"\xff\n", b'{"st\n', b'{"step": "2"}\n', b'{"run": 3}\n', b"[1]\n", b"\n",
           b"4 apples\n", b"4 apples", b"[" * 9999 + b"\n"],
          [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"4 tra", b"\0\0\0\n",
           b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']),
