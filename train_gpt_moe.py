@@ -35,6 +35,7 @@ from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
 from training import faults, parallel
+from training.archives import is_out_of_memory
 from training.checkpoint_writer import RunSaver
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
@@ -79,8 +80,8 @@ class TrainConfig(llmc.Flags):
     # --- optimizer
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     weight_decay: float = setting(0.1, "for matrices and embeddings, not for biases and norms", least=0)
-    beta1: float = setting(0.9, "AdamW's first beta")
-    beta2: float = setting(0.95, "AdamW's second beta")
+    beta1: float = setting(0.9, "AdamW's first beta", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's second beta", least=0, below=1)
     grad_clip: float = setting(1.0, "largest gradient norm after clipping; 0 = no clipping", least=0)
     router_lr_mult: float = setting(1.0, "learning rate of the routers, relative to max_lr", least=0)
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
@@ -96,7 +97,7 @@ class TrainConfig(llmc.Flags):
     checkpoint_every: int = setting(5000, "steps between checkpoints; 0 = only the last", least=0)
     keep_last: int = setting(0, "keep so many checkpoints, and the best; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
-    save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again")
+    save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again", least=0, most=1e6)
     max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
     log_every: int = setting(1, "print every so many steps; the log files have them all", least=1)
     plot: bool = setting(True, "draw log_dir/training.png at the end")
@@ -121,7 +122,7 @@ class TrainConfig(llmc.Flags):
     # --- model: GPTConfig in model.py explains and checks these
     block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
     vocab_size: int = setting(0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1)
-    n_layer: int = setting(12, "blocks")
+    n_layer: int = setting(12, "blocks", least=1, most=10_000)
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 is best when data is seen once")
@@ -378,13 +379,15 @@ def main(arguments: list[str] | None = None) -> int:
         in_training = True
         with prefer_backend(config.attention_backend, world.device):
             code = train(run, train_step if run.trains else llmc.forward_step)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         return faults.report(error, config)
     except (ValueError, OSError) as error:
         if in_training and not isinstance(error, faults.DataError):
             raise  # an error in training does not come from a setting
         return faults.report(error)
-    except RuntimeError:  # gloo and NCCL raise this type
+    except RuntimeError as error:  # gloo, NCCL and torch's CPU allocator raise this type
+        if is_out_of_memory(error):
+            return faults.report(error, config)
         lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,7 +85,9 @@ class CheckpointWriter:
             return False
         self.tries_left -= 1
         left = max(self.retry_s - (time.perf_counter() - self.tried_at), 0)
-        self.say(f"the run is lost without it: free space in {self.folder}; next try in {left:.0f} s")
+        full = getattr(self.error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = f"free space in {self.folder}" if full else f"make {self.folder} a folder that can be written"
+        self.say(f"the run is lost without it: {mend}; next try in {left:.0f} s")
         time.sleep(left)
         return True
 

@@ -26,11 +26,13 @@ import torch
 import torch.nn as nn
 
 from tokens.files import DataError
+from tokens.printable import one_line, printable
 
 REPORT_DELAY = 3.0  # seconds that other ranks wait, so that only rank 0 prints an error that all ranks raise
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128 + its number
 # OSErrors about a path that a setting names. Other OSErrors, such as a full disk, are failures.
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+BAD_ERRNO = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 # ---------------------------------------------------------------------------- SIGNALS
 
@@ -207,7 +209,7 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
 def shorten(names: list[str], most: int = 6) -> str:
     """The names, or the first few and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
+    return ", ".join(map(printable, names[:most])) + more if names else "none"
 
 
 # ---------------------------------------------------------------------------- ERRORS
@@ -223,9 +225,10 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 def report(error: Exception, config=None) -> int:
     """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
-    other ranks wait first; the launcher usually stops them before they print the same error."""
-    text, code = " ".join(str(error).split()), BAD_SETTINGS
-    if isinstance(error, torch.OutOfMemoryError):
+    other ranks wait first; the launcher usually stops them before they print the same error. config: given
+    if memory ran out."""
+    text, code = one_line(error), BAD_SETTINGS
+    if config is not None:
         code = FAILED
         sizes = f"B={config.B}, T={config.T}, n_layer={config.n_layer}"
         mend = (
@@ -233,7 +236,7 @@ def report(error: Exception, config=None) -> int:
         )
         text = f"out of memory with {sizes}: {mend}. {text}"
     elif isinstance(error, OSError):
-        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno == errno.EROFS else FAILED
+        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno in BAD_ERRNO else FAILED
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import re
 import reprlib
 import shutil
 import typing
@@ -34,6 +35,10 @@ def check_limits(config: Any, values: dict | None = None) -> None:
         if type(value) not in kinds and not (type(value) is int and float in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # argv's bytes that are no UTF-8
+            raise ValueError(f"{name}={reprlib.repr(value)}: must be text in UTF-8")
+        if type(value) is int and abs(value) >= field.metadata["limits"].get("below", 2**60):
+            raise ValueError(f"{name}={reprlib.repr(value)}: it is too large")
         check_setting(name, value, field.metadata["limits"])
 
 
@@ -71,4 +76,6 @@ def parse_flags(
     marker = object()  # the default of all flags; a flag that is given has another value
     parser.set_defaults(**{field.name: marker for field in dataclasses.fields(kind)})
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
-    return kind(**(overrides(kind(**given)) | given)), set(given)
+    config = kind(**(overrides(kind(**given)) | given))
+    check_limits(config)
+    return config, set(given)

@@ -158,6 +158,8 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     naming field and value, for settings that cannot work.
     """
     check_limits(config)
+    if not config.log_dir.strip():
+        raise ValueError("log_dir='': name a folder, such as --log_dir log")
     check_layout(config, world)
     check_optimizer(config)
     if config.learning_rate_decay_frac is not None:
