@@ -20,7 +20,7 @@ from conftest import ROOT, slow
 from processes import finish, flags, free_port, same_run, start_ranks, wait_for
 
 import train_gpt_moe
-from training import heartbeat, parallel
+from training import heartbeat, parallel, rendezvous
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # So long that a kill after a few steps comes before the end, however late it is.
@@ -229,17 +229,29 @@ WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", 
     ("change", "message"),
     [
         (dict(RANK="one"), "RANK='one' in the environment: must be a whole number"),
-        (dict(RANK="-1"), "RANK=-1 in the environment: must be at least 0"),
+        (dict(RANK="-1"), "RANK='-1' in the environment: must be a whole number from 0 to 65535"),
+        (dict(RANK="1_0"), "RANK='1_0' in the environment: must be a whole number"),
+        (dict(RANK="\uff11"), "RANK='\uff11' in the environment: must be a whole number"),
         (dict(RANK="2"), "RANK=2 must lie in 0..WORLD_SIZE-1=1"),
         (dict(LOCAL_RANK=""), "LOCAL_RANK='' in the environment: must be a whole number"),
-        (dict(WORLD_SIZE="0"), "WORLD_SIZE=0 in the environment: must be at least 1"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE='0' in the environment: must be a whole number from 1 to 65536"),
+        (dict(WORLD_SIZE="9" * 5000), "999' in the environment: must be a whole number from 1"),
         (dict(WORLD_SIZE="2.0"), "WORLD_SIZE='2.0' in the environment: must be a whole number"),
         (dict(MASTER_PORT="http"), "MASTER_PORT='http' in the environment: must be a whole number"),
+        (
+            dict(MASTER_PORT="99999"),
+            "MASTER_PORT='99999' in the environment: must be a whole number from 1 to",
+        ),
+        (
+            dict(MASTER_ADDR="no.host.invalid"),
+            "MASTER_ADDR='no.host.invalid' in the environment is not known",
+        ),
+        (dict(MASTER_ADDR="a..b"), "MASTER_ADDR='a..b' in the environment is not known here"),
         (dict(RANK="1"), "rank 1 cannot reach rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1;"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_named(change, message, monkeypatch):
-    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for name, value in (WORLD | change).items():
         monkeypatch.setenv(name, value)
@@ -248,11 +260,11 @@ def test_an_environment_that_makes_no_sense_is_named(change, message, monkeypatc
 
 
 def test_a_port_that_is_taken_and_a_rank_that_does_not_come(monkeypatch):
-    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
         with pytest.raises(ValueError, match=r"rank 0 cannot reach rank 0 at .* free on rank 0's machine"):
-            parallel.rendezvous(0, 2, "localhost", taken.getsockname()[1])
+            rendezvous.rendezvous(0, 2, "localhost", taken.getsockname()[1])
     with pytest.raises(ValueError, match="rank 1 of WORLD_SIZE=2 did not start; start as many processes"):
-        parallel.rendezvous(0, 2, "localhost", free_port())
+        rendezvous.rendezvous(0, 2, "localhost", free_port())
