@@ -241,9 +241,10 @@ def report(error: Exception, config=None) -> int:
         text = f"out of memory with {sizes}: {mend}. {text}"
     elif isinstance(error, OSError):
         code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno == errno.EROFS else FAILED
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints its content below its own traceback
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints the text below its own traceback
+        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
         with contextlib.suppress(OSError):
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": text}))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
