@@ -2,8 +2,6 @@
 
 Only the master rank prints. training/metrics.py says which numbers are shown, and how."""
 
-import contextlib
-import errno
 import os
 import shlex
 import statistics
@@ -28,11 +26,10 @@ def tell(text: str, write: Callable = print) -> None:
         write(text)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (
-        OSError
-    ) as error:  # without a reader: Ctrl-C also ends the tee of `... | tee out`; a closed terminal
-        if error.errno in (errno.EPIPE, errno.EIO):  # not where stdout is a file on a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    except BrokenPipeError:  # the reader has ended: Ctrl-C also ends the tee of `... | tee out`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    except OSError:  # stdout is a file on a full disk
+        pass
 
 
 class Terminal:
@@ -51,8 +48,7 @@ class Terminal:
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # the terminal is closed
-            self.bar.close()
+        self.bar.close()
 
     def say(self, text: str) -> None:
         """Print a separate line on the master's stdout."""
@@ -65,8 +61,7 @@ class Terminal:
         self.ms.append(record["ms"])
         self.evaluated |= {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
         self.bar.set_description_str(live_line(self.evaluated | record, config.max_steps), refresh=False)
-        with contextlib.suppress(OSError):  # the terminal is closed: SIGHUP comes, and the run must save
-            self.bar.update()
+        self.bar.update()
         if not self.watched and (step % config.log_every == 0 or step == config.max_steps - 1):
             self.say(step_line(record, config.max_steps))
         if len(self.ms) == WARMUP + MEASURED and step < config.max_steps - 1:
