@@ -113,8 +113,8 @@ class Heartbeat:
 
     def _end_without_launcher(self) -> None:
         """Act as if torchrun had sent SIGTERM: the ranks are connected, so they can agree, save and end."""
-        if self.launcher is None:
-            return
+        if self.launcher is None or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            return  # it is done, or the run does not train: it may have saved and be about to end
         text = f"rank {self.rank}: torchrun was killed; the run saves and ends, as after SIGTERM"
         self.launcher = None
         with contextlib.suppress(OSError):
