@@ -99,6 +99,7 @@ def test_a_killed_launcher_is_like_sigterm(noticed_by, monkeypatch, capsys):
     store = dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)
     one = heartbeat.Heartbeat(0, 1, store, launcher_has_store=True)
     del store
+    one._end_without_launcher()  # outside of a training SIGTERM would kill this process
     with Signals() as signals:
         one.start()
         if noticed_by == "parent":
