@@ -12,7 +12,7 @@
 Edit the constants below, or give any of them as a flag (--help lists them). Under log_dir a run writes
 log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (the settings, then one object per
 step), main.log (llm.c's log), tb/ (TensorBoard), training.png and checkpoints model_XXXXX.pt.
-Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 130 and 143 stopped by a signal after saving.
+Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 128 + n stopped by signal n after saving.
 
 The rest of the reading path: training/setup.py, model.py, mixture_of_experts.py, layers/experts.py,
 tokens/shards.py.
@@ -219,7 +219,7 @@ def train_step(run: Run, step: int) -> dict:
     norm = parallel.gradient_norm(model, layout)
 
     # One all-reduce adds up the losses, and the signals that the ranks have received.
-    sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 3,)
+    sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 6,)
     means = sums[:3] / (layout.world.size * run.accumulation)
     values = torch.cat([means, norm.to(means.dtype)[None], sums[3:]]).tolist()  # waits for the device
     run.signals.agree(values[4:])
@@ -371,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, given = parse_config(arguments)
         llmc.check_flags(config)
-        world = parallel.start(config.device, config.parallel)
+        world = parallel.start(config.device, config.parallel, vars(config))
         run = set_up(config, given, world)
         llmc.prepare(run)
         open_log(run)

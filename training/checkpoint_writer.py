@@ -59,7 +59,8 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._write, args=(checkpoint["step"], write, before, pause))
+        work = dict(target=self._write, args=(checkpoint["step"], write, before, pause))
+        self._thread = threading.Thread(**work, name="checkpoint")  # heartbeat.py waits for this name
         self._thread.start()
         return pause
 

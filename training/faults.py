@@ -1,17 +1,22 @@
 """What a run does when something fails: signals, steps that are not finite, errors, exit codes.
 
-    SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT ends at once
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal, lost ssh), SIGQUIT, SIGXCPU (limit of CPU time)
+                                finish the step, save, exit with 128 + the signal's number; a second SIGINT
+                                ends at once
     SIGUSR1                     save after this step and continue
     loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
     lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-torchrun sends SIGKILL 30 seconds after SIGTERM or, from torch 2.13 on, after --shutdown-timeout.
+torchrun passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on (TORCHELASTIC_SIGNALS_TO_HANDLE names others). It sends
+SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout. If torchrun itself is killed,
+heartbeat.py notices it, and the run ends as after SIGTERM.
 """
 
 import contextlib
 import errno
 import gc
+import json
 import math
 import os
 import signal
@@ -20,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +55,7 @@ class Signals:
     the socket, so that a second SIGINT ends the process even during a collective.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1")  # all but the last end the run
 
     def __init__(self, talkative: bool = False):
         self.talkative = talkative
@@ -60,7 +66,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         for name in self.NAMES:
-            if number := getattr(signal, name, None):  # Windows lacks SIGUSR1
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers_before[number] = signal.signal(number, self._receive)
         reader, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -105,7 +112,7 @@ class Signals:
     @property
     def stop_requested(self) -> bool:
         """Whether this rank has been told to stop; the other ranks may not know yet."""
-        return self.stops or bool(self._received & {"SIGINT", "SIGTERM"})
+        return self.stops or bool(self._received - {"SIGUSR1"})
 
     @property
     def stops(self) -> bool:
@@ -113,7 +120,7 @@ class Signals:
         return self.exit_code is not None
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """(3,) fp32: 1 where this rank has received SIGINT, SIGTERM, SIGUSR1 since the last call."""
+        """(6,) fp32: 1 where this rank has received the signal of NAMES since the last call."""
         received, self._received = self._received, set()
         flags = torch.zeros(len(self.NAMES), device=device)
         for name in received:
@@ -121,10 +128,10 @@ class Signals:
         return flags
 
     def agree(self, counts: list[float]) -> None:
-        """Set exit_code and save_now. counts: how many ranks have received each of the three signals."""
-        interrupted, terminated, self.save_now = (count > 0 for count in counts)
-        if interrupted or terminated:
-            self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        """Set exit_code and save_now. counts: how many ranks have received each signal of NAMES."""
+        *stops, self.save_now = (count > 0 for count in counts)
+        if any(stops):
+            self.exit_code = 128 + getattr(signal, self.NAMES[stops.index(True)])
 
 
 @contextlib.contextmanager
@@ -237,6 +244,10 @@ def report(error: Exception, config=None) -> int:
         text = f"out of memory with {sizes}: {mend}. {text}"
     elif isinstance(error, OSError):
         code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno in BAD_ERRNO else FAILED
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints the text below its own traceback
+        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
