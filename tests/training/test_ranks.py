@@ -136,7 +136,7 @@ def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert faults.report(ValueError("B=0 is\nwrong")) == 2
     failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))  # torchrun's reader of the file
-    assert failure.message["message"] == "B=0 is wrong" and time.time() - failure.timestamp < 60
+    assert failure.message["message"] == r"B=0 is\nwrong" and time.time() - failure.timestamp < 60
 
 
 # ---------------------------------------------------------------------------- different settings or data
