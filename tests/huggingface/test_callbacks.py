@@ -68,10 +68,6 @@ def losses(trainer) -> list[float]:
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def assert_same_weights(model, expected: dict):
-    torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=2e-6)
-
-
 @pytest.fixture(scope="module")
 def whole_batch():
     """Steps of gradient descent in float64, all rows in one call: the parameters and the losses."""
@@ -100,7 +96,7 @@ def test_trainer_equals_one_whole_batch_however_it_is_cut(cut, whole_batch, tmp_
     expected, expected_losses = whole_batch
     trainer = train(build(), tmp_path, **cut)
     assert losses(trainer) == pytest.approx(expected_losses, rel=2e-5)
-    assert_same_weights(trainer.model, expected)
+    torch.testing.assert_close(dict(trainer.model.named_parameters()), expected, rtol=0, atol=2e-6)
 
 
 def test_bfloat16_stays_close(whole_batch, tmp_path):
@@ -190,7 +186,7 @@ def test_two_processes_equal_one(whole_batch, tmp_path):
     assert result["losses"] == pytest.approx(expected_losses, rel=2e-5)
     model = build()
     model.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert_same_weights(model, expected)
+    torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=2e-6)
     assert alone.found == [(step, counts) for step, counts in map(tuple, result["reports"])]
     assert [sum(counts) for counts in result["usage"]] == [STEPS * ROUTED] * 2
     assert result["evaluated"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
