@@ -122,7 +122,7 @@ def test_loss_head(tmp_path, capsys, monkeypatch):
 
 
 def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):
-    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, make_examples(9))))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, make_examples(9, longest=1))))
     load = hellaswag.load_questions
     bytes_ = lambda path, limit, style, _, *sizes: load(path, limit, style, "bytes", *sizes)  # noqa: E731
     monkeypatch.setattr(hellaswag, "load_questions", bytes_)
