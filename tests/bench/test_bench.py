@@ -21,8 +21,6 @@ from models import NANOGPT
 import hellaswag
 from bench import __main__ as bench
 from bench import ladder, layer, measure, models
-from layers import attention
-from layers.attention import BACKENDS, choose_backend, prefer_backend, time_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.shards import write_shard
 from training.log import RunLog
@@ -203,43 +201,6 @@ def test_what_a_rung_says_it_does(tmp_path):
     assert tokens == 16 and other.config._attn_implementation == "sdpa" and other.loss_chunk == -1
     assert other.moe_layers() and other.config.vocab_size == plain.config.vocab_size == 50257
     assert other.get_num_active_params() == pytest.approx(plain.get_num_active_params(), rel=0.01)
-
-
-# -----------------------------------------------------------------------------
-# Attention's backends
-
-
-def test_on_a_cpu_there_is_no_backend_to_choose():
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, use_moe=False, vocab_size=11, block_size=8)
-    for name in ("auto", *BACKENDS):
-        assert choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
-    with pytest.raises(ValueError, match="attention_backend='flush': choose one of auto, cudnn, flash"):
-        choose_backend("flush", config, 2, 8, CPU, torch.float32)
-    model, ids = GPTLMHeadModel(config).eval(), torch.arange(8)[None]
-    expected = model(ids).logits
-    for name in ("", "auto", *BACKENDS):
-        with prefer_backend(name, CPU):
-            assert torch.equal(model(ids).logits, expected)
-
-
-def test_a_backend_that_cannot_do_a_shape_takes_forever():
-    config = GPTConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, use_moe=False)
-    assert time_backend(BACKENDS["math"], config, 2, 8, CPU, torch.float32) < 60
-    assert time_backend(BACKENDS["cudnn"], config, 2, 8, CPU, torch.float32) == float("inf")
-
-
-def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
-    asked, before = [], []
-    note = lambda *arguments, **named: asked.append((arguments, named))  # noqa: E731
-    monkeypatch.setattr(attention, "sdpa_kernel", note)
-    # Without a GPU: that it comes before the order is set, which torch would overwrite.
-    monkeypatch.setattr(attention, "choose_for_the_first_time", lambda device: before.append(len(asked)))
-    for name in ("flash", "math"):
-        prefer_backend(name, torch.device("cuda"))
-    names = ["flash", "cudnn", "efficient", "math"]
-    assert before == [0, 1]
-    assert asked[0] == (([BACKENDS[name] for name in names],), {"set_priority": True})
-    assert asked[1][0][0][0] == BACKENDS["math"] and set(asked[1][0][0]) == set(BACKENDS.values())
 
 
 # -----------------------------------------------------------------------------
