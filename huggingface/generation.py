@@ -1,11 +1,23 @@
 """Generation: transformers' generate(), also for a string, and for texts longer than block_size."""
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor
 
 from huggingface.outputs import CACHE
 from huggingface.text import encode_prompt
 from tokens.encodings import decode_tokens
+
+
+class FiniteLogits(LogitsProcessor):
+    """ValueError if the next token's logits (B, V) are not finite. On a GPU torch.multinomial would end the
+    process, and the likeliest token would be nonsense."""
+
+    def __call__(self, input_ids, scores):
+        if (
+            not scores.amax(-1).isfinite().all()
+        ):  # NaN wins the maximum; -inf alone means a token is ruled out
+            raise ValueError("the logits of the next token are NaN or infinite: the model has diverged")
+        return scores
 
 
 class GPTGenerationMixin(GenerationMixin):
@@ -63,6 +75,11 @@ class GPTGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.insert(0, FiniteLogits())
+        return processors
 
     def _assisted_decoding(self, *args, **kwargs):
         """transformers' decoding for assistant_model and prompt_lookup_num_tokens. It must keep the cache."""

@@ -331,7 +331,15 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     path = Path(source)  # drops a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
     if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
-        return GPTLMHeadModel.from_pretrained(str(source)).eval()
+        try:
+            model = GPTLMHeadModel.from_pretrained(str(source))
+        except Exception as error:
+            if isinstance(error, (ValueError, OSError)) or is_out_of_memory(error):
+                raise
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise CheckpointError(f"{source}: transformers cannot load it: {problem}") from error
+        archives.check_loaded(path, model.state_dict())
+        return model.eval()
     checkpoint = load_checkpoint(source)
     try:
         model = GPTLMHeadModel(checkpoint["config"])
