@@ -1,8 +1,8 @@
 """Read the folder of a model, or the files of a hub name, without trust in their content.
 
-transformers' from_pretrained follows many names in a folder: pickles, adapters, indexes that leave the folder,
-and makes up random numbers for missing weights. So this file opens config.json, generation_config.json and the
-safetensors files, and nothing else, and transformers gets their content.
+transformers' from_pretrained follows many names in a folder (pickles, adapters, indexes that leave it), and
+makes up random numbers for missing weights. So this file opens config.json, generation_config.json and the
+safetensors files, nothing else, and transformers gets their content.
 
 Reference: https://huggingface.co/docs/safetensors (the header lists the tensors, and must fit the file)
 """
@@ -23,8 +23,11 @@ from huggingface.configuration import build_config, construct, show
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 50_000_000  # of a JSON file
-# Fields of config.json by which transformers would choose other code. Callers may give them as arguments.
-NOT_OF_A_FOLDER = {"attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"}
+# Fields of config.json by which transformers would choose other code or files, or make a list of labels.
+NOT_OF_A_FOLDER = {
+    "attn_implementation", "_attn_implementation", "auto_map", "experts_implementation", "fusion_config",
+    "num_labels", "transformers_weights",
+}  # fmt: skip
 
 
 def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None:
@@ -33,12 +36,19 @@ def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None
     return None if path is None else Path(path)
 
 
+def parse_int(digits: str) -> int:
+    """The number; ValueError for one that cannot be a size or a token."""
+    if len(digits) > 15:
+        raise ValueError(f"the number {digits[:20]}... is too large")
+    return int(digits)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. ValueError if it holds anything else."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"larger than {MOST_BYTES:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=parse_int)
         json.dumps(content)  # what is nested too deeply fails here, not where transformers copies it
         if not isinstance(content, dict):
             raise ValueError(f"{show(content)} is no object")
@@ -55,8 +65,9 @@ def read_config(name: str | Path, where: dict[str, Any]) -> dict[str, Any]:
     found = read_json(path)
     if found.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config: quantised weights cannot be loaded")
-    if not isinstance(found.get("model_type", ""), str):
-        raise ValueError(f"{path}: model_type is {show(found['model_type'])}, not a name")
+    for key in ("model_type", "dtype", "torch_dtype"):
+        if not isinstance(found.get(key, ""), str | None):
+            raise ValueError(f"{path}: {key} is {show(found[key])}, not a name")
     return {key: value for key, value in found.items() if key not in NOT_OF_A_FOLDER}
 
 
@@ -67,7 +78,7 @@ def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig
         return None
     found = read_json(path)
     for key, value in found.items():
-        numbers = value if isinstance(value, list) else [value]
+        numbers = value if isinstance(value, list) and "token" in key else [value]
         are_numbers = all(item is None or isinstance(item, bool | int | float) for item in numbers)
         if not are_numbers and key not in ("transformers_version", "cache_implementation", "early_stopping"):
             raise ValueError(f"{path}: {key} is {show(value)}, not a number or token ids")
