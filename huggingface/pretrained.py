@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from huggingface.configuration import show
 from huggingface.folders import (
     WEIGHTS,
     check_loaded,
@@ -91,7 +92,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         kind = config.pop("model_type", ours.model_type) if is_read else config.model_type
         if kind not in (ours.model_type, *FOREIGN):
             known = ", ".join([ours.model_type, *FOREIGN])
-            raise ValueError(f"{name}: models of type {kind[:99]!r} cannot be read, only {known}")
+            raise ValueError(f"{name}: models of type {show(kind)} cannot be read, only {known}")
         source = getattr(transformers, FOREIGN[kind]) if kind in FOREIGN else cls
         if is_read and source is cls:
             config |= settings

@@ -70,7 +70,9 @@ def test_settings_of_other_kinds_and_sizes(folder, value):
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("text", [DEEP, "[]", "{", "\0", '{"to_dict": 5}', '{"eos_token_id": {"a": "b"}}'])
+@pytest.mark.parametrize(
+    "text", [DEEP, "[]", "{", "\0", '{"to_dict": 5}', '{"model_type": {}}', '{"eos_token_id": {"a": "b"}}']
+)
 def test_other_json(folder, file, text):
     (folder / file).write_text(text)
     refused(folder, "")
