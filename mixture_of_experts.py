@@ -65,7 +65,7 @@ def entropy_regularization(P: Tensor) -> Tensor:
     """log E + sum_e P_e log P_e: the KL divergence of P from uniform, in nats.
     0 at perfect balance, log E when one expert gets everything.
     """
-    return math.log(P.shape[0]) + (P * P.clamp_min(1e-12).log()).sum()
+    return math.log(P.shape[0]) + (P * P.clamp_min(torch.finfo(P.dtype).tiny).log()).sum()  # 0 log 0 is 0
 
 
 def diversity_regularization(M: Tensor) -> Tensor:
@@ -74,8 +74,9 @@ def diversity_regularization(M: Tensor) -> Tensor:
     no two experts share a token, or for one expert; 1 if the probabilities of all experts are proportional.
     """
     E = M.shape[0]
-    squares = M.diagonal().clamp_min(1e-12)  # (E,)
-    cosines = M.square() / (squares[:, None] * squares)  # (E, E), squared
+    squares = M.diagonal()  # (E,)
+    lengths = torch.where(squares > 0, squares, 1).sqrt()  # an expert that no token may visit shares no token
+    cosines = (M / lengths[:, None] / lengths).square()  # (E, E)
     return (cosines.sum() - cosines.diagonal().sum()) / max(E * (E - 1), 1)
 
 
@@ -98,15 +99,12 @@ BALANCE_LOSSES = {
 # Router and layer
 
 
-def normalize(scores: Tensor) -> Tensor:
-    """Scores (N, ...) divided by their sum."""
-    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
-
-
-# Each row: logits (N, E) -> scores, which choose and weigh experts; scores -> probabilities, for the losses.
+# Each row: logits (N, E) -> scores, which choose and weigh experts; logits -> their logarithms. Scores are
+# normalised as softmax(log scores). Divided by their sum plus an epsilon, sigmoid scores could cheat every
+# balance loss: far below the epsilon their probabilities would all be 0. OLMo-core met this in a run.
 ROUTER_SCORES = {
-    "softmax": (lambda logits: logits.softmax(-1), lambda scores: scores),
-    "sigmoid": (torch.sigmoid, normalize),  # DeepSeek-V3
+    "softmax": (lambda logits: logits.softmax(-1), lambda logits: logits.log_softmax(-1)),
+    "sigmoid": (torch.sigmoid, F.logsigmoid),  # DeepSeek-V3
 }
 
 
@@ -242,17 +240,20 @@ class MoE(nn.Module):
         gradient. Of equal scores the lower index wins (topk promises no order). NaN logits give NaN weights.
         """
         K = self.num_experts_per_tok
-        score, to_probabilities = ROUTER_SCORES[self.router_score]
+        score, log_score = ROUTER_SCORES[self.router_score]
         scores = score(logits)  # (N, E)
-        probs = to_probabilities(scores)  # (N, E)
+        probs = scores if self.router_score == "softmax" else log_score(logits).softmax(-1)  # (N, E)
         if self.force_balanced:
             index = (torch.arange(logits.shape[0] * K, device=logits.device) % self.num_experts).view(-1, K)
         else:
             choice = scores.detach() + self.router_bias
+            if self.router_score == "sigmoid":  # very small scores are equal (0) where logits are not
+                choice = torch.where(self.router_bias.any(), choice, log_score(logits.detach()))
             index = choice.sort(dim=-1, descending=True, stable=True).indices[:, :K]
-        weights = scores.gather(1, index)
         if K > 1 and self.norm_topk_prob:
-            weights = normalize(weights)
+            weights = log_score(logits).gather(1, index).softmax(-1)
+        else:
+            weights = scores.gather(1, index)
         return dispatch(index, weights, self.num_experts), probs
 
     def measure(self, logits, probs, routing: Routing, token_mask, num_tokens) -> RouterAuxiliary:

@@ -134,6 +134,9 @@ class GPTConfig(CheckedConfig):
             raise ValueError(f"position='rope' turns pairs of channels, but {what}")
         if self.use_moe and K > E:
             raise ValueError(f"num_experts_per_tok={K} is more than num_experts={E}")
+        if self.use_moe and self.moe_every > self.n_layer:
+            problem = f"is more than n_layer={self.n_layer}; only the last block would have experts"
+            raise ValueError(f"moe_every={self.moe_every} {problem}")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:

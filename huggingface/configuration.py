@@ -11,7 +11,9 @@ import difflib
 import math
 import operator
 import os
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,10 @@ OTHER_NAMES = {
 
 # Fields that have the same name in the configurations of other architectures.
 SHARED_FIELDS = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+# Names of the number of layers, and in weights the number of a layer and the token embedding.
+DEPTHS, LAYER = {"n_layer", "num_hidden_layers"}, re.compile(r"(?:^|\.)(?:h|layers)\.(\d+)\.")
+EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 
 # A numerical limit of a setting: the comparison that must hold, and its words.
 LIMITS = {
@@ -59,6 +65,45 @@ def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value}: must be {LIMITS[limit][1]} {bound}")
 
 
+def show(value: Any) -> str:
+    """repr(value) of bounded length."""
+    try:
+        return reprlib.repr(value)[:120]
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return f"a very large {type(value).__name__}"
+
+
+def construct(settings_class: type, fields: dict[str, Any], where: str = "config") -> Any:
+    """settings_class(**fields). Whatever is wrong with fields from a file gives a ValueError of one line."""
+    for name in fields:
+        if callable(getattr(settings_class, name, None)):  # transformers would replace the method
+            raise ValueError(f"{where}: {name} is no setting")
+    try:
+        return settings_class(**fields)
+    except Exception as error:  # strict types raise their own kinds of errors, which are no ValueError
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{where}: {reason[:200]}") from error
+
+
+def build_config(
+    config_class: type[PreTrainedConfig], fields: dict[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> PreTrainedConfig:
+    """The configuration with these fields. ValueError if weights of these names and shapes have another
+    number of layers or another embedding. A list of a billion layers or tokens would take all memory."""
+    layers = len({match[1] for name in shapes if (match := LAYER.search(name))})
+    for name in DEPTHS & fields.keys():
+        if type(fields[name]) is not int or fields[name] != layers:
+            raise ValueError(
+                f"config: {name} is {show(fields[name])}, but there are weights of {layers} layers"
+            )
+    config = construct(config_class, fields)
+    tables = [list(shape) for name, shape in shapes.items() if name.endswith(EMBEDDINGS)]
+    expected = [config.vocab_size, config.hidden_size]
+    if expected not in tables:
+        raise ValueError(f"config: no embedding of shape {expected} is among the weights, but {tables[:1]}")
+    return config
+
+
 def refuse(what: str, config: PreTrainedConfig, only: dict[str, tuple], remedy: str) -> None:
     """ValueError, naming field and value, for a field of `config` with a value that `only` does not list."""
     for name, allowed in only.items():
@@ -83,6 +128,8 @@ class CheckedConfig(PreTrainedConfig):
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
         super().__post_init__(**kwargs)
+        if self._attn_implementation is None:  # a model would set it, but masks can be built without a model
+            self._attn_implementation = "sdpa"
         for item in fields(self):
             check_setting(item.name, getattr(self, item.name), item.metadata)
 

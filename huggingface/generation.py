@@ -1,18 +1,21 @@
 """Generation: transformers' generate(), also for a string, and for texts longer than block_size."""
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor
 
 from huggingface.outputs import CACHE
 from huggingface.text import encode_prompt
 from tokens.encodings import decode_tokens
 
 
-def check_logits(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The logits (B, V), for transformers' list of processors; FloatingPointError for NaN or +infinity."""
-    if not logits.amax(dim=-1).isfinite().all():  # -inf marks a token that must not come
-        raise FloatingPointError("the model's logits are not finite")
-    return logits
+class FiniteLogits(LogitsProcessor):
+    """FloatingPointError if the next token's logits (B, V) are not finite. On a GPU torch.multinomial would end
+    the process, and the likeliest token would be nonsense."""
+
+    def __call__(self, input_ids, scores):
+        if not scores.amax(-1).isfinite().all():  # NaN wins the maximum; -inf alone rules a token out
+            raise FloatingPointError("the model's logits are NaN or infinite: it has diverged")
+        return scores
 
 
 class GPTGenerationMixin(GenerationMixin):
@@ -26,7 +29,7 @@ class GPTGenerationMixin(GenerationMixin):
 
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
         ValueError for a string that the model's vocabulary or encoding cannot hold; FloatingPointError if the
-        logits after a string are not finite (torch would end in an assertion on the GPU).
+        model gives logits that are not finite.
         """
         modes = [(module, module.training) for module in self.modules()]  # frozen parts may differ
         self.eval()
@@ -44,7 +47,6 @@ class GPTGenerationMixin(GenerationMixin):
             end = self.generation_config.eos_token_id
             pad = end[0] if isinstance(end, list) else end
             defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
-            defaults["logits_processor"] = [check_logits]
             rows = generate(ids, *args, **defaults | kwargs)
             texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
             return texts[0] if len(texts) == 1 else texts
@@ -72,6 +74,11 @@ class GPTGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.insert(0, FiniteLogits())
+        return processors
 
     def _assisted_decoding(self, *args, **kwargs):
         """transformers' decoding for assistant_model and prompt_lookup_num_tokens. It must keep the cache."""

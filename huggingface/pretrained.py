@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -9,11 +10,25 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from huggingface.configuration import show
+from huggingface.folders import (
+    WEIGHTS,
+    check_loaded,
+    quiet,
+    read_config,
+    read_generation,
+    read_model,
+)  # fmt: skip
 from huggingface.gpt2 import from_gpt2
 from huggingface.llama import FAMILY, from_llama
 
 # model_type of other architectures that this project reads and writes, and their classes in transformers.
 FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
+
+# Arguments of from_pretrained that say where files lie.
+HUB_OPTIONS = {
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+}  # fmt: skip
 
 # Trainer shifts the labels that it smooths only for the models in this list of transformers.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"
@@ -51,43 +66,60 @@ class GPTPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path | None, *args, config: Any = None,
+        output_loading_info: bool = False, **kwargs,
+    ):  # fmt: skip
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or a folder of FOREIGN.
 
-        Settings of GPTConfig may be given too (dropout=0.1). ValueError for another architecture, for missing
-        weights, and for a field (which it names) that this model cannot express.
+        Settings of GPTConfig may be given too (dropout=0.1). Only safetensors files are read (folders.py).
+        ValueError for another architecture, for weights that are missing, unexpected or do not fit the
+        settings, and for a field (which it names) that this model cannot express.
         """
-        name, found, ours = pretrained_model_name_or_path, {}, cls.config_class
-        if name is not None and kwargs.get("config") is None:
-            hub = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
-            given = {key: kwargs[key] for key in hub & kwargs.keys()}
-            found, _ = PreTrainedConfig.get_config_dict(name, **given)
-        kind = found.get("model_type")
-        if kind in FOREIGN:
-            return cls._from_foreign(kind, name, *args, **kwargs)
-        if kind not in (None, ours.model_type):
+        name, ours = pretrained_model_name_or_path, cls.config_class
+        if name is None:  # the caller gives config and state_dict
+            return super().from_pretrained(
+                None, *args, config=config, output_loading_info=output_loading_info, **kwargs
+            )
+        if unread := [key for key in ("variant", "gguf_file", "state_dict") if kwargs.get(key)]:
+            raise ValueError(f"{name}: {unread[0]} cannot be given; only {WEIGHTS} is read")
+        where = {key: kwargs.pop(key) for key in HUB_OPTIONS & kwargs.keys()}
+        settings = {}
+        if not isinstance(config, PreTrainedConfig):
+            settings = {key: kwargs.pop(key) for key in inspect.get_annotations(ours) if key in kwargs}
+            config = read_config(config or name, where)
+        is_read = isinstance(config, dict)
+        kind = config.pop("model_type", ours.model_type) if is_read else config.model_type
+        if kind not in (ours.model_type, *FOREIGN):
             known = ", ".join([ours.model_type, *FOREIGN])
-            raise ValueError(f"{name}: models of type {kind!r} cannot be read, only {known}")
-        loaded = super().from_pretrained(name, *args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._suppress_padding()
-        return loaded
+            raise ValueError(f"{name}: models of type {show(kind)} cannot be read, only {known}")
+        source = getattr(transformers, FOREIGN[kind]) if kind in FOREIGN else cls
+        if is_read and source is cls:
+            config |= settings
+        config, weights = read_model(name, where, source, config)
+        load = super().from_pretrained if source is cls else source.from_pretrained
+        with quiet():
+            new_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+            how = dict(config=config, state_dict=weights, ignore_mismatched_sizes=True)
+            model, info = load(None, *args, **how, output_loading_info=True, **kwargs)
+        check_loaded(name, info, new_sizes)
+        if (generation := read_generation(name, where)) and "generation_config" not in kwargs:
+            model.generation_config = generation
+        model = model if source is cls else cls._from_theirs(kind, model, settings)
+        model.name_or_path = model.config.name_or_path = str(name)
+        model._suppress_padding()
+        return (model, info) if output_loading_info else model
 
     @classmethod
-    def _from_foreign(cls, kind: str, name: str | Path, *args, output_loading_info: bool = False, **kwargs):
-        """A model of FOREIGN as one of ours; the arguments are those of transformers' from_pretrained."""
-        ours = {key: kwargs.pop(key) for key in inspect.get_annotations(cls.config_class) if key in kwargs}
-        load = getattr(transformers, FOREIGN[kind]).from_pretrained
-        theirs, info = load(name, *args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            raise ValueError(f"{name}: the files lack the weights {', '.join(sorted(info['missing_keys']))}")
+    def _from_theirs(cls, kind: str, theirs: PreTrainedModel, settings: dict[str, Any]):
+        """A model of FOREIGN as one of ours. settings: fields of our configuration that replace theirs."""
         fields, weights = from_gpt2(theirs) if kind == "gpt2" else from_llama(theirs)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            model = cls(cls.config_class(**fields | ours))
+            model = cls(cls.config_class(**fields | settings))
         model.load_state_dict(weights | fresh_statistics(model), assign=True)
         model.tie_weights()
         model.generation_config = theirs.generation_config
-        model.eval()
-        return (model, info) if output_loading_info else model
+        return model.eval()
 
     def _suppress_padding(self) -> None:
         """Never generate ids from encoding_size on: they only pad the vocabulary, and no text has them."""

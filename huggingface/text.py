@@ -17,8 +17,8 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
     if not ids and config.bos_token_id is None:
         raise ValueError("an empty prompt needs a bos_token_id in the config to start from")
     ids = ids or [config.bos_token_id]
-    if max(ids) >= config.vocab_size:
-        problem = f"encoding={config.encoding!r} gives token {max(ids)}, but vocab_size={config.vocab_size}"
+    if wrong := [i for i in ids if not 0 <= i < config.vocab_size]:
+        problem = f"encoding={config.encoding!r} gives token {wrong[0]}, but vocab_size={config.vocab_size}"
         raise ValueError(f"{problem}; set config.encoding to the one that the model was trained with")
     return ids
 

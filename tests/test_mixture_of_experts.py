@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import ENGINES, chosen, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from processes import finish, start_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,6 +114,46 @@ def test_nan_surfaces_where_it_came_from(score, norm):
         layer.gate.weight[1] = math.nan  # only one expert's logit is bad, for all tokens
     assert layer(x).isnan().all()
     assert layer.get_usage_counts().sum() == 3 * 2 * 8
+
+
+SIZES = st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e3])
+SHIFTS = st.sampled_from([0.0, -1e4, 1e4, -69.0, -300.0, 17.0])  # sigmoid(-69) is 1e-30
+LOWEST = {
+    "load_balancing": 1,
+    "variance_penalty": 0,
+    "entropy_regularization": 0,
+    "diversity_regularization": 0,
+}
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(list(ROUTER_SCORES)), st.sampled_from([(1, 1), (5, 1), (5, 2), (5, 5)]), SIZES, SHIFTS,
+       st.integers(0, 99))  # fmt: skip
+def test_no_balance_loss_is_below_its_value_at_balance(score, sizes, size, shift, seed):
+    """Whatever the logits; for load_balancing if all tokens have the same, because f and P can disagree."""
+    (E, K), random = sizes, torch.Generator().manual_seed(seed)
+    for loss_type, lowest in LOWEST.items():
+        fields = dict(num_experts=E, num_experts_per_tok=K, router_score=score)
+        layer = moe_layer(moe_loss_type=loss_type, **fields)
+        rows = 1 if loss_type == "load_balancing" else 6
+        logits = (shift + size * torch.randn(rows, E, generator=random)).requires_grad_()
+        routing, probs = layer.route(logits)
+        auxiliary = layer.measure(logits, probs, routing, None, None)
+        assert auxiliary.balance_loss >= lowest - 1e-5 * max(lowest, 1)
+        torch.testing.assert_close(probs.sum(-1), torch.ones(rows))
+        (auxiliary.balance_loss + (routing.weight * torch.arange(len(routing.weight))).sum()).backward()
+        assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+def test_ordinary_logits_are_weighed_as_by_a_quotient(score):
+    layer, logits = moe_layer(router_score=score).double(), 3 * torch.randn(50, 4).double()
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    index, weights, probs = chosen(layer, logits)
+    best = scores.gather(1, index)
+    torch.testing.assert_close(weights, best / best.sum(-1, keepdim=True), rtol=0, atol=1e-14)
+    torch.testing.assert_close(probs, scores / scores.sum(-1, keepdim=True), rtol=0, atol=1e-14)
+    assert torch.equal(index, scores.topk(2).indices)
 
 
 def test_loss_free_balancing():

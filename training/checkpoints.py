@@ -350,9 +350,16 @@ def load_pretrained(source: str) -> GPTLMHeadModel:
     if not os.path.isdir(source) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII):
         raise FileNotFoundError(missing)  # it cannot be a name on the hub
     try:
-        return GPTLMHeadModel.from_pretrained(source).eval()
+        model = GPTLMHeadModel.from_pretrained(source)
     except OSError as error:  # transformers raises it after a failed download
         if os.path.exists(source) or isinstance(error, FileNotFoundError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{missing}, nor a model that can be downloaded: {reason}") from error
+    except Exception as error:
+        if isinstance(error, ValueError) or is_out_of_memory(error):
+            raise
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{source}: transformers cannot load it: {problem}") from error
+    archives.check_loaded(Path(source), model.state_dict())
+    return model.eval()

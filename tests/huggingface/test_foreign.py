@@ -141,15 +141,12 @@ def test_hidden_states_attentions_and_gradients_are_gpt2s(attention, tmp_path):
     assert (stock("gpt2", activation_function="gelu")(ids).logits - b.logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("files", ["sharded safetensors", "bin", "base model", "hub cache"])
+@pytest.mark.parametrize("files", ["sharded safetensors", "base model", "hub cache"])
 def test_gpt2_folders_of_every_kind_load(files, tmp_path):
     theirs, name, where = stock("gpt2"), str(tmp_path / "gpt2"), {}
     if files == "sharded safetensors":
         theirs.save_pretrained(name, max_shard_size="50KB")
         assert len(list((tmp_path / "gpt2").glob("model-*.safetensors"))) > 2
-    elif files == "bin":
-        theirs.config.save_pretrained(name)
-        torch.save(theirs.state_dict(), tmp_path / "gpt2" / "pytorch_model.bin")
     elif files == "base model":
         theirs.transformer.save_pretrained(name)
     else:  # as huggingface_hub lays out what it has downloaded

@@ -1,0 +1,180 @@
+"""Read the folder of a model, or the files of a hub name, without trust in their content.
+
+transformers' from_pretrained follows many names in a folder (pickles, adapters, indexes that leave it), and
+makes up random numbers for missing weights. So this file opens config.json, generation_config.json and the
+safetensors files, nothing else, and transformers gets their content.
+
+Reference: https://huggingface.co/docs/safetensors (the header lists the tensors, and must fit the file)
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from huggingface.configuration import build_config, construct, show
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_BYTES = 50_000_000  # of a JSON file
+# Fields of config.json by which transformers would choose other code or files, or make a list of labels.
+NOT_OF_A_FOLDER = {
+    "attn_implementation", "_attn_implementation", "auto_map", "experts_implementation", "fusion_config",
+    "num_labels", "transformers_weights",
+}  # fmt: skip
+
+
+def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None:
+    """The path of a file of the folder or, downloaded, of the hub name; None if missing. OSError: no hub."""
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where)
+    return None if path is None else Path(path)
+
+
+def parse_int(digits: str) -> int:
+    """The number; ValueError for one that cannot be a size or a token."""
+    if len(digits) > 15:
+        raise ValueError(f"the number {digits[:20]}... is too large")
+    return int(digits)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError if it holds anything else."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES:,} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=parse_int)
+        json.dumps(content)  # what is nested too deeply fails here, not where transformers copies it
+        if not isinstance(content, dict):
+            raise ValueError(f"{show(content)} is no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return content
+
+
+def read_config(name: str | Path, where: dict[str, Any]) -> dict[str, Any]:
+    """The fields in config.json. FileNotFoundError, ValueError."""
+    path = find_file(name, "config.json", where)
+    if path is None:
+        raise FileNotFoundError(f"{name}: there is no config.json, so it is no folder of a model")
+    found = read_json(path)
+    if found.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config: quantised weights cannot be loaded")
+    for key in ("model_type", "dtype", "torch_dtype"):
+        if not isinstance(found.get(key, ""), str | None):
+            raise ValueError(f"{path}: {key} is {show(found[key])}, not a name")
+    return {key: value for key, value in found.items() if key not in NOT_OF_A_FOLDER}
+
+
+def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig | None:
+    """The settings of generation_config.json, if there is one. ValueError for values that are none."""
+    path = find_file(name, "generation_config.json", where)
+    if path is None:
+        return None
+    found = read_json(path)
+    for key, value in found.items():
+        numbers = value if isinstance(value, list) and "token" in key else [value]
+        are_numbers = all(item is None or isinstance(item, bool | int | float) for item in numbers)
+        if not are_numbers and key not in ("transformers_version", "cache_implementation", "early_stopping"):
+            raise ValueError(f"{path}: {key} is {show(value)}, not a number or token ids")
+    return construct(GenerationConfig, found, str(path))
+
+
+def find_weights(name: str | Path, where: dict[str, Any]) -> list[Path]:
+    """The safetensors files. ValueError if there are none, or an index names a file of another folder."""
+    if (path := find_file(name, WEIGHTS, where)) is not None:
+        return [path]
+    if (index := find_file(name, INDEX, where)) is None:
+        problem = f"there is no {WEIGHTS} (pickles such as pytorch_model.bin are not read)"
+        raise ValueError(f"{problem}; save it again with transformers: model.save_pretrained(FOLDER)")
+    files = read_json(index).get("weight_map")
+    files = set(map(str, files.values())) if isinstance(files, dict) else {show(files)}
+    for file in sorted(files):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"weight_map in {INDEX} names {show(file)}, no safetensors file of this folder")
+    paths = [find_file(name, file, where) for file in sorted(files)]
+    if None in paths:
+        raise ValueError(f"{sorted(files)[paths.index(None)]}, which {INDEX} names, is missing")
+    return paths
+
+
+def read_model(
+    name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
+    config: PreTrainedConfig | dict[str, Any],
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:  # fmt: skip
+    """The configuration, if it was a dictionary, and all weights by name. ValueError if they do not fit.
+
+    The sizes are compared with the files' headers before anything is built: a short config.json can describe
+    a model that fills all memory.
+    """
+    shapes, weights = {}, {}
+    try:
+        files = find_weights(name, where)
+        for path in files:
+            with safe_open(path, "pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}
+        if isinstance(config, dict):
+            config = build_config(model_class.config_class, config, shapes)
+        check_size(model_class, config, sum(torch.Size(shape).numel() for shape in shapes.values()))
+        for path in files:
+            with safe_open(path, "pt") as file:  # clone: another process may cut a file that is mapped
+                weights |= {key: file.get_tensor(key).clone() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut off: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return config, weights
+
+
+def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: int) -> None:
+    """ValueError if the model has more than twice as many numbers as the files hold: a few may be missing or
+    tied, which is told after loading."""
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # a size that torch cannot count, or that their classes have not checked
+        raise ValueError(f"config.json makes no model: {' '.join(str(error).split())[:200]}") from error
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if needed > 2 * held:
+        raise ValueError(f"config.json describes {needed:,} numbers, but the files hold {held:,}")
+
+
+def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> None:
+    """ValueError, naming them, if weights of a model are missing, unexpected or of another shape.
+
+    info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes.
+    """
+    missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]
+    shapes = [
+        f"{key} {list(found)}, not {list(expected)}" for key, found, expected in info["mismatched_keys"]
+    ]
+    # The statistics of routers are not weights. Older folders lack some of them.
+    missing = [key for key in missing if not key.endswith(("_counts", "_entropy", "_totals"))]
+    unexpected = info["unexpected_keys"]
+    problems = {"lack the weights": missing, "hold weights that the model lacks:": unexpected}
+    if not new_sizes:
+        problems["hold weights of another shape:"] = shapes
+    for problem, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 9} more" if len(keys) > 9 else ""
+            shown = ", ".join(key[:99] for key in sorted(keys)[:9])
+            raise ValueError(f"{name}: the files {problem} {shown}{more}; save the model again")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its report of many lines; check_loaded gives one line."""
+    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(max(level, transformers.logging.ERROR))
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bar:
+            transformers.logging.enable_progress_bar()

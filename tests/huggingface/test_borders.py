@@ -1,0 +1,180 @@
+"""Folders of models that nobody has saved so: refused in one line, before anything large is built.
+
+Run: python -m pytest tests/huggingface/test_borders.py
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from models import strong, tiny
+from processes import flags
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import hellaswag
+import sample
+import train_gpt_moe
+from huggingface.export import export_folder
+from model import GPTConfig, GPTLMHeadModel, build_masks
+from training.checkpoints import load_model
+
+DENSE = dict(use_moe=False, position="rope", norm="rmsnorm", activation="swiglu", bias=False)
+DEEP = "[" * 10**5 + "]" * 10**5
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of ours, and the same as a stock Llama."""
+    root = tmp_path_factory.mktemp("saved")
+    export_folder(strong(GPTLMHeadModel(tiny())), root / "ours", tokenizer=False)
+    export_folder(strong(GPTLMHeadModel(tiny(**DENSE))), root / "llama", format="llama", tokenizer=False)
+    return root
+
+
+@pytest.fixture(params=["ours", "llama"])
+def folder(saved, request, tmp_path):
+    """A copy of each, to be damaged."""
+    return shutil.copytree(saved / request.param, tmp_path / request.param)
+
+
+def refused(folder, word) -> None:
+    """load_model, which all commands use, must raise a ValueError of one short line with this word."""
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    line = str(error.value)
+    assert str(folder) in line and word in line and len(line) < 600 and "\n" not in line, line
+
+
+def rewrite(folder, change, file="model.safetensors") -> None:
+    """Save the weights again, after change(weights)."""
+    weights = load_file(folder / file)
+    change(weights)
+    save_file(weights, folder / file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", ["x", -5, [], {}, 1e30, 10**8, 2**70])
+def test_settings_of_other_kinds_and_sizes(folder, value):
+    text = (folder / "config.json").read_text()
+    config, ours = json.loads(text), folder.name == "ours"
+    names = ["vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"]
+    for name in [
+        *names,
+        *(["n_layer", "num_experts", "expert_hidden_size"] if ours else ["intermediate_size"]),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        refused(folder, "config")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "text", [DEEP, "[]", "{", "\0", '{"to_dict": 5}', '{"model_type": {}}', '{"eos_token_id": {"a": "b"}}']
+)
+def test_other_json(folder, file, text):
+    (folder / file).write_text(text)
+    refused(folder, "")
+
+
+def drop(weights):
+    weights.pop(next(name for name in weights if name.endswith("0.attn.c_proj.weight") or "o_proj" in name))
+
+
+def rename(weights):
+    weights["surprise.weight"] = weights.pop(
+        next(name for name in weights if "ln_f" in name or "norm" in name)
+    )
+
+
+def cut(weights):
+    name = next(name for name in weights if "ln_f" in name or name == "model.norm.weight")
+    weights[name] = weights[name][:-1].clone()
+
+
+def poison(weights):
+    next(weights[name] for name in weights if "ln_f" in name or name == "model.norm.weight")[3] = math.nan
+
+
+@pytest.mark.parametrize("change, word", [
+    (drop, "lack the weights"), (rename, "weights"), (cut, "another shape"), (poison, "transformer.ln_f"),
+    (lambda weights: weights.update(extra=torch.ones(2)), "lacks: extra"),
+])  # fmt: skip
+def test_other_weights(folder, change, word):
+    rewrite(folder, change)
+    refused(folder, word)
+
+
+def test_files_that_are_cut_empty_pickled_or_elsewhere(folder):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    for damaged in (b"", content[:7], content[:999], content[:-1], content + b"x"):
+        file.write_bytes(damaged)
+        refused(folder, "damaged or cut off")
+    file.rename(folder.parent / "outside.safetensors")
+    (folder.parent / "outside.safetensors").write_bytes(content)
+    torch.save(load_file(folder.parent / "outside.safetensors"), folder / "pytorch_model.bin")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "../llama"}')
+    refused(folder, "pytorch_model.bin")
+    outside = str(folder.parent / "outside.safetensors")
+    for other in ("../outside.safetensors", outside, "pytorch_model.bin", "gone.safetensors", 5, "", None):
+        index = {"weight_map": {"lm_head.weight": other} if other is not None else [1]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(folder, "")
+
+
+def test_every_command_gives_one_line_and_code_2(saved, data, tmp_path, capsys):
+    folder = shutil.copytree(saved / "ours", tmp_path / "ours")
+    rewrite(folder, poison)
+    for main, *arguments in (
+        (sample.main, "--model", folder, "--device", "cpu"), (hellaswag.main, "--model", folder),
+        (checkpoint.main, "export", folder, tmp_path / "out"),
+        (train_gpt_moe.main, *flags(data, tmp_path / "log", "--init_from", folder)),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "transformer.ln_f" in line and "NaN" in line and str(folder) in line
+
+
+class WithNewHead(GPTLMHeadModel):
+    """A model with a part that no folder has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+
+def test_what_stays_allowed(saved, tmp_path):
+    assert WithNewHead.from_pretrained(saved / "ours").score.weight.std() > 0
+    export_folder(GPTLMHeadModel(tiny(use_moe=False)), tmp_path / "gpt2", format="gpt2", tokenizer=False)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24) for i in (0, 1)}  # in old GPT-2 files
+    rewrite(tmp_path / "gpt2", lambda weights: weights.update(masks))
+    assert load_model(tmp_path / "gpt2").name_or_path == str(tmp_path / "gpt2")
+    with_code = AutoModelForCausalLM.from_pretrained(saved / "ours", trust_remote_code=True)
+    ids = torch.arange(5)[None]
+    assert torch.equal(with_code(ids).logits, load_model(saved / "ours")(ids).logits)
+
+
+@pytest.mark.parametrize("how", [dict(do_sample=False), dict(do_sample=True, top_k=5), dict(num_beams=2)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_not_sampled(how, value):
+    model = GPTLMHeadModel(tiny(encoding_size=90)).eval()
+    ids = torch.arange(4)[None]
+    assert model.generate(ids, max_new_tokens=2, **how).shape == (1, 6)  # padding's -inf is no fault
+    model.lm_head.weight.data[5] = value
+    with pytest.raises(ValueError, match="logits of the next token are NaN or infinite"):
+        model.generate(ids, max_new_tokens=2, **how)
+
+
+def test_settings_alone_decide():
+    """Masks do not depend on a model that was built from the configuration before."""
+    fields = dict(sliding_window=3, global_every=2)
+    fresh, x = build_masks(tiny(**fields), torch.zeros(1, 8, 64)), torch.zeros(1, 8, 64)
+    used = build_masks(GPTLMHeadModel(tiny(**fields)).config, x)
+    assert torch.equal(fresh["sliding_attention"], used["sliding_attention"]) and fresh.keys() == used.keys()
+    with pytest.raises(ValueError, match="moe_every=3 is more than n_layer=2"):
+        tiny(moe_every=3)
+    assert GPTConfig(n_layer=2, moe_every=3, use_moe=False).moe_every == 3
