@@ -21,9 +21,15 @@ References: GPT-3, arXiv 2005.14165 (batch size, learning rates, schedule); the 
 its numbers: https://github.com/karpathy/build-nanogpt
 """
 
+import sys
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait for torch
+    from training.quick_help import answer
+
+    answer(__file__, sys.argv[1:])
+
 import contextlib
 import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +60,8 @@ class TrainConfig(llmc.Flags):
     """Every setting of a run. A flag of the same name sets it."""
 
     preset: str = setting("", "named settings: demo, gpt2, modern, qwen3 or llmc")
+    config: str = setting("", "file of settings, such as the run.json of a run; flags win over it")
+    run_name: str = setting("", "write to log/NAME, unless log_dir is given")
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
     data_dir: str = setting("edu_fineweb10B", "folder with the shards that fineweb.py wrote")
@@ -188,7 +196,7 @@ def overrides(config: TrainConfig) -> dict:
 
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     """The settings, and the names of settings that flags (not presets) set. ValueError for a bad flag."""
-    return parse_flags(TrainConfig, overrides, arguments, __doc__.split("\n\n")[0])
+    return parse_flags(TrainConfig, overrides, arguments, __file__)
 
 
 # ---------------------------------------------------------------------------- TRAINING
