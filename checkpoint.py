@@ -17,6 +17,7 @@ import torch
 
 from huggingface.export import export_folder
 from tokens.files import write_atomically
+from tokens.printable import one_line, printable
 from training import sharded
 from training.checkpoints import list_checkpoints, load_checkpoint, load_model, step_of, validation_losses
 
@@ -34,7 +35,8 @@ def print_list(folder: Path) -> None:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(file.st_mtime for file in files)))
         size, loss = sum(file.st_size for file in files) / 1e6, losses.get(step_of(path))
-        print(f"{step_of(path):8}  {date}  {size:9,.1f}  {'-' if loss is None else f'{loss:.4f}':>8}  {path}")
+        val_loss = "-" if loss is None else f"{loss:.4f}"
+        print(f"{step_of(path):8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint = load_checkpoint(options.checkpoint)
             step, val_loss, measured = (checkpoint.get(k) for k in ("step", "val_loss", "val_loss_step"))
             text = f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}"
-            print(text + (f" (at step {measured})" if measured is not None else ""))
+            print(printable(text) + (f" (at step {measured})" if measured is not None else ""))
         elif options.command == "list":
             print_list(Path(options.folder))
         elif options.command == "convert":
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
             print(f"wrote {options.folder}")
     except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
+        print(f"checkpoint.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -36,6 +36,7 @@ from tokens import sources
 from tokens.demo import prepare_demo
 from tokens.encodings import encode_pieces
 from tokens.identity import describe_sources
+from tokens.printable import one_line
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
 
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             build(config)
         return 0
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except MemoryError as error:
         cure = "lower --workers or --shard_size, then"

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 from tokens.encodings import encode_text, load_encoding
 from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
+from tokens.printable import one_line
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of the tokens get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
@@ -339,7 +340,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
     and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward; it
-    must answer alike on all ranks, and True gives the result None. HellaSwagUnavailable, ValueError."""
+    must answer alike on all ranks, and True gives the result None. HellaSwagUnavailable, ValueError.
+    FloatingPointError if the model gives NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:
@@ -360,6 +362,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
         warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
         losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
+    if losses is not None and losses.isnan().any():
+        raise FloatingPointError("the model's probabilities are NaN")
     return None if losses is None else tally(questions, losses)
 
 
@@ -388,8 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
         if world.is_master:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
-    except (OSError, ValueError) as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"hellaswag.py: {one_line(error)}", file=sys.stderr)
         return 2
     finally:
         stop()

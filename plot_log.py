@@ -22,6 +22,7 @@ import numpy as np
 
 from layers.usage import STARVED_BELOW
 from tokens.files import write_atomically
+from tokens.printable import one_line, printable
 from training.metrics import METRICS, Metric
 
 # Loss of GPT-2 124M on FineWeb-Edu 10B's validation shard; acc_norm of GPT-2 124M and of GPT-3 Small (arXiv
@@ -79,6 +80,7 @@ def parse_line(line: str) -> dict:
         step, word, value = line.split()
         return {"step": int(step), LOG_WORDS[word]: float(value)}
     record = json.loads(line)
+    record.pop("load", None)  # the name of what is computed below
     if "run" in record:
         return {"run": dict(record["run"].get("config", {}))}
     if record.get("expert_load"):
@@ -93,7 +95,7 @@ def parse_line(line: str) -> dict:
 
 def read_run(folder: str) -> LoggedRun:
     """Read the log in `folder`; `problems` says what is wrong in it. Raises FileNotFoundError if none."""
-    run = LoggedRun(Path(folder).resolve().name)
+    run = LoggedRun(printable(Path(folder).resolve().name))
     found = [path for path in (Path(folder, "metrics.jsonl"), Path(folder, "log.txt")) if path.is_file()]
     if not found:
         make = f"a run makes them: python train_gpt_moe.py --preset demo --log_dir {folder}"
@@ -104,7 +106,7 @@ def read_run(folder: str) -> LoggedRun:
             for number, line in enumerate(file, 1):
                 try:
                     record = parse_line(line)
-                except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # any other line
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     bad += [str(number)] if line.strip() else []
                     continue
                 if "run" in record:
@@ -323,10 +325,11 @@ def panels(runs: list[LoggedRun], compare: bool) -> list[list[tuple[int, Callabl
 def headline(run: LoggedRun) -> str:
     """A run's name, size and last results, as far as they are known."""
     c, words = run.config, [run.name]
-    if c.get("n_layer") and c.get("n_embd"):
+    if is_finite(c.get("n_layer")) and is_finite(c.get("n_embd")):
         words.append(f"{c['n_layer']} layers of width {c['n_embd']}")
-    if c.get("use_moe") and c.get("num_experts"):
-        words.append(f"{c['num_experts']} experts, {c.get('num_experts_per_tok', 1)} active")
+    active = c.get("num_experts_per_tok", 1)
+    if c.get("use_moe") and is_finite(c.get("num_experts")) and is_finite(active):
+        words.append(f"{c['num_experts']} experts, {active} active")
     words.append(f"step {run.rows[-1]['step']:,}" if run.rows else "no step logged yet")
     words += [f"validation loss {value:.3f}" for value in run.points("val_loss")[1][-1:]]
     words += [f"HellaSwag {value:.1%}" for value in run.points("hella_acc_norm")[1][-1:]]
@@ -368,7 +371,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     if any(len(run.x) for run in runs) and not any(np.isfinite(run.x).any() for run in runs):
         raise ValueError("; ".join(problems))
     if problems:
-        print(f"plot_log: warning: {'; '.join(problems)}", file=sys.stderr)
+        print(f"plot_log: warning: {one_line('; '.join(problems))}", file=sys.stderr)
     # A loss can be compared with GPT-2's only if the vocabulary is GPT-2's (50257, perhaps padded).
     sizes = [run.config.get("vocab_size") for run in runs]
     grid = panels(runs, compare=all(is_finite(size) and 50257 <= size <= 51200 for size in sizes))
@@ -403,9 +406,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     out = args.out or str(Path(args.folders[0], f"training.{args.format}"))
     try:
-        print(plot_runs(args.folders, out, args.x))
+        print(printable(plot_runs(args.folders, out, args.x)))
     except (OSError, ValueError) as error:
-        print(f"plot_log: error: {error}", file=sys.stderr)
+        print(f"plot_log: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

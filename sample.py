@@ -13,20 +13,14 @@ import sys
 import torch
 
 from model import GPTLMHeadModel
+from tokens.printable import one_line, printable
 from training.checkpoints import load_model
 from training.parallel import choose_device
 
 
 def load(source: str) -> GPTLMHeadModel:
     """The model of that name, with a token to start from without a prompt. FileNotFoundError if missing."""
-    try:
-        model = load_model(source)
-    except OSError as error:  # transformers raises it after a failed download
-        if os.path.exists(source) or isinstance(error, FileNotFoundError):
-            raise
-        here = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
-        there = f"nor a model that can be downloaded: {str(error).strip().splitlines()[0]}"
-        raise FileNotFoundError(f"{here}, {there}") from error
+    model = load_model(source)
     end = model.config.eos_token_id
     if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
         model.config.bos_token_id = end
@@ -60,11 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         torch.manual_seed(options.seed)
         for number in range(1, options.num_samples + 1):
             print(f"--- sample {number}")
-            print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how), flush=True)
+            text = model.generate(options.prompt, max_new_tokens=options.max_new_tokens, **how)
+            print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:  # no such model, or a prompt that it cannot encode
-        print(f"sample.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:  # no such model, or nothing it can continue
+        print(f"sample.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

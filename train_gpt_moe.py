@@ -12,7 +12,7 @@
 Edit the constants below, or give any of them as a flag (--help lists them). Under log_dir a run writes
 log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (the settings, then one object per
 step), main.log (llm.c's log), tb/ (TensorBoard), training.png and checkpoints model_XXXXX.pt.
-Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 130 and 143 stopped by a signal after saving.
+Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 128 + n stopped by signal n after saving.
 
 The rest of the reading path: training/setup.py, model.py, mixture_of_experts.py, layers/experts.py,
 tokens/shards.py.
@@ -41,6 +41,7 @@ from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
 from training import faults, parallel
+from training.archives import is_out_of_memory
 from training.checkpoint_writer import RunSaver
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
@@ -87,8 +88,8 @@ class TrainConfig(llmc.Flags):
     # --- optimizer
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     weight_decay: float = setting(0.1, "for matrices and embeddings, not for biases and norms", least=0)
-    beta1: float = setting(0.9, "AdamW's first beta")
-    beta2: float = setting(0.95, "AdamW's second beta")
+    beta1: float = setting(0.9, "AdamW's first beta", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's second beta", least=0, below=1)
     grad_clip: float = setting(1.0, "largest gradient norm after clipping; 0 = no clipping", least=0)
     router_lr_mult: float = setting(1.0, "learning rate of the routers, relative to max_lr", least=0)
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
@@ -104,7 +105,7 @@ class TrainConfig(llmc.Flags):
     checkpoint_every: int = setting(5000, "steps between checkpoints; 0 = only the last", least=0)
     keep_last: int = setting(0, "keep so many checkpoints, and the best; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
-    save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again")
+    save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again", least=0, most=1e6)
     max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
     log_every: int = setting(1, "print every so many steps; the log files have them all", least=1)
     plot: bool = setting(True, "draw log_dir/training.png at the end")
@@ -129,7 +130,7 @@ class TrainConfig(llmc.Flags):
     # --- model: GPTConfig in model.py explains and checks these
     block_size: int = setting(0, "longest sequence that the model can take; 0 = T", least=0)
     vocab_size: int = setting(0, "0 = the data's, padded to a multiple of 128; -1 = not padded", least=-1)
-    n_layer: int = setting(12, "blocks")
+    n_layer: int = setting(12, "blocks", least=1, most=10_000)
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width")
     dropout: float = setting(0.0, "0 is best when data is seen once")
@@ -226,7 +227,7 @@ def train_step(run: Run, step: int) -> dict:
     norm = parallel.gradient_norm(model, layout)
 
     # One all-reduce adds up the losses, and the signals that the ranks have received.
-    sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 3,)
+    sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 6,)
     means = sums[:3] / (layout.world.size * run.accumulation)
     values = torch.cat([means, norm.to(means.dtype)[None], sums[3:]]).tolist()  # waits for the device
     run.signals.agree(values[4:])
@@ -378,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, given = parse_config(arguments)
         llmc.check_flags(config)
-        world = parallel.start(config.device, config.parallel)
+        world = parallel.start(config.device, config.parallel, vars(config))
         run = set_up(config, given, world)
         llmc.prepare(run)
         open_log(run)
@@ -386,13 +387,15 @@ def main(arguments: list[str] | None = None) -> int:
         in_training = True
         with prefer_backend(config.attention_backend, world.device):
             code = train(run, train_step if run.trains else llmc.forward_step)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         return faults.report(error, config)
     except (ValueError, OSError) as error:
         if in_training and not isinstance(error, faults.DataError):
             raise  # an error in training does not come from a setting
         return faults.report(error)
-    except RuntimeError:  # gloo and NCCL raise this type
+    except RuntimeError as error:  # gloo, NCCL and torch's CPU allocator raise this type
+        if is_out_of_memory(error):
+            return faults.report(error, config)
         lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise

@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch  # after the options, so that --help and mistakes need not wait for it
 
     from bench.measure import print_table
+    from tokens.printable import one_line
     from training.parallel import choose_device
 
     if options.threads:
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{', '.join(shown)}\n")
         print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
     except (ValueError, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"bench: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -125,7 +125,7 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
         calls = len(layers) * a
         found.append(Collective("all_to_all", 4 * calls * rows, ep, 1, 4 * calls))
         found.append(Collective("all_to_all", calls * 8 * config.num_experts, ep, 1, calls))
-    found.append(Collective("all_reduce", 4 * 6, W))  # losses and signals
+    found.append(Collective("all_reduce", 4 * 9, W))  # losses and signals
     if layers:
         found.append(Collective("all_reduce", sum(8 * moe.step_totals.numel() for moe in layers), W))
     if plan.parallel == "fsdp" or ep > 1:

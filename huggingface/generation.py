@@ -8,6 +8,13 @@ from huggingface.text import encode_prompt
 from tokens.encodings import decode_tokens
 
 
+def check_logits(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The logits (B, V), for transformers' list of processors; FloatingPointError for NaN or +infinity."""
+    if not logits.amax(dim=-1).isfinite().all():  # -inf marks a token that must not come
+        raise FloatingPointError("the model's logits are not finite")
+    return logits
+
+
 class GPTGenerationMixin(GenerationMixin):
     """generate() for a model with `config.block_size`, `config.encoding` and `config.encoding_size`."""
 
@@ -18,7 +25,8 @@ class GPTGenerationMixin(GenerationMixin):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
 
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
-        ValueError for a string that the model's vocabulary or encoding cannot hold.
+        ValueError for a string that the model's vocabulary or encoding cannot hold; FloatingPointError if the
+        logits after a string are not finite (torch would end in an assertion on the GPU).
         """
         modes = [(module, module.training) for module in self.modules()]  # frozen parts may differ
         self.eval()
@@ -36,6 +44,7 @@ class GPTGenerationMixin(GenerationMixin):
             end = self.generation_config.eos_token_id
             pad = end[0] if isinstance(end, list) else end
             defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
+            defaults["logits_processor"] = [check_logits]
             rows = generate(ids, *args, **defaults | kwargs)
             texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
             return texts[0] if len(texts) == 1 else texts

@@ -29,6 +29,7 @@ from huggingface.gpt2 import gpt2_features
 from model import GPT, GPTConfig, GPTLMHeadModel
 from tokens.encodings import get_encoding
 from tokens.files import write_atomically
+from tokens.printable import one_line
 from tokens.shards import read_shard
 from training.checkpoints import load_model
 
@@ -365,6 +366,6 @@ def main(arguments: list[str] | None = None) -> int:
         for path in run(parser.parse_args(arguments)):
             print(f"wrote {path}")
     except (ValueError, OSError) as error:
-        print(f"llmc: {error}", file=sys.stderr)
+        print(f"llmc: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

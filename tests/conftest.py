@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 # A shell that starts this in the background has Ctrl-C ignored, and the tests' processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 # multiprocessing's servers have a socket there, whose path may have 107 characters.
 if len(tempfile.gettempdir()) > 50 and multiprocessing.parent_process() is None:

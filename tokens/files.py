@@ -1,6 +1,9 @@
 """Write files atomically: after a crash a file is complete or does not exist."""
 
 import os
+import re
+import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +16,9 @@ class DataError(ValueError):
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) on a temporary file beside `path`, fsync it, rename it to `path`. Raises OSError."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # "x" neither opens a file that exists nor follows a link
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -24,6 +27,23 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         temporary.unlink(missing_ok=True)
         raise root_error(error) from None
     sync_folder(path.parent)
+
+
+def remove_temporaries(folder: str | Path, names: str = ".+") -> None:
+    """Delete what killed calls of write_atomically left in the folder, of files whose names match `names`."""
+    ours = re.compile(rf"\.({names})\.[0-9a-f]{{16}}\.tmp")
+    for entry in os.scandir(folder):
+        if ours.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
+def check_regular(path: str | Path, size: int | None = None) -> None:
+    """ValueError unless it is an ordinary file, of this size if given. Reading a pipe may not end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no ordinary file")
+    if size not in (None, found.st_size):
+        raise ValueError(f"its size is {found.st_size} bytes, not {size}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokens.files import write_atomically
+from tokens.files import check_regular, write_atomically
 
 DATA_DIR = Path(__file__).parents[1] / "hellaswag"
 # Bytes and SHA-256, as in tensorflow/datasets (url_checksums/hellaswag.txt).
@@ -47,9 +47,11 @@ def iterate_examples(split: str = "val", data: str | Path | None = None) -> Iter
     """Checked questions of a split or a .jsonl file. Raises ValueError with line, HellaSwagUnavailable."""
     path = download(split) if data is None else Path(data)
     try:
+        check_regular(path)
         lines = open(path, "rb")
-    except OSError as error:
-        raise HellaSwagUnavailable(f"cannot read the questions in {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise HellaSwagUnavailable(f"cannot read the questions in {path}: {reason}") from error
     with lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -6,7 +6,6 @@ writer.add(tokens, position, skip)  # read from `position` on; shards already ha
 meta = writer.finish(position, "book.txt")
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokens.encodings import get_encoding
-from tokens.files import write_atomically
+from tokens.files import remove_temporaries, write_atomically
 from tokens.identity import first_difference, load_metas
 from tokens.shards import Shard, read_shard, write_shard
 from tokens.sources import START_POSITION
@@ -100,9 +99,8 @@ class ShardWriter:
         files, before = settings.get("files", {}), self.old.get("settings", {}).get("files", {})
         if any(before.get(name, text) != text for name, text in files.items()):
             tqdm.write("source files have other times of change, but equal fingerprints: taken for copies")
-        for name in (f"*_{self.prefix}[0-9]*.bin", os.path.basename(self.meta_path)):
-            for temporary in glob.glob(os.path.join(glob.escape(folder), f".{name}.*.tmp")):
-                os.unlink(temporary)  # a killed process left it
+        meta_name = re.escape(os.path.basename(self.meta_path))
+        remove_temporaries(folder, rf"(train|val)_{self.prefix}\d{{6}}\.bin|{meta_name}")
         self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
 
     def _load_metas(self) -> dict[str, dict]:

@@ -9,7 +9,6 @@ import errno
 import io
 import os
 import shutil
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from layers.sharding import local
+from tokens.files import check_regular  # noqa: F401 (training/sharded.py and checkpoints.py use it)
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
 
@@ -56,15 +56,6 @@ def check_loaded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """CheckpointError if a value that was read is NaN or infinite."""
     if name := find_not_finite(tensors):
         raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint")
-
-
-def check_regular(path: Path, size: int | None = None) -> None:
-    """ValueError unless it is an ordinary file, of this size if given. Reading a pipe may not end."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no ordinary file")
-    if size not in (None, found.st_size):
-        raise ValueError(f"its size is {found.st_size} bytes, not {size}")
 
 
 def remove(path: Path) -> None:
@@ -134,8 +125,10 @@ def check_format(path: Path, content: Any) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch's CPU allocator has no exception type for that, only a message."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out. torch has no exception type for that on a CPU, only two messages."""
+    messages = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(message in str(error) for message in messages)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,8 @@ class CheckpointWriter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._write, args=(checkpoint["step"], write, before, pause))
+        work = dict(target=self._write, args=(checkpoint["step"], write, before, pause))
+        self._thread = threading.Thread(**work, name="checkpoint")  # heartbeat.py waits for this name
         self._thread.start()
         return pause
 
@@ -84,7 +86,9 @@ class CheckpointWriter:
             return False
         self.tries_left -= 1
         left = max(self.retry_s - (time.perf_counter() - self.tried_at), 0)
-        self.say(f"the run is lost without it: free space in {self.folder}; next try in {left:.0f} s")
+        full = getattr(self.error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = f"free space in {self.folder}" if full else f"make {self.folder} a folder that can be written"
+        self.say(f"the run is lost without it: {mend}; next try in {left:.0f} s")
         time.sleep(left)
         return True
 

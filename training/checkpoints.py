@@ -5,7 +5,6 @@ sharded.py), a folder log/model_XXXXX with the same content. docs/formats.md lis
 accept both. They compare all checksums before they load anything, because torch.load ignores checksums.
 """
 
-import contextlib
 import dataclasses
 import inspect
 import math
@@ -19,6 +18,7 @@ import torch
 
 from model import GPTConfig, GPTLMHeadModel
 from tokens.files import write_atomically
+from tokens.printable import one_line
 from training import archives, sharded
 from training.archives import CHECKPOINT_FORMAT, CheckpointError, NewerFormatError, is_out_of_memory, reading
 from training.flags import check_limits
@@ -133,11 +133,9 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def validation_losses(folder: str | Path) -> dict[int, float]:
     """The validation loss of each evaluated step, from the folder's log.txt; {} if there is none."""
     path = Path(folder, "log.txt")
-    words = [line.split() for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
-    words = [line for line in words if len(line) == 3 and line[1] == "val" and line[0].isdecimal()]
-    with contextlib.suppress(ValueError):
-        return {int(step): float(loss) for step, _, loss in words}
-    return {}
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.findall(r"^(\d{1,18}) val (-?\d+\.\d+|nan|-?inf)$", text, re.MULTILINE | re.ASCII)
+    return {int(step): float(loss) for step, loss in found}
 
 
 def best_checkpoint(folder: str | Path) -> Path | None:
@@ -156,7 +154,7 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
         except NewerFormatError:
             raise
         except (CheckpointError, FileNotFoundError) as error:
-            warn(f"WARNING: skipping {error}")
+            warn(f"WARNING: skipping {one_line(error)}")
     return None
 
 
@@ -327,11 +325,11 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
     """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
-    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder or name."""
+    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder."""
     path = Path(source)  # drops a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
     if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
-        return GPTLMHeadModel.from_pretrained(str(source)).eval()
+        return load_pretrained(str(source))
     checkpoint = load_checkpoint(source)
     try:
         model = GPTLMHeadModel(checkpoint["config"])
@@ -342,3 +340,19 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
         message = " ".join(str(error).split())
         raise CheckpointError(f"its config and its weights do not fit this model.py: {message}") from error
     return model.eval()
+
+
+def load_pretrained(source: str) -> GPTLMHeadModel:
+    """from_pretrained in evaluation mode. FileNotFoundError if there is neither a folder nor a download."""
+    if os.path.exists(source) and not os.path.isdir(source):
+        raise CheckpointError(f"{source}: it is no ordinary file")
+    missing = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
+    if not os.path.isdir(source) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII):
+        raise FileNotFoundError(missing)  # it cannot be a name on the hub
+    try:
+        return GPTLMHeadModel.from_pretrained(source).eval()
+    except OSError as error:  # transformers raises it after a failed download
+        if os.path.exists(source) or isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{missing}, nor a model that can be downloaded: {reason}") from error

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hellaswag import HellaSwagUnavailable
 from hellaswag import evaluate as score_hellaswag
 from huggingface.text import encode_prompt
 from model import GPTLMHeadModel
@@ -31,8 +30,11 @@ def evaluate(
             if run.trains:
                 terminal.experts(step, run.model)
         if samples and run.samples:
-            measured["sample"] = sample(run, step)
-            terminal.say(f"step {step}: sample: {measured['sample']!r}")
+            try:
+                measured["sample"] = sample(run, step)
+                terminal.say(f"step {step}: sample: {measured['sample']!r}")
+            except FloatingPointError as error:  # the run diverges
+                terminal.say(f"step {step}: no sample: {error}")
         if measures and run.hellaswag:
             if (accuracies := hellaswag(run, terminal.say, interrupted)) is None:
                 return None
@@ -87,7 +89,8 @@ def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
 
 
 def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
-    """Accuracies over all ranks; None if interrupted(); {} without the questions, and no later try."""
+    """Accuracies over all ranks; None if interrupted(); {} if the model gives NaN, or without the questions,
+    and then there is no later try."""
     config, world = run.config, run.layout.world
     try:
         result = score_hellaswag(
@@ -95,7 +98,10 @@ def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float
             world_size=world.size, autocast=None if run.dtype == "float32" else getattr(torch, run.dtype),
             interrupted=interrupted,
         )  # fmt: skip
-    except (HellaSwagUnavailable, ValueError) as error:
+    except FloatingPointError as error:
+        say(f"no HellaSwag at this step: {error}")
+        return {}
+    except (OSError, ValueError) as error:  # HellaSwagUnavailable, a name that is too long, bad questions
         run.hellaswag = False
         say(f"no HellaSwag in this run: {error}")
         return {}

@@ -1,17 +1,22 @@
 """What a run does when something fails: signals, steps that are not finite, errors, exit codes.
 
-    SIGTERM, SIGINT (Ctrl-C)    finish the step, save, exit with 143 or 130; a second SIGINT ends at once
+    SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal, lost ssh), SIGQUIT, SIGXCPU (limit of CPU time)
+                                finish the step, save, exit with 128 + the signal's number; a second SIGINT
+                                ends at once
     SIGUSR1                     save after this step and continue
     loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
     lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-torchrun sends SIGKILL 30 seconds after SIGTERM or, from torch 2.13 on, after --shutdown-timeout.
+torchrun passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on (TORCHELASTIC_SIGNALS_TO_HANDLE names others). It sends
+SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout. If torchrun itself is killed,
+heartbeat.py notices it, and the run ends as after SIGTERM.
 """
 
 import contextlib
 import errno
 import gc
+import json
 import math
 import os
 import signal
@@ -20,17 +25,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from tokens.files import DataError
+from tokens.printable import one_line, printable
 
 REPORT_DELAY = 3.0  # seconds that other ranks wait, so that only rank 0 prints an error that all ranks raise
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128 + its number
 # OSErrors about a path that a setting names. Other OSErrors, such as a full disk, are failures.
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+BAD_ERRNO = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 # ---------------------------------------------------------------------------- SIGNALS
 
@@ -47,7 +55,7 @@ class Signals:
     the socket, so that a second SIGINT ends the process even during a collective.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1")  # all but the last end the run
 
     def __init__(self, talkative: bool = False):
         self.talkative = talkative
@@ -58,7 +66,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         for name in self.NAMES:
-            if number := getattr(signal, name, None):  # Windows lacks SIGUSR1
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._handlers_before[number] = signal.signal(number, self._receive)
         reader, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -103,7 +112,7 @@ class Signals:
     @property
     def stop_requested(self) -> bool:
         """Whether this rank has been told to stop; the other ranks may not know yet."""
-        return self.stops or bool(self._received & {"SIGINT", "SIGTERM"})
+        return self.stops or bool(self._received - {"SIGUSR1"})
 
     @property
     def stops(self) -> bool:
@@ -111,7 +120,7 @@ class Signals:
         return self.exit_code is not None
 
     def take(self, device: torch.device) -> torch.Tensor:
-        """(3,) fp32: 1 where this rank has received SIGINT, SIGTERM, SIGUSR1 since the last call."""
+        """(6,) fp32: 1 where this rank has received the signal of NAMES since the last call."""
         received, self._received = self._received, set()
         flags = torch.zeros(len(self.NAMES), device=device)
         for name in received:
@@ -119,10 +128,10 @@ class Signals:
         return flags
 
     def agree(self, counts: list[float]) -> None:
-        """Set exit_code and save_now. counts: how many ranks have received each of the three signals."""
-        interrupted, terminated, self.save_now = (count > 0 for count in counts)
-        if interrupted or terminated:
-            self.exit_code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        """Set exit_code and save_now. counts: how many ranks have received each signal of NAMES."""
+        *stops, self.save_now = (count > 0 for count in counts)
+        if any(stops):
+            self.exit_code = 128 + getattr(signal, self.NAMES[stops.index(True)])
 
 
 @contextlib.contextmanager
@@ -207,7 +216,7 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
 def shorten(names: list[str], most: int = 6) -> str:
     """The names, or the first few and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
+    return ", ".join(map(printable, names[:most])) + more if names else "none"
 
 
 # ---------------------------------------------------------------------------- ERRORS
@@ -223,9 +232,10 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 def report(error: Exception, config=None) -> int:
     """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
-    other ranks wait first; the launcher usually stops them before they print the same error."""
-    text, code = " ".join(str(error).split()), BAD_SETTINGS
-    if isinstance(error, torch.OutOfMemoryError):
+    other ranks wait first; the launcher usually stops them before they print the same error. config: given
+    if memory ran out."""
+    text, code = one_line(error), BAD_SETTINGS
+    if config is not None:
         code = FAILED
         sizes = f"B={config.B}, T={config.T}, n_layer={config.n_layer}"
         mend = (
@@ -233,7 +243,11 @@ def report(error: Exception, config=None) -> int:
         )
         text = f"out of memory with {sizes}: {mend}. {text}"
     elif isinstance(error, OSError):
-        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno == errno.EROFS else FAILED
+        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno in BAD_ERRNO else FAILED
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints the text below its own traceback
+        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(REPORT_DELAY)
     print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)

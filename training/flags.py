@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -39,6 +39,10 @@ def check_limits(config: Any, values: dict | None = None) -> None:
         if type(value) not in kinds and not (type(value) is int and float in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # argv's bytes that are no UTF-8
+            raise ValueError(f"{name}={reprlib.repr(value)}: must be text in UTF-8")
+        if type(value) is int and abs(value) >= field.metadata["limits"].get("below", 2**60):
+            raise ValueError(f"{name}={reprlib.repr(value)}: it is too large")
         check_setting(name, value, field.metadata["limits"])
 
 
@@ -103,7 +107,7 @@ def write_out_numbers(whole: set[str], arguments: list[str]) -> list[str]:
 
 
 def read_settings(file: str, names: set[str]) -> dict:
-    """The settings in a JSON or YAML file, {name: value} or a run's run.json. ValueError, FileNotFoundError."""
+    """The settings in a JSON or YAML file, {name: value} or a run.json. ValueError, FileNotFoundError."""
     try:
         if not os.path.isfile(file):
             raise FileNotFoundError(f"config={file!r}: there is no such file; a run writes log_dir/run.json")

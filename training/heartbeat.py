@@ -1,12 +1,14 @@
 """Heartbeats: if a rank is lost, the other ranks notice it, print its name and end instead of waiting.
 
 parallel.py uses this file. docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice.
+If torchrun is killed, its processes live on. They notice it here; the run saves and ends as after SIGTERM.
 Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
 """
 
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import sys
 import threading
@@ -28,10 +30,13 @@ class Heartbeat:
     names and rank 0's counter. A second thread notices when the store does not answer. Timeouts count checks,
     not seconds, so that a suspended process does not report others as lost. Once a rank is lost, this process
     has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint and ends it.
+
+    launcher_has_store: the store ends with torchrun on the first machine, not with rank 0.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store):
-        self.rank, self.store = rank, store
+    def __init__(self, rank: int, size: int, store: dist.Store, launcher_has_store: bool = False):
+        self.rank, self.store, self.launcher_has_store = rank, store, launcher_has_store
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun's process
         self.others = list(range(1, size)) if rank == 0 else [0]
         self.last_seen = dict.fromkeys(self.others, b"")  # the last counter that was read
         self.missed = dict.fromkeys(self.others, 0)  # checks since it changed
@@ -69,12 +74,18 @@ class Heartbeat:
         counter = itertools.count(1)
         try:
             while not self.stopped.wait(INTERVAL):
+                if self.launcher not in (None, os.getppid()):
+                    self._end_without_launcher()
                 lost = self._beat_and_check(next(counter))
                 self.unanswered = 0
                 if lost:
                     return self._report(lost)
         except dist.DistError:  # the process with the store has ended
-            if not self.stopped.wait(0 if self.error_seen else TIMEOUT_AFTER_ERROR):
+            if self.stopped.wait(0 if self.error_seen else TIMEOUT_AFTER_ERROR):
+                return
+            if self.launcher_has_store and not self.error_seen:
+                self._end_without_launcher()  # _guard ends this process if that takes over HEARTBEAT_TIMEOUT
+            else:
                 self._report(self.store_host)
 
     def _beat_and_check(self, count: int) -> str:
@@ -99,6 +110,16 @@ class Heartbeat:
         names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
         self.store.set("lost", ", ".join(names))
         return ", ".join(names)
+
+    def _end_without_launcher(self) -> None:
+        """Act as if torchrun had sent SIGTERM: the ranks are connected, so they can agree, save and end."""
+        if self.launcher is None or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            return  # it is done, or the run does not train: it may have saved and be about to end
+        text = f"rank {self.rank}: torchrun was killed; the run saves and ends, as after SIGTERM"
+        self.launcher = None
+        with contextlib.suppress(OSError):
+            print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
+        signal.raise_signal(signal.SIGTERM)
 
     def _report(self, lost: str) -> None:
         verb = "are" if ", " in lost else "is"

@@ -3,17 +3,21 @@
 docs/formats.md describes the files. training/metrics.py says which number goes where. plot_log.py draws."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +26,7 @@ import torch
 import transformers
 
 from layers.usage import STARVED_BELOW
-from tokens.files import sync_folder, write_atomically
+from tokens.files import remove_temporaries, sync_folder, write_atomically
 from training.checkpoints import list_checkpoints
 from training.metrics import METRICS
 
@@ -33,7 +37,14 @@ except ImportError:  # Windows does not have them
     fcntl = resource = None
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
-RUN_FILES = ("latest", "model_*", *LOG_FILES, "tb", "training.*", "wandb_id")  # all files of a run
+NAMES = "|".join(map(re.escape, LOG_FILES))
+RUN_FILES = re.compile(rf"{NAMES}|latest|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id")  # all of a run
+RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
+WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
+# A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS"; what is left if it was cut off.
+LOG_LINE = re.compile(rf"(?:s:)?(\d{{1,18}})[ :]({'|'.join(WORDS)})[ :](?:-?\d+\.\d+|nan|-?inf)\s*")
+BEGINNINGS = "|".join(sorted({word[:length] for word in WORDS for length in range(len(word) + 1)}))
+CUT_LINE = re.compile(rf"(s|s:)?\d*([ :]({BEGINNINGS})([ :][-\d.naif]*)?)?")
 
 
 class RunLog:
@@ -55,17 +66,20 @@ class RunLog:
         self.files: dict[str, BinaryIO] = {}
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints also calls sync()
+        self.lost = False  # whether files had to be written again, because the folder was deleted
         for name in LOG_FILES:
+            open_own(folder / name).close()  # an error for a link or a pipe, before anything reads it
             drop_repeated_lines(folder / name, first_step, evaluates_first)
-            self.files[name] = open(folder / name, "ab", buffering=0)
+            self.files[name] = open_own(folder / name)
         self.wandb: Any = self._try_wandb(start_wandb, folder, resumed is not None) if wandb else None
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = print_thread_error
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            for line in (folder / "metrics.jsonl").read_text().splitlines() if not evaluates_first else ():
-                record = json.loads(line)
+            for line in (folder / "metrics.jsonl").read_bytes().splitlines() if not evaluates_first else ():
+                record = read_record(line)
                 if record.get("step") == first_step:  # purge_step hides the last evaluation's points
                     self._add_points(record)
 
@@ -128,7 +142,7 @@ class RunLog:
         return ""
 
     def _add_points(self, record: dict) -> None:
-        points = {m.curve: record[m.name] for m in METRICS if m.curve and record.get(m.name) is not None}
+        points = {m.curve: record[m.name] for m in METRICS if m.curve and type(record.get(m.name)) is float}
         for curve, value in points.items():
             self._tensorboard("add_scalar", curve, value, record["step"])
         self._send(record["step"], points)
@@ -173,12 +187,27 @@ class RunLog:
         """Write all lines to the disk; called before a checkpoint is written. OSError if that fails."""
         with self.writing:
             self._write()
+            self._write_lost_files_again()
         for file in self.files.values():
             os.fsync(file.fileno())
         self._tensorboard("flush")
 
+    def _write_lost_files_again(self) -> None:
+        """Somebody may have deleted or moved the folder: make it again, with the log so far."""
+        lost = [name for name in self.files if not os.path.lexists(self.folder / name)]
+        for name in lost:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.files[name].seek(0)  # a deleted file can be read until it is closed
+            write_atomically(self.folder / name, partial(shutil.copyfileobj, self.files[name]))
+            self.files[name] = open_own(self.folder / name)
+        if lost:
+            self.lost = True
+            self.say(
+                f"WARNING: {self.folder} has lost {', '.join(lost)}; they are written again, nothing else"
+            )
+
     def close(self) -> bool:
-        """Close all files and unlock the folder. False if not everything could be written."""
+        """Close all files and unlock the folder. False if not everything could be written, or was deleted."""
         if self.drawing is not None:
             self.drawing.wait()
         if self.wandb is not None:
@@ -186,7 +215,7 @@ class RunLog:
         try:
             self.sync()
             self._tensorboard("close")
-            return True
+            return not self.lost
         except OSError as error:
             self.say(f"WARNING: the last lines of the log files could not be written: {error}")
             return False
@@ -211,7 +240,7 @@ def claim_folder(folder: Path) -> BinaryIO:
     ValueError if another run holds the lock. OSError if the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "ab")
+        lock = open_own(folder / ".lock")
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,24 +249,35 @@ def claim_folder(folder: Path) -> BinaryIO:
             raise ValueError(f"log_dir={folder}: {text}") from None
         except OSError:
             pass  # some network file systems have no locks
-        for temporary in folder.glob(".*.[0-9]*.tmp"):  # its process was killed while it wrote
-            temporary.unlink()
+        remove_temporaries(folder)
     except OSError as error:
         text = f"log_dir={folder}: cannot write there: {error.strerror}; fix that, or give another --log_dir"
         raise OSError(error.errno, text) from error
     return lock
 
 
+def open_own(path: Path) -> BinaryIO:
+    """A file of a run, to append to and to read; made if it is missing. FileExistsError: a link or a pipe."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        problem = f"{path.name} is a link or no ordinary file; move it away"
+        raise FileExistsError(errno.EEXIST, problem, str(path))
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows lacks it
+    return open(path, "a+b", buffering=0, opener=lambda name, flags: os.open(name, flags | no_link, 0o666))
+
+
 def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     """Move files that do not belong to this run into a new folder old_DATE; return it, or None. A run that
-    resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again."""
-    checkpoints = [path.resolve() for path in list_checkpoints(folder)]  # newest first
-    if resumed is not None and resumed.resolve() in checkpoints:
-        found = checkpoints[: checkpoints.index(resumed.resolve())]
+    resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again. A link
+    is moved itself, not what it points to; a file that no run has written stays."""
+    checkpoints = list_checkpoints(folder)  # newest first
+    targets = [path.resolve() for path in checkpoints]
+    if resumed is not None and resumed.resolve() in targets:
+        number = targets.index(resumed.resolve())
+        found, name = checkpoints[:number], checkpoints[number].name  # `resumed` may be a link's name
         if found:
-            write_atomically(folder / "latest", lambda file: file.write(resumed.name.encode()))
+            write_atomically(folder / "latest", lambda file: file.write(name.encode()))
     else:
-        found = [path for name in RUN_FILES for path in folder.glob(name)]
+        found = [Path(entry.path) for entry in os.scandir(folder) if is_own(entry)]
     if not found:
         return None
     old, number = folder / time.strftime("old_%Y%m%d-%H%M%S"), 1
@@ -246,35 +286,60 @@ def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
         old = old.with_name(f"{old.name.split('.')[0]}.{number}")
     old.mkdir()
     for path in found:
-        shutil.move(path, old / path.name)
+        path.rename(old / path.name)
     sync_folder(folder)
     return old
 
 
+def is_own(entry: os.DirEntry) -> bool:
+    """Whether the entry, which may be a link, has the name and the kind of something that a run writes."""
+    names = RUN_FOLDERS if entry.is_dir() else RUN_FILES
+    regular = entry.is_file() or entry.is_dir() or entry.is_symlink()
+    return regular and names.fullmatch(entry.name) is not None
+
+
 def drop_repeated_lines(path: Path, first_step: int, evaluates_first: bool = True) -> None:
     """Remove the lines of a log file that a run which resumes before first_step will write again."""
-    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    with open(path, "rb") as file:
+        lines = file.readlines()
     kept = [line for line in lines if stays_after_resume(line, first_step, evaluates_first)]
+    if kept and not kept[-1].endswith(b"\n"):
+        kept[-1] += b"\n"
     if kept != lines:
         write_atomically(path, lambda file: file.writelines(kept))
 
 
 def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = True) -> bool:
-    """Whether a line of a log file stays when a run resumes before first_step. A complete line of an earlier
-    step, or without a step, stays. The evaluation at first_step stays if the run will not repeat it."""
-    if not line.endswith(b"\n"):
-        return False
+    """Whether a line of a log file stays when a run resumes before first_step. The evaluation at first_step
+    stays if the run will not repeat it. A line without a step stays, and so does one that no run wrote."""
+    text = line.decode(errors="replace")
+    if "\0" in text or (not text.endswith("\n") and (text.startswith("{") or CUT_LINE.fullmatch(text))):
+        return False  # cut off by a kill, or damaged by a crash of the machine
+    if found := LOG_LINE.fullmatch(text):
+        step, is_evaluation = int(found[1]), found[2] not in ("train", "trl")
+    else:
+        record = read_record(line)
+        run = record.get("run")
+        step = record.get("step", run.get("first_step") if isinstance(run, dict) else None)
+        is_evaluation = "step" in record and "loss" not in record
+        if type(step) is not int:
+            return True
+    return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
+
+
+def read_record(line: bytes) -> dict:
+    """The JSON object in a line of metrics.jsonl; {} for any other line, such as one that a user added."""
     try:
-        if line.startswith(b"{"):
-            record = json.loads(line)
-            step = record.get("step", record.get("run", {}).get("first_step", -1))
-            is_evaluation = "step" in record and "loss" not in record
-        else:  # "STEP train LOSS" or "s:STEP trl:LOSS"
-            step, word, value = line.removeprefix(b"s:").replace(b":", b" ").split()
-            step, _, is_evaluation = int(step), float(value), word not in (b"train", b"trl")
-        return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
-    except (ValueError, TypeError, AttributeError):
-        return False
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def print_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """For threading.excepthook: TensorBoard's thread passes its OSError to the run, which reports it."""
+    if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(failed)
 
 
 def json_safe(value: Any) -> Any:

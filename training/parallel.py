@@ -7,18 +7,15 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, ar
 """
 
 import atexit
-import functools
 import gc
 import inspect
 import os
 import shutil
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -33,8 +30,7 @@ from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
 from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
-
-TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for all ranks at the start
+from training.rendezvous import TIMEOUT, check_equal, read_environment, rendezvous, telling
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class World:
     size: int
     device: torch.device
     heartbeat: Heartbeat | None = None  # None if there is no process group
+    store: dist.Store | None = None  # a dictionary that all ranks share
 
     @property
     def is_master(self) -> bool:  # prints, logs and saves
@@ -65,6 +62,11 @@ class World:
     def lost_rank(self) -> str:
         """After an error: a sentence that names the lost ranks, "" if none is lost. Takes some seconds."""
         return self.heartbeat.lost_after_error() if self.heartbeat else ""
+
+    def check_equal(self, what: str, mine: dict) -> None:
+        """ValueError on all ranks if `mine` differs between ranks, naming the entries, ranks and values."""
+        if self.size > 1:
+            check_equal(self.store, self.rank, self.size, what, mine)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -103,87 +105,29 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"{problem}; install it, or --use_compile False")
 
 
-def start(device: str = "", parallel: str = "ddp") -> World:
+def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
     """Choose the device, join the process group, if there is one, and start the heartbeats. ValueError for
-    wrong environment variables, ranks that cannot connect, and several processes with parallel="none"."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
-    alone, rank, local_rank, size = "RANK" in missing and "WORLD_SIZE" in missing, 0, 0, 1
-    if not alone:
-        if missing:
-            state = f"{', '.join(given)} set in the environment, but not {', '.join(missing)}"
-            raise ValueError(f"{state}; set all of them, or none")
-        least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=1)
-        rank, local_rank, size, port = (whole_number(name, smallest) for name, smallest in least.items())
-        if rank >= size:
-            raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
-        if parallel == "none" and size > 1:
-            raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
+    wrong environment variables, ranks that cannot connect, several processes with parallel="none", and
+    `settings` that differ between ranks; only the number of the device may differ."""
+    rank, local_rank, size, address, port = read_environment() or (0, 0, 1, "", 0)
+    if parallel == "none" and size > 1:
+        raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # torch's default where no device is named
-    if alone:
+    if not address:
         return World(0, 0, 1, chosen)
-    store, heartbeat = rendezvous(rank, size, os.environ["MASTER_ADDR"], port)
+    store, heartbeat = rendezvous(rank, size, address, port)
+    same = {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type}
+    check_equal(store, rank, size, "settings", same)  # ranks with different ones would wait for each other
     # With a device_id NCCL connects now, and an unreachable rank fails here.
     backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
     members = dict(store=store, rank=rank, world_size=size)
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
+    with telling(lambda: f"rank {rank} waits for connections with the other ranks"):
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
     heartbeat.start()
     atexit.register(heartbeat.stop)
-    return World(rank, local_rank, size, chosen, heartbeat)
-
-
-def whole_number(name: str, least: int) -> int:
-    """The value of an environment variable; ValueError, naming it, if it is no number from `least` up."""
-    text = os.environ[name]
-    try:
-        number = int(text)
-    except ValueError as error:
-        raise ValueError(f"{name}={text!r} in the environment: must be a whole number") from error
-    if number < least:
-        raise ValueError(f"{name}={number} in the environment: must be at least {least}")
-    return number
-
-
-def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
-    """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
-
-    torchrun --max-restarts keeps its store, which holds addresses of dead processes. A process that reads one
-    hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
-    rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the
-    token of a dead process, but it continues only when every rank has acknowledged.
-    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT.
-    """
-    launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    token = prefix = uuid.uuid4().hex
-    connect = functools.partial(dist.TCPStore, address, port, size, timeout=TIMEOUT, wait_for_workers=False)
-    try:
-        store = connect(is_master=rank == 0 and not launcher_has_it)
-        if rank > 0:
-            store.set(f"token of {rank}", token)
-            prefix = store.get(f"prefix for {token}").decode()  # waits for rank 0
-        # The heartbeat needs a second connection: the main thread may be waiting in the first one.
-        heartbeat = Heartbeat(rank, size, dist.PrefixStore(f"heartbeat {prefix}", connect(is_master=False)))
-        if rank > 0:
-            store.set(f"{prefix} acknowledged by {rank}", "")
-    except dist.DistError as error:
-        raise ValueError(
-            f"rank {rank} cannot reach rank 0 at MASTER_ADDR={address}, MASTER_PORT={port}; is it the same "
-            f"everywhere, free on rank 0's machine, and open? {str(error).splitlines()[0]}"
-        ) from error
-    missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
-    while missing:
-        if time.monotonic() > end:
-            absent = min(missing)
-            raise ValueError(f"rank {absent} of WORLD_SIZE={size} did not start; start as many processes")
-        for other in sorted(missing):
-            if store.check([f"token of {other}"]):
-                store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
-            if store.check([f"{prefix} acknowledged by {other}"]):
-                missing.remove(other)
-        time.sleep(0.01)
-    return dist.PrefixStore(prefix, store), heartbeat
+    return World(rank, local_rank, size, chosen, heartbeat, store)
 
 
 def stop(world: World | None = None) -> None:

@@ -33,7 +33,8 @@ SYNONYMS = {
     "save_total_limit": "keep_last", "logging_steps": "log_every", "log_interval": "log_every",
     "bf16": "dtype bfloat16", "fp16": "dtype float16", "out_dir": "log_dir", "dataset": "data_dir",
     "wandb_log": "wandb", "report_to": "wandb or --tensorboard", "num_layers": "n_layer",
-    "n_layers": "n_layer", "num_heads": "n_head", "n_heads": "n_head", "hidden_size": "n_embd", "d_model": "n_embd",
+    "n_layers": "n_layer", "num_heads": "n_head", "n_heads": "n_head", "hidden_size": "n_embd",
+    "d_model": "n_embd",
     "n_experts": "num_experts", "top_k": "num_experts_per_tok", "n_exp": "num_experts",
     "aux_loss_coef": "moe_loss_coef", "router_aux_loss_coef": "moe_loss_coef", "resume_from": "resume",
     "resume_from_checkpoint": "resume", "gradient_checkpointing": "activation_checkpointing block",
@@ -49,8 +50,8 @@ class Flag(NamedTuple):
 
 
 def read_flags(script: str | Path) -> list[Flag]:
-    """The fields of the script's class TrainConfig, grouped by the comments `# --- GROUP` above them, and then
-    those of llmc/trainer.py's class Flags, from which it inherits."""
+    """The fields of the script's class TrainConfig, grouped by the comments `# --- GROUP` above them, then those
+    of llmc/trainer.py's class Flags, from which it inherits."""
     found = []
     for path, first in ((Path(script), "general"), (Path(script).parent / "llmc" / "trainer.py", "llm.c's")):
         text = path.read_text(encoding="utf-8")

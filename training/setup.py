@@ -101,6 +101,11 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         parallel.check_compiler(world.device)
     meta = read_data(config, world, print0)
     train_loader, val_loader = build_loaders(config, world, meta)
+    world.check_equal("training data", meta | train_loader.state_dict())
+    if val_loader:
+        world.check_equal("validation data", val_loader.state_dict())
+    if state:
+        world.check_equal("checkpoints", {"step": state["step"]})
     dtype = config.dtype  # checkpoints keep "auto", for a resume on another device
     if dtype == "auto":
         dtype = "bfloat16" if world.device.type == "cuda" else "float32"
@@ -158,6 +163,8 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     naming field and value, for settings that cannot work.
     """
     check_limits(config)
+    if not config.log_dir.strip():
+        raise ValueError("log_dir='': name a folder, such as --log_dir log")
     check_layout(config, world)
     check_optimizer(config)
     if config.learning_rate_decay_frac is not None:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from layers.usage import STARVED_BELOW
+from tokens.printable import printable
 from training.metrics import METRICS
 
 LEVELS = " ▁▂▃▄▅▆▇█"  # load of an expert: from none to twice its fair share or more
@@ -21,9 +22,9 @@ WARMUP, MEASURED = 3, 10  # steps: the first ones compile and are skipped, the n
 
 
 def tell(text: str, write: Callable = print) -> None:
-    """Print a line. A failure is ignored, because the log files have the same numbers."""
+    """Print lines. A failure is ignored, because the log files have the same numbers."""
     try:
-        write(text)
+        write(printable(text, keep="\n\t"))
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended: Ctrl-C also ends the tee of `... | tee out`

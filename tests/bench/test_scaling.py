@@ -25,7 +25,7 @@ BLOCKS = 2 * (8 + 3 * 8 * 8 + 8 * 8 + 8)  # ln_1, c_attn, c_proj, ln_2
 INSIDE = GATES + BLOCKS + EXPERTS
 P = OUTSIDE + INSIDE
 # Losses and signals; and per layer entropy, counts twice, sums of probabilities.
-STATISTICS = 6 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
+STATISTICS = 9 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
 ROWS = 2 * 16 * 2 * 8  # B T K C
 PLAN = Plan(4, B=2, T=16, dtype="float32")
 FSDP = replace(PLAN, parallel="fsdp")

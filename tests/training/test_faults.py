@@ -148,7 +148,7 @@ def test_a_signal_between_taking_and_agreeing_is_not_lost():
         assert signals.save_now and signals.exit_code is None and signals.stop_requested
         signals.agree(signals.take(torch.device("cpu")).tolist())
         assert not signals.save_now and signals.exit_code == 143
-        signals.agree([1.0, 0.0, 0.0])
+        signals.agree([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
         assert signals.exit_code == 130
         signals.agree(signals.take(torch.device("cpu")).tolist())
         assert signals.exit_code == 130  # it stays

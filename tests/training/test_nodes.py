@@ -20,7 +20,7 @@ from conftest import ROOT, slow
 from processes import finish, flags, free_port, run_ranks, same_run, start_ranks, wait_for
 
 import train_gpt_moe
-from training import heartbeat, parallel
+from training import heartbeat, parallel, rendezvous
 
 HOST = socket.gethostname()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -190,16 +190,19 @@ def test_finishing_after_the_rank_that_has_the_store():
 
 WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 BAD = [  # variable, value, words that the message must contain
-    ("RANK", "one", "RANK='one'"), ("RANK", "-1", "RANK=-1"), ("RANK", "2", "RANK=2 .*WORLD_SIZE"),
-    ("LOCAL_RANK", "", "LOCAL_RANK=''"), ("WORLD_SIZE", "0", "WORLD_SIZE=0"),
+    ("RANK", "one", "RANK='one'"), ("RANK", "-1", "RANK='-1'"), ("RANK", "2", "RANK=2 .*WORLD_SIZE"),
+    ("RANK", "1_0", "RANK='1_0'"), ("RANK", "\uff11", "RANK='\uff11'"), ("LOCAL_RANK", "", "LOCAL_RANK=''"),
+    ("WORLD_SIZE", "0", "WORLD_SIZE='0'"), ("WORLD_SIZE", "9" * 5000, "999' in the environment"),
     ("WORLD_SIZE", "2.0", "WORLD_SIZE='2.0'"), ("MASTER_PORT", "http", "MASTER_PORT='http'"),
+    ("MASTER_PORT", "99999", "MASTER_PORT='99999'"), ("MASTER_ADDR", "x.invalid", "MASTER_ADDR='x.invalid'"),
+    ("MASTER_ADDR", "a..b", "MASTER_ADDR='a..b'"),
     ("RANK", "1", "rank 1 .*rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1"),  # where nobody is
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_an_environment_that_makes_no_sense_is_named(name, value, message, monkeypatch):
-    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for variable in WORLD.items():
         monkeypatch.setenv(*variable)
@@ -209,11 +212,11 @@ def test_an_environment_that_makes_no_sense_is_named(name, value, message, monke
 
 
 def test_a_port_that_is_taken_and_a_rank_that_does_not_come(monkeypatch):
-    monkeypatch.setattr(parallel, "TIMEOUT", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
         with pytest.raises(ValueError, match=r"rank 0 cannot reach rank 0 at .* free on rank 0's machine"):
-            parallel.rendezvous(0, 2, "localhost", taken.getsockname()[1])
+            rendezvous.rendezvous(0, 2, "localhost", taken.getsockname()[1])
     with pytest.raises(ValueError, match="rank 1 of WORLD_SIZE=2"):
-        parallel.rendezvous(0, 2, "localhost", free_port())
+        rendezvous.rendezvous(0, 2, "localhost", free_port())

@@ -216,7 +216,7 @@ def test_a_preset_changes_nothing_but_what_differs_is_named(stopped, capsys):
 def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys):
     content = (stopped / "model_00006.pt").read_bytes()
     (stopped / "model_00006.pt").write_bytes(content[: len(content) // 2])
-    (stopped / ".model_00009.pt.4711.tmp").write_bytes(content[:1000])
+    (stopped / ".model_00009.pt.0123456789abcdef.tmp").write_bytes(content[:1000])
     assert resume("auto", "--log_dir", stopped) == 0
     said = capsys.readouterr().out
     assert all(text in said for text in ("WARNING: skipping", "model_00006.pt", "resumed", "at step 3"))
@@ -301,13 +301,16 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     [
         (True,
          [b"2 train 1.500000\n", b"2 train nan\n", b'{"step": 2}\n', b'{"run": {}}\n',
-          b'{"run": {"first_step": 2}}\n'],
-         [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"2 train\n", b"\0\0\0\n", b"\xff\n",
-          b'{"step": 3}\n', b'{"step": 2}', b'{"st\n', b'{"step": "2"}\n', b'{"run": {"first_step": 3}}\n',
-          b'{"run": 3}\n', b"[1]\n", b"\n"]),
+          b'{"run": {"first_step": 2}}\n',
+          # what a user may have added
+          b"2 train\n", b"\xff\n", b'{"st\n', b'{"step": "2"}\n', b'{"run": 3}\n', b"[1]\n", b"\n",
+          b"4 apples\n", b"4 apples", b"[" * 9999 + b"\n"],
+         [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"4 tra", b"\0\0\0\n",
+          b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']),
         (False,
-         [b"3 val 1.500000\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b'{"step": 3, "val_loss": 1.5}\n'],
-         [b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n", b"3 val\n",
+         [b"3 val 1.500000\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b'{"step": 3, "val_loss": 1.5}\n',
+          b"3 val\n"],
+         [b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n",
           b'{"step": 3, "loss": 1.5}\n', b'{"run": {"first_step": 3}}\n']),
     ],
 )  # fmt: skip

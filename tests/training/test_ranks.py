@@ -1,0 +1,189 @@
+"""All ranks are told the same: signals, a killed launcher, different settings or data, a start that waits.
+
+Run: python -m pytest tests/training/test_ranks.py
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, slow
+from processes import finish, flags, free_port, newest, start, wait_for, wait_for_text
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+import train_gpt_moe
+from tokens.shards import read_shard, write_shard
+from training import checkpoints as ckpt
+from training import faults, heartbeat, rendezvous
+from training.faults import Signals
+
+LONG = ["--max_steps", 50_000, "--checkpoint_every", 0]
+
+
+def main(arguments: list[str]) -> int:
+    """What `start(..., script="test_ranks")` runs: a rank in a folder of its own."""
+    os.chdir(os.environ["FOLDER"])
+    return train_gpt_moe.main(arguments)
+
+
+def start_unlike(arguments: list[list], output: Path, folders: list | None = None) -> list:
+    """Ranks with arguments and folders of their own."""
+    world = dict(WORLD_SIZE=str(len(arguments)), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    each = [world | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(len(arguments))]
+    each = [
+        names | dict(FOLDER=str(folder)) for names, folder in zip(each, folders or [ROOT] * 2, strict=True)
+    ]
+    unlike = zip(arguments, each, strict=True)
+    return [start(mine, output, environment, script="test_ranks") for mine, environment in unlike]
+
+
+def saved_all(log_dir: Path) -> bool:
+    """Whether the newest checkpoint has every step of the log, and no more."""
+    return ckpt.load_newest(log_dir)[1]["step"] == newest(log_dir) + 1
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
+def test_signals_that_end_a_run(name):
+    with Signals() as signals:
+        os.kill(os.getpid(), getattr(signal, name))
+        assert signals.stop_requested
+        signals.agree(signals.take(torch.device("cpu")).tolist())
+    assert signals.exit_code == 128 + getattr(signal, name) and not signals.save_now
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.stop_requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal(data, tmp_path):
+    """Whatever the run prints after SIGHUP fails."""
+    ours, its = os.openpty()
+    run = start(flags(data, tmp_path, *LONG), os.ttyname(its))
+    wait_for(tmp_path / "log.txt", 6)
+    os.close(ours)
+    wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
+    os.kill(run.pid, signal.SIGHUP)
+    assert finish(run) == 129 and saved_all(tmp_path)
+    os.close(its)
+
+
+# ---------------------------------------------------------------------------- a launcher that is killed
+
+
+@pytest.mark.parametrize("noticed_by", ["parent", "store"])
+def test_a_killed_launcher_is_like_sigterm(noticed_by, monkeypatch, capsys):
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "TIMEOUT_AFTER_ERROR", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)
+    one = heartbeat.Heartbeat(0, 1, store, launcher_has_store=True)
+    del store
+    one._end_without_launcher()  # outside of a training SIGTERM would kill this process
+    with Signals() as signals:
+        one.start()
+        if noticed_by == "parent":
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+        else:
+            del host
+        end = time.monotonic() + 30
+        while not signals.stop_requested:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        one.stop(finished=True)
+    assert one.lost == "" and capsys.readouterr().err.count("rank 0: torchrun was killed") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), [("SIGHUP", "ddp"), ("SIGKILL", "ddp"), ("SIGKILL", "fsdp")])
+def test_signals_to_torchrun(data, tmp_path, name, layout, request):
+    """SIGHUP is passed on. SIGKILL is not: the ranks, which are all alive, notice it themselves."""
+    run = [ROOT / "train_gpt_moe.py", *flags(data, tmp_path / "log", *LONG, "--B", 2, "--parallel", layout)]
+    port = f"--master_port={free_port()}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, *map(str, run)]
+    with open(tmp_path / "out", "w") as output:
+        launcher = subprocess.Popen(command, stdout=output, stderr=output)
+    request.addfinalizer(launcher.kill)
+    wait_for(tmp_path / "log" / "log.txt", 8)
+    launcher.send_signal(getattr(signal, name))
+    launcher.wait(60)
+    wait_for_text(tmp_path / "out", "stopped before step", 60)
+    assert saved_all(tmp_path / "log")
+    assert ("torchrun was killed" in (tmp_path / "out").read_text()) == (name == "SIGKILL")
+
+
+def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert faults.report(ValueError("B=0 is\nwrong")) == 2
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))  # torchrun's reader of the file
+    assert failure.message["message"] == r"B=0 is\nwrong" and time.time() - failure.timestamp < 60
+
+
+# ---------------------------------------------------------------------------- different settings or data
+
+
+def test_different_settings_are_named_on_all_ranks(data, tmp_path):
+    arguments = flags(data, tmp_path / "log", "--B", 2)
+    other = [*arguments, "--max_lr", 0.1, "--resume", "auto", "--prompt", "x" * 1000]
+    begin, ranks = time.monotonic(), start_unlike([arguments, other], tmp_path / "out")
+    assert [finish(rank, 60) for rank in ranks] == [2, 2] and time.monotonic() - begin < 60
+    for line in (lines := (tmp_path / "out").read_text().splitlines()):
+        assert "max_lr=0.003 on rank 0, but 0.1 on rank 1" in line and len(line) < 500
+        assert "resume='' on rank 0, but 'auto' on rank 1" in line and "prompt=" in line
+        assert "log_dir" not in line
+    assert len(lines) == 2 and not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", *slow("val_000000.bin")])
+def test_different_data_are_named_on_all_ranks(data, tmp_path, name):
+    """Two machines, on which the same name is another folder."""
+    for machine in ("a", "b"):
+        shutil.copytree(data, tmp_path / machine / "data")
+    tokens = np.array(read_shard(tmp_path / "b" / "data" / name))
+    write_shard(tmp_path / "b" / "data" / name, tokens[::-1])
+    arguments = flags("data", tmp_path / "log", "--B", 2)
+    ranks = start_unlike([arguments] * 2, tmp_path / "out", [tmp_path / "a", tmp_path / "b"])
+    assert [finish(rank, 60) for rank in ranks] == [2, 2]
+    said, kind = (tmp_path / "out").read_text(), "validation" if "val" in name else "training"
+    assert len(re.findall(rf"different {kind} data: sha256=\S+ on rank 0, but \S+ on rank 1;", said)) == 2
+
+
+def test_what_differs_between_many_ranks():
+    values = [{"a": "1", "b": "2"}] * 3 + [{"a": "1", "b": "3"}] * 12 + [{"a": "1"}]
+    (text,) = rendezvous.differences(values)
+    assert text == "b=2 on rank 0, but 3 on ranks 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"
+
+
+# ---------------------------------------------------------------------------- a start that waits
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [(0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")],
+)
+def test_a_start_that_waits_says_for_whom(rank, said, monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.2)
+    with pytest.raises(ValueError, match=r"did not start|cannot reach"):
+        rendezvous.rendezvous(rank, 3, "localhost", free_port())
+    assert capsys.readouterr().err.count(said) > 1
