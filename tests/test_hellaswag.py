@@ -21,7 +21,7 @@ from conftest import shared_file, slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_examples, strong, tiny
-from processes import finish, full_disk, start_ranks
+from processes import full_disk, run_ranks
 
 import hellaswag
 from hellaswag import HellaSwagUnavailable, build_question, evaluate, iterate_examples, render_example
@@ -30,7 +30,6 @@ from tokens import hellaswag_files
 from training import parallel
 
 TINY = dict(n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
-MOE = dict(use_moe=True, num_experts=3, moe_every=2, router_score="sigmoid", tie_word_embeddings=False)
 
 
 @pytest.fixture
@@ -50,33 +49,22 @@ def make_model(**fields) -> GPTLMHeadModel:
     return strong(GPTLMHeadModel(tiny(**TINY | fields)))
 
 
-def plain_losses(model, path, style="completion"):
-    """What score_one_by_one says of all questions in a file."""
-    examples, block = iterate_examples(data=path), model.config.block_size
-    return hellaswag.score_one_by_one(model, [build_question(e, "bytes", style, block) for e in examples])
-
-
 def assert_close(losses, expected):
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("style", "fields"),
-    [
-        ("completion", dict(position="rope", n_kv_head=2, qk_norm=True, norm="rmsnorm")),
-        ("completion", dict(use_moe=True, num_shared_experts=1, logit_softcap=3.0)),
-        ("completion", dict(sliding_window=7)),
-        ("completion", dict(block_size=8)),  # shorter than endings
-        ("completion", dict(block_size=60)),  # crops most questions, so that contexts differ between endings
-        ("harness", dict(block_size=60)),
-        ("harness", dict(sliding_window=11, global_every=2, position="rope", activation="swiglu")),
-        ("harness", MOE),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("style, fields", [
+    ("completion", dict(position="rope", n_kv_head=2, qk_norm=True, norm="rmsnorm")),
+    ("completion", dict(use_moe=True, num_shared_experts=1, logit_softcap=3.0)),
+    ("completion", dict(sliding_window=7)), ("completion", dict(block_size=8)),  # shorter than endings
+    ("harness", dict(block_size=60)), ("completion", dict(block_size=60)),  # most contexts are cropped
+    ("harness", dict(sliding_window=11, global_every=2, position="rope", activation="swiglu")),
+    ("harness", dict(use_moe=True, moe_every=2, router_score="sigmoid", tie_word_embeddings=False)),
+], ids=str)  # fmt: skip
 def test_batched_scores_equal_plain_ones(style, fields, write):
     model, path = make_model(**fields), write(make_examples(16))
-    plain = plain_losses(model, path, style)
+    block, examples = model.config.block_size, iterate_examples(data=path)
+    plain = hellaswag.score_one_by_one(model, [build_question(e, "bytes", style, block) for e in examples])
     for budget in (1, 300, 100_000):  # one row per forward, some, all
         result = evaluate(model, path, style=style, tokens_per_batch=budget)
         assert_close(result.losses, plain)
@@ -178,12 +166,10 @@ def test_modes_and_router_statistics_are_left_as_they_were(write):
 def test_a_compiled_model_builds_no_further_graph(how, write):
     torch._dynamo.reset()
     model, path, idx = make_model(use_moe=True), write(make_examples(5)), torch.randint(256, (2, 32))
-    plain, compiled = evaluate(model, path).losses, model
-    if how == "torch.compile(model)":
-        compiled = torch.compile(model, backend="eager")
-    else:
-        for part in [model] if how == "model.compile()" else model.transformer.h:
-            part.compile(backend="eager")
+    plain = evaluate(model, path).losses
+    compiled = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model
+    for part in {"model.compile()": [model], "block.compile()": model.transformer.h}.get(how, ()):
+        part.compile(backend="eager")
 
     def train_and_count():
         model.train()
@@ -226,14 +212,11 @@ def main(arguments: list[str]) -> int:
 
 def test_two_ranks_run_equally_many_forwards_give_the_result_of_one_and_fail_together(tmp_path, write):
     examples = [*make_examples(4, longest=3), *make_examples(3, seed=1)]  # of which some are cropped
-    ranks = start_ranks(2, [tmp_path, write(examples)], tmp_path / "output", script="test_hellaswag")
-    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
+    run_ranks(2, [tmp_path, write(examples)], tmp_path / "output", script="test_hellaswag")
     whole = evaluate(make_model(use_moe=True, block_size=70), write(examples))
     assert 0 < whole.cropped < 7
     for budget in (1, 160):  # one row per rank and forward (the last forward has one for both), and more
-        (losses, lengths), (losses1, lengths1) = (
-            torch.load(tmp_path / f"{budget}_{rank}.pt") for rank in (0, 1)
-        )
+        (losses, lengths), (losses1, lengths1) = (torch.load(tmp_path / f"{budget}_{r}.pt") for r in (0, 1))
         assert_close(losses, whole.losses)
         assert torch.equal(losses, losses1) and lengths == lengths1 and len(set(lengths)) > 1
     assert "another rank could not load the questions" in (tmp_path / "error0").read_text()
@@ -265,18 +248,14 @@ def test_render_example_is_build_nanogpts(gpt2_encoding):
     assert tokens.size(1) == len(data["ctx_tokens"]) + max(map(len, data["ending_tokens"]))
 
 
-@pytest.mark.parametrize(
-    ("fields", "context", "endings"),
-    [
-        (dict(ctx_a="He sits on a ROOF.", ctx_b="then HE", endings=[" jumps ", "[step] runs", "a  b", "[x]"]),
-         "Roofing: He sits on a ROOF. Then he", [" jumps", "  runs", " a b", " "]),
-        (dict(ctx_a="[header] How to sit [title] Find a roof. [step] Climb. [substeps]", ctx_b=""),
-         "Roofing: How to sit. Find a roof. Climb.",
-         ["  a", "  b", "  c", "  d"]),  # the space before [substeps] is counted to the endings
-        (dict(ctx="no parts [x]here. he"), "Roofing: no parts here. he", [" a", " b", " c", " d"]),
-    ],
-    ids=["capitalised", "wikihow", "joined"],
-)  # fmt: skip
+@pytest.mark.parametrize("fields, context, endings", [
+    (dict(ctx_a="He sits on a ROOF.", ctx_b="then HE", endings=[" jumps ", "[step] runs", "a  b", "[x]"]),
+     "Roofing: He sits on a ROOF. Then he", [" jumps", "  runs", " a b", " "]),
+    (dict(ctx_a="[header] How to sit [title] Find a roof. [step] Climb. [substeps]", ctx_b=""),
+     "Roofing: How to sit. Find a roof. Climb.",
+     ["  a", "  b", "  c", "  d"]),  # the space before [substeps] is counted to the endings
+    (dict(ctx="no parts [x]here. he"), "Roofing: no parts here. he", [" a", " b", " c", " d"]),
+], ids=["capitalised", "wikihow", "joined"])  # fmt: skip
 def test_harness_style_by_hand(fields, context, endings):
     """Worked out by hand from lm-evaluation-harness's process_docs and _encode_pair."""
     example = dict(ctx="unused", activity_label="Roofing", label=0, endings=["a", "b", "c", "d"]) | fields
@@ -303,21 +282,17 @@ def test_all_validation_questions_are_read():
     assert sum(1 for _ in iterate_examples(data=shared_file("hellaswag_val.jsonl"))) == 10042
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (dict(label=4), "label: .* found 4"), (dict(label=True), "label"), (dict(label=1.0), "label"),
-        (dict(label=""), "label"),  # Hugging Face's test questions
-        (dict(endings=["a", "b", "c"]), "endings: .* 4"), (dict(endings="abcd"), "endings: .* 4"),
-        (dict(endings=["a", "b", None, "d"]), r"endings\[2\]: expected a text"),
-        (dict(ctx=None), "ctx: expected a text"), (dict(ctx=""), "ctx: expected a text to continue"),
-        (dict(ctx="half a \ud83d pair"), "ctx: .*whole characters"),
-        (dict(activity_label=3), "activity_label"), (dict(ctx_b=["x"]), "ctx_b"),
-        (b"{", ""), (b"[]", ".*JSON object"), (b"null", ".*JSON object"), (b"\xff\xfe", ""),
-        (b'{"ctx": "a"}', "endings"), (b"[" * 100_000, ""), (b"1" * 5000, ""), (b"\xef\xbb\xbf{}", ""),
-    ],
-    ids=lambda value: str(value)[:40],
-)  # fmt: skip
+@pytest.mark.parametrize("wrong, words", [
+    (dict(label=4), "label: .* found 4"), (dict(label=True), "label"), (dict(label=1.0), "label"),
+    (dict(label=""), "label"),  # Hugging Face's test questions
+    (dict(endings=["a", "b", "c"]), "endings: .* 4"), (dict(endings="abcd"), "endings: .* 4"),
+    (dict(endings=["a", "b", None, "d"]), r"endings\[2\]: expected a text"),
+    (dict(ctx=None), "ctx: expected a text"), (dict(ctx=""), "ctx: expected a text to continue"),
+    (dict(ctx="half a \ud83d pair"), "ctx: .*whole characters"),
+    (dict(activity_label=3), "activity_label"), (dict(ctx_b=["x"]), "ctx_b"),
+    (b"{", ""), (b"[]", ".*JSON object"), (b"null", ".*JSON object"), (b"\xff\xfe", ""),
+    (b'{"ctx": "a"}', "endings"), (b"[" * 100_000, ""), (b"1" * 5000, ""), (b"\xef\xbb\xbf{}", ""),
+], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_bad_questions_name_file_line_and_field(wrong, words, write):
     good = make_examples(1)[0]
     path = write([good, b"", wrong if isinstance(wrong, bytes) else good | wrong])
@@ -330,28 +305,19 @@ def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
     assert [e["label"] for e in iterate_examples(data=write([example]))] == [2]
     with pytest.raises(ValueError, match="no questions in this file"):
         evaluate(make_model(), write([b"", b"  "]))
-    for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(HellaSwagUnavailable, match=f"cannot read the questions in {path}"):
-            evaluate(make_model(), path)
+    with pytest.raises(HellaSwagUnavailable, match=f"cannot read the questions in {tmp_path}"):
+        evaluate(make_model(), tmp_path)  # missing files: test_two_ranks
 
 
-WRONG = (
-    st.lists(st.text(), min_size=4, max_size=4)
-    | st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text()
-    | st.lists(st.text())
-)
-CHANGES = st.dictionaries(st.sampled_from([*make_examples(1)[0]]), WRONG, max_size=2)
+WRONG = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text())
+VALUES = st.lists(st.text(), min_size=4, max_size=4) | WRONG  # four texts are right for endings alone
+CHANGES = st.dictionaries(st.sampled_from([*make_examples(1)[0]]), VALUES, max_size=2)
 LINES = st.binary(max_size=60) | CHANGES.map(lambda changes: make_examples(1)[0] | changes)
 
 
 @settings(max_examples=70)
 @given(st.lists(LINES, max_size=3), st.sampled_from(["completion", "harness"]), st.integers(1, 80))
 def test_any_file_is_read_or_refused(write, lines, style, block):
-    """Random bytes and nearly right questions: rows that fit, or a ValueError with file and line."""
     path = write(lines)
     try:
         examples = list(iterate_examples(data=path))
@@ -398,29 +364,24 @@ def test_a_failed_download_is_one_clear_line_and_leaves_nothing(trouble, urlopen
     assert list((tmp_path / "hellaswag").iterdir()) == []
 
 
-def test_script(tmp_path, write, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
+def test_script(tmp_path, write, capsys):
     def run(model, data, *more):
         words = ["--model", str(tmp_path / model), "--data", str(data), "--device", "cpu", *more]
         return hellaswag.main(words), capsys.readouterr()
 
     model, path = make_model(use_moe=True), write(make_examples(4))
     model.save_pretrained(tmp_path / "exported")
-    state = {"model": model.state_dict(), "config": model.config.to_dict(), "step": 7}
-    torch.save(state, tmp_path / "model_00007.pt")
-    for source in ("exported", "model_00007.pt"):
+    torch.save({"model": model.state_dict(), "config": model.config.to_dict(), "step": 7}, tmp_path / "7.pt")
+    for source in ("exported", "7.pt"):
         code, printed = run(source, path)
         assert code == 0 and str(evaluate(model, path)) in printed.out
     code, printed = run("exported", path, "--style", "harness", "--limit", "2", "--dtype", "bfloat16")
     assert code == 0 and "2 questions" in printed.out
     for source, data, words in (
         ("missing", path, f"{tmp_path / 'missing'}: no such file or folder (`ls -d log/model_*`"),
-        ("missing.pt", path, "missing.pt"),
-        ("exported", "missing", "missing"),
+        ("missing.pt", path, "missing.pt"), ("exported", "missing", "missing"),
         ("exported", write([b"{"], "bad"), "bad, line 1"),
-    ):
+    ):  # fmt: skip
         code, printed = run(source, data)
         last = printed.err.splitlines()[-1]  # after transformers' bar
         assert code == 2 and last.startswith("hellaswag.py: ") and words in last

@@ -18,8 +18,6 @@ from model import GPT, GPTConfig, GPTLMHeadModel
 
 MODERN = ARCHITECTURES["modern"]
 
-# ---------------------------------------------------------------------------- The documented interface
-
 DOCUMENTED = """
 LayerNorm: __init__(ndim, bias); forward(input)
 CausalSelfAttention: __init__(config); forward(x)
@@ -62,9 +60,6 @@ def test_every_layer_works_by_itself():
     assert layer.mlp.get_usage_counts().sum() == 2 * 5 * 2 and layer.mlp.get_auxiliary_loss() > 0
 
 
-# ---------------------------------------------------------------------------- Configuration
-
-
 def test_defaults_are_the_documented_ones():
     config = GPTConfig()
     expected = dict(
@@ -79,7 +74,7 @@ def test_defaults_are_the_documented_ones():
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-REFUSED = [
+@pytest.mark.parametrize("fields, words", [
     (dict(dropout=1.0), "below 1"), (dict(dropout=-0.1), "at least 0"), (dict(n_layer=0), "at least 1"),
     (dict(num_experts=40_000), "at most 32767"), (dict(sliding_window=0), "at least 1"),
     (dict(norm_eps=0.0), "above 0"), (dict(rope_theta=-1.0), "above 0"), (dict(rope_theta=0), "above 0"),
@@ -90,10 +85,7 @@ REFUSED = [
     (dict(n_embd=65), "n_head=12"), (dict(n_head=12, n_kv_head=5), "n_head=12"),
     (dict(position="rope", n_embd=36), "n_head=12 .* odd size, 3"), (dict(global_every=2), "sliding_window"),
     (dict(num_experts_per_tok=3), "num_experts=2"), (dict(encoding_size=60000), "vocab_size=50257"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("fields, words", REFUSED, ids=str)
+], ids=str)  # fmt: skip
 def test_impossible_configurations_are_refused_by_name(fields, words):
     name, value = list(fields.items())[-1]
     with pytest.raises(ValueError) as error:
@@ -138,16 +130,10 @@ def test_layer_kinds():
     assert model.transformer.h[1].mlp.experts.c_fc.shape == (4, 16, 64)
 
 
-# ---------------------------------------------------------------------------- Sizes and initialisation
-
-
-@pytest.mark.parametrize(
-    "n_layer, n_head, n_embd, count",
-    [
-        (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("n_layer, n_head, n_embd, count", [
+    (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
+    (48, 25, 1600, 1_557_611_200),
+])  # fmt: skip
 def test_parameter_counts_of_the_gpt2_family(n_layer, n_head, n_embd, count):
     with torch.device("meta"):
         model = GPT(GPTConfig(use_moe=False, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
@@ -184,7 +170,6 @@ def test_initialisation_is_gpt2s(fields):
     torch.manual_seed(1)
     model = GPTLMHeadModel(tiny(n_layer=4, n_embd=128, vocab_size=512, block_size=64, **fields))
     residual = 0.02 / math.sqrt(2 * 4)
-    seen = set()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.count_nonzero() == 0, name
@@ -196,13 +181,8 @@ def test_initialisation_is_gpt2s(fields):
             chance = 5 / math.sqrt(2 * parameter.numel())
             assert parameter.std().item() == pytest.approx(std, rel=chance), name
             assert abs(parameter.mean()) < 5 * std / math.sqrt(parameter.numel()), name
-            seen.add("c_proj" in name)
-    assert seen == {True, False}
     ids = tokens(V=512)
     assert model.eval()(ids, targets=ids.roll(-1, 1))[1].item() == pytest.approx(math.log(512), abs=0.15)
-
-
-# ---------------------------------------------------------------------------- Loss and outputs
 
 
 def test_three_ways_to_the_same_loss():
@@ -265,8 +245,8 @@ def test_outputs_in_every_form():
     assert loss.dim() == 0 and torch.equal(logits, model(ids).logits)
     assert torch.equal(GPT.forward(model, ids, return_dict=False)[0], model(ids).logits)
     assert model(ids, use_cache=False).get(CACHE) is None
-    chosen = torch.tensor([0, 7, 23])
-    for keep, expected in ((3, [21, 22, 23]), (1, [23]), (0, list(range(24))), (chosen, [0, 7, 23])):
+    some = torch.tensor([0, 7, 23])
+    for keep, expected in ((3, [21, 22, 23]), (1, [23]), (0, list(range(24))), (some, some)):
         kept = model(ids, logits_to_keep=keep).logits
         assert torch.allclose(kept, full.logits[:, expected], atol=1e-5), keep
     model.set_attn_implementation("eager")  # transformers would refuse: it guesses from a model's source
@@ -282,10 +262,9 @@ def test_bad_calls_are_refused():
     for arguments, message in (
         (dict(input_ids=tokens(T=25)), "25 tokens .*block_size=24"),
         (dict(input_ids=tokens(T=25), attention_mask=torch.ones(3, 25)), "25 tokens .*block_size=24"),
-        (dict(), "input_ids and inputs_embeds"),
         (dict(input_ids=ids, inputs_embeds=torch.zeros(3, 24, 64)), "input_ids and inputs_embeds"),
-        (dict(input_ids=ids, labels=ids, targets=ids), "labels .*targets"),
-    ):
+        (dict(), "input_ids and inputs_embeds"), (dict(input_ids=ids, labels=ids, targets=ids), "labels"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             model(**arguments)
 
@@ -306,9 +285,6 @@ def test_padding_counts_neither_in_the_router_nor_in_gradients():
         results.append([output.loss, output.balance_loss, counts, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5) and a.isfinite().all()
-
-
-# ---------------------------------------------------------------------------- Training
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -341,13 +317,6 @@ def test_a_cache_goes_by_two_names():
         assert torch.allclose(model(ids[:, -1:], **{name: begun}).logits, expected, atol=1e-5)
     with pytest.raises(ValueError, match="past_key_values or cache"):
         model(ids[:, -1:], past_key_values=begun, cache=begun)
-
-
-def test_dropout_acts_in_training_only():
-    model, ids = strong(GPTLMHeadModel(tiny(dropout=0.3))), tokens()
-    for training in (True, False):
-        model.train(training)
-        assert torch.equal(model(ids).logits, model(ids).logits) != training
 
 
 def test_optimizer_groups_follow_the_roles_of_parameters():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 from models import NANOGPT, make_examples
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -39,23 +39,17 @@ COMMANDS = list(dict.fromkeys(
 
 # Commands that no test here runs, by their beginnings, and why. The files named test the same thing offline.
 LISTED = {
-    "python3 -m venv": "the reader's environment",
-    "pip install torch ": "network",
-    "pip install accelerate": "network",
-    "pip install lm_eval": "network",
-    "lm_eval ": "not installed; test_export.py",
-    "python fineweb.py$": "network; test_fineweb.py",
+    "python3 -m venv": "the reader's environment", "pip install torch ": "network",
+    "pip install accelerate": "network", "pip install lm_eval": "network",
+    "lm_eval ": "not installed; test_export.py", "python fineweb.py$": "network; test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
-    "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py",
-    "sbatch ": "Slurm; test_nodes.py",
-    "RANK=": "GPUs; test_nodes.py",
-    "python tests/torture.py": "minutes, as root",
-    "python -m pytest": "these are the tests",
-    "pip install -r requirements-dev.txt": "these are the tests",
+    "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py", "RANK=": "GPUs; test_nodes.py",
+    "sbatch ": "Slurm; test_nodes.py", "python tests/torture.py": "minutes, as root",
+    "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
     "python -m llmc --help": "test_help_of_every_command_works",
     "python -m bench --help": "test_help_of_every_command_works",
     "python -m bench$": "the name of the program, not a command",
-}
+}  # fmt: skip
 RUN = [command for command in COMMANDS if not f"{command}$".startswith(tuple(LISTED))]
 
 
@@ -65,17 +59,8 @@ def split(command: str) -> tuple[str, list[str]]:
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
 
-def one_fast_command_each() -> list:
-    """RUN as test parameters, all marked slow but the first of each script and module (of bench: train)."""
-    seen, parameters = set(), []
-    for command in RUN:
-        script, flags = split(command)
-        slow = script in seen or (script == "bench" and flags[0] != "train")
-        parameters.append(pytest.param(command, marks=[pytest.mark.slow] * slow))
-        seen |= set() if slow else {script}
-    return parameters
-
-
+# Of each script and module, the everyday suite runs the first command; of bench, the first `train`.
+FAST = {split(c)[0]: c for c in reversed(RUN) if split(c)[0] != "bench" or split(c)[1][0] == "train"}.values()
 SMALL = """--n_layer 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --val_steps 1
     --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0 --hellaswag 0
     --data_dir data""".split()
@@ -120,7 +105,7 @@ def made(data, tmp_path_factory) -> Path:
     for name in ("my_text.txt", "tinyshakespeare.txt", "hellaswag.txt"):
         (folder / name).write_text(text)
     for name in ("questions.jsonl", "hellaswag_val.jsonl"):
-        (folder / name).write_text("\n".join(json.dumps(example) for example in make_examples(3)))
+        (folder / name).write_text("\n".join(map(json.dumps, make_examples(3))))
     for name in ("gpt2_data", "nanoGPT"):
         (folder / name).mkdir()
     (folder / "nanoGPT" / "model.py").write_text(NANOGPT)
@@ -163,7 +148,7 @@ def run_training(flags: list[str]) -> int:
     return train_gpt_moe.main([*before, *flags, *after])
 
 
-@pytest.mark.parametrize("command", one_fast_command_each())
+@pytest.mark.parametrize("command", [*FAST, *slow(*(command for command in RUN if command not in FAST))])
 def test_commands_run(command, workshop, monkeypatch, capsys, request):
     """Each command runs as it stands, but for smaller sizes and local files."""
     script, flags = split(command)
@@ -199,7 +184,6 @@ def test_commands_run(command, workshop, monkeypatch, capsys, request):
 
 def test_python_examples_run_in_order(workshop, capsys, own_modules):
     """All of them, one after the other as a reader would. "gpt2" is a small model of random weights here."""
-    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
     assert checkpoint.main(["export", "log/model_19073.pt", "my_model"]) == 0
     names = {}
     exec(compile("\n".join(PYTHON), "docs", "exec"), names)
@@ -222,22 +206,18 @@ def test_listed_commands_name_files_and_flags_that_exist(command):
             assert re.search(rf'"--{name}"|^    {name}: ', source, re.MULTILINE), f"{paths[0]} has no {word}"
 
 
-def test_what_is_listed_is_there():
+def test_what_is_listed_and_the_two_first_commands_are_there():
     assert all(any(f"{command}$".startswith(known) for command in COMMANDS) for known in LISTED)
     assert len(RUN) >= 12
-
-
-def test_the_two_first_commands_are_those_that_are_promised():
     block = "pip install -r requirements.txt && python train_gpt_moe.py --preset demo"
     assert README.index(block) < 1500
-    assert "pip install -r requirements-dev.txt && python -m pytest" in README
-    assert "pip install -r requirements-dev.txt && python -m pytest" in (ROOT / ".ci" / "run").read_text()
+    for text in (README, (ROOT / ".ci" / "run").read_text()):
+        assert "pip install -r requirements-dev.txt && python -m pytest" in text
 
 
-SCRIPTS = ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plot_log", "bench", "llmc"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", "train_gpt_moe fineweb hellaswag sample checkpoint plot_log bench llmc".split()
+)  # fmt: skip
 def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
     assert "usage" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from models import NANOGPT
+from models import NANOGPT, make_examples
 
 import hellaswag
 from bench import __main__ as bench
@@ -80,33 +80,21 @@ def test_whole_models_beside_nanogpts(d4, tmp_path, capsys, monkeypatch):
 def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
     for flags, message in (
         (["train", "--size", "d4", "--nanogpt", tmp_path], "git clone https://github.com/karpathy/nanoGPT"),
-        (["train", "--size", "d5"], "size='d5'"),
-        (["hellaswag", "--size", "d5"], "size='d5'"),
-        (["checkpoint", "--size", "d5"], "size='d5'"),
+        *(([command, "--size", "d5"], "size='d5'") for command in ("train", "hellaswag", "checkpoint")),
         (["step", "--device", "xyz"], "device='xyz' is no device"),
     ):
         code, _, err = run(capsys, *flags)
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_questions_that_are_not_there(tmp_path, capsys, gpt2_encoding):
-    code, _, err = run(capsys, "hellaswag", "--size", "d4", "--data", tmp_path / "none")
-    assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
-
-
-BAD_OPTIONS = [
-    ("step --rounds 0", "--rounds 0: must be above 0"),
-    ("hellaswag --limit 0", "--limit 0: must be above 0"),
-    ("moe_pays --steps -3", "--steps -3: must be above 0"),
-    ("step --threads -1", "--threads -1: must be at least 0"),
+@pytest.mark.parametrize("flags, message", [
+    ("step --rounds 0", "--rounds 0: must be above 0"), ("hellaswag --limit 0", "--limit 0: must be above 0"),
+    ("moe_pays --steps -3", "--steps -3: must be above 0"), ("step --threads -1", "-1: must be at least 0"),
     ("scale --micro_ms -1", "--micro_ms -1.0: must be at least 0"),
     ("step --csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
     ("time_to_loss --png x.bmp", "--png x.bmp: the name must end in .png, .svg or .pdf"),
     ("moe --size d12", "unrecognized arguments: --size d12"),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), BAD_OPTIONS)
+])  # fmt: skip
 def test_bad_options_are_refused_before_anything_runs(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
         run(capsys, *flags.split())
@@ -134,8 +122,7 @@ def test_loss_head(tmp_path, capsys, monkeypatch):
 
 
 def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):
-    example = {"ctx": "a b c", "activity_label": "x", "endings": ["d", "e f", "g", "h i"], "label": 1}
-    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps(example)] * 9))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, make_examples(9, longest=1))))
     load = hellaswag.load_questions
     bytes_ = lambda path, limit, style, _, *sizes: load(path, limit, style, "bytes", *sizes)  # noqa: E731
     monkeypatch.setattr(hellaswag, "load_questions", bytes_)
@@ -144,12 +131,13 @@ def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):
     plain, ours = table(tmp_path / "t.csv")
     assert (plain["questions"], plain["same choices"], ours["same choices"]) == ("3", "3", "3")
     assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
+    code, _, err = run(capsys, "hellaswag", *flags, "--data", tmp_path / "none")
+    assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
 
 
 def test_checkpoints(d4, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["checkpoint", "--size", "d4", "--rounds", 2, "--csv", tmp_path / "t.csv"]
-    assert run(capsys, *flags)[0] == 0
+    assert run(capsys, "checkpoint", "--size", "d4", "--rounds", 2, "--csv", tmp_path / "t.csv")[0] == 0
     rows = table(tmp_path / "t.csv")
     assert {row["part"] for row in rows} == {
         "first pause", "pause of training", "writing and reading back, in the background", "verifying",
@@ -174,8 +162,7 @@ def test_rungs_add_up_one_change_at_a_time():
 
 def test_every_rung_is_climbed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 8, 1, 8))
-    settings = []
-    climb = ladder.climb
+    settings, climb = [], ladder.climb
     monkeypatch.setattr(ladder, "climb", lambda s, *rest: settings.append(s) or climb(s, *rest))
     before = torch.get_float32_matmul_precision()
     assert run(capsys, "ladder", "--device", "cpu", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
@@ -204,8 +191,7 @@ def test_what_a_rung_says_it_does(tmp_path, monkeypatch):
 
 
 def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, capsys, monkeypatch):
-    """By a clock that only these three move: the loop's own time is that of writing the log, the model's that
-    of waiting for the device twice."""
+    """By a clock that only these three move. The model's time is that of waiting for the device twice."""
     clock = SimpleNamespace(now=0.0)
 
     def lasts(seconds, function):

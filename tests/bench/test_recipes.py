@@ -14,7 +14,7 @@ from models import NANOGPT, tiny, tokens
 
 from bench import __main__ as bench
 from bench import recipes
-from model import GPTConfig, GPTLMHeadModel
+from model import GPTLMHeadModel
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, B=4)
 
@@ -24,13 +24,6 @@ def text(tmp_path):
     path = tmp_path / "input.txt"
     path.write_text("the quick brown fox jumps over the lazy dog, again and again.\n" * 400)
     return str(path)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Every step takes a second by the clock of recipes.py, however busy the machine is."""
-    seconds = count()
-    monkeypatch.setattr(recipes, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
 
 
 @pytest.fixture
@@ -76,14 +69,12 @@ def test_a_step_is_adamw_on_the_drawn_batch(text):
     train, _ = recipes.split_text(text)
     contender = recipes.build_ours("gpt2", recipes.RECIPES["gpt2"] | TINY, train, 256, steps=300)
     torch.manual_seed(recipes.SEED)
-    sizes = dict(block_size=16, n_layer=1, n_head=2, n_embd=16)
-    model = GPTLMHeadModel(GPTConfig(use_moe=False, vocab_size=256, **sizes))
+    model = GPTLMHeadModel(tiny(use_moe=False, vocab_size=256, block_size=16, n_layer=1, n_head=2, n_embd=16))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     generator = torch.Generator().manual_seed(recipes.SEED)
     for step in range(3):
         x, y = recipes.draw_windows(train, 4, 16, generator)
-        logits = model(x).logits
-        F.cross_entropy(logits.view(-1, 256), y.view(-1)).backward()
+        F.cross_entropy(model(x).logits.view(-1, 256), y.view(-1)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (step + 1) / 100  # still in the warmup
@@ -95,7 +86,9 @@ def test_a_step_is_adamw_on_the_drawn_batch(text):
     assert all(torch.allclose(value, ours[name], atol=1e-6) for name, value in model.state_dict().items())
 
 
-def test_time_to_loss(text, small, clock, tmp_path, capsys):
+def test_time_to_loss(text, small, tmp_path, capsys, monkeypatch):
+    seconds = count(0.0)  # every step takes a second by this clock, however busy the machine is
+    monkeypatch.setattr(recipes, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     (tmp_path / "nanoGPT").mkdir()
     (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT)
     png, table = tmp_path / "loss.png", tmp_path / "table.csv"

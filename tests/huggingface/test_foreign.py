@@ -30,29 +30,18 @@ PRESET = GPTConfig(**PRESET | SIZES).to_dict()
 
 # What is exported exactly: format -> variants of our fields.
 EXACT = {
-    "gpt2": [
-        dict(), dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4),
-        dict(norm_eps=1e-2, dropout=0.1, mlp_hidden_size=None),
-    ],
-    "llama": [
-        dict(), dict(bias=True), dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None),
-        dict(norm_eps=1e-2, rope_theta=50.0), dict(n_kv_head=1),
-    ],
-    "qwen3": [
-        dict(), dict(tie_word_embeddings=False), dict(sliding_window=5),
-        dict(sliding_window=5, global_every=2, n_kv_head=None), dict(sliding_window=5, global_every=1),
-        PRESET,
-    ],
-    "mixtral": [
-        EXPERTS, EXPERTS | dict(num_experts_per_tok=4), EXPERTS | dict(expert_hidden_size=None),
-        EXPERTS | dict(sliding_window=5, tie_word_embeddings=False),
-    ],
-    "qwen3_moe": [
-        EXPERTS, EXPERTS | dict(norm_topk_prob=False), EXPERTS | dict(num_experts_per_tok=1),
-        EXPERTS | dict(moe_every=2), EXPERTS | dict(moe_every=3), EXPERTS | dict(moe_every=2, n_layer=4),
-        EXPERTS | dict(sliding_window=5, tie_word_embeddings=False, router_z_loss_coef=0.1),
-        PRESET | EXPERTS,
-    ],
+    "gpt2": [dict(), dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4),
+             dict(norm_eps=1e-2, dropout=0.1, mlp_hidden_size=None)],
+    "llama": [dict(), dict(bias=True), dict(norm_eps=1e-2, rope_theta=50.0), dict(n_kv_head=1),
+              dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None)],
+    "qwen3": [dict(), dict(tie_word_embeddings=False), dict(sliding_window=5), PRESET,
+              dict(sliding_window=5, global_every=2, n_kv_head=None), dict(sliding_window=5, global_every=1)],
+    "mixtral": [EXPERTS, EXPERTS | dict(num_experts_per_tok=4), EXPERTS | dict(expert_hidden_size=None),
+                EXPERTS | dict(sliding_window=5, tie_word_embeddings=False)],
+    "qwen3_moe": [EXPERTS, EXPERTS | dict(norm_topk_prob=False), EXPERTS | dict(num_experts_per_tok=1),
+                  EXPERTS | dict(moe_every=2), EXPERTS | dict(moe_every=2, n_layer=4), PRESET | EXPERTS,
+                  EXPERTS | dict(moe_every=3, router_z_loss_coef=0.1),
+                  EXPERTS | dict(sliding_window=5, tie_word_embeddings=False)],
 }  # fmt: skip
 CASES = [(kind, fields) for kind, variants in EXACT.items() for fields in variants]
 
@@ -94,32 +83,28 @@ def assert_equal_models(ours, theirs):
     assert torch.equal(ours.generate(tokens(T=5), **how), theirs.generate(tokens(T=5), **how))
 
 
-@pytest.mark.parametrize(
-    "kind, fields, expected",
-    [
-        ("gpt2", dict(), dict(use_moe=False, bias=True, dropout=0.1, norm_eps=1e-5)),
-        ("gpt2", dict(tie_word_embeddings=False), dict(tie_word_embeddings=False)),
-        ("gpt2", dict(n_inner=100, layer_norm_epsilon=0.5), dict(mlp_hidden_size=100, norm_eps=0.5)),
-        ("gpt2", dict(activation_function="gelu_pytorch_tanh"), dict(activation="gelu")),
-        ("gpt2", dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), dict(dropout=0.0)),
-        ("llama", dict(), dict(use_moe=False, qk_norm=False, bias=False, n_kv_head=2, norm_eps=1e-6)),
-        ("llama", dict(attention_bias=True, mlp_bias=True), dict(bias=True)),
-        ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), dict(rope_theta=5e5)),
-        ("llama", dict(tie_word_embeddings=True), dict(tie_word_embeddings=True)),
-        ("llama", dict(rms_norm_eps=1e-2, num_key_value_heads=4), dict(norm_eps=1e-2, n_kv_head=4)),
-        ("qwen3", dict(), dict(use_moe=False, qk_norm=True, sliding_window=None)),
-        ("qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0),
-         dict(sliding_window=5, global_every=None)),
-        ("mixtral", dict(), dict(num_experts=4, norm_topk_prob=True, rope_theta=1e6, expert_hidden_size=40)),
-        ("mixtral", dict(sliding_window=5), dict(sliding_window=5)),
-        ("qwen3_moe", dict(), dict(norm_topk_prob=False, qk_norm=True, expert_hidden_size=24, moe_every=1)),
-        ("qwen3_moe", dict(norm_topk_prob=True), dict(norm_topk_prob=True)),
-        ("qwen3_moe", dict(num_experts_per_tok=1), dict(num_experts_per_tok=1)),
-        ("qwen3_moe", dict(decoder_sparse_step=3), dict(moe_every=3)),
-        ("qwen3_moe", dict(mlp_only_layers=[1]), dict(moe_every=2)),
-        ("qwen3_moe", dict(use_sliding_window=True, sliding_window=5), dict(sliding_window=5)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind, fields, expected", [
+    ("gpt2", dict(), dict(use_moe=False, bias=True, dropout=0.1, norm_eps=1e-5)),
+    ("gpt2", dict(n_inner=100, layer_norm_epsilon=0.5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+     dict(mlp_hidden_size=100, norm_eps=0.5, dropout=0.0)),
+    ("gpt2", dict(tie_word_embeddings=False, activation_function="gelu_pytorch_tanh"),
+     dict(tie_word_embeddings=False, activation="gelu")),
+    ("llama", dict(), dict(use_moe=False, qk_norm=False, bias=False, n_kv_head=2, norm_eps=1e-6)),
+    ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+     dict(bias=True, tie_word_embeddings=True)),
+    ("llama", dict(rms_norm_eps=1e-2, num_key_value_heads=4, rope_parameters=dict(rope_theta=5e5)),
+     dict(norm_eps=1e-2, n_kv_head=4, rope_theta=5e5)),
+    ("qwen3", dict(), dict(use_moe=False, qk_norm=True, sliding_window=None)),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=0),
+     dict(sliding_window=5, global_every=None)),
+    ("mixtral", dict(), dict(num_experts=4, norm_topk_prob=True, rope_theta=1e6, expert_hidden_size=40)),
+    ("mixtral", dict(sliding_window=5), dict(sliding_window=5)),
+    ("qwen3_moe", dict(), dict(norm_topk_prob=False, qk_norm=True, expert_hidden_size=24, moe_every=1)),
+    ("qwen3_moe", dict(num_experts_per_tok=1), dict(num_experts_per_tok=1)),
+    ("qwen3_moe", dict(decoder_sparse_step=3, norm_topk_prob=True), dict(moe_every=3, norm_topk_prob=True)),
+    ("qwen3_moe", dict(mlp_only_layers=[1], use_sliding_window=True, sliding_window=5),
+     dict(moe_every=2, sliding_window=5)),
+])  # fmt: skip
 def test_their_folders_load(kind, fields, expected, tmp_path):
     theirs = stock(kind, **fields)
     theirs.save_pretrained(tmp_path)
@@ -177,26 +162,21 @@ def test_gpt2_folders_of_every_kind_load(files, tmp_path):
     assert all(p.device.type == "cpu" and p.requires_grad for p in ours.parameters())
 
 
-@pytest.mark.parametrize(
-    "kind, fields, words",
-    [
-        ("gpt2", dict(activation_function="gelu"), "only 'gelu_new'"),
-        ("gpt2", dict(scale_attn_weights=False), "only True"), ("gpt2", dict(add_cross_attention=True), ""),
-        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), ""),
-        ("gpt2", dict(reorder_and_upcast_attn=True), ""),
-        ("gpt2", dict(resid_pdrop=0.2), "embd_pdrop=0.1 and attn_pdrop=0.1"),
-        ("llama", dict(attention_bias=True), "mlp_bias=False"), ("llama", dict(head_dim=16), "only 8"),
-        ("llama", dict(hidden_act="gelu"), "only 'silu'"), ("llama", dict(attention_dropout=0.1), "only 0"),
-        ("llama", dict(rope_parameters=dict(factor=2.0, rope_theta=1e4, rope_type="linear")), "'default'"),
-        ("qwen3", dict(attention_bias=True), "only False"),
-        ("qwen3", dict(layer_types=["full_attention", *["sliding_attention"] * 2], use_sliding_window=True),
-         "only full attention in every"),
-        ("mixtral", dict(num_experts_per_tok=1), "norm_topk_prob=False"),
-        ("mixtral", dict(router_jitter_noise=0.1), "only 0"),
-        ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=True), ""),
-        ("qwen3_moe", dict(mlp_only_layers=[2]), "decoder_sparse_step=1"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind, fields, words", [
+    ("gpt2", dict(activation_function="gelu"), "only 'gelu_new'"),
+    ("gpt2", dict(scale_attn_weights=False), "only True"), ("gpt2", dict(add_cross_attention=True), ""),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), ""),
+    ("gpt2", dict(reorder_and_upcast_attn=True), ""), ("gpt2", dict(resid_pdrop=0.2), "and attn_pdrop=0.1"),
+    ("llama", dict(attention_bias=True), "mlp_bias=False"), ("llama", dict(head_dim=16), "only 8"),
+    ("llama", dict(hidden_act="gelu"), "only 'silu'"), ("llama", dict(attention_dropout=0.1), "only 0"),
+    ("llama", dict(rope_parameters=dict(factor=2.0, rope_theta=1e4, rope_type="linear")), "'default'"),
+    ("qwen3", dict(layer_types=["full_attention", *["sliding_attention"] * 2], use_sliding_window=True),
+     "only full attention in every"), ("qwen3", dict(attention_bias=True), "only False"),
+    ("mixtral", dict(num_experts_per_tok=1), "norm_topk_prob=False"),
+    ("mixtral", dict(router_jitter_noise=0.1), "only 0"),
+    ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=True), ""),
+    ("qwen3_moe", dict(mlp_only_layers=[2]), "decoder_sparse_step=1"),
+])  # fmt: skip
 def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, words, tmp_path):
     stock(kind, **fields).save_pretrained(tmp_path)
     name, value = next(iter(fields.items()))
@@ -276,24 +256,18 @@ def test_readers_of_older_names_find_them(kind, tmp_path):
     assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(
-    "kind, fields",
-    [
-        ("gpt2", dict(use_moe=True)), ("gpt2", dict(position="rope")), ("gpt2", dict(n_kv_head=2)),
-        ("gpt2", dict(sliding_window=8)), ("gpt2", dict(norm="rmsnorm")), ("gpt2", dict(qk_norm=True)),
-        ("gpt2", dict(activation="relu2")), ("gpt2", dict(activation="swiglu")),
-        ("gpt2", dict(logit_softcap=30.0)),
-        ("llama", dict(position="learned")), ("llama", dict(norm="layernorm")),
-        ("llama", dict(activation="relu2")), ("llama", dict(logit_softcap=30.0)),
-        ("llama", dict(use_moe=True)), ("llama", dict(qk_norm=True)), ("llama", dict(sliding_window=8)),
-        ("qwen3", dict(qk_norm=False)), ("qwen3", dict(bias=True)),
-        ("mixtral", dict(use_moe=False)), ("mixtral", dict(bias=True)), ("mixtral", dict(qk_norm=True)),
-        ("mixtral", dict(norm_topk_prob=False)), ("mixtral", dict(num_experts_per_tok=1)),
-        ("mixtral", dict(moe_every=2)), ("mixtral", dict(global_every=2, sliding_window=8)),
-        ("qwen3_moe", dict(router_score="sigmoid")), ("qwen3_moe", dict(num_shared_experts=1)),
-        ("qwen3_moe", dict(qk_norm=False)), ("qwen3_moe", dict(bias=True)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind, fields", [
+    ("gpt2", dict(use_moe=True)), ("gpt2", dict(position="rope")), ("gpt2", dict(n_kv_head=2)),
+    ("gpt2", dict(sliding_window=8)), ("gpt2", dict(norm="rmsnorm")), ("gpt2", dict(qk_norm=True)),
+    ("gpt2", dict(activation="swiglu")), ("gpt2", dict(logit_softcap=30.0)), ("qwen3_moe", dict(bias=True)),
+    ("llama", dict(position="learned")), ("llama", dict(norm="layernorm")), ("llama", dict(use_moe=True)),
+    ("llama", dict(activation="relu2")), ("llama", dict(logit_softcap=30.0)), ("llama", dict(qk_norm=True)),
+    ("llama", dict(sliding_window=8)), ("qwen3", dict(qk_norm=False)), ("mixtral", dict(use_moe=False)),
+    ("mixtral", dict(bias=True)), ("mixtral", dict(qk_norm=True)), ("mixtral", dict(norm_topk_prob=False)),
+    ("mixtral", dict(num_experts_per_tok=1)), ("mixtral", dict(global_every=2, sliding_window=8)),
+    ("mixtral", dict(moe_every=2)), ("qwen3", dict(bias=True)), ("qwen3_moe", dict(num_shared_experts=1)),
+    ("qwen3_moe", dict(router_score="sigmoid")), ("qwen3_moe", dict(qk_norm=False)),
+])  # fmt: skip
 def test_what_they_cannot_express_is_refused_by_name(kind, fields, tmp_path):
     experts = EXPERTS if kind in ("mixtral", "qwen3_moe") else {}
     model = GPTLMHeadModel(small(kind, **experts | fields))
@@ -315,8 +289,7 @@ def test_router_biases_are_refused_and_dropout_is_left_out(tmp_path, caplog):
 
 @pytest.mark.parametrize("kind, fields", [("gpt2", {}), ("qwen3_moe", EXPERTS)])
 def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(kind, fields, tmp_path, capsys, caplog):
-    text_fields = dict(encoding="bytes", encoding_size=257, vocab_size=384)
-    config = small(kind, **fields, **text_fields).to_dict()
+    config = small(kind, **fields, encoding="bytes", encoding_size=257, vocab_size=384).to_dict()
     model = strong(GPTLMHeadModel(config), std=0.15)
     ckpt.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
     path, out = str(tmp_path / "model_00007.pt"), str(tmp_path / "out")

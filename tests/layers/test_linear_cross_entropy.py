@@ -28,7 +28,6 @@ def inputs(dtype=torch.float32, ignore_index=-100, seed=0):
 
 
 def plain(x, weight, targets, ignore_index=-100, num_items=None, softcap=0.0):
-    """The definition."""
     logits = x @ weight.t()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     how = "mean" if num_items is None else "sum"
@@ -42,10 +41,6 @@ def value_and_gradients(function, x, weight, *arguments, factor=1.0):
     loss = function(x, weight, *arguments)
     (factor * loss).backward()
     return loss.detach(), x.grad, weight.grad
-
-
-# -----------------------------------------------------------------------------
-# The function
 
 
 @pytest.mark.parametrize("chunk", [-1, 1, 5, 11, 1000])
@@ -79,8 +74,13 @@ def test_where_all_targets_are_ignored_it_is_as_plain():
     assert nothing == 0 and weight.grad.eq(0).all()
 
 
-def test_a_target_outside_the_vocabulary_is_an_error():
+def test_a_target_outside_the_vocabulary_and_a_second_backward_are_errors():
+    """And not a wrong loss or gradient."""
     x, weight, targets = inputs()
+    loss = linear_cross_entropy(x, weight, targets)
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     for wrong in (-1, V):
         targets[5] = wrong
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
@@ -105,10 +105,10 @@ def test_autocast_loses_no_more_than_the_plain_head_does():
 def test_float16_gradients_outlive_a_small_scale():
     """Divided by a step's tokens, float16's gradients would vanish before a GradScaler multiplies them."""
     x, weight, targets = inputs()
-    arguments = (targets, -100, 2**24)
-    truth = value_and_gradients(plain, x.double(), weight.double(), *arguments, factor=2.0**24)
+    rest = (targets, -100, 2**24)
+    truth = value_and_gradients(plain, x.double(), weight.double(), *rest, factor=2.0**24)
     with torch.autocast("cpu", torch.float16):
-        ours = value_and_gradients(linear_cross_entropy, x.half(), weight, *arguments, factor=2.0**24)
+        ours = value_and_gradients(linear_cross_entropy, x.half(), weight, *rest, factor=2.0**24)
     for a, true in zip(ours, truth, strict=True):
         assert (a - true).norm() <= 0.005 * true.norm()
 
@@ -119,14 +119,6 @@ def test_the_operator_keeps_its_promises_to_the_compiler():
         arguments = (x, weight, targets, torch.tensor(0.1), -100, 3.0, 7, dtype, with_grad)
         checks = ["test_schema", "test_faketensor"] + ["test_aot_dispatch_dynamic"] * with_grad
         torch.library.opcheck(torch.ops.gpt_moe.linear_cross_entropy.default, arguments, test_utils=checks)
-
-
-def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
-    x, weight, targets = inputs()
-    loss = linear_cross_entropy(x, weight, targets)
-    (2 * loss).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_softmax_in_place_on_rows_of_every_length():
@@ -141,8 +133,7 @@ def test_rows_per_chunk():
     assert rows_per_chunk(2048, 50304, -1, "cpu") == 512  # 667 fit: four chunks, as even as can be
     assert rows_per_chunk(2048, 384, -1, "cpu") == 2048
     assert rows_per_chunk(2048, 50304, 1000, "cpu") == 683
-    assert rows_per_chunk(3, 10**9, -1, "cpu") == 1
-    assert rows_per_chunk(0, 10, -1, "cpu") == 0
+    assert rows_per_chunk(3, 10**9, -1, "cpu") == 1 and rows_per_chunk(0, 10, -1, "cpu") == 0
     assert rows_per_chunk(16384, 50304, -1, "cuda") == 19 * 128  # of 2,668 that fit
     assert rows_per_chunk(100, 50304, -1, "cuda") == 100 and rows_per_chunk(16384, 10**8, -1, "cuda") == 1
     for rows in (1, 667, 668, 2048, 16384):
@@ -158,25 +149,17 @@ def test_memory_is_that_of_a_chunk():
     assert whole > 2 * logits and chunked < 0.2 * logits  # 1/16 of the logits, and the gradients
 
 
-# -----------------------------------------------------------------------------
-# In the model
-
-
 def loss_and_gradients(model, **arguments):
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     output = model(return_dict=True, **arguments)
     output.loss.backward()
-    return output, [p.grad.clone() for p in model.parameters()]
+    return output, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(use_moe=False), dict(use_moe=False, tie_word_embeddings=False, logit_softcap=5.0),
-        dict(router_z_loss_coef=0.01), dict(logit_softcap=5.0, norm="rmsnorm"),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("fields", [
+    dict(use_moe=False), dict(use_moe=False, tie_word_embeddings=False, logit_softcap=5.0),
+    dict(router_z_loss_coef=0.01), dict(logit_softcap=5.0, norm="rmsnorm"),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["targets", "labels", "parts"])
 def test_the_models_loss_and_gradients_do_not_change(fields, kind):
     model, ids = strong(GPTLMHeadModel(tiny(**fields)), std=0.1).train(), tokens()
@@ -229,8 +212,7 @@ def test_with_activation_checkpointing_and_whole_model_compiled():
     _, checkpointed = loss_and_gradients(model, input_ids=ids, targets=ids)
     model.gradient_checkpointing_disable()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    model.zero_grad(set_to_none=True)
-    compiled(ids, targets=ids, return_dict=True).loss.backward()
-    for a, b, p in zip(checkpointed, expected, model.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-5 and (p.grad - b).abs().max() < 1e-5
+    model.compile(fullgraph=True, backend="aot_eager")
+    _, compiled = loss_and_gradients(model, input_ids=ids, targets=ids)
+    for a, b, c in zip(checkpointed, expected, compiled, strict=True):
+        assert (a - b).abs().max() < 1e-5 and (c - b).abs().max() < 1e-5
