@@ -49,7 +49,7 @@ from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.setup import Run, open_log, set_up
-from training.terminal import Terminal
+from training.terminal import Terminal, resume_command
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -363,7 +363,8 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         print(text, file=sys.stderr)
         return faults.FAILED
     if run.signals.stops:
-        terminal.say(f"stopped before step {step}; --resume auto continues from {newest}")
+        terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}")
+        terminal.say(f"continue with: {resume_command(run.config.log_dir)}")
         return run.signals.exit_code
     if is_master:
         terminal.summary(run.model, peak_memory(run.layout.world.device), val_loss, newest)

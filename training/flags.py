@@ -85,7 +85,10 @@ def parse_flags(
         raise ValueError(f"{unknown[0][:80]!r} is no flag, nor the value of one; --help lists all flags")
     given = {name: value for name, value in vars(values).items() if value is not marker}
     given = read_settings(given["config"], names) | given if given.get("config") else given
+    check_limits(kind(), given)
     config = kind(**(overrides(kind(**given)) | given))
+    if config.run_name and not re.fullmatch(r"\w[\w.-]*", config.run_name):
+        raise ValueError(f"run_name={config.run_name!r}: use letters, digits, and . _ - inside")
     if config.run_name and "log_dir" not in given:
         config.log_dir = f"log/{config.run_name}"
     check_limits(config)

@@ -50,8 +50,8 @@ class Flag(NamedTuple):
 
 
 def read_flags(script: str | Path) -> list[Flag]:
-    """The fields of the script's class TrainConfig, grouped by the comments `# --- GROUP` above them, then those
-    of llmc/trainer.py's class Flags, from which it inherits."""
+    """The fields of the script's class TrainConfig, grouped by the comments `# --- GROUP` above them, then
+    the fields of llmc/trainer.py's class Flags, from which it inherits."""
     found = []
     for path, first in ((Path(script), "general"), (Path(script).parent / "llmc" / "trainer.py", "llm.c's")):
         text = path.read_text(encoding="utf-8")
