@@ -21,9 +21,15 @@ References: GPT-3, arXiv 2005.14165 (batch size, learning rates, schedule); the 
 its numbers: https://github.com/karpathy/build-nanogpt
 """
 
+import sys
+
+if __name__ == "__main__":  # --help and mistyped flags need not wait for torch
+    from training.quick_help import answer
+
+    answer(__file__, sys.argv[1:])
+
 import contextlib
 import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +49,7 @@ from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.setup import Run, open_log, set_up
-from training.terminal import Terminal
+from training.terminal import Terminal, resume_command
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -55,6 +61,8 @@ class TrainConfig(llmc.Flags):
     """Every setting of a run. A flag of the same name sets it."""
 
     preset: str = setting("", "named settings: demo, gpt2, modern, qwen3 or llmc")
+    config: str = setting("", "file of settings, such as the run.json of a run; flags win over it")
+    run_name: str = setting("", "write to log/NAME, unless log_dir is given")
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
     data_dir: str = setting("edu_fineweb10B", "folder with the shards that fineweb.py wrote")
@@ -189,7 +197,7 @@ def overrides(config: TrainConfig) -> dict:
 
 def parse_config(arguments: list[str] | None = None) -> tuple[TrainConfig, set[str]]:
     """The settings, and the names of settings that flags (not presets) set. ValueError for a bad flag."""
-    return parse_flags(TrainConfig, overrides, arguments, __doc__.split("\n\n")[0])
+    return parse_flags(TrainConfig, overrides, arguments, __file__)
 
 
 # ---------------------------------------------------------------------------- TRAINING
@@ -355,7 +363,8 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         print(text, file=sys.stderr)
         return faults.FAILED
     if run.signals.stops:
-        terminal.say(f"stopped before step {step}; --resume auto continues from {newest}")
+        terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}")
+        terminal.say(f"continue with: {resume_command(run.config.log_dir)}")
         return run.signals.exit_code
     if is_master:
         terminal.summary(run.model, peak_memory(run.layout.world.device), val_loss, newest)

@@ -164,7 +164,16 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
-SETTINGS_NOT_KEPT = {"preset", "log_dir", "resume", "init_from", "device", *LAYOUT_SETTINGS}
+SETTINGS_NOT_KEPT = {
+    "preset",
+    "config",
+    "run_name",
+    "log_dir",
+    "resume",
+    "init_from",
+    "device",
+    *LAYOUT_SETTINGS,
+}
 # Fields of the architecture that may change, because no learned weight depends on them.
 MAY_CHANGE = {
     "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
@@ -182,6 +191,12 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
         path = follow_latest(resume)
         return path, load_checkpoint(path, whole=False, trusted=not world.is_master)
     path, state = (load_newest(log_dir, say, whole=False) if world.is_master else None) or (None, None)
+    if path is None and world.is_master:
+        others = sorted(
+            {str(p.parent) for p in Path().glob("log*/**/model_*") if CHECKPOINT_NAME.fullmatch(p.name)}
+        )
+        where = f"; checkpoints are in: {', '.join(others[:9])} (--log_dir)" if others else ""
+        say(f"resume: no checkpoint in log_dir={log_dir}: a new run starts{where}")
     found = [step_of(path), path.is_dir()] if path else [0, 0]
     step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
     if step > 0 and not world.is_master:
@@ -219,6 +234,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
     if unlike:
         say(f"resume: settings from the checkpoint: {', '.join(unlike)}; give a flag to change one")
+    if config.max_steps == state["step"]:
+        say(f"resume: the run has done all max_steps={config.max_steps} steps; --max_steps N makes it longer")
     if config.max_steps < state["step"]:
         done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
         raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")

@@ -227,7 +227,7 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return loader.next_batch()
     except (ValueError, OSError) as error:
-        raise DataError(f"{error}. Repair the data, then continue with --resume auto") from error
+        raise DataError(f"{error}. Repair the data") from error
 
 
 def report(error: Exception, config=None) -> int:

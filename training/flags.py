@@ -3,10 +3,13 @@
 import argparse
 import copy
 import dataclasses
-import difflib
+import json
+import os
 import re
 import reprlib
 import shutil
+import sys
+import textwrap
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from huggingface.configuration import check_setting
+from training.quick_help import short_help, unknown_flag
 
 
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
@@ -56,26 +60,87 @@ class FlagParser(HfArgumentParser):
         field.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
         HfArgumentParser._parse_dataclass_field(parser, field)
 
-    def _get_formatter(self) -> argparse.HelpFormatter:
-        width = min(110, shutil.get_terminal_size().columns)
-        return argparse.ArgumentDefaultsHelpFormatter(self.prog, max_help_position=32, width=width)
-
 
 def parse_flags(
-    kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, description: str
+    kind: type, overrides: Callable[[Any], dict], arguments: list[str] | None, script: str
 ) -> tuple[Any, set[str]]:
-    """(an object of the class `kind`, the names of the fields that flags set). overrides(the flags' object)
-    returns the values that its preset sets in place of defaults. ValueError for a bad flag."""
-    parser = FlagParser(kind, allow_abbrev=False, description=description)
-    _, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise ValueError(f"{unknown[0]!r} is no flag, nor the value of one; {hint}")
+    """(an object of the class `kind`, the names of the fields that flags or --config set). overrides(the
+    flags' object) returns the values that its preset sets in place of defaults. ValueError, OSError for a bad
+    flag or file; SystemExit after an answer to --help."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"--help", "-h"} & set(arguments):
+        words = [word for word in arguments if word not in ("--help", "-h")]
+        print(explain(kind, words[-1]) if words else short_help(script))
+        raise SystemExit(0)
+    flags = {field: [f"--{field.name}", *field.metadata["aliases"]] for field in dataclasses.fields(kind)}
+    names = {field.name for field in flags}
+    if wrong := unknown_flag(arguments, {flag[2:] for all_names in flags.values() for flag in all_names}):
+        raise ValueError(wrong)
+    parser = FlagParser(kind, allow_abbrev=False, add_help=False)
     marker = object()  # the default of all flags; a flag that is given has another value
-    parser.set_defaults(**{field.name: marker for field in dataclasses.fields(kind)})
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not marker}
+    parser.set_defaults(**{name: marker for name in names})
+    whole = {flag for field, all_names in flags.items() if "int" in str(field.type) for flag in all_names}
+    values, unknown = parser.parse_known_args(write_out_numbers(whole, arguments))
+    if unknown:
+        raise ValueError(f"{unknown[0][:80]!r} is no flag, nor the value of one; --help lists all flags")
+    given = {name: value for name, value in vars(values).items() if value is not marker}
+    given = read_settings(given["config"], names) | given if given.get("config") else given
+    check_limits(kind(), given)
     config = kind(**(overrides(kind(**given)) | given))
+    if config.run_name and not re.fullmatch(r"\w[\w.-]*", config.run_name):
+        raise ValueError(f"run_name={config.run_name!r}: use letters, digits, and . _ - inside")
+    if config.run_name and "log_dir" not in given:
+        config.log_dir = f"log/{config.run_name}"
     check_limits(config)
     return config, set(given)
+
+
+def write_out_numbers(whole: set[str], arguments: list[str]) -> list[str]:
+    """The arguments, with 2**19 and 5e5 written out for int(). whole: the flags that take whole numbers."""
+    written = []
+    for argument in arguments:
+        name, is_pair, value = argument.partition("=")
+        written += [name, value] if is_pair and name in whole else [argument]
+        if len(written) > 1 and written[-2] in whole:
+            if power := re.fullmatch(r"(\d{1,6})\*\*(\d{1,2})", written[-1]):
+                written[-1] = str(int(power[1]) ** int(power[2]))
+            elif re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", written[-1]) and float(written[-1]).is_integer():
+                written[-1] = str(int(float(written[-1])))
+    return written
+
+
+def read_settings(file: str, names: set[str]) -> dict:
+    """The settings in a JSON or YAML file, {name: value} or a run.json. ValueError, FileNotFoundError."""
+    try:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"config={file!r}: there is no such file; a run writes log_dir/run.json")
+        with open(file, encoding="utf-8") as text:
+            if file.endswith((".yaml", ".yml")):
+                import yaml  # transformers needs it, too
+
+                settings = yaml.safe_load(text)
+            else:
+                settings = json.load(text)
+        settings = settings.get("config", settings)
+        settings = {name: value for name, value in settings.items() if name not in ("config", "resume")}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # no text, no JSON, not a dictionary, nested too deeply
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"config={file!r}: not a file of settings by name: {reason}") from error
+    if unknown := unknown_flag([f"--{name}" for name in settings], names):
+        raise ValueError(f"config={file!r}: {unknown[2:]}")
+    return settings
+
+
+def explain(kind: type, word: str) -> str:
+    """The flags whose name or explanation has `word` ("all": all flags), each with its default."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        text, aliases = field.metadata["help"], field.metadata["aliases"]
+        if word == "all" or word.lower() in " ".join([field.name, text, *aliases]).lower():
+            also = f" (also {', '.join(aliases)})" if aliases else ""
+            begin = f"--{field.name} {'' if field.default == '' else field.default}"
+            width = min(110, shutil.get_terminal_size().columns)
+            lines += textwrap.wrap(f"{begin:34}  {text}{also}", width, subsequent_indent=" " * 36)
+    return "\n".join(lines) or f"no flag has to do with {word!r}; --help lists all flags"

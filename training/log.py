@@ -38,7 +38,9 @@ except ImportError:  # Windows does not have them
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
 NAMES = "|".join(map(re.escape, LOG_FILES))
-RUN_FILES = re.compile(rf"{NAMES}|latest|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id")  # all of a run
+RUN_FILES = re.compile(
+    rf"{NAMES}|run\.json|latest|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id"
+)  # all of a run
 RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
 WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
 # A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS"; what is left if it was cut off.

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import math
 import time
 import warnings
@@ -19,6 +20,7 @@ import transformers
 from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
+from tokens.files import write_atomically
 from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
 from training import faults, parallel
@@ -144,7 +146,11 @@ def open_log(run: Run) -> None:
         first_step = run.resumed.get("step", 0)
         files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb
         run.log = RunLog(*files, evaluates_first=evaluates_at(first_step, config), say=tell)
-        run.log.record({"run": run_record(config, model, world, first_step)})
+        record = run_record(config, model, world, first_step)
+        run.log.record({"run": record})
+        write_atomically(
+            Path(config.log_dir, "run.json"), lambda file: file.write(json.dumps(record, indent=1).encode())
+        )
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
         table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))

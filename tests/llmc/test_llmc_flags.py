@@ -273,6 +273,6 @@ def test_its_flags_and_defaults_are_all_known(capsys):
     other = "preset model block_size vocab_size shuffle prompt hellaswag init_from".split()
     assert different <= set(other)
     with pytest.raises(SystemExit):
-        parse_config(["--help"])
+        parse_config(["--help", "all"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in defaults)

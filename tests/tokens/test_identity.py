@@ -81,7 +81,7 @@ def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train_gpt_moe, "train_step", cut_before_step_3)
     assert train_gpt_moe.main(flags(tmp_path / "data", tmp_path / "log", *small)) == 2
     line = error_line(capsys)
-    assert f"{split}_000000.bin: no token at offset" in line and "--resume auto" in line
+    assert f"{split}_000000.bin: no token at offset" in line and "Repair" in line
     assert sorted((tmp_path / "log").glob("model_*.pt")), "nothing saved"
 
 

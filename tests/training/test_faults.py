@@ -82,7 +82,8 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_
     said, last = output.read_text(), newest(tmp_path) + 1
     assert steps_saved(tmp_path) == [saved, last]  # every step in the log, and no more
     assert "SIGTERM: finishing this step" in said and "Traceback" not in said
-    assert re.search(rf"stopped before step {last}; --resume auto .*{tmp_path}/model_{last:05d}.pt", said)
+    assert re.search(rf"stopped before step {last}; .*{tmp_path}/model_{last:05d}.pt", said)
+    assert f"continue with: python train_gpt_moe.py --log_dir {tmp_path} --resume auto" in said
 
 
 def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):

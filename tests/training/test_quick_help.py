@@ -1,0 +1,95 @@
+"""--help, other projects' names of flags, numbers, and files of settings.
+
+Run: python -m pytest tests/training/test_quick_help.py
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from processes import STEPS, losses
+
+import train_gpt_moe
+from train_gpt_moe import TrainConfig, parse_config
+from training.quick_help import SYNONYMS, read_flags
+
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    """train_gpt_moe.py in a Python that cannot import torch."""
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path[0] = '.'\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, "train_gpt_moe.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"COLUMNS": "80"})
+
+
+def test_help_and_mistyped_flags_do_not_wait_for_torch():
+    shown = script("--help")
+    assert shown.returncode == 0 and len(shown.stdout.splitlines()) <= 45
+    assert all(f" --{field.name}" in shown.stdout for field in dataclasses.fields(TrainConfig))
+    assert "--no_" not in shown.stdout and "--max-steps" not in shown.stdout
+    for arguments, words in ((["--lr", "1"], "--max_lr"), (["--max_step=1"], "did you mean --max_steps?")):
+        wrong = script(*arguments)
+        assert wrong.returncode == 2 and words in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_the_flags_that_are_read_are_those_of_the_dataclass():
+    read = {flag.name: flag.aliases for flag in read_flags(train_gpt_moe.__file__)}
+    assert read == {field.name: field.metadata["aliases"] for field in dataclasses.fields(TrainConfig)}
+    known = read.keys() | {alias.removeprefix("--") for aliases in read.values() for alias in aliases}
+    assert not SYNONYMS.keys() & known and {text.split()[0].strip(",") for text in SYNONYMS.values()} <= known
+
+
+@pytest.mark.parametrize("name", SYNONYMS)
+def test_other_names_are_answered_with_ours(name):
+    with pytest.raises(ValueError, match=f"--{name} is called --{SYNONYMS[name].split()[0]}"):
+        parse_config([f"--{name}", "1"])
+
+
+def test_help_of_a_word_shows_its_flags_with_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help", "moe_loss"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and lines[0].split()[:2] == ["--moe_loss", "True"]
+    assert {line.split()[0] for line in lines if line[0] == "-"} == {
+        "--moe_loss",
+        "--moe_loss_type",
+        "--moe_loss_coef",
+    }
+
+
+def test_numbers_may_be_powers():
+    arguments = (
+        "--total_batch_size 2**19 --max_steps=5e2 --num_iterations 1e3 --prompt 2**19 --B=8 --max_lr 1e-3"
+    )
+    config, _ = parse_config(arguments.split())
+    assert (config.total_batch_size, config.max_steps, config.prompt) == (2**19, 1000, "2**19")
+    with pytest.raises(ValueError, match="B"):
+        parse_config(["--B", "1.5e0"])
+
+
+def test_the_settings_of_a_run_repeat_it(straight, tmp_path):
+    """run.json gives the same losses; flags win over it."""
+    arguments = ["--config", str(straight / "run.json"), "--log_dir", str(tmp_path), "--infer_step", "0"]
+    assert train_gpt_moe.main([*arguments, "--max_steps", "4", "--checkpoint_every", "0"]) == 0
+    repeated = json.loads((tmp_path / "run.json").read_text())["config"]
+    assert repeated["max_steps"] == 4 and repeated["n_embd"] == 32 and STEPS > 4
+    assert losses(tmp_path)[:2] == losses(straight)[:2]  # the warmup's two steps: the schedule is another one
+
+
+def test_files_of_settings(tmp_path, monkeypatch):
+    file, yaml = tmp_path / "a.json", tmp_path / "a.yaml"
+    yaml.write_text("B: 3\nmax_lr: 0.5\n")
+    config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
+    assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
+    for text, words in (("{", "a.json"), ('{"Bx": 1}', "did you mean B"), ('{"B": "1"}', "B='1'"), ("[1]", "a.json"),
+                        ("[" * 10**5, "a.json"), ('{"preset": []}', "preset=")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            parse_config(["--config", str(file)])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        parse_config(["--config", "nowhere"])
+    with pytest.raises(ValueError, match="run_name='../x'"):
+        parse_config(["--run_name", "../x"])
