@@ -9,8 +9,8 @@ from tokens.encodings import decode_tokens
 
 
 class FiniteLogits(LogitsProcessor):
-    """FloatingPointError if the next token's logits (B, V) are not finite. On a GPU torch.multinomial would end
-    the process, and the likeliest token would be nonsense."""
+    """FloatingPointError if the next token's logits (B, V) are not finite: torch.multinomial would end the
+    process on a GPU."""
 
     def __call__(self, input_ids, scores):
         if not scores.amax(-1).isfinite().all():  # NaN wins the maximum; -inf alone rules a token out
