@@ -40,9 +40,9 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_O
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import processes
 import torch
 from models import make_examples
-from processes import flags, free_port, little_memory, write_data
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -153,7 +153,7 @@ def damage(chance: random.Random, *paths: Path) -> str:
 
 def training(*more: object) -> list[str]:
     """Flags of a run of one step."""
-    return flags("data", "log", "--max_steps", 1, "--warmup_steps", 0, *more)
+    return processes.flags("data", "log", "--max_steps", 1, "--warmup_steps", 0, *more)
 
 
 # ---------------------------------------------------------------------------- GROUPS
@@ -279,7 +279,7 @@ def sources(chance: random.Random) -> Case:
     return Case(f"{what}, {encoding}", "fineweb", ["--source", str(path), *arguments], ["odd", "source"])
 
 
-def fields(chance: random.Random) -> Case:
+def flags(chance: random.Random) -> Case:
     """Flags of train_gpt_moe.py: one or two with odd values."""
     os.mkfifo("fifo")
     known = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -321,7 +321,7 @@ def logs(chance: random.Random) -> Case:
         (folder / kind).write_text(chance.choice(odd))
     uses = [("plot_log", ["log"]), ("checkpoint", ["list", "log"])]
     more = [["--plot", True], ["--resume", "auto"], ["--resume", "log/latest"]]
-    uses += [("train_gpt_moe", training("--max_steps", 3, *flags)) for flags in more]
+    uses += [("train_gpt_moe", training("--max_steps", 3, *each)) for each in more]
     return Case(what, *chance.choice(uses), ["log/", "latest", "model_"], keep=keep)
 
 
@@ -330,7 +330,7 @@ def ranks(chance: random.Random) -> Case:
     odd = ["", "x", "-1", "1_0", "\uff11", "99999", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
     addresses = ["", "nope.invalid", "256.1.1.1", "1" * 999, "::1", RED, "127.0.0.1", "http://localhost"]
     environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost")
-    environment["MASTER_PORT"] = str(free_port())
+    environment["MASTER_PORT"] = str(processes.free_port())
     chosen, what = chance.sample(list(environment), chance.choice([1, 1, 2])), []
     for name in chosen:
         environment[name] = chance.choice(addresses if name == "MASTER_ADDR" else odd)
@@ -340,16 +340,16 @@ def ranks(chance: random.Random) -> Case:
     return Case(", ".join(what), "train_gpt_moe", training("--log_dir", "new"), chosen, environment)
 
 
-MAKERS = (checkpoints, folders, exports, data, sources, fields, logs, ranks)
-GROUPS: dict[str, Callable[[random.Random], Case]] = {make.__name__: make for make in MAKERS}
-GROUPS["flags"] = GROUPS.pop("fields")
+GROUPS: dict[str, Callable[[random.Random], Case]] = {
+    make.__name__: make for make in (checkpoints, folders, exports, data, sources, flags, logs, ranks)
+}
 
 # ---------------------------------------------------------------------------- TRIAL
 
 
 def prepare() -> int:
     """Make what every input begins with: data, a run, its checkpoint as a folder, exports, questions."""
-    write_data("data")
+    processes.write_data("data")
     Path("questions.jsonl").write_text("".join(json.dumps(example) + "\n" for example in make_examples(3)))
     codes = [train(training("--max_steps", 2)), train(training("--log_dir", "dense", "--use_moe", False))]
     codes += [checkpoint.main(["convert", "log/model_00002.pt", "parts/model_00002"])]
@@ -375,7 +375,7 @@ def in_child(work: Callable[[], int], limit: float) -> tuple[int | None, str, st
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w", 1, errors="backslashreplace")
             torch.set_num_threads(1)
-            with little_memory(MEMORY):
+            with processes.little_memory(MEMORY):
                 sys.exit(work())
 
         process = multiprocessing.get_context("fork").Process(target=child)

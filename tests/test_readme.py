@@ -54,6 +54,7 @@ LISTED = {
     "sbatch ": "Slurm; test_nodes.py",
     "RANK=": "GPUs; test_nodes.py",
     "python tests/torture.py": "minutes, as root",
+    "python tests/fuzz.py": "minutes",
     "python -m pytest": "these are the tests",
     "pip install -r requirements-dev.txt": "these are the tests",
     "python -m llmc --help": "test_help_of_every_command_works",
