@@ -327,13 +327,14 @@ def logs(chance: random.Random) -> Case:
 
 def ranks(chance: random.Random) -> Case:
     """What a launcher sets in the environment of a rank: one or two variables are odd or missing."""
-    odd = ["", "x", "-1", "1_0", "\uff11", "99999", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
+    odd = ["", "x", "-1", "1_0", "\uff11", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
     addresses = ["", "nope.invalid", "256.1.1.1", "1" * 999, "::1", RED, "127.0.0.1", "http://localhost"]
+    values = {"MASTER_ADDR": addresses, "MASTER_PORT": [*odd, "99999"]}  # 99999 ranks would be waited for
     environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost")
     environment["MASTER_PORT"] = str(processes.free_port())
     chosen, what = chance.sample(list(environment), chance.choice([1, 1, 2])), []
     for name in chosen:
-        environment[name] = chance.choice(addresses if name == "MASTER_ADDR" else odd)
+        environment[name] = chance.choice(values.get(name, odd))
         if chance.random() < 0.15:
             del environment[name]
         what.append(f"{name}={environment.get(name)}")
@@ -407,7 +408,7 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
     if code in (0, 128 + signal.SIGTERM):
         return "accepted"
     if len(lines) != 1 or len(lines[0]) > LONGEST:
-        return f"{len(lines)} lines of {len(err)} characters, exit code {code}: {err[-300:]}"
+        return f"{len(lines)} lines of {len(err)} characters, exit code {code}: {err[:150]} ... {err[-150:]}"
     return "refused" if any(name in lines[0] for name in case.names) else f"names nothing: {lines[0][:300]}"
 
 
