@@ -56,6 +56,7 @@ for script in ("fineweb", "hellaswag", "plot_log", "sample"):  # once, before an
 LIMIT, MEMORY = 20, 3000  # seconds; MB
 LONGEST, MOST_OUTPUT = 600, 20_000  # characters of a message, of all output
 UNSAFE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\udc80-\udcff]")
+NOISE = re.compile(r"it/s\]|^(\w+: )?warning: ", re.I)  # lines that do not count: progress bars, warnings
 GOOD = ("accepted", "refused")
 
 
@@ -327,7 +328,7 @@ def logs(chance: random.Random) -> Case:
 
 def ranks(chance: random.Random) -> Case:
     """What a launcher sets in the environment of a rank: one or two variables are odd or missing."""
-    odd = ["", "x", "-1", "1_0", "\uff11", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
+    odd = ["", "0", "1", "x", "-1", "1_0", "\uff11", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
     addresses = ["", "nope.invalid", "256.1.1.1", "1" * 999, "::1", RED, "127.0.0.1", "http://localhost"]
     values = {"MASTER_ADDR": addresses, "MASTER_PORT": [*odd, "99999"]}  # 99999 ranks would be waited for
     environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost")
@@ -394,7 +395,7 @@ def in_child(work: Callable[[], int], limit: float) -> tuple[int | None, str, st
 
 def judge(case: Case, code: int | None, out: str, err: str) -> str:
     """One of GOOD, or what is wrong."""
-    lines = [line for line in err.splitlines() if line.strip() and "it/s]" not in line]  # no progress bars
+    lines = [line for line in err.splitlines() if line.strip() and not NOISE.search(line)]
     if code in (None, -signal.SIGTERM):
         return "hangs"
     if "Traceback (most recent call last)" in out + err:
