@@ -6,6 +6,7 @@ Run: python -m pytest            # everyday, some minutes
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -94,6 +95,15 @@ def straight(data, tmp_path_factory) -> Path:
         patch.setenv("HF_TOKEN", "hf_secret_value_of_the_test")  # which no file may hold
         assert train_gpt_moe.main(flags(data, folder / "log")) == 0
     return folder / "log"
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """The demo corpus is made of its first documents only, as all of them take seconds."""
+    from tokens import demo
+
+    documents = demo.demo_documents
+    monkeypatch.setattr(demo, "demo_documents", lambda: itertools.islice(documents(), 30))
 
 
 @pytest.fixture

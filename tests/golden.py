@@ -2,72 +2,62 @@
 
     python tests/golden.py OLD NEW                           # two folders: before a change, and after it
     python tests/golden.py OLD NEW --cases moe,resume        # these, and the cases they need
-    python tests/golden.py OLD NEW --keep FOLDER             # keeps OLD's outputs for the next time
+    python tests/golden.py OLD NEW --keep FOLDER             # leaves all outputs in FOLDER/old and FOLDER/new
 
-This guards changes that must not change results, such as a refactoring. It imports no module of the checkouts
-and knows only their command lines. CASES lists what it runs. It compares token shards, log files (without
-times), all that is in the last checkpoint (weights, optimizer, data loader, random state), sampled texts, and
-the logits of exported models. It prints every difference as one line.
+This guards changes that must not change results, such as a refactoring. It knows only the checkouts' command
+lines; CASES lists them. It compares token shards, log files (without times), all that is in the last
+checkpoint, sampled texts, and the logits of exported models, and prints every difference as one line.
 Exit codes: 0 all is equal, 1 something differs or failed, 2 bad arguments.
-
---keep FOLDER holds OLD's outputs under FOLDER/old-REVISION and NEW's last outputs under FOLDER/new. OLD's are
-used again while its revision, this file and the version of torch stay the same. Outputs of an OLD with
-uncommitted changes are not kept.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# ---------------------------------------------------------------------------- CASES
-
-TINY = """train_gpt_moe.py --n_layer 2 --n_head 2 --n_embd 32 --T 32 --B 4 --total_batch_size 256
+TINY = """{code}/train_gpt_moe.py --n_layer 2 --n_head 2 --n_embd 32 --T 32 --B 4 --total_batch_size 256
     --max_steps 12 --warmup_steps 2 --max_lr 3e-3 --min_lr 3e-4 --infer_step 4 --val_steps 2 --sample_every 0
     --prompt Return --sample_tokens 4 --hellaswag False --use_compile False --device cpu --checkpoint_every 3
-    --plot False --tensorboard False --data_dir data --log_dir log """
-MOE = f"""{TINY} --num_experts 4 --num_experts_per_tok 2 --dropout 0.1 --router_bias_update_rate 0.01
+    --plot False --tensorboard False --data_dir {data}/data --log_dir log """
+DENSE = "python " + TINY + "--use_moe False "
+EXPERTS = f"""{TINY} --num_experts 4 --num_experts_per_tok 2 --dropout 0.1 --router_bias_update_rate 0.01
     --router_z_loss_coef 0.001 """
-DENSE = TINY + "--use_moe False "
-TWO = "2 " + MOE + "--B 2 --max_steps 6 "  # two ranks, with two micro-steps on each
-CONVERT = "checkpoint.py convert log/latest whole.pt"
-SAMPLE = "--prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu > sample.txt"
+MOE = "python " + EXPERTS
+# Two ranks, with two micro-steps on each.
+TWO = f"python -m torch.distributed.run --standalone --nproc_per_node 2 {EXPERTS} --B 2 --max_steps 6 "
+CONVERT = "python {code}/checkpoint.py convert log/latest whole.pt"
+EXPORT = "python {code}/checkpoint.py export "
+LOAD = 'python -P -c "$LOAD_CODE"'
+SAMPLE = "python {code}/sample.py --prompt Return --num_samples 2 --max_new_tokens 24 --seed 1 --device cpu "
+REWIND = "cp -r {moe}/log log; rm log/model_00009.pt log/model_00012.pt; printf model_00006.pt > log/latest"
+RESUME = [REWIND, MOE + "--sample_every 4 --resume auto"]
 
-# The commands of a case run one after the other in the case's folder. A number in front is the number of
-# ranks. {moe} stands for the folder of the case moe, which then runs before. `> FILE` takes standard output.
-# Two commands are this file's own. `rewind LOG CHECKPOINT` copies a run's log folder without newer
-# checkpoints. `load MODEL` loads an exported model where no checkout can be imported, and saves its outputs.
+# The cases run in this order, each in its folder. {code} is the checkout, {moe} the folder of the case moe.
 CASES = {
-    "data": ["fineweb.py --source ../text.txt --encoding bytes --out data --val_tokens 20000"],
-    "compile": [MOE + "--moe_every 2 --max_steps 3 --use_compile True"],  # it takes longest
+    "data": ["python {code}/fineweb.py --source ../text.txt --encoding bytes --out data --val_tokens 20000"],
+    "compile": [MOE + "--moe_every 2 --max_steps 3 --use_compile True"],
     "moe": [MOE + "--sample_every 4"],
     "muon": [MOE + """--optimizer muon --activation swiglu --position rope --qk_norm True --norm rmsnorm
         --bias False --num_shared_experts 1 --router_score sigmoid --n_kv_head 1 --sliding_window 16"""],
     "dense": [DENSE + """--activation relu2 --schedule wsd --activation_checkpointing block --loss_chunk 16
         --dropout 0.1 --flash False --hellaswag True --hellaswag_data ../questions.jsonl"""],
-    "resume": ["rewind {moe}/log model_00006.pt", MOE + "--sample_every 4 --resume auto"],
-    "cross_resume": ["rewind {moe}/log model_00006.pt", MOE + "--sample_every 4 --resume auto"],
-    "sample": ["sample.py --checkpoint {moe}/log/latest " + SAMPLE],
-    "export": ["checkpoint.py export {moe}/log/latest model", "load model",
-        "sample.py --model model " + SAMPLE],
-    "cross_export": ["checkpoint.py export {export}/model model", "load model",
-        "sample.py --model {export}/model " + SAMPLE],
-    "gpt2": [DENSE + "--max_steps 3 --dtype bfloat16",
-        "checkpoint.py export log/latest model --format gpt2", "load model"],
+    "resume": RESUME,
+    "cross_resume": RESUME,
+    "sample": [SAMPLE + "--checkpoint {moe}/log/latest > sample.txt"],
+    "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLE + "--model model > sample.txt"],
+    "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLE + "--model {export}/model > sample.txt"],
+    "gpt2": [DENSE + "--max_steps 3 --dtype bfloat16", EXPORT + "log/latest model --format gpt2", LOAD],
     "ddp": [TWO],
     "zero": [TWO + "--zero_stage 1"],
     "fsdp": [TWO + "--parallel fsdp", CONVERT],
@@ -79,36 +69,25 @@ CROSS = {"cross_resume": "resume", "cross_export": "export"}
 
 TIMEOUT_S = 600
 CLOCK = {"ms", "tok_per_s", "elapsed_s", "memory"}  # of metrics.jsonl: they differ from run to run
-LOAD = """import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+LOAD_CODE = """import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True).eval()
 ids = torch.arange(96).reshape(3, 32) * 7 % 256  # (B, T)
 with torch.no_grad():
     logits = model(ids).logits  # (B, T, V)
 text = model.generate(ids[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
-torch.save({"logits": logits, "text": text, "weights": dict(model.state_dict())}, "loaded.pt")"""
-
-# ---------------------------------------------------------------------------- RUNNING
-
-
-@dataclass
-class Side:
-    """A checkout, and the folder that holds its outputs, one folder per case."""
-
-    name: str
-    checkout: Path
-    root: Path
-    mark: str = ""  # stands in outputs that may be used again; empty: none may
+torch.save({'logits': logits, 'text': text, 'weights': dict(model.state_dict())}, 'loaded.pt')"""
 
 
 def needs(case: str) -> set[str]:
-    """The cases that must have run before: those whose folders the commands name, and the shards."""
-    text = " ".join(CASES[case])
-    return set(re.findall(r"{(\w+)}", text)) | ({"data"} if "--data_dir" in text else set())
+    """The cases whose outputs a case uses."""
+    named = re.findall(r"{(\w+)}", " ".join(CASES[case]))
+    return CASES.keys() & {*named, CROSS.get(case)}
 
 
 def write_inputs(root: Path) -> None:
     """Write a made-up text of some 300 kB and four questions. They are the same every time."""
-    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
     chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(chance.choices(letters, k=chance.randint(1, 8))) for _ in range(500)]
     text = [words[int(500 * chance.random() ** 3)] for _ in range(55_000)]  # some words are frequent
@@ -117,68 +96,27 @@ def write_inputs(root: Path) -> None:
     (root / "questions.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
 
 
-def run_case(case: str, side: Side, old: Side) -> float:
-    """Run a case's commands on one side. Returns the seconds it took, 0 where kept outputs are used again."""
-    folder, done, begin = side.root / case, side.root / case / "done", time.monotonic()
-    if side.mark and done.is_file() and done.read_text() == side.mark:
-        return 0.0
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if case != "data":  # both sides train on OLD's shards; the case data compares these with NEW's
-        (folder / "data").symlink_to(old.root / "data" / "data")
-    source = old if case in CROSS else side
-    for command in CASES[case]:
-        words = [word.format_map({name: source.root / name for name in CASES}) for word in command.split()]
-        ranks = int(words.pop(0)) if words[0].isdigit() else 1
-        output = folder / words[-1] if ">" in words else None
-        words = words[:-2] if output else words
-        if words[0] == "rewind":
-            shutil.copytree(words[1], folder / "log")
-            for path in (folder / "log").glob("model_*"):
-                if path.name > words[2]:
-                    path.unlink()
-            (folder / "log" / "latest").write_text(words[2])
-        elif words[0] == "load":
-            run_ranks(["-P", "-c", LOAD, *words[1:]], 1, folder, output)
-        else:
-            run_ranks([str(side.checkout / words[0]), *words[1:]], ranks, folder, output)
-    done.write_text(side.mark)
-    return time.monotonic() - begin
-
-
-def run_ranks(arguments: list[str], ranks: int, folder: Path, output: Path | None) -> None:
-    """Run python with the arguments in the folder, as `ranks` processes that train together.
-
-    What they print goes to folder/out.log, or standard output to `output` if it is given.
-    """
-    hidden = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {
+def run_case(case: str, code: Path, root: Path, old: Path) -> float:
+    """Run a case's commands with a checkout, in the folder root/case, and return the seconds. What they print
+    goes to out.log. `old` is OLD's root: both checkouts train on its shards; the case data compares these."""
+    folder, begin = root / case, time.monotonic()
+    folder.mkdir()
+    source = old if case in CROSS else root
+    places = {name: source / name for name in CASES} | {"data": old / "data", "code": code}
+    script = "\n".join(re.sub(r"\n +(?=--)", " ", command).format_map(places) for command in CASES[case])
+    environment = os.environ | {
         "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": str(folder / "modules"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        "HF_MODULES_CACHE": str(folder / "modules"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "LOAD_CODE": LOAD_CODE, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        environment["MASTER_PORT"] = str(probe.getsockname()[1])
-    group = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost") if ranks > 1 else {}
-    places = [group | dict(RANK=str(i), LOCAL_RANK=str(i)) if group else {} for i in range(ranks)]
-    command, name = [sys.executable, *arguments], Path(arguments[0]).name
-    with open(folder / "out.log", "ab") as log, open(output or os.devnull, "wb") as text:
-        to = dict(cwd=folder, stdin=subprocess.DEVNULL, stdout=text if output else log, stderr=log)
-        processes = [subprocess.Popen(command, env=environment | place, **to) for place in places]
-        try:
-            codes = [process.wait(TIMEOUT_S) for process in processes]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{name}: still ran after {TIMEOUT_S} s") from None
-        finally:
-            for process in processes:
-                process.kill()
-    if any(codes):
+    bash, nothing = ["timeout", str(TIMEOUT_S), "bash", "-e", "-c", script], subprocess.DEVNULL
+    with open(folder / "out.log", "wb") as log:
+        run = subprocess.run(bash, cwd=folder, env=environment, stdin=nothing, stdout=log, stderr=log)
+    if run.returncode:
         last = (folder / "out.log").read_text(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"{name}: exit codes {codes}: {' '.join(last)}")
-
-
-# ---------------------------------------------------------------------------- COMPARING
+        raise RuntimeError(f"exit code {run.returncode}: {' '.join(last)}")
+    return time.monotonic() - begin
 
 
 def leaves(value: Any, name: str) -> dict[str, Any]:
@@ -228,7 +166,7 @@ def compare(case: str, old: Path, new: Path, seconds: str) -> bool:
     """Print a line about a case, and one for every difference. Returns whether all is equal."""
     a, b = outcome(old), outcome(new)
     lines = [] if a else ["nothing to compare"]
-    for name in [*a, *(name for name in b if name not in a)]:
+    for name in a | b:
         if name in a and name in b:
             text = difference(a[name], b[name])
         else:  # settings may come and go
@@ -243,51 +181,19 @@ def compare(case: str, old: Path, new: Path, seconds: str) -> bool:
     return not lines
 
 
-# ---------------------------------------------------------------------------- COMMAND LINE
-
-
-def make_sides(options: argparse.Namespace, scratch: Path) -> tuple[Side, Side]:
-    """The two checkouts and the folders of their outputs."""
-    keep = options.keep.resolve() if options.keep else scratch
-    old = Side("OLD", options.old.resolve(), scratch / "old")
-    new = Side("NEW", options.new.resolve(), keep / "new")
-    git = ["git", "-C", options.old, "describe", "--always", "--dirty", "--exclude=*"]
-    revision = subprocess.check_output(git, text=True).strip() if options.keep else "-dirty"
-    if not revision.endswith("-dirty"):
-        old.root = keep / f"old-{revision}"
-        old.mark = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()
-    shutil.rmtree(new.root, ignore_errors=True)
-    write_inputs(old.root)
-    write_inputs(new.root)
-    return old, new
-
-
-def run_all(wanted: set[str], old: Side, new: Side) -> list[str]:
-    """Run and report the cases, at most two processes at a time. Returns those that are not equal."""
-    futures: dict[tuple[str, str], Future] = {}
-
-    def job(case: str, side: Side) -> float:
-        for other in needs(case):  # they were submitted before, so they run or have run
-            futures[other, "OLD" if other == "data" or case in CROSS else side.name].result()
-        return run_case(case, side, old)
-
-    unequal = []
-    for workers in (2, 1):  # first the cases of one process, then those of two ranks
-        cases = [
-            case for case in CASES if case in wanted and CASES[case][0].startswith("2 ") == (workers < 2)
-        ]
-        with ThreadPoolExecutor(workers) as pool:
-            for case in cases:
-                for side in (new,) if case in CROSS else (old, new):
-                    futures[case, side.name] = pool.submit(job, case, side)
-            for case in cases:
-                try:
-                    seconds = [f"{futures[key].result():5.1f} s" for key in futures if key[0] == case]
-                    folders = old.root / CROSS.get(case, case), new.root / case
-                    unequal += [] if compare(case, *folders, " + ".join(seconds)) else [case]
-                except Exception as error:  # the other cases go on
-                    unequal.append(case)
-                    print(f"{case:14} failed   {error!r}", flush=True)
+def run_all(wanted: set[str], checkouts: list[Path], roots: list[Path]) -> int:
+    """Run and report the cases, OLD and NEW at the same time. Returns how many are not equal."""
+    unequal, (old, new) = 0, roots
+    with ThreadPoolExecutor(2) as pool:
+        for case in (case for case in CASES if case in wanted):
+            sides = list(zip(checkouts, roots, strict=True))[1 if case in CROSS else 0 :]
+            futures = [pool.submit(run_case, case, *side, old) for side in sides]
+            try:
+                seconds = " + ".join(f"{future.result():5.1f} s" for future in futures)
+                unequal += not compare(case, old / CROSS.get(case, case), new / case, seconds)
+            except Exception as error:  # the other cases go on
+                unequal += 1
+                print(f"{case:14} failed   {error!r}", flush=True)
     return unequal
 
 
@@ -306,12 +212,14 @@ def main() -> int:
         wanted.remove("compile")
         print("compile        skipped (no C++ compiler)")
     for case in reversed(CASES):  # what a case needs stands before it
-        if case in wanted:
-            wanted |= needs(case) | ({CROSS[case]} if case in CROSS else set())
+        wanted |= needs(case) if case in wanted else set()
     with tempfile.TemporaryDirectory() as scratch:
-        unequal = run_all(wanted, *make_sides(options, Path(scratch).resolve()))
-    print(f"{len(unequal)} of {len(wanted)} cases differ, {time.monotonic() - begin:.0f} s")
-    return int(bool(unequal))
+        roots = [(options.keep or Path(scratch)).resolve() / name for name in ("old", "new")]
+        for root in roots:
+            write_inputs(root)
+        unequal = run_all(wanted, [options.old.resolve(), options.new.resolve()], roots)
+    print(f"{unequal} of {len(wanted)} cases differ, {time.monotonic() - begin:.0f} s")
+    return int(unequal > 0)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,15 @@
 import random
 
 import torch
+import torch.nn.functional as F
 
+from layers.experts import Experts, grouped_mm
+from layers.mlp import ACTIVATIONS
+from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
+
+# Engines of layers/experts.py; older versions of torch have no grouped_mm.
+ENGINES = ("loop", "gather", "grouped_mm") if grouped_mm else ("loop", "gather")
 
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 
@@ -43,6 +50,47 @@ def dense_model(**fields) -> GPTLMHeadModel:
     return GPTLMHeadModel(tiny(use_moe=False, **fields)).eval()
 
 
+def moe_layer(seed: int = 0, std: float = 0.5, **fields) -> MoE:
+    """An MoE layer of 8 channels in training, with weights so large that every difference shows."""
+    return strong(MoE(tiny(**dict(n_embd=8) | fields)), std, seed).train()
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients by the parameters' names."""
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def experts_by_hand(experts: Experts, x, expert, weight):
+    """The experts' output for x (N, C) as a loop over tokens; expert and weight (N, K) as for dispatch."""
+    names, y = ("c_fc", "c_fc_bias", "c_proj", "c_proj_bias"), []
+    for row, chosen, factors in zip(x, expert.tolist(), weight, strict=True):
+        answers = []
+        for e in chosen:
+            stacked = (getattr(experts, name) for name in names)
+            c_fc, fc_bias, c_proj, proj_bias = (None if p is None else p[e] for p in stacked)
+            h = ACTIVATIONS[experts.activation].forward(F.linear(row, c_fc, fc_bias))
+            answers.append(F.linear(h, c_proj, proj_bias))
+        y.append(sum(factor * answer for factor, answer in zip(factors, answers, strict=True)))
+    return torch.stack(y)
+
+
+def sure_layer(**fields) -> MoE:
+    """A layer of 4 channels and 4 experts that sends the unit vector e to expert e, with probability 1."""
+    layer = moe_layer(n_embd=4, **fields)
+    with torch.no_grad():
+        layer.gate.weight.copy_(100 * torch.eye(4))
+    return layer
+
+
+def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
+    routing, probs = layer.route(logits)
+    slots = (
+        row[routing.position()].view(-1, routing.per_token) for row in (routing.expert(), routing.weight)
+    )
+    return *slots, probs
+
+
 def strong(model, std=0.2, seed=0):
     """The model with weights so large that no non-linearity looks linear, norms around one; in evaluation."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,6 +105,21 @@ def strong(model, std=0.2, seed=0):
 def tokens(B=3, T=24, V=97, seed=0):
     """Random token numbers (B, T) below V."""
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+WTE = "transformer.wte.weight"
+
+
+def small_checkpoint(step: int = 3, V: int = 5, C: int = 7, **more) -> dict:
+    """The checkpoint of a very small model, with WTE of shape (V, C). Its numbers depend on the step."""
+    sizes = dict(n_layer=1, n_head=1, n_embd=C, vocab_size=V, block_size=4, mlp_hidden_size=1)
+    config = GPTConfig(**sizes, use_moe=False, bias=False, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(step)
+        weights, moment = dict(GPTLMHeadModel(config).state_dict()), torch.randn(V, C)
+    moments = {"step": torch.tensor(2.0), "exp_avg": moment}
+    optimizer = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
+    return {"model": weights, "config": config.to_dict(), "step": step, "optimizer": optimizer, **more}
 
 
 def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
@@ -74,3 +137,32 @@ def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
         )
         for _ in range(n)
     ]  # fmt: skip
+
+
+# One model for each part that generation and saved folders must get right.
+ARCHITECTURES = {
+    "learned, MoE": dict(),
+    "dense": dict(use_moe=False),
+    "rope, grouped": dict(position="rope", n_kv_head=2),
+    "window, global": dict(sliding_window=6, global_every=2, position="rope", n_kv_head=1),
+    "modern": dict(
+        position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,
+        bias=False, tie_word_embeddings=False, num_shared_experts=1, router_score="sigmoid",
+    ),
+    "eager": dict(attn_implementation="eager", sliding_window=6),
+}  # fmt: skip
+
+
+def byte_model(**fields) -> GPTLMHeadModel:
+    """A model of bytes and <|endoftext|>, its vocabulary padded to 384."""
+    fields = dict(vocab_size=384, block_size=48, encoding="bytes", encoding_size=257) | fields
+    return strong(GPTLMHeadModel(tiny(**fields)), std=0.15)
+
+
+def greedy_by_hand(model, ids, new):
+    """nanoGPT's loop: the whole text, cropped to block_size, through the model for every token."""
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(ids[:, -model.config.block_size :], use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, logits[:, : model.config.encoding_size].argmax(-1, keepdim=True)], dim=1)
+    return ids

@@ -3,6 +3,7 @@
     process = start(["--max_steps", "9"], "out.txt")            # python train_gpt_moe.py --max_steps 9
     ranks = start_ranks(2, ["--max_steps", "9"], "out.txt")     # what torchrun starts
     assert finish(process) == 0
+    run_ranks(2, ["--max_steps", "9"], "out.txt")               # starts them, and waits for a good end
 
 A server process imports the program once; every training process is forked from it (multiprocessing's
 forkserver), so it has an id, memory, signals and an exit code of its own.
@@ -18,8 +19,10 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +35,7 @@ from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
-# Places in a file and new bytes for them: (place from 0 to 1, bytes removed, bytes inserted).
+# A change of a file: (place from 0 to 1, number of bytes removed, bytes inserted).
 CUT = st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40))
 PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
@@ -49,18 +52,14 @@ def start(arguments, output, environment: Mapping = {}, sick: Mapping = {}, scri
     texts = [str(argument) for argument in arguments]
     process = CONTEXT.Process(target=_run, args=(script, texts, str(output), dict(environment), dict(sick)))
     here = Path(__file__).resolve().parent
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), before])  # for the server
-    try:
+    places = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(places)):  # for the server
         process.start()
-    finally:
-        os.environ["PYTHONPATH"] = before
     return process
 
 
 def free_port() -> int:
-    """A port at which nobody listens, of 20000 to 29999: the system gives out none of these by itself, so it
-    stays free until it is used."""
+    """A port from 20000 to 29999 at which nobody listens. The system gives out none of these by itself."""
     while True:
         port = 20_000 + next(PORTS) % 10_000
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -68,18 +67,18 @@ def free_port() -> int:
             return port
 
 
-def start_ranks(
-    size: int,
-    arguments: list,
-    output: str | Path,
-    sick: Mapping = {},
-    script: str = "train_gpt_moe",
-    environment: Mapping = {},
-) -> list:
+def start_ranks(size: int, arguments: list, output: str | Path, sick: Mapping = {},
+                script: str = "train_gpt_moe", environment: Mapping = {}) -> list:  # fmt: skip
     """Start `size` processes that train together, as torchrun would."""
     names = dict(WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), **environment)
     each = ({**names, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size))
     return [start(arguments, output, names, sick, script) for names in each]
+
+
+def run_ranks(size: int, arguments: list, output: Path, **options) -> None:
+    """start_ranks, and wait for their end. AssertionError with the output unless all exit codes are 0."""
+    ranks = start_ranks(size, arguments, output, **options)
+    assert [finish(rank) for rank in ranks] == [0] * size, output.read_text()
 
 
 def finish(process, timeout: float = 600) -> int:
@@ -102,12 +101,12 @@ def made_up_text() -> str:
 def write_data(folder: str | Path) -> str:
     """Write the made-up text as training and validation shards of bytes; returns the folder's name."""
     os.makedirs(folder)
-    tokens, sizes = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16), {}
-    for name, part in (("train_000000.bin", tokens[:-20000]), ("val_000000.bin", tokens[-20000:])):
+    tokens = np.frombuffer(made_up_text().encode(), dtype=np.uint8).astype(np.uint16)
+    parts = {"train_000000.bin": tokens[:-20000], "val_000000.bin": tokens[-20000:]}
+    for name, part in parts.items():
         shards.write_shard(os.path.join(folder, name), part)
-        sizes[name] = len(part)
-    meta = describe(get_encoding("bytes"), sizes, complete=True)
-    Path(folder, "meta.json").write_text(json.dumps(meta))
+    sizes = {name: len(part) for name, part in parts.items()}
+    Path(folder, "meta.json").write_text(json.dumps(describe(get_encoding("bytes"), sizes, complete=True)))
     return str(folder)
 
 
@@ -116,7 +115,7 @@ def flags(data, log_dir, *more) -> list[str]:
 
 
 def metrics(log_dir) -> list[dict]:
-    """The steps' records without what is a matter of time."""
+    """The steps' records of metrics.jsonl without times and memory."""
     records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
     clock = {"ms", "tok_per_s", "elapsed_s", "memory"}
     return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
@@ -129,7 +128,7 @@ def losses(log_dir: Path, kind: str = "train") -> list[float]:
 
 
 def newest(log_dir: Path) -> int:
-    """The last step in log.txt, -1 for none."""
+    """The last step whose line in log.txt is complete, -1 for none."""
     lines = (log_dir / "log.txt").read_text().split("\n")[:-1]
     return max([int(line.split()[0]) for line in lines if " train " in line], default=-1)
 
@@ -200,29 +199,25 @@ def _run(script: str, arguments: list[str], output: str, environment: dict, sick
 
 
 def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Callable:
-    """A model's `forward` that meets NaN behind the embedding in some training forwards.
-
-    sick: number of the training forward in this process, from 0 -> rank that it befalls, -1 for all.
-    """
+    """A model's `forward` whose embedding gives NaN in some training forwards of a process.
+    sick: {number of the forward, from 0: the rank that gets the NaN, or -1 for all}."""
     numbers = itertools.count()
 
     def sick_forward(self, *args, **kwargs):
         training = self.training and kwargs.get("targets") is not None
         if not training or sick.get(next(numbers)) not in (-1, rank):
             return forward(self, *args, **kwargs)
-        spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
-        hook = self.transformer.drop.register_forward_hook(spoil)
-        try:
+        with contextlib.ExitStack() as stack:
+            spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
+            stack.callback(self.transformer.drop.register_forward_hook(spoil).remove)
             return forward(self, *args, **kwargs)
-        finally:
-            hook.remove()
 
     return sick_forward
 
 
 @contextlib.contextmanager
 def little_memory(megabytes: int):
-    """So much is left for this process."""
+    """This process can take so much more memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
@@ -230,3 +225,9 @@ def little_memory(megabytes: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def write_index(path: Path, index: dict) -> None:
+    """Write the index of a checkpoint's folder with its right checksum."""
+    text = json.dumps(index)
+    (path / "index.json").write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "index": text}))

@@ -16,41 +16,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from models import NANOGPT, make_examples
 from PIL import Image
-from processes import flags as training_flags
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoint
 import fineweb
 import train_gpt_moe
-from tokens.demo import prepare_demo
 from tokens.shards import write_shard
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-# A command is an indented line, up to its comment, or a piece of code within a sentence or table.
+# A command is an indented line up to its comment, or a piece of code within a sentence or table.
 PROGRAM = r"(?:python3?|torchrun|pip|sbatch|lm_eval|[A-Z]+=\S+) .*?"
 COMMANDS = list(dict.fromkeys(
     indented or inline
     for indented, inline in re.findall(rf"^    ({PROGRAM})(?:  +#.*)?$|`({PROGRAM})`", TEXT, re.MULTILINE)
 ))  # fmt: skip
 
-# Commands that no test runs as they stand, by their beginnings, and why. The files named test the same thing
-# with local data, or with two processes on the CPU.
+# Commands that no test here runs, by their beginnings, and why. The files named test the same thing offline.
 LISTED = {
     "python3 -m venv": "the reader's environment",
     "pip install torch ": "network",
     "pip install accelerate": "network",
     "pip install lm_eval": "network",
-    "lm_eval ": "not installed; test_huggingface.py",
-    "python fineweb.py$": "network (FineWeb-Edu); test_fineweb.py",
+    "lm_eval ": "not installed; test_export.py",
+    "python fineweb.py$": "network; test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
-    "torchrun ": "GPUs; test_train_gpt_moe.py, test_parallel.py, test_nodes.py",
+    "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py",
     "sbatch ": "Slurm; test_nodes.py",
     "RANK=": "GPUs; test_nodes.py",
     "python tests/torture.py": "minutes, as root",
@@ -81,43 +77,6 @@ def one_fast_command_each() -> list:
     return parameters
 
 
-# ---------------------------------------------------------------------------- examples
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """A folder with the demo corpus."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    prepare_demo(str(folder))
-    return folder
-
-
-def test_python_examples_run_in_order(demo, tmp_path, monkeypatch, capsys, own_modules):
-    """All of them, one after the other as a reader would, in a folder that holds what they name.
-
-    "gpt2" is a small local GPT-2 here, for lack of a network; GPT-2's ids are taken modulo its vocabulary.
-    """
-    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(demo, "demo")
-    assert train_gpt_moe.main(training_flags("demo", "log", "--max_steps", 3)) == 0
-    (tmp_path / "log" / "model_00003.pt").rename("log/model_19073.pt")
-    assert checkpoint.main(["export", "log/model_19073.pt", "my_model"]) == 0
-    sizes = dict(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=128)
-    tokens = dict(bos_token_id=0, eos_token_id=0)
-    config = GPT2Config(**sizes, **tokens, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    GPT2LMHeadModel(config).save_pretrained("gpt2")
-    code = "\n".join(PYTHON).replace("[[15496, 11, 314, 1101]]", "[[96, 11, 14, 101]]")
-    torch.manual_seed(0)
-    names = {}
-    exec(compile(code, "docs", "exec"), names)
-    assert names["loss"].shape == () and names["output"].logits.shape == (1, 4, 128)
-    assert list((tmp_path / "tensorboard_logs").glob("events.*"))
-    assert "Hello" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------- commands
-
 SMALL = """--n_layer 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --val_steps 1
     --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0 --hellaswag 0
     --data_dir data""".split()
@@ -130,30 +89,32 @@ SHAPES = {  # of checkpoints that have these formats
 }  # fmt: skip
 # What a command gets behind its own flags, so that it is done in a second or a few, offline.
 MORE = {
-    "train_gpt_moe.py": SHORT,
-    "fineweb.py": ["--encoding", "bytes", "--workers", "1"],
-    "hellaswag.py": ["--data", "questions.jsonl", "--encoding", "bytes", "--device", "cpu"],
-    "sample.py": ["--max_new_tokens", "4", "--device", "cpu"],
-    "state": ["--B", "1", "--T", "16"],
-    "moe": "--rounds 1 --tokens 64 --compile 0".split(),
-    "step": ["--rounds", "1"],
-    "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0".split(),
-    "ladder": "--rounds 1 --B 1 --T 16".split(),
-    "head": "--rounds 1 --tokens 16".split(),
-    "loop": "--rounds 1 --B 1 --T 16".split(),
-    "checkpoint": "--rounds 1 --size d4".split(),
-    "hellaswag": "--rounds 1 --size d4 --limit 1".split(),
-    "time_to_loss": ["--steps", "2"],
-    "moe_pays": "--steps 2 --seeds 1".split(),
-    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16".split(),
-}
+    "fineweb.py": "--encoding bytes --workers 1", "sample.py": "--max_new_tokens 4 --device cpu",
+    "hellaswag.py": "--data questions.jsonl --encoding bytes --device cpu", "state": "--B 1 --T 16",
+    "moe": "--rounds 1 --tokens 64 --compile 0", "step": "--rounds 1", "head": "--rounds 1 --tokens 16",
+    "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0",
+    "ladder": "--rounds 1 --B 1 --T 16", "loop": "--rounds 1 --B 1 --T 16",
+    "checkpoint": "--rounds 1 --size d4", "hellaswag": "--rounds 1 --size d4 --limit 1",
+    "time_to_loss": "--steps 2", "moe_pays": "--steps 2 --seeds 1",
+    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16",
+}  # fmt: skip
+
+
+def make_run(folder: Path, shape: list[str]) -> None:
+    """Checkpoints log/model_05000.pt and log/model_19073.pt of a run of two steps."""
+    flags = [*SMALL, *shape, *SHORT, "--max_steps", "2", "--log_dir", str(folder / "log")]
+    assert train_gpt_moe.main([*flags, "--data_dir", str(folder / "data")]) == 0
+    for step in ("05000", "19073"):
+        shutil.copy(folder / "log" / "model_00002.pt", folder / "log" / f"model_{step}.pt")
+    sharded = folder / "log" / "model_19073"
+    assert checkpoint.main(["convert", str(folder / "log" / "model_19073.pt"), str(sharded)]) == 0
 
 
 @pytest.fixture(scope="module")
-def workshop(demo, tmp_path_factory):
-    """A folder with all that the commands name: data, a finished run, GPT-2, nanoGPT, texts, questions."""
+def made(data, tmp_path_factory) -> Path:
+    """A folder with all that the pages name: data, a finished run, GPT-2, nanoGPT, texts, questions."""
     folder = tmp_path_factory.mktemp("workshop")
-    shutil.copytree(demo, folder / "data")
+    shutil.copytree(data, folder / "data")
     shutil.copy(folder / "data" / "train_000000.bin", folder / "shard.bin")
     line = "The quick brown fox jumps over the lazy dog. " * 40
     text = "".join(f"{number} {line}\n\n" for number in range(60))
@@ -172,14 +133,12 @@ def workshop(demo, tmp_path_factory):
     return folder
 
 
-def make_run(folder: Path, shape: list[str]) -> None:
-    """Checkpoints log/model_05000.pt and log/model_19073.pt of a run of two steps."""
-    flags = [*SMALL, *shape, *SHORT, "--max_steps", "2", "--log_dir", str(folder / "log")]
-    assert train_gpt_moe.main([*flags, "--data_dir", str(folder / "data")]) == 0
-    for step in ("05000", "19073"):
-        shutil.copy(folder / "log" / "model_00002.pt", folder / "log" / f"model_{step}.pt")
-    sharded = folder / "log" / "model_19073"
-    assert checkpoint.main(["convert", str(folder / "log" / "model_19073.pt"), str(sharded)]) == 0
+@pytest.fixture
+def workshop(made, tmp_path, monkeypatch, short_demo) -> Path:
+    """The current folder: a copy of `made`, in which a command may do as it likes."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def run_module(module: str, flags: list[str], monkeypatch) -> int:
@@ -191,7 +150,7 @@ def run_module(module: str, flags: list[str], monkeypatch) -> int:
 
 
 def run_training(flags: list[str]) -> int:
-    """train_gpt_moe.py with these flags, in the workshop, with small sizes."""
+    """The exit code of train_gpt_moe.py with these flags and small sizes, in the workshop."""
     before, after = SMALL, SHORT
     if "--preset" in flags and "--data_dir" not in flags:  # the demo has data of its own
         before, after = [], [word for word in SMALL if word not in ("--data_dir", "data")] + SHORT
@@ -206,39 +165,48 @@ def run_training(flags: list[str]) -> int:
 
 
 @pytest.mark.parametrize("command", one_fast_command_each())
-def test_commands_run(command, workshop, tmp_path, monkeypatch, capsys, request):
-    """Every one of them, in a copy of the workshop: as it stands, but for smaller sizes and local files."""
+def test_commands_run(command, workshop, monkeypatch, capsys, request):
+    """Each command runs as it stands, but for smaller sizes and local files."""
     script, flags = split(command)
-    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    for made in {"my_data", "my_bytes"} & set(flags):  # by the command that README has before it
-        making = ["--source", "my_text.txt", "--out", made, "--val_tokens", "20000"]
-        assert script == "fineweb.py" or fineweb.main([*making, *MORE["fineweb.py"]]) == 0
+    for folder in {"my_data", "my_bytes"} & set(flags):  # by the command that README has before it
+        making = f"--source my_text.txt --out {folder} --val_tokens 20000 {MORE['fineweb.py']}"
+        assert script == "fineweb.py" or fineweb.main(making.split()) == 0
     if "--format" in flags:
-        make_run(tmp_path, SHAPES[flags[flags.index("--format") + 1]])
+        make_run(workshop, SHAPES[flags[flags.index("--format") + 1]])
     if "convert" in flags:
-        (tmp_path / flags[-1]).unlink()
+        Path(flags[-1]).unlink()
     if script == "llmc":
-        make_run(tmp_path, DENSE)
+        make_run(workshop, DENSE)
         if "import" in flags:
-            export = ["export", "--checkpoint", "log/model_19073.pt", "--out", "."]
+            export = "export --checkpoint log/model_19073.pt --out .".split()
             assert run_module("llmc", export, monkeypatch) == 0
-            (tmp_path / "gpt2_d1.bin").rename("model_00001000.bin")
+            Path("gpt2_d1.bin").rename("model_00001000.bin")
     if script == "bench" and flags[0] == "time_to_loss":
         monkeypatch.setattr("bench.recipes.WINDOWS", 8)  # for validation
     if script == "bench" and flags[0] == "hellaswag":
         request.getfixturevalue("gpt2_encoding")
 
+    code, more = 0, MORE.get(script if script.endswith(".py") else flags[0], "").split()
     if script == "-c":
         exec(flags[0], {})
-        code = 0
     elif script == "train_gpt_moe.py":
         code = run_training(flags)
     elif script.endswith(".py"):
-        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *MORE.get(script, [])])
+        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *more])
     else:
-        code = run_module(script, [*flags, *MORE.get(flags[0], [])], monkeypatch)
+        code = run_module(script, [*flags, *more], monkeypatch)
     assert code == 0, capsys.readouterr().err
+
+
+def test_python_examples_run_in_order(workshop, capsys, own_modules):
+    """All of them, one after the other as a reader would. "gpt2" is a small model of random weights here."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    assert checkpoint.main(["export", "log/model_19073.pt", "my_model"]) == 0
+    names = {}
+    exec(compile("\n".join(PYTHON), "docs", "exec"), names)
+    assert names["loss"].shape == () and names["output"].logits.shape == (1, 4, 50257)
+    assert list(Path("tensorboard_logs").glob("events.*"))
+    assert "Hello" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in RUN])
@@ -274,9 +242,6 @@ SCRIPTS = ["train_gpt_moe", "fineweb", "hellaswag", "sample", "checkpoint", "plo
 def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
     assert "usage" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------- pages
 
 
 def test_readme_is_short_and_counts_the_lines_of_the_reading_path():

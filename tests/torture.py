@@ -85,8 +85,6 @@ class Torture:
         self.shard = Path(self.data, "train_000000.bin")
         self.tokens = self.shard.read_bytes()
 
-    # ------------------------------------------------------------------------ the undisturbed results
-
     def training(self, log_dir: Path, *more) -> list[str]:
         """The command line of the run."""
         more = [*LAYOUTS[self.layout], "--save_retry_s", 0.5, *more]
@@ -111,8 +109,6 @@ class Torture:
         self.shards = {path.name: path.read_bytes() for path in out.glob("*.bin")}
         if len(self.digests) != STEPS or len(self.shards) < 5:
             raise RuntimeError(f"the undisturbed runs failed:\n{(self.plain / 'out.txt').read_text()}")
-
-    # ------------------------------------------------------------------------ faults
 
     def run_for(self, processes: list, seconds: float) -> None:
         """Let the processes run so long, or until they end, in the presence of other faults."""
@@ -212,8 +208,6 @@ class Torture:
                 told = 1.0
         return [process.exitcode for process in processes]
 
-    # ------------------------------------------------------------------------ what must hold
-
     def lose(self, what: str, count: int = 0) -> None:
         """Take note of a loss."""
         self.lost.append(what)
@@ -259,8 +253,6 @@ class Torture:
             self.bytes_compared += path.stat().st_size
             if path.read_bytes() != self.shards.get(path.name):
                 self.lose(f"{path.name} differs from the undisturbed job's", path.stat().st_size)
-
-    # ------------------------------------------------------------------------ the session
 
     def train(self) -> None:
         """Start or resume the run, disturb it, check what it leaves; compare it if it has come to its end."""

@@ -1,24 +1,25 @@
 """What ranks that train together really send, counted in two ways, and what they hold.
 
     sizes = dict(n_layer=2, n_head=2, n_embd=32)
-    for found in train_ranks(Plan(2, B=2, T=16, dtype="float32"), sizes, ["ddp"]):
+    for found in train_ranks(tmp_path, Plan(2, B=2, T=16, dtype="float32"), sizes, ["ddp"]):
         found["ddp"]["sent"], found["ddp"]["wire"], found["ddp"]["held"]
 
 "sent" are the bytes of each kind of collective, by its formula, from the calls that pass torch's dispatcher.
-"wire" are the bytes that left through the process's TCP connections. They are more by the messages' headers,
-and because gloo makes a reduce-scatter out of an all-reduce, with twice the bytes. "held" are the bytes of
-parameters, gradients and moments.
+"wire" are the bytes that left through the process's TCP connections: more by the messages' headers, and by
+gloo, which makes a reduce-scatter out of an all-reduce. "held": bytes of parameters, gradients and moments.
 """
 
+import json
 import os
 import socket
 import struct
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import CONTEXT, free_port
+from processes import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import RandomBatch, make_run
@@ -36,11 +37,8 @@ SIZED_BY = {  # operator: (kind, argument that has the size S)
 
 
 class Volume(TorchDispatchMode):
-    """Within `with Volume() as volume`: volume.sent, the bytes that this rank sends, by kind of collective.
-
-    torch's dispatcher sees every collective and its tensors, whether DDP, FSDP, ZeroRedundancyOptimizer or
-    our code calls it.
-    """
+    """`with Volume() as volume`: volume.sent are the bytes that this rank sends, by kind of collective.
+    torch's dispatcher sees every one, whether DDP, FSDP, ZeroRedundancyOptimizer or our code calls it."""
 
     def __init__(self):
         super().__init__()
@@ -60,11 +58,13 @@ class Volume(TorchDispatchMode):
 def bytes_on_the_wire() -> int:
     """Bytes that this process has sent through its TCP connections so far, each counted once (Linux)."""
     total = 0
-    for name in os.listdir("/proc/self/fd"):
+    for path in Path("/proc/self/fd").iterdir():
         try:
-            with socket.socket(fileno=os.dup(int(name))) as connection:
+            if not os.readlink(path).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(path.name))) as connection:
                 information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # a file, a pipe, or closed meanwhile
+        except OSError:  # closed meanwhile, or no TCP
             continue
         if len(information) >= 216:
             sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
@@ -80,52 +80,35 @@ def bytes_held(run: Run) -> int:
     return 2 * parameters + sum(local(moment).nbytes for moment in moments)
 
 
-def train_ranks(plan: Plan, fields: dict, names: list[str]) -> list[dict]:
+def train_ranks(folder: Path, plan: Plan, fields: dict, names: list[str]) -> list[dict]:
     """What each of plan.ranks processes finds that train a GPTConfig(**fields) in the layouts of `names`."""
-    port, pipes = free_port(), [CONTEXT.Pipe(duplex=False) for _ in range(plan.ranks)]
-    processes = [
-        CONTEXT.Process(target=train_rank, args=(rank, plan, fields, names, port, answer))
-        for rank, (_, answer) in enumerate(pipes)
-    ]
-    for process, (_, answer) in zip(processes, pipes, strict=True):
-        process.start()
-        answer.close()
-    try:
-        return [receive.recv() for receive, _ in pipes]  # EOFError: the process has failed
-    finally:
-        for process in processes:
-            process.join(60)
-            process.kill()
+    run_ranks(plan.ranks, [json.dumps([asdict(plan), fields, names]), folder], folder / "out", script="wire")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(plan.ranks)]
 
 
-def train_rank(rank: int, plan: Plan, fields: dict, names: list[str], port: int, answer) -> None:
+def main(arguments: list[str]) -> int:
     """One of train_ranks' processes."""
-    os.environ |= dict(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(plan.ranks), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    world, found = parallel.start("cpu"), {}
+    world, found, (plan, fields, names) = parallel.start("cpu"), {}, json.loads(arguments[0])
     for name in names:
-        this = replace(plan, **LAYOUTS[name])
+        this = replace(Plan(**plan), **LAYOUTS[name])
         layout = parallel.make_layout(world, this.parallel, this.zero_stage, this.ep_size)
-        torch.manual_seed(0)
-        model = GPTLMHeadModel(GPTConfig(block_size=plan.T, **fields))
-        parallel.place(model, layout, plan.dtype, [])
+        model = GPTLMHeadModel(GPTConfig(block_size=this.T, **fields))
+        parallel.place(model, layout, this.dtype, [])
         for moe in model.moe_layers():
             moe.force_balanced = True
         adamw = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
         run = make_run(
-            model, RandomBatch(model, plan.B, plan.T), layout=layout, dtype=plan.dtype,
-            optimizer=parallel.share_optimizer(adamw, layout), accumulation=plan.micro_steps,
+            model, RandomBatch(model, this.B, this.T), layout=layout, dtype=this.dtype,
+            optimizer=parallel.share_optimizer(adamw, layout), accumulation=this.micro_steps,
         )  # fmt: skip
-        for step in range(3):  # connections are made, and buckets, and these once more
+        for step in range(2):  # these make connections and buckets
             train_step(run, step)
         before = bytes_on_the_wire()
         with Volume() as volume:
-            train_step(run, 3)
+            train_step(run, 2)
         wire = bytes_on_the_wire() - before
         found[name] = {"sent": dict(volume.sent), "wire": wire, "held": bytes_held(run)}
+    Path(arguments[1], f"{world.rank}.json").write_text(json.dumps(found))
     run = None  # DDP must be freed before its process group
-    answer.send(found)
     parallel.stop(world)
+    return 0

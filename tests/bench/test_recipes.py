@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import NANOGPT
+from models import NANOGPT, tiny, tokens
 
 from bench import __main__ as bench
 from bench import recipes
@@ -63,15 +63,12 @@ def test_texts_are_split_and_windows_drawn(text, tmp_path):
 
 
 def test_evaluation_is_the_mean_over_all_windows():
-    sizes = dict(block_size=8, n_layer=1, n_head=2, n_embd=16)
-    model = GPTLMHeadModel(GPTConfig(use_moe=False, vocab_size=50, **sizes))
-    x, y = torch.randint(0, 50, (2, 13, 8))
+    model, (x, y) = GPTLMHeadModel(tiny(use_moe=False)), (tokens(13, 24), tokens(13, 24, seed=1))
     with torch.no_grad():
         logits = model.eval().double()(x).logits
-    expected = F.cross_entropy(logits.view(-1, 50), y.view(-1)).item()
+    expected = F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
     found = recipes.validation_loss(model.float().train(), (x, y), batch=5)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert model.training
+    assert found == pytest.approx(expected, rel=1e-5) and model.training
 
 
 def test_a_step_is_adamw_on_the_drawn_batch(text):
@@ -98,33 +95,25 @@ def test_a_step_is_adamw_on_the_drawn_batch(text):
     assert all(torch.allclose(value, ours[name], atol=1e-6) for name, value in model.state_dict().items())
 
 
-def test_seconds_to_a_loss_are_interpolated():
-    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
-    contender = SimpleNamespace(points=points)
-    assert recipes.seconds_to(contender, 2.125) == "3.5"
-    assert recipes.seconds_to(contender, 3.0) == "< 1.0"
-    assert recipes.seconds_to(contender, 1.9) == "-"
-
-
 def test_time_to_loss(text, small, clock, tmp_path, capsys):
     (tmp_path / "nanoGPT").mkdir()
     (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT)
     png, table = tmp_path / "loss.png", tmp_path / "table.csv"
-    command = ["time_to_loss", "--text", text, "--steps", "60", "--png", str(png), "--csv", str(table)]
+    command = ["time_to_loss", "--text", text, "--steps", "12", "--png", str(png), "--csv", str(table)]
     assert bench.main([*command, "--nanogpt", str(tmp_path / "nanoGPT")]) == 0
     rows = list(csv.DictReader(table.open()))
     names = ["modern, a third of the time", "modern, the same time"]
     names += [name.replace("modern", "modern-moe") for name in names]
     assert [row["recipe"] for row in rows] == ["nanoGPT", "gpt2", *names]
     assert rows[0]["s / nanoGPT"] == "1.0" and rows[0]["below nanoGPT"] == "0.000"
-    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "60"
-    # A step that would pass the time that is given is not begun: of 5, 10, 15, 20 and 15, 30, 45, 60 seconds.
-    assert [int(row["steps"]) for row in rows[2:]] == [19, 59] * 2
-    assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([19 / 60, 59 / 60] * 2)
+    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "12"
+    # A step that would pass the seconds that are given is not begun: of 1, 2, 3, 4 and of 3, 6, 9, 12.
+    assert [int(row["steps"]) for row in rows[2:]] == [3, 11] * 2
+    assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([3 / 12, 11 / 12] * 2)
     assert png.stat().st_size > 10_000
     assert "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
-    assert bench.main([*command[:3], "--steps", "12"]) == 0
+    assert bench.main([*command[:3], "--steps", "4"]) == 0
     assert "| gpt2 | " in capsys.readouterr().out.splitlines()[4]
     assert bench.main(["time_to_loss"]) == 2 and "give --text FILE" in capsys.readouterr().err
     assert bench.main([*command[:3], "--nanogpt", str(tmp_path)]) == 2
@@ -140,8 +129,7 @@ def test_the_rivals_have_equal_active_parameters(text):
     assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "split_demo", lambda: recipes.split_text(text))  # it takes seconds
+def test_moe_pays(text, small, short_demo, tmp_path):
     table = tmp_path / "table.csv"
     command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
     assert bench.main(command) == 0
@@ -155,6 +143,9 @@ def test_moe_pays(text, small, tmp_path, monkeypatch):
     assert float(experts["mean: below dense"].split()[0]) == pytest.approx(difference, abs=2e-3)
 
 
-def test_mean_and_spread():
+def test_numbers_of_the_tables():
+    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
+    for goal, seconds in ((2.125, "3.5"), (3.0, "< 1.0"), (1.9, "-")):  # interpolated
+        assert recipes.seconds_to(SimpleNamespace(points=points), goal) == seconds
     assert recipes.mean_and_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
     assert recipes.mean_and_spread([1.25]) == "1.250 ± 0.000"

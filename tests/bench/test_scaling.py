@@ -13,37 +13,27 @@ from conftest import slow
 from wire import train_ranks
 
 from bench import __main__ as bench
-from bench import models
-from bench.traffic import (
-    LAYOUTS,
-    Collective,
-    Links,
-    Plan,
-    elements,
-    expert_elements,
-    memory_by_use,
-    meta_model,
-    step_seconds,
-    step_traffic,
-)  # fmt: skip
+from bench import models, traffic
+from bench.traffic import LAYOUTS, Collective, Links, Plan, memory_by_use, step_seconds, step_traffic
 from model import GPTConfig
 
 # 2 layers, C = 8, 4 experts of H = 32, 2 per token, no biases, V = 32, T = 16: P by hand
-SMALL = dict(
-    n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False,
-)  # fmt: skip
+SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False)
 OUTSIDE = 32 * 8 + 16 * 8 + 8  # wte, wpe, ln_f
-GATES = 2 * 4 * 8
+GATES, EXPERTS = 2 * 4 * 8, 2 * 4 * 2 * 32 * 8
 BLOCKS = 2 * (8 + 3 * 8 * 8 + 8 * 8 + 8)  # ln_1, c_attn, c_proj, ln_2
-EXPERTS = 2 * 4 * 2 * 32 * 8
-P = OUTSIDE + GATES + BLOCKS + EXPERTS
+INSIDE = GATES + BLOCKS + EXPERTS
+P = OUTSIDE + INSIDE
 # Losses and signals; and per layer entropy, counts twice, sums of probabilities.
 STATISTICS = 6 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
 ROWS = 2 * 16 * 2 * 8  # B T K C
+PLAN = Plan(4, B=2, T=16, dtype="float32")
+FSDP = replace(PLAN, parallel="fsdp")
+FSDP_SENDS = {"reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 4)}  # and gathers
 
 
 def model(**fields):
-    return meta_model(GPTConfig(block_size=16, **SMALL | fields))
+    return traffic.meta_model(GPTConfig(block_size=16, **SMALL | fields))
 
 
 def sent(collectives: list[Collective]) -> dict[str, float]:
@@ -54,44 +44,29 @@ def sent(collectives: list[Collective]) -> dict[str, float]:
     return {kind: size for kind, size in total.items() if size}
 
 
-# ---------------------------------------------------------------------------- by hand
-
-
-def test_bytes_of_each_collective():
-    gb = 1e9
-    assert Collective("all_reduce", gb, 4).sent == 1.5e9
-    assert Collective("all_gather", gb, 4).sent == Collective("reduce_scatter", gb, 4).sent == 0.75e9
-    assert Collective("all_to_all", gb, 8).sent == Collective("broadcast", gb, 8).sent == 0.875e9
-    assert all(Collective(kind, gb, 1).sent == 0 for kind in ("all_reduce", "broadcast"))
-
-
-def test_bytes_of_each_layout():
-    plan = Plan(4, B=2, T=16, dtype="float32", micro_steps=3)
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"all_reduce": 1.5 * (4 * P + STATISTICS)}),
+        (dict(zero_stage=1), {"all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P}),
+        (dict(parallel="fsdp"), FSDP_SENDS | {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE)}),
+        (dict(parallel="fsdp", dtype="bfloat16"), FSDP_SENDS | {
+            "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))}),
+        (dict(ep_size=2), {  # 2 replicas x 2; layers, micro-steps, all-to-alls, bytes; counts
+            "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),
+            "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4}),
+    ],
+    ids=["ddp", "zero", "fsdp", "fsdp in bf16", "ep"],
+)  # fmt: skip
+def test_bytes_of_each_layout(fields, expected):
     assert sum(p.numel() for p in model().parameters()) == P
-    assert sent(step_traffic(model(), plan)) == {"all_reduce": 1.5 * (4 * P + STATISTICS)}
-    assert sent(step_traffic(model(), replace(plan, zero_stage=1))) == {
-        "all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P,
-    }  # fmt: skip
-    inside = GATES + BLOCKS + EXPERTS
-    assert sent(step_traffic(model(), replace(plan, parallel="fsdp"))) == {
-        "all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * inside), "reduce_scatter": 0.75 * 4 * P,
-        "all_reduce": 1.5 * (STATISTICS + 4),
-    }  # fmt: skip
-    half = replace(plan, parallel="fsdp", dtype="bfloat16")
-    gathered = 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))
-    assert sent(step_traffic(model(), half))["all_gather"] == 0.75 * gathered
-    ep = sent(step_traffic(model(), replace(plan, ep_size=2)))  # 2 replicas x 2
-    assert ep == {
-        "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4,
-        "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),  # layers, micro-steps, trips, bytes; counts
-    }
+    assert sent(step_traffic(model(), replace(PLAN, micro_steps=3, **fields))) == expected
 
 
 def test_the_zero_papers_three_volumes():
     """fsdp in one micro-step moves the parameters twice and the gradients once; ddp's all-reduce is two."""
-    plan = Plan(64, B=2, T=16, dtype="float32")
-    sizes = dict(block_size=16, n_layer=40, n_head=2, n_embd=64, vocab_size=64, use_moe=False)
-    dense = meta_model(GPTConfig(**sizes))
+    plan = replace(PLAN, ranks=64)
+    dense = model(n_layer=40, n_embd=64, vocab_size=64, use_moe=False)
     whole = 4 * sum(p.numel() for p in dense.parameters()) * 63 / 64
     assert sum(sent(step_traffic(dense, plan)).values()) == pytest.approx(2 * whole, rel=1e-4)
     fsdp = sum(sent(step_traffic(dense, replace(plan, parallel="fsdp"))).values())
@@ -113,13 +88,11 @@ def test_seconds_of_links():
 def test_what_hides_behind_what():
     """ddp: one bucket, all too late. fsdp: only the first group of the gathers, and of the scatters."""
     links = Links(1e6, 1e6, per_machine=4, latency=0.0)
-    plan = Plan(4, B=2, T=16, dtype="float32")
-    step, communication, waits = step_seconds(model(), plan, links, 3.0, 1.0)
+    step, communication, waits = step_seconds(model(), PLAN, links, 3.0, 1.0)
     assert waits == communication == pytest.approx(1.5 * (4 * P + STATISTICS) / 1e6)
     assert step == 4.0 + waits
-    fsdp = replace(plan, parallel="fsdp", micro_steps=2)
-    inside = GATES + BLOCKS + EXPERTS
-    gathers = 0.75 * 4 * (OUTSIDE + 2 * inside) / 1e6
+    fsdp = replace(FSDP, micro_steps=2)
+    gathers = 0.75 * 4 * (OUTSIDE + 2 * INSIDE) / 1e6
     scatters, rest = 0.75 * 4 * P / 1e6, 1.5 * (STATISTICS + 4) / 1e6
     step, communication, waits = step_seconds(model(), fsdp, links, 3.0, 1.0)
     assert communication == pytest.approx(2 * gathers + scatters + rest)
@@ -127,46 +100,45 @@ def test_what_hides_behind_what():
     assert step == pytest.approx(2 * 3.0 + 1.0 / 4 + waits)  # a rank updates a quarter
     slow = step_seconds(model(), fsdp, Links(1e3, 1e3, 4, 0.0), 3.0, 1.0)
     assert slow[2] == pytest.approx(1e3 * communication - 2 * 3.0)  # both phases of both micro-steps are full
-    zero = step_seconds(model(), replace(plan, zero_stage=1), links, 3.0, 1.0)
+    zero = step_seconds(model(), replace(PLAN, zero_stage=1), links, 3.0, 1.0)
     assert zero[0] == pytest.approx(3.25 + zero[1])
 
 
 def test_memory_by_hand():
-    plan = Plan(4, B=2, T=16, dtype="float32")
-    alone = memory_by_use(model(), plan)
+    alone = memory_by_use(model(), PLAN)
     assert (alone["parameters"], alone["gradients"], alone["moments"]) == (4 * P, 4 * P, 8 * P)
-    assert memory_by_use(model(), replace(plan, zero_stage=1))["moments"] == 2 * P
-    fsdp = memory_by_use(model(), replace(plan, parallel="fsdp"))
+    assert memory_by_use(model(), replace(PLAN, zero_stage=1))["moments"] == 2 * P
+    fsdp = memory_by_use(model(), FSDP)
     assert (fsdp["parameters"], fsdp["gradients"], fsdp["moments"]) == (P, P, 2 * P)
     block = (BLOCKS + EXPERTS) / 2
     assert fsdp["gathered"] == 2 * 4 * block + 4 * OUTSIDE + 4 * block
-    ep = memory_by_use(model(), replace(plan, ep_size=4))
+    ep = memory_by_use(model(), replace(PLAN, ep_size=4))
     assert ep["parameters"] == 4 * (P - EXPERTS + EXPERTS // 4) and ep["rows"] == 2 * 2 * 4 * ROWS
     assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
 
 
-def test_padding_of_what_does_not_divide():
-    assert elements([torch.Size((3, 5))], 2) == 4 * 5
-    assert elements([torch.Size((8, 7, 5)), torch.Size((8,))], 64) == 64 * 7 * 5 + 64
-    assert elements([torch.Size((8, 7, 5))]) == 8 * 7 * 5
-    assert expert_elements([torch.Size((8, 7, 6))], 14) == 8 * 7 * 6 + 6 * 7 * 6  # 14 divides none of them
-    assert expert_elements([torch.Size((8, 28, 6)), torch.Size((8, 7, 42))], 14) == 8 * 28 * 6 + 8 * 7 * 42
+@pytest.mark.parametrize(
+    ("function", "shapes", "ranks", "expected"),
+    [
+        (traffic.elements, [(3, 5)], 2, 4 * 5), (traffic.elements, [(8, 7, 5)], 1, 8 * 7 * 5),
+        (traffic.elements, [(8, 7, 5), (8,)], 64, 64 * 7 * 5 + 64),
+        (traffic.expert_elements, [(8, 7, 6)], 14, 14 * 7 * 6),  # 14 divides none of them
+        (traffic.expert_elements, [(8, 28, 6), (8, 7, 42)], 14, 8 * 28 * 6 + 8 * 7 * 42),
+    ],
+)  # fmt: skip
+def test_padding_of_what_does_not_divide(function, shapes, ranks, expected):
+    assert function([torch.Size(shape) for shape in shapes], ranks) == expected
 
 
-# ---------------------------------------------------------------------------- against what is sent
-
-
-@pytest.mark.parametrize("ranks", [2, *slow(4)])
-def test_formulas_equal_what_ranks_send(ranks):
+@pytest.mark.parametrize("case", [(2, "float32"), *slow((4, "float32"), (2, "bfloat16"))], ids=str)
+def test_formulas_equal_what_ranks_send(case, tmp_path):
     """Two micro-steps of every layout, byte by byte, in the calls; and, within the messages' heads and gloo's
     reduce-scatter by an all-reduce, through the network. Two experts on four ranks are cut through."""
-    fields = dict(
-        n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2, num_experts_per_tok=2,
-        num_shared_experts=1,
-    )  # fmt: skip
-    plan = Plan(ranks, B=2, T=16, dtype="float32", micro_steps=2)
-    meta = meta_model(GPTConfig(block_size=16, **fields))
-    found = train_ranks(plan, fields, list(LAYOUTS))
+    ranks, dtype = case
+    fields = SMALL | dict(n_embd=32, vocab_size=128, num_experts=2, num_shared_experts=1, bias=True)
+    plan = Plan(ranks, B=2, T=16, dtype=dtype, micro_steps=2)
+    meta = model(**fields)
+    found = train_ranks(tmp_path, plan, fields, list(LAYOUTS))
     for name, changes in LAYOUTS.items():
         formula = sent(step_traffic(meta, replace(plan, **changes)))
         for rank in found:
@@ -179,53 +151,37 @@ def test_formulas_equal_what_ranks_send(ranks):
         assert mean == pytest.approx(uses["parameters"] + uses["gradients"] + uses["moments"], rel=0.01), name
 
 
-@pytest.mark.slow
-def test_bf16_of_fsdp_is_gathered_in_two_bytes():
-    fields = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=128, num_experts=2)
-    plan = Plan(2, B=2, T=16, dtype="bfloat16")
-    meta = meta_model(GPTConfig(block_size=16, **fields))
-    for name, rank in train_ranks(plan, fields, ["fsdp", "ep"])[0].items():
-        assert rank["sent"] == pytest.approx(sent(step_traffic(meta, replace(plan, **LAYOUTS[name])))), name
-
-
-# ---------------------------------------------------------------------------- the command
-
-
-def table(capsys) -> list[list[str]]:
+def table(capsys, command: str) -> list[dict[str, str]]:
+    """The rows that the command prints, {heading: cell}."""
+    assert bench.main(command.split()) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def test_the_forecast(capsys):
-    command = "scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16 --ranks 1,8,1024".split()
-    assert bench.main(command) == 0
-    head, _, *rows = table(capsys)
-    assert [row[:2] for row in rows[3:6]] == [["zero", "1"], ["zero", "8"], ["zero", "1024"]]
-    row = dict(zip(head, rows[11], strict=True))
-    assert row["layout"] == "ep 128 x 8" and row["tokens/step"] == str(1024 * 16 * 1024)
-    single = dict(zip(head, rows[0], strict=True))
-    assert single["tokens/s"] == str(round(2**19 / (32 * 0.09 + 0.008)))
-    assert single["efficiency %"] == "100.00"
+    command = "scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16 --ranks 1,8,1024"
+    rows = table(capsys, command)
+    assert [(row["layout"], row["ranks"]) for row in rows[3:6]] == [("zero", n) for n in ("1", "8", "1024")]
+    assert rows[11]["layout"] == "ep 128 x 8" and rows[11]["tokens/step"] == str(1024 * 16 * 1024)
+    assert rows[0]["tokens/s"] == str(round(2**19 / (32 * 0.09 + 0.008)))
+    assert rows[0]["efficiency %"] == "100.00"
 
 
 def test_a_forecast_from_a_measured_step(capsys, monkeypatch):
     monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
-    command = ["scale", "--size", "d4", "--B", "1", "--T", "8", "--rounds", "1", "--vocab_size", "64"]
-    command += ["--ranks", "1", "--device", "cpu", "--layouts", "ddp", "--total_batch_size", "8"]
-    assert bench.main(command) == 0
-    head, _, row = table(capsys)
-    assert float(row[head.index("ms")]) > 0
+    sizes = "--B 1 --T 8 --rounds 1 --vocab_size 64 --ranks 1 --total_batch_size 8"
+    (row,) = table(capsys, f"scale --size d4 --device cpu --layouts ddp {sizes}")
+    assert float(row["ms"]) > 0
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--layouts ddp,ep2", "layouts='ep2': choose from ddp, zero"),
-        ("--size d13", "size='d13': choose from d4, d6"),
-        ("--size d4,d6", "size='d4,d6': choose from d4, d6"),
-        ("--ranks 4,x", "ranks='4,x'"),
+        ("--layouts ddp,ep2", "layouts='ep2': choose from ddp, zero"), ("--ranks 4,x", "ranks='4,x'"),
+        ("--size d13", "size='d13': choose from d4"), ("--size d4,d6", "size='d4,d6': choose from d4"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags(flags, message, capsys):
     assert bench.main(["scale", "--micro_ms", "1", *flags.split()]) == 2
     assert message in capsys.readouterr().err

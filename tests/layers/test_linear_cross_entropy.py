@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import needs_compiler
 from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes
@@ -53,36 +52,28 @@ def value_and_gradients(function, x, weight, *arguments, factor=1.0):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(9)], ids=["mean", "int", "tensor"])
 def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softcap, chunk):
-    for ignore_index, dtype in itertools.product((-1, -100), (torch.float32, torch.float64)):
+    """Also of logits so large or small that a careless softmax would overflow or vanish."""
+    dtypes = {torch.float32: 1e-5, torch.float64: 1e-12}
+    for ignore_index, dtype, scale in itertools.product((-1, -100), dtypes, (1.0, 1e-4, 30.0, 3000.0)):
         x, weight, targets = inputs(dtype, ignore_index)
-        rest = (targets, ignore_index, num_items, softcap)
+        x, rest = scale * x, (targets, ignore_index, num_items, softcap)
         ours = value_and_gradients(linear_cross_entropy, x, weight, *rest, chunk, factor=0.3)
         truth = value_and_gradients(plain, x.double(), weight.double(), *rest, factor=0.3)
         for a, b in zip(ours, truth, strict=True):
             assert a.dtype == dtype
-            assert (a - b).abs().max() < (1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_extreme_logits_neither_overflow_nor_vanish():
-    x, weight, targets = inputs()
-    for scale in (1e-4, 30.0, 3000.0):
-        ours = value_and_gradients(linear_cross_entropy, scale * x, weight, targets, -100, None, 0.0, 5)
-        truth = value_and_gradients(plain, (scale * x).double(), weight.double(), targets)
-        for a, b in zip(ours, truth, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
+            assert (a - b).abs().max() <= dtypes[dtype] * b.abs().max().clamp(min=1)
 
 
 def test_where_all_targets_are_ignored_it_is_as_plain():
+    """Also NaN where the plain loss is NaN."""
     x, weight, targets = inputs()
     targets[:] = -100
     for num_items in (None, 5):
-        ours = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, num_items)
         stock = value_and_gradients(plain, x, weight, targets, -100, num_items)
-        with torch.autocast("cpu", torch.bfloat16):
-            low = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, num_items)
-        for a, b, c in zip(ours, stock, low, strict=True):
-            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-            assert torch.equal(c.isnan(), b.isnan()) and torch.equal(c.nan_to_num(), b.nan_to_num())
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                ours = value_and_gradients(linear_cross_entropy, x, weight, targets, -100, num_items)
+            torch.testing.assert_close(ours, stock, rtol=0, atol=0, equal_nan=True)
     nothing = linear_cross_entropy(x[:0], weight, targets[:0], num_items=1)
     nothing.backward()
     assert nothing == 0 and weight.grad.eq(0).all()
@@ -94,17 +85,6 @@ def test_a_target_outside_the_vocabulary_is_an_error():
         targets[5] = wrong
         with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
             linear_cross_entropy(x, weight, targets)
-
-
-def test_a_tied_weight_gets_both_gradients():
-    _, weight, targets = inputs()
-    ids = torch.arange(N)
-    grads = []
-    for function, dtype in ((linear_cross_entropy, torch.float32), (plain, torch.float64)):
-        table = weight.detach().to(dtype).requires_grad_()
-        function(torch.tanh(F.embedding(ids, table)), table, targets).backward()
-        grads.append(table.grad)
-    assert (grads[0] - grads[1]).abs().max() < 1e-5
 
 
 def test_autocast_loses_no_more_than_the_plain_head_does():
@@ -133,27 +113,9 @@ def test_float16_gradients_outlive_a_small_scale():
         assert (a - true).norm() <= 0.005 * true.norm()
 
 
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("bf16", [False, True])
-def test_compiled_without_a_graph_break(bf16):
-    torch._dynamo.reset()
-    x, weight, targets = inputs()
-
-    def half(*arguments):
-        return 0.5 * linear_cross_entropy(*arguments)
-
-    results = []
-    for function in (half, torch.compile(half, fullgraph=True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            results.append(value_and_gradients(function, x, weight, targets, -100, None, 0.0, 7, factor=0.3))
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-7)
-
-
 def test_the_operator_keeps_its_promises_to_the_compiler():
     x, weight, targets = inputs()
-    for with_grad, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+    for with_grad, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         arguments = (x, weight, targets, torch.tensor(0.1), -100, 3.0, 7, dtype, with_grad)
         checks = ["test_schema", "test_faketensor"] + ["test_aot_dispatch_dynamic"] * with_grad
         torch.library.opcheck(torch.ops.gpt_moe.linear_cross_entropy.default, arguments, test_utils=checks)
@@ -189,16 +151,11 @@ def test_rows_per_chunk():
 
 def test_memory_is_that_of_a_chunk():
     x, weight = torch.randn(1024, 32).requires_grad_(), torch.randn(4096, 32).requires_grad_()
-    targets = torch.randint(0, 4096, (1024,))
-    peaks = {}
-    for name, run in (
-        ("plain", lambda: plain(x, weight, targets).backward()),
-        ("chunked", lambda: linear_cross_entropy(x, weight, targets, chunk=64).backward()),
-    ):
-        peaks[name] = memory_bytes(run, torch.device("cpu"))[0]
+    targets, cpu = torch.randint(0, 4096, (1024,)), torch.device("cpu")
+    whole, _ = memory_bytes(lambda: plain(x, weight, targets).backward(), cpu)
+    chunked, _ = memory_bytes(lambda: linear_cross_entropy(x, weight, targets, chunk=64).backward(), cpu)
     logits = 4 * 1024 * 4096
-    assert peaks["plain"] > 2 * logits
-    assert peaks["chunked"] < 0.2 * logits  # 1/16 of them, and the gradients
+    assert whole > 2 * logits and chunked < 0.2 * logits  # 1/16 of the logits, and the gradients
 
 
 # -----------------------------------------------------------------------------
@@ -258,15 +215,14 @@ def test_another_head_than_a_linear_layer_is_called():
             return 2 * super().forward(x)
 
     model, ids = GPTLMHeadModel(tiny(use_moe=False, tie_word_embeddings=False)).train(), tokens()
-    head = Doubled(64, 97, bias=False)
-    model.lm_head = head
+    model.lm_head = Doubled(64, 97, bias=False)
     expected = model(ids, labels=ids).loss
     model.loss_chunk = 8
     assert model(ids, labels=ids).loss == expected
 
 
 def test_with_activation_checkpointing_and_whole_model_compiled():
-    model, ids = strong(GPTLMHeadModel(tiny(use_moe=False)), std=0.1).train(), tokens()
+    model, ids = strong(GPTLMHeadModel(tiny(n_layer=1, use_moe=False)), std=0.1).train(), tokens()
     _, expected = loss_and_gradients(model, input_ids=ids, targets=ids)
     model.loss_chunk = 10
     model.gradient_checkpointing_enable()

@@ -1,4 +1,4 @@
-"""llm.c's files against readers written here, straight from the tables in docs/formats.md.
+"""llm.c's files against readers that know only the tables in docs/formats.md (llmc_readers.py).
 
 Run: python -m pytest tests/llmc/test_llmc_files.py
 """
@@ -7,13 +7,14 @@ import copy
 import re
 from pathlib import Path
 
-import llmc_readers
 import numpy as np
 import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from llmc_readers import read_model, read_state, read_tokenizer
+from models import strong, tokens
+from processes import full_disk
 
 from llmc import files as llmc
 from model import GPTConfig, GPTLMHeadModel
@@ -25,13 +26,7 @@ GPT2 = dict(use_moe=False, block_size=12, vocab_size=384, encoding_size=300, n_l
 
 def randomised(**fields) -> GPTLMHeadModel:
     """A model in which no two tensors or layers are alike: norms of 1 and biases of 0 would hide swaps."""
-    torch.manual_seed(0)
-    model = GPTLMHeadModel(GPTConfig(**(GPT2 | fields)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-            parameter.copy_(mean + 0.3 * torch.randn_like(parameter))
-    return model
+    return strong(GPTLMHeadModel(GPTConfig(**(GPT2 | fields))), std=0.3)
 
 
 @pytest.fixture
@@ -41,115 +36,46 @@ def model() -> GPTLMHeadModel:
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(0, 300, (2, 10))
+    ids = tokens(2, 10, 300)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-# --- readers of our own -------------------------------------------------------------------------------------
-
-FORMATS = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-# (llm.c's name, shape, offset in numbers, our name) of every tensor
-ROWS = re.findall(r"^    (\w+)\s+\(([^)]*)\)\s+(\S.*?)\s+(transformer\.[\w.{}]+)", FORMATS, re.MULTILINE)
-
-
-def tensors_of(raw: bytes, sizes: dict[str, int], start: int, bf16: bool = False) -> dict[str, np.ndarray]:
-    """Tensors as float64 by llm.c's name, found by the shapes and offsets of the table."""
-    assert len(ROWS) == 16
-    a, b = sizes["L"] * sizes["C"], sizes["L"] * sizes["C"] ** 2
-    letters = sizes | {"D": (sizes["Vp"] + sizes["P"]) * sizes["C"], "a": a, "b": b}
-    letters |= {"3C": 3 * sizes["C"], "4C": 4 * sizes["C"]}
-    tensors, end, size = {}, start, 2 if bf16 else 4
-    for name, shape, first, _ in ROWS:
-        offset = start + size * eval(first, {}, letters)
-        assert offset == end, f"{name} does not begin where the tensor before it ends"
-        shape = [letters[s.strip()] for s in shape.split(",")]
-        end = offset + size * int(np.prod(shape))
-        if bf16:
-            values = (np.frombuffer(raw[offset:end], "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(raw[offset:end], "<f4")
-        tensors[name] = values.astype(np.float64).reshape(shape)
-    assert end == len(raw), "bytes that the table does not name"
-    return tensors
-
-
-def parse_model(path: Path) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """(sizes, tensors) of a model file."""
-    raw = path.read_bytes()
-    header = np.frombuffer(raw[:1024], "<i4")
-    assert header[0] == 20240326 and header[1] in (3, 5) and not header[8:].any()
-    sizes = dict(zip(("P", "V", "L", "nh", "C", "Vp"), header[2:8].tolist(), strict=True))
-    return sizes, tensors_of(raw, sizes, 1024, bf16=header[1] == 5)
-
-
-def parse_state(path: Path, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """All fields of a debug state, gradients included, from the offsets of the second table."""
-    raw = path.read_bytes()
-    header = np.frombuffer(raw[:1024], "<i4")
-    assert header[:2].tolist() == [20240327, 2] and not header[4:].any()
-    letters = sizes | {"B": int(header[2]), "T": int(header[3])}
-    row = r"^    (\w+)\s+(\(.*?\)|as tensors)\s+(int32|fp32)\s+(\d.*)$"
-    rows = re.findall(row, FORMATS, re.MULTILINE)
-    assert [row[0] for row in rows] == ["x", "y", "logits", "loss", "gradients"]
-    fields = {}
-    for name, shape, kind, first in rows[:4]:
-        shape = [letters[s] for s in re.findall(r"\w+", shape)]
-        fields[name] = np.frombuffer(
-            raw, "<i4" if kind == "int32" else "<f4", int(np.prod(shape)), eval(first, {}, letters)
-        ).reshape(shape)
-    return fields | tensors_of(raw, sizes, eval(rows[4][3], {}, letters))
-
-
-def gpt2_logits(p: dict[str, np.ndarray], sizes: dict[str, int], x: np.ndarray) -> np.ndarray:
-    """GPT-2 in float64, from the formulas of llm.c's train_gpt2.c. x (B, T) -> logits (B, T, V)."""
-
-    def norm(h, weight, bias):
-        h = h - h.mean(-1, keepdims=True)
-        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
-
-    (B, T), C, nh = x.shape, sizes["C"], sizes["nh"]
-    h = p["wte"][x] + p["wpe"][:T]  # (B, T, C)
-    for i in range(sizes["L"]):
-        qkv = norm(h, p["ln1w"][i], p["ln1b"][i]) @ p["qkvw"][i].T + p["qkvb"][i]  # (B, T, 3C)
-        q, k, v = (qkv[..., j * C : (j + 1) * C].reshape(B, T, nh, -1).swapaxes(1, 2) for j in range(3))
-        score = q @ k.swapaxes(-1, -2) / np.sqrt(C // nh) + np.triu(np.full((T, T), -np.inf), 1)
-        weight = np.exp(score - score.max(-1, keepdims=True))
-        y = (weight / weight.sum(-1, keepdims=True)) @ v  # (B, nh, T, hs)
-        h = h + y.swapaxes(1, 2).reshape(B, T, C) @ p["attprojw"][i].T + p["attprojb"][i]
-        f = norm(h, p["ln2w"][i], p["ln2b"][i]) @ p["fcw"][i].T + p["fcb"][i]  # (B, T, 4C)
-        f = 0.5 * f * (1 + np.tanh(np.sqrt(2 / np.pi) * (f + 0.044715 * f**3)))
-        h = h + f @ p["fcprojw"][i].T + p["fcprojb"][i]
-    return norm(h, p["lnfw"], p["lnfb"]) @ p["wte"][: sizes["V"]].T
-
-
-def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """fp32 -> the bits of bf16, rounded to the nearest, ties to even, by integer arithmetic."""
-    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-# --- models -------------------------------------------------------------------------------------------------
+def in_float64(model, x, y, V: int) -> dict[str, np.ndarray]:
+    """What a debug state holds: logits of V tokens (B, T, V), loss and, by their names, gradients."""
+    model = copy.deepcopy(model).double().eval()
+    logits = model(x).logits[..., :V]
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    gradients["transformer.wte.weight"][V:] = 0
+    return (
+        dict(x=x.numpy(), y=y.numpy(), logits=logits.detach().numpy(), loss=loss.detach().numpy()) | gradients
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_logits_recomputed_from_the_file(model, batch, tmp_path, dtype):
-    """A reader that knows the table alone gets the model's logits out of the file; so does read_model."""
-    x, _ = batch
-    llmc.write_model(model, tmp_path / "m.bin", dtype)
-    sizes, tensors = parse_model(tmp_path / "m.bin")
-    assert sizes == {"P": 12, "V": 300, "L": 3, "nh": 2, "C": 16, "Vp": 384}
-    assert not tensors["wte"][300:].any()
-    ours = llmc.read_model(tmp_path / "m.bin")
-    assert not ours.training and ours.dtype == torch.float32 and ours.config.vocab_size == 300
-    assert ours.lm_head.weight is ours.transformer.wte.weight
-    for name, parameter in ours.named_parameters():  # else saving a part saves the whole stack
-        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
-    expected = gpt2_logits(tensors, sizes, x.numpy())
+def test_tensors_of_the_file_are_the_models(model, tmp_path, dtype):
+    """For a reader that knows the table alone, and for read_model. bf16 rounds to nearest, ties to even."""
+    ties = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F808001, 0x3F807FFF, 0x007F8000], np.uint32)
     with torch.no_grad():
-        assert np.abs(ours(x).logits.numpy() - expected).max() < 1e-4
-        if dtype == "float32":
-            assert np.abs(model.eval()(x).logits[..., :300].numpy() - expected).max() < 1e-4
+        model.transformer.wte.weight.view(-1)[:6] = torch.from_numpy(ties.view(np.float32))
+    llmc.write_model(model, tmp_path / "m.bin", dtype)
+    if dtype == "bfloat16":
+        numbers = np.frombuffer((tmp_path / "m.bin").read_bytes()[1024:], "<u2")
+        assert numbers[:6].tolist() == [0x3F80, 0x3F82, 0xBF80, 0x3F81, 0x3F80, 0x0080]
+    sizes, tensors = read_model(tmp_path / "m.bin")
+    assert sizes == {"P": 12, "V": 300, "L": 3, "nh": 2, "C": 16, "Vp": 384}
+    again = llmc.read_model(tmp_path / "m.bin")
+    assert not again.training and again.config.vocab_size == 300
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert tensors.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in again.named_parameters():
+        exact = model.get_parameter(name).detach()[: len(parameter)].to(getattr(torch, dtype)).float()
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, exact), name
+        np.testing.assert_array_equal(tensors[name][: len(parameter)], exact.numpy(), err_msg=name)
+        # A view of a stack of layers would save the whole stack.
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
+    assert not tensors["transformer.wte.weight"][300:].any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -165,21 +91,6 @@ def test_round_trips_are_byte_identical(model, tmp_path, dtype):
     assert (tmp_path / "third.bin").read_bytes() == first
 
 
-def test_bf16_rounds_to_the_nearest_even_everywhere(tmp_path):
-    """Exact ties, their neighbours, and random values, in every tensor, norms included."""
-    tie = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F808001, 0x3F807FFF, 0x007F8000], np.uint32)
-    model = randomised()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.view(-1)[: len(tie)] = torch.from_numpy(tie.view(np.float32))
-    llmc.write_model(model, tmp_path / "32.bin", "float32")
-    llmc.write_model(model, tmp_path / "16.bin", "bfloat16")
-    exact = np.frombuffer((tmp_path / "32.bin").read_bytes()[1024:], "<f4")
-    rounded = np.frombuffer((tmp_path / "16.bin").read_bytes()[1024:], "<u2")
-    assert rounded[:6].tolist() == [0x3F80, 0x3F82, 0xBF80, 0x3F81, 0x3F80, 0x0080]
-    np.testing.assert_array_equal(rounded, bf16_bits(exact))
-
-
 @pytest.mark.parametrize("encoding_size", [50257, None])
 def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
     """The 47 rows that pad GPT-2's vocabulary are written as zeros and take no part in logits and loss."""
@@ -189,26 +100,25 @@ def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
     x, y = torch.tensor([[1, 50256, 3]]), torch.tensor([[50256, 3, 4]])
     llmc.write_model(model, tmp_path / "m.bin")
     llmc.write_state(model, x, y, tmp_path / "m_debug_state.bin")
-    sizes, tensors = parse_model(tmp_path / "m.bin")
+    (sizes, tensors), state = read_model(tmp_path / "m.bin"), read_state(tmp_path / "m_debug_state.bin")
     assert (sizes["V"], sizes["Vp"]) == (50257, 50304)
-    assert not tensors["wte"][50257:].any() and tensors["wte"][50256].any()
-    state = parse_state(tmp_path / "m_debug_state.bin", sizes)
-    logits = gpt2_logits(tensors, sizes, x.numpy())
-    np.testing.assert_allclose(state["logits"], logits, atol=1e-4)
-    expected = F.cross_entropy(torch.from_numpy(logits).view(-1, 50257), y.view(-1))
-    assert abs(state["loss"] - expected.item()) < 1e-5
-    assert not state["wte"][50257:].any() and state["wte"][50256].any()
+    expected = in_float64(model, x, y, 50257)
+    for name in ("logits", "loss"):
+        np.testing.assert_allclose(state[name], expected[name], atol=1e-4)
+    for written in (tensors, state):
+        table = written["transformer.wte.weight"]
+        assert not table[50257:].any() and table[50256].any()
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("use_moe", True), ("bias", False), ("norm", "rmsnorm"), ("norm_eps", 1e-6), ("activation", "relu2"),
-        ("activation", "swiglu"), ("position", "rope"), ("tie_word_embeddings", False), ("n_kv_head", 1),
-        ("sliding_window", 4), ("qk_norm", True), ("logit_softcap", 30.0), ("mlp_hidden_size", 32),
-        ("expert_hidden_size", 32),
-    ],
-)  # fmt: skip
+OTHERS = [
+    ("use_moe", True), ("bias", False), ("norm", "rmsnorm"), ("norm_eps", 1e-6), ("activation", "relu2"),
+    ("activation", "swiglu"), ("position", "rope"), ("tie_word_embeddings", False), ("n_kv_head", 1),
+    ("sliding_window", 4), ("qk_norm", True), ("logit_softcap", 30.0), ("mlp_hidden_size", 32),
+    ("expert_hidden_size", 32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", OTHERS)
 def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     model = GPTLMHeadModel(GPTConfig(**(GPT2 | {field: value})))
     for write in (
@@ -221,45 +131,20 @@ def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_state_against_float64(model, batch, tmp_path):
+    """Logits, loss and each gradient of each layer."""
+    llmc.write_model(model, tmp_path / "gpt2_d3.bin")
+    llmc.write_state(model, *batch, tmp_path / "gpt2_d3_debug_state.bin")
+    state, expected = read_state(tmp_path / "gpt2_d3_debug_state.bin"), in_float64(model, *batch, 300)
+    assert state.keys() == expected.keys() and len(state) == 4 + 12 * 3 + 4
+    for name, exact in expected.items():
+        error = np.linalg.norm(state[name] - exact) / np.linalg.norm(exact)
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
 def test_a_dtype_llmc_lacks(model, tmp_path):
     with pytest.raises(ValueError, match=r"dtype='float16'.*float32 or bfloat16"):
         llmc.write_model(model, tmp_path / "m.bin", "float16")
-
-
-# --- debug states -------------------------------------------------------------------------------------------
-
-
-def test_state_against_float64(model, batch, tmp_path):
-    """x, y, logits, loss, and each gradient of each layer against autograd on a copy in float64."""
-    x, y = batch
-    llmc.write_model(model, tmp_path / "gpt2_d3.bin")
-    llmc.write_state(model, x, y, tmp_path / "gpt2_d3_debug_state.bin")
-    sizes, tensors = parse_model(tmp_path / "gpt2_d3.bin")
-    state = parse_state(tmp_path / "gpt2_d3_debug_state.bin", sizes)
-    np.testing.assert_array_equal(state["x"], x)
-    np.testing.assert_array_equal(state["y"], y)
-    np.testing.assert_allclose(state["logits"], gpt2_logits(tensors, sizes, x.numpy()), atol=1e-4)
-
-    double = copy.deepcopy(model).double().eval()
-    loss = F.cross_entropy(double(x).logits[..., :300].reshape(-1, 300), y.reshape(-1))
-    loss.backward()
-    assert abs(state["loss"] - loss.item()) < 1e-5
-    gradients = {name: p.grad.numpy() for name, p in double.named_parameters()}
-    gradients["transformer.wte.weight"][300:] = 0
-    compared = 0
-    for name, _, _, ours in ROWS:
-        for i in range(3 if "{i}" in ours else 1):
-            written = state[name][i] if "{i}" in ours else state[name]
-            exact = gradients[ours.format(i=i)]
-            error = np.linalg.norm(written - exact) / np.linalg.norm(exact)
-            assert error < 1e-4, f"{name}, layer {i}: {error:.1e}"
-            compared += 1
-    assert compared == 12 * 3 + 4 == len(gradients)
-
-    read = llmc_readers.read_state(tmp_path / "gpt2_d3_debug_state.bin")
-    assert read.keys() == state.keys()
-    for name, array in state.items():
-        np.testing.assert_array_equal(read[name], array)
 
 
 def test_state_disturbs_nothing_and_nothing_disturbs_it(batch, tmp_path):
@@ -303,21 +188,6 @@ def test_bad_batches_are_refused(model, tmp_path):
     assert not path.exists()
 
 
-def test_state_needs_its_model(model, batch, tmp_path):
-    path = tmp_path / "gpt2_d3_debug_state.bin"
-    llmc.write_state(model, *batch, path)
-    with pytest.raises(FileNotFoundError, match=r"gpt2_d3\.bin, is not there; give model_path"):
-        llmc_readers.read_state(path)
-    llmc.write_model(model, tmp_path / "elsewhere.bin", "bfloat16")
-    assert llmc_readers.read_state(path, tmp_path / "elsewhere.bin")["logits"].shape == (2, 9, 300)
-    llmc.write_model(randomised(n_layer=2), tmp_path / "other.bin")
-    with pytest.raises(ValueError, match=r"gpt2_d3_debug_state\.bin: too long"):
-        llmc_readers.read_state(path, tmp_path / "other.bin")
-
-
-# --- damaged files ------------------------------------------------------------------------------------------
-
-
 def test_damaged_models_are_refused_by_name(model, tmp_path):
     good = tmp_path / "good.bin"
     llmc.write_model(model, good)
@@ -357,21 +227,13 @@ def test_padding_that_is_not_zero_is_said(model, tmp_path):
         assert llmc.read_model(path).config.vocab_size == 300
 
 
-def test_a_write_that_fails_leaves_the_old_file(model, tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(model, tmp_path):
     path = tmp_path / "m.bin"
     llmc.write_model(model, path)
     before = path.read_bytes()
-
-    def fails(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(llmc, "write_tensors", fails)
-    with pytest.raises(OSError, match="disk full"):
-        llmc.write_model(randomised(n_layer=1), path)
+    with full_disk(2000), pytest.raises(OSError, match="File too large"):
+        llmc.write_model(model, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-# --- tokenizers and data ------------------------------------------------------------------------------------
 
 
 def small_encoding(special: dict[str, int], ranks: dict[bytes, int] | None = None) -> tiktoken.Encoding:
@@ -380,25 +242,17 @@ def small_encoding(special: dict[str, int], ranks: dict[bytes, int] | None = Non
 
 
 def check_tokenizer(encoding: tiktoken.Encoding, path: Path) -> None:
-    """Every byte of a tokenizer file, read here."""
+    """Every byte of a tokenizer file."""
     llmc.write_tokenizer(encoding, path)
-    raw = path.read_bytes()
-    header = np.frombuffer(raw[:1024], "<i4")
-    assert header[:4].tolist() == [20240328, 2, encoding.n_vocab, encoding.eot_token] and not header[4:].any()
-    position, tokens = 1024, []
-    for _ in range(encoding.n_vocab):
-        tokens.append(raw[position + 1 : position + 1 + raw[position]])
-        position += 1 + raw[position]
-    assert position == len(raw)
-    assert tokens == [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-    assert llmc_readers.read_tokenizer(path) == (tokens, encoding.eot_token)
+    pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    assert read_tokenizer(path) == (pieces, encoding.eot_token)
 
 
 def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
     check_tokenizer(gpt2_encoding, tmp_path / "gpt2_tokenizer.bin")
-    tokens, eot = llmc_readers.read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
-    assert (len(tokens), eot, tokens[eot]) == (50257, 50256, b"<|endoftext|>")
-    assert b"".join(tokens[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
+    pieces, eot = read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
+    assert (len(pieces), eot, pieces[eot]) == (50257, 50256, b"<|endoftext|>")
+    assert b"".join(pieces[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
 
 
 def test_tokenizer_of_bytes_and_others(tmp_path):
@@ -416,23 +270,10 @@ def test_tokenizer_of_bytes_and_others(tmp_path):
     assert not (tmp_path / "refused.bin").exists()
 
 
-def test_damaged_tokenizers_are_refused(tmp_path):
-    path = tmp_path / "t.bin"
-    llmc.write_tokenizer(get_encoding("bytes"), path)
-    raw = path.read_bytes()
-    for contents in (raw[:-1], raw[:1500], raw + b"\1a", raw[:12] + b"\1\1\0\0" + raw[16:]):
-        path.write_bytes(contents)
-        with pytest.raises(ValueError, match=r"t\.bin: damaged"):
-            llmc_readers.read_tokenizer(path)
+NAMES = [("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"])]
 
 
-# --- sets of files, command line ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "names, c_names, labels",
-    [("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"])],
-)
+@pytest.mark.parametrize("names, c_names, labels", NAMES)
 def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
     """What `--write_tensors 1` leaves behind, and with c_names the same bytes under the C programs' names."""
     model = randomised(vocab_size=257, encoding_size=None, encoding="bytes")
@@ -443,18 +284,17 @@ def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written} == expected
     for pattern in patterns:
         assert len({(tmp_path / pattern.format(label)).read_bytes() for label in labels}) == 1
-    assert llmc.read_sizes(tmp_path / patterns[0].format(labels[0]))[1] == 3
-    assert llmc.read_sizes(tmp_path / patterns[1].format(labels[0]))[1] == 5
-    assert len(llmc_readers.read_state(tmp_path / patterns[2].format(labels[0]))) == 20
+    versions = [llmc.read_sizes(tmp_path / pattern.format(labels[0]))[1] for pattern in patterns[:2]]
+    assert versions == [3, 5]
 
 
 def test_command_line(tmp_path, capsys):
-    """Checkpoint -> llm.c -> Hugging Face folder -> llm.c, and a state from a shard, by commands alone."""
+    """Checkpoint -> llm.c -> Hugging Face folder -> llm.c, and a state from a shard."""
     model = randomised(vocab_size=384, encoding_size=257, encoding="bytes")
     checkpoint, out = tmp_path / "model_00007.pt", tmp_path / "new" / "llmc"
     torch.save({"model": model.state_dict(), "config": model.config.to_dict(), "step": 7}, checkpoint)
-    tokens = np.random.default_rng(0).integers(0, 257, 100).astype(np.uint16)
-    shards.write_shard(tmp_path / "shard.bin", tokens)
+    text = tokens(1, 100, 257).numpy().astype(np.uint16)[0]
+    shards.write_shard(tmp_path / "shard.bin", text)
 
     source = ["--checkpoint", str(checkpoint), "--out", str(out)]
     assert llmc.main(["export", *source]) == 0
@@ -462,18 +302,17 @@ def test_command_line(tmp_path, capsys):
     data = ["--data", str(tmp_path / "shard.bin"), "--B", "3", "--T", "11"]
     assert llmc.main(["state", *source, *data, "--c_names", "1"]) == 0
     assert (out / "gpt2_124M_debug_state.bin").is_file()
-    read = llmc_readers.read_state(out / "gpt2_d3_debug_state.bin")
-    np.testing.assert_array_equal(read["x"].reshape(-1), tokens[:33])
-    np.testing.assert_array_equal(read["y"].reshape(-1), tokens[1:34])
+    read = read_state(out / "gpt2_d3_debug_state.bin")
+    np.testing.assert_array_equal(read["x"].reshape(-1), text[:33])
+    np.testing.assert_array_equal(read["y"].reshape(-1), text[1:34])
     assert "wrote" in capsys.readouterr().out
 
     folder = tmp_path / "hugging" / "face"
     assert llmc.main(["import", "--model", str(out / "gpt2_d3.bin"), "--out", str(folder)]) == 0
+    assert [p.name for p in folder.parent.iterdir()] == ["face"]
     again = ["export", "--checkpoint", str(folder), "--out", str(tmp_path / "again"), "--dtype", "float32"]
     assert llmc.main(again) == 0
     assert {p.name for p in (tmp_path / "again").iterdir()} == {"gpt2_d3.bin", "gpt2_tokenizer.bin"}
-    assert (tmp_path / "again" / "gpt2_d3.bin").read_bytes() == (out / "gpt2_d3.bin").read_bytes()
-    assert [p.name for p in folder.parent.iterdir()] == ["face"]
     imported = GPTLMHeadModel.from_pretrained(folder).config
     assert (imported.encoding, imported.vocab_size, imported.eos_token_id) == ("bytes", 257, 256)
 
@@ -493,9 +332,7 @@ def test_command_line_says_what_is_wrong(tmp_path, capsys):
         (["state", "--checkpoint", dense, "--out", out, "--data", dense], "dense.pt"),
         ([*state, "--B", 4, "--T", 5], "20 tokens, --B and --T need 21"),
         ([*state, "--B", 0, "--T", 5], "--B 0"),
-        ([*state, "--B", 1, "--T", 13], "T=13 is longer"),
         (["import", "--model", shard, "--out", out], "a data shard"),
-        (["import", "--model", tmp_path / "missing.bin", "--out", out], "missing.bin: no such file"),
     ):
         assert llmc.main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err

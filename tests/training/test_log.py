@@ -7,90 +7,77 @@ import json
 import re
 import shutil
 import sys
-import types
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from models import make_examples
 from PIL import Image
 from processes import flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_gpt_moe
 from model import GPTLMHeadModel
-from training import evaluation, log
+from training import log
 from training.log import RunLog
 from training.metrics import METRICS, Metric
 
-SAMPLES = ["--sample_every", 8, "--sample_tokens", 8]
+
+def pretend_wandb(monkeypatch) -> Mock:
+    """Install a package wandb that remembers all calls; it is its own run, too."""
+    wandb = Mock(id="abc123")
+    wandb.__spec__ = SimpleNamespace(name="wandb")  # importlib.util.find_spec looks there
+    wandb.init.return_value = wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
 
-def run(data: str, folder, *more) -> int:
-    return train_gpt_moe.main(flags(data, folder, "--hellaswag", 0, *more))
+def read_records(folder) -> list[dict]:
+    """The objects of metrics.jsonl that have a step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "step" in record]
+
+
+def read_events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+
+
+def points(events, curve: str) -> dict:
+    """{step: value} of a curve."""
+    return {event.step: event.value for event in events.Scalars(curve)}
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """The log folder of a run with everything that can be logged."""
+    """What is left of a run with everything that can be logged."""
     folder = tmp_path_factory.mktemp("run")
-    assert run(data, folder, *SAMPLES, "--tensorboard", 1, "--plot_every", 6) == 0
-    return folder
+    more = "--sample_every 8 --sample_tokens 8 --tensorboard 1 --plot_every 6 --wandb 1".split()
+    with pytest.MonkeyPatch.context() as patch:
+        wandb = pretend_wandb(patch)
+        patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
+        assert train_gpt_moe.main(flags(data, folder, *more)) == 0
+    return SimpleNamespace(
+        folder=folder, wandb=wandb, records=read_records(folder), events=read_events(folder)
+    )
 
 
-@pytest.fixture(scope="module")
-def records(finished) -> list[dict]:
-    return [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()][1:]
-
-
-def read_events(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulator.EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0})
-    return found.Reload()
-
-
-@pytest.fixture(scope="module")
-def events(finished):
-    return read_events(finished)
-
-
-def test_tensorboard_curves_are_the_metrics(events, records):
+def test_tensorboard_curves_are_the_metrics(finished):
     names = {
-        "loss/train": "loss", "loss/balance": "balance_loss", "loss/z": "z_loss", "lr": "lr", "norm": "norm",
-        "tok_per_s": "tok_per_s", "max_load": "max_load", "memory_gib": "memory", "starved": "starved",
-        "router_entropy": "router_entropy",
+        "loss/train": "loss", "loss/val": "val_loss", "loss/balance": "balance_loss", "loss/z": "z_loss",
+        "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
+        "memory_gib": "memory", "starved": "starved", "router_entropy": "router_entropy",
     }  # fmt: skip
     for curve, name in names.items():
-        expected = {r["step"]: r[name] for r in records if name in r}
-        found = {event.step: event.value for event in events.Scalars(curve)}
-        assert found == pytest.approx(expected, rel=1e-6), curve
-    found = {event.step: event.value for event in events.Scalars("loss/val")}
-    assert found == pytest.approx({r["step"]: r["val_loss"] for r in records if "val_loss" in r}, rel=1e-6)
-    assert all(0.05 < r["memory"] < 100 for r in records if "loss" in r)
+        expected = {record["step"]: record[name] for record in finished.records if name in record}
+        assert expected and points(finished.events, curve) == pytest.approx(expected, rel=1e-6), curve
+    assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
 
 
-def test_tensorboard_has_hellaswag_and_mfu(data, tmp_path, monkeypatch):
-    """Both accuracies, at the last step as well, also where the run is made longer later on."""
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("\n".join(json.dumps(example) for example in make_examples(8)))
-    monkeypatch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
-    more = ["--hellaswag", 1, "--hellaswag_data", questions, "--tensorboard", 1]
-    assert run(data, tmp_path, *more, "--max_steps", 6) == 0  # evaluated at steps 0, 4 and 6
-    assert run(data, tmp_path, *more, "--resume", "auto", "--max_steps", 9) == 0
-    events = read_events(tmp_path)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    records = [record for line in lines if "step" in (record := json.loads(line))]
-    curves = {"hellaswag": "hella_acc_norm", "hellaswag_plain": "hella_acc", "loss/val": "val_loss"}
-    for curve, name in curves.items():
-        expected = {record["step"]: record[name] for record in records if name in record}
-        assert list(expected) == [0, 4, 6, 8, 9]
-        assert {e.step: e.value for e in events.Scalars(curve)} == pytest.approx(expected, rel=1e-6), curve
-    assert {event.step: event.value for event in events.Scalars("mfu")} == dict.fromkeys(range(9), 0.25)
-
-
-def test_tensorboard_histograms_are_the_experts_loads(events, records):
+def test_tensorboard_histograms_are_the_experts_loads(finished):
     """The load at an evaluation is that of the step before it; fair = 1, so four experts sum to 4."""
-    load = {r["step"]: np.array(r["expert_load"]) for r in records if "expert_load" in r}
+    load = {r["step"]: np.array(r["expert_load"]) for r in finished.records if "expert_load" in r}
     for layer in range(2):
-        found = events.Histograms(f"expert_load/layer_{layer}")
+        found = finished.events.Histograms(f"expert_load/layer_{layer}")
         assert [event.step for event in found] == [4, 8, 12]
         for event in found:
             value = event.histogram_value
@@ -98,56 +85,49 @@ def test_tensorboard_histograms_are_the_experts_loads(events, records):
             assert value.max == pytest.approx(4 * load[event.step - 1][layer].max())
 
 
-def test_tensorboard_has_the_samples(events):
-    found = events.Tensors("sample/text_summary")
+def test_tensorboard_has_the_samples(finished):
+    found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
 
 
-def test_main_log_is_llmcs(finished, records):
-    lines = (finished / "main.log").read_text().splitlines()
+def test_main_log_is_llmcs(finished):
+    lines = (finished.folder / "main.log").read_text().splitlines()
     found = [re.fullmatch(r"s:(\d+) (trl|tel):(\d+\.\d{6})", line).groups() for line in lines]
     losses = {int(step): float(loss) for step, kind, loss in found if kind == "trl"}
-    assert losses == pytest.approx({r["step"]: r["loss"] for r in records if "loss" in r}, abs=1e-6)
+    assert losses == pytest.approx({r["step"]: r["loss"] for r in finished.records if "loss" in r}, abs=1e-6)
     assert [int(step) for step, kind, _ in found if kind == "tel"] == [0, 4, 8, 12]
 
 
-def test_main_log_has_every_line_once_after_a_resume(data, finished, tmp_path, monkeypatch):
-    """A run that dies after step 7, with step 6 its last checkpoint, writes steps 6 and 7 a second time."""
-    sample = evaluation.sample
-
-    def dies(run, step):
-        if step == 8:
-            raise KeyboardInterrupt  # nothing saves this
-        return sample(run, step)
-
-    monkeypatch.setattr(evaluation, "sample", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path, *SAMPLES)
-    assert (tmp_path / "main.log").read_text().count("s:7 trl") == 1
-    (tmp_path / "main.log").write_text((tmp_path / "main.log").read_text() + "s:8 tr")  # cut by a kill
-    monkeypatch.setattr(evaluation, "sample", sample)
-    assert run(data, tmp_path, "--resume", "auto") == 0
-    assert (tmp_path / "main.log").read_text() == (finished / "main.log").read_text()
-
-
 def test_the_picture_is_drawn_during_the_run(finished):
-    with Image.open(finished / "training.png") as image:  # --plot is off: nothing is drawn at the end
+    with Image.open(finished.folder / "training.png") as image:  # --plot is off: it is not drawn at the end
         assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
 
 
 def test_the_last_picture_is_waited_for_and_a_failure_is_told(tmp_path, monkeypatch):
-    opened, said = RunLog(tmp_path, None, 0, tensorboard=False), []
-    opened.say = said.append
+    said = []
+    opened = RunLog(tmp_path, None, 0, tensorboard=False, say=said.append)
     opened.step({"step": 0, "loss": float("nan")})
     opened.step({"step": 1, "loss": 5.0})
     assert opened.close()
     assert opened.draw(wait=True) == "" and (tmp_path / "training.png").stat().st_size > 500
-    assert said[-1].startswith("plot_log: warning: ") and "1 of 2 steps have no finite loss" in said[-1]
+    assert said[-1].startswith("plot_log: warning: ") and "1 of 2 steps" in said[-1]
     shutil.rmtree(tmp_path)
-    assert opened.draw(wait=True).startswith(f"{tmp_path}: no metrics.jsonl and no log.txt in this folder")
+    assert opened.draw(wait=True).startswith(f"{tmp_path}: no metrics.jsonl and no log.txt")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
     assert "No such file" in opened.draw(wait=True) and "No such file" in opened.draw()
+
+
+def test_a_new_run_moves_the_old_one_aside(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "log")
+    assert RunLog(tmp_path / "log", None, 0, tensorboard=False).close()
+    (old,) = (tmp_path / "log").glob("old_*")
+    moved = {path.name for path in old.iterdir()}
+    assert {"model_00012.pt", "latest", "log.txt", "metrics.jsonl", "main.log"} <= moved
+    assert (old / "log.txt").read_text() == (straight / "log.txt").read_text()
+
+
+MEASURED = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_bpb": 1.125}
 
 
 def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
@@ -155,74 +135,90 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     row = Metric("val_bpb", "bits per byte", curve="loss/bpb", evaluated=True, log_word="bpb")
     monkeypatch.setattr(log, "METRICS", (*METRICS, row))
     opened = RunLog(tmp_path, None, 0, tensorboard=True)
-    measured = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_bpb": 1.125}
     opened.evaluation(0, {}, expert_load=[[0.5, 0.5]], elapsed_s=0.5)  # nothing was measured
     opened.evaluation(1, {"sample": "Return"})
-    opened.evaluation(2, measured, expert_load=[[0.5, 0.5]])
+    opened.evaluation(2, dict(MEASURED), expert_load=[[0.5, 0.5]])
     opened.step({"step": 2, "loss": 3.5})
-    opened.evaluation(3, measured, elapsed_s=9.5)
+    opened.evaluation(3, dict(MEASURED), elapsed_s=9.5)
     assert opened.close()
     kinds = {"val": "3.250000", "hella": "0.500000", "bpb": "1.125000"}
     lines = [f"{step} {word} {value}" for step in (2, 3) for word, value in kinds.items()]
     assert (tmp_path / "log.txt").read_text().splitlines() == [*lines[:3], "2 train 3.500000", *lines[3:]]
     text = "s:2 tel:3.250000\ns:2 eval:0.500000\ns:2 trl:3.500000\ns:3 tel:3.250000\ns:3 eval:0.500000\n"
     assert (tmp_path / "main.log").read_text() == text
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert records == [{"step": 2, "loss": 3.5}, {"step": 3, "elapsed_s": 9.5, **measured}]
+    assert read_records(tmp_path) == [{"step": 2, "loss": 3.5}, {"step": 3, "elapsed_s": 9.5, **MEASURED}]
     events = read_events(tmp_path)
-    assert [event.value for event in events.Scalars("loss/bpb")] == [1.125]
+    assert points(events, "loss/bpb") == {3: 1.125}
     assert [event.step for event in events.Histograms("expert_load/layer_0")] == [2]
     assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
 
-def pretend_wandb(monkeypatch, init) -> None:
-    """Install a wandb that has this init."""
-    module = types.ModuleType("wandb")
-    module.init, module.__spec__ = init, types.SimpleNamespace(name="wandb")
-    monkeypatch.setitem(sys.modules, "wandb", module)
+def resumed(folder, step: int, **more) -> RunLog:
+    """The log of a run that goes on in this folder from a checkpoint of this step."""
+    path = folder / f"model_{step:05d}.pt"
+    path.touch()
+    return RunLog(folder, path, step, **dict(tensorboard=False) | more)
 
 
-def test_wandb_gets_the_same_names(data, tmp_path, monkeypatch):
-    logged, started, ended = [], [], []
-    log_values, end = lambda values, step: logged.append((step, values)), lambda: ended.append(1)
-    handle = types.SimpleNamespace(id="abc123", log=log_values, finish=end)
+def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
+    """It dies in the middle of a line of step 4 and goes on from step 1; then it ends, and is made longer."""
+    first = RunLog(tmp_path, None, 0, tensorboard=True)
+    for step in range(4):
+        first.step({"step": step, "loss": 3.5})
+    assert first.close()
+    with open(tmp_path / "main.log", "a") as file:
+        file.write("s:4 tr")
+    second = resumed(tmp_path, 1, tensorboard=True)
+    second.step({"step": 1, "loss": 2.5})
+    second.evaluation(2, dict(MEASURED), elapsed_s=9.5)
+    assert second.close()
+    third = resumed(tmp_path, 2, tensorboard=True, evaluates_first=False)
+    third.step({"step": 2, "loss": 1.5})
+    assert third.close()
+    lines = "0 trl:3.500000|1 trl:2.500000|2 tel:3.250000|2 eval:0.500000|2 trl:1.500000".split("|")
+    assert (tmp_path / "main.log").read_text().splitlines() == [f"s:{line}" for line in lines]
+    events = read_events(tmp_path)
+    assert points(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
+    for curve, value in {"loss/val": 3.25, "hellaswag": 0.5, "hellaswag_plain": 0.25}.items():
+        assert points(events, curve) == {2: value}, curve
 
-    def init(**fields):
-        started.append(fields)
-        return handle
 
-    pretend_wandb(monkeypatch, init)
-    assert run(data, tmp_path, "--wandb", 1, "--sample_every", 12, "--sample_tokens", 4) == 0
-    assert started[0]["id"] is None and started[0]["dir"] == str(tmp_path) and ended == [1]
-    steps = [step for step, _ in logged]
+# ---------------------------------------------------------------------------- Weights & Biases
+
+
+def test_wandb_gets_the_same_names(finished):
+    wandb = finished.wandb
+    fields = wandb.init.call_args.kwargs
+    assert fields["id"] is None and fields["dir"] == str(finished.folder)
+    assert (wandb.init.call_count, wandb.finish.call_count) == (1, 1)
+    logged = [call.args for call in wandb.log.call_args_list]
+    steps = [step for _, step in logged]
     assert steps == sorted(steps)  # wandb drops what comes late
-    found = {name for _, values in logged for name in values}
+    found = {name for values, _ in logged for name in values}
     assert {"loss/train", "loss/val", "loss/balance", "lr", "norm", "memory_gib", "sample"} <= found
-    assert run(data, tmp_path, "--wandb", 1, "--resume", "auto", "--max_steps", 14) == 0
-    assert started[1]["id"] == "abc123"
 
 
-@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
-def test_a_failing_wandb_costs_a_warning_and_nothing_else(data, tmp_path, monkeypatch, capsys, fails_at):
-    """No login, say, which wandb tells in two lines, or no network any more."""
-
-    class UsageError(Exception):
-        pass
-
-    def fails(*args, **named):
-        raise UsageError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
-
-    calls = dict.fromkeys(("log", "finish"), lambda *args, **named: None) | {fails_at: fails}
-    handle = types.SimpleNamespace(id="x", **calls)
-    pretend_wandb(monkeypatch, fails if fails_at == "init" else lambda **fields: handle)
-    assert run(data, tmp_path, "--wandb", 1) == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert len(warnings) == 1 and "api_key not configured (no-tty). call wandb.login(key=...)" in warnings[0]
-    steps = [json.loads(line).get("step") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [None, *range(13)]
+def test_a_resumed_run_is_the_same_in_wandb(tmp_path, monkeypatch):
+    wandb = pretend_wandb(monkeypatch)
+    assert RunLog(tmp_path, None, 0, tensorboard=False, wandb=True).close()
+    assert resumed(tmp_path, 3, wandb=True).close()
+    assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
 
 
-def test_wandb_that_is_not_there(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, broken):
+    error = RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
+    getattr(pretend_wandb(monkeypatch), broken).side_effect = error
+    said, records = [], [{"step": step, "loss": 3.5} for step in range(3)]
+    opened = RunLog(tmp_path, None, 0, tensorboard=False, wandb=True, say=said.append)
+    for record in records:
+        opened.step(record)
+    assert opened.close() and read_records(tmp_path) == records
+    (line,) = said
+    assert "WARNING" in line and "api_key not configured (no-tty). call wandb.login(key=...)" in line
+
+
+def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run(data, tmp_path, "--wandb", 1) == 2
-    assert "pip install wandb" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"wandb=True.*pip install wandb"):
+        RunLog(tmp_path, None, 0, tensorboard=False, wandb=True)

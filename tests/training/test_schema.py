@@ -7,11 +7,10 @@ import json
 import math
 import os
 import shutil
-import zlib
 
 import pytest
 import torch
-from processes import flags
+from processes import flags, write_index
 
 import checkpoint
 import hellaswag
@@ -153,8 +152,7 @@ def test_a_forged_folder_is_refused(good, place, value, refused, tmp_path, monke
         torch.save(forge(rest, place, value), path / "rest.pt")
         index = json.loads(json.loads((path / "index.json").read_text())["index"])
         index["files"]["rest.pt"] = archives.size_and_checksum(path / "rest.pt")
-        text = json.dumps(index)
-        (path / "index.json").write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "index": text}))
+        write_index(path, index)
     line = refused(checkpoint.main, "verify", path)
     assert (place.split(".")[0] if value is not DEEP else "nested") in line and len(line) < 500
 

@@ -1,6 +1,6 @@
-"""Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
+"""GPT-2, Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
 
-Run: python -m pytest tests/huggingface/test_llama.py
+Run: python -m pytest tests/huggingface/test_foreign.py
 """
 
 import json
@@ -13,19 +13,27 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
-from huggingface import llama
 from huggingface.export import export_folder
+from huggingface.gpt2 import transpose_weights
+from huggingface.pretrained import FOREIGN
 from model import GPT, GPTConfig, GPTLMHeadModel
 from tokens.encodings import encode_text
 from train_gpt_moe import PRESETS
 from training import checkpoints as ckpt
 
+SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=97, block_size=24, mlp_hidden_size=40, use_moe=False)
 LLAMA = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False)
-SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=97, block_size=24, mlp_hidden_size=40)
 EXPERTS = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden_size=24)
+
+PRESET = {name: value for name, value in PRESETS["qwen3"].items() if name in GPTConfig.__annotations__}
+PRESET = GPTConfig(**PRESET | SIZES).to_dict()
 
 # What is exported exactly: format -> variants of our fields.
 EXACT = {
+    "gpt2": [
+        dict(), dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4),
+        dict(norm_eps=1e-2, dropout=0.1, mlp_hidden_size=None),
+    ],
     "llama": [
         dict(), dict(bias=True), dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None),
         dict(norm_eps=1e-2, rope_theta=50.0), dict(n_kv_head=1),
@@ -33,6 +41,7 @@ EXACT = {
     "qwen3": [
         dict(), dict(tie_word_embeddings=False), dict(sliding_window=5),
         dict(sliding_window=5, global_every=2, n_kv_head=None), dict(sliding_window=5, global_every=1),
+        PRESET,
     ],
     "mixtral": [
         EXPERTS, EXPERTS | dict(num_experts_per_tok=4), EXPERTS | dict(expert_hidden_size=None),
@@ -42,29 +51,31 @@ EXACT = {
         EXPERTS, EXPERTS | dict(norm_topk_prob=False), EXPERTS | dict(num_experts_per_tok=1),
         EXPERTS | dict(moe_every=2), EXPERTS | dict(moe_every=3), EXPERTS | dict(moe_every=2, n_layer=4),
         EXPERTS | dict(sliding_window=5, tie_word_embeddings=False, router_z_loss_coef=0.1),
+        PRESET | EXPERTS,
     ],
 }  # fmt: skip
 CASES = [(kind, fields) for kind, variants in EXACT.items() for fields in variants]
 
 
 def small(kind: str, **fields) -> GPTConfig:
-    qk_norm = dict(qk_norm=kind in ("qwen3", "qwen3_moe"))
-    return GPTConfig(**LLAMA | SIZES | qk_norm | dict(use_moe=False) | fields)
+    family = {} if kind == "gpt2" else LLAMA | dict(qk_norm=kind in ("qwen3", "qwen3_moe"))
+    return GPTConfig(**SIZES | family | fields)
 
 
-def stock(kind: str, seed: int = 0, **fields):
+def stock(kind: str, **fields):
     """A model of transformers with random weights, norms around one."""
-    name = llama.FAMILY[kind]
     sizes = dict(
         vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, head_dim=8,
     )  # fmt: skip
+    if kind == "gpt2":
+        sizes = dict(vocab_size=97, n_layer=3, n_head=4, n_embd=32, n_positions=24, eos_token_id=1)
     if kind in ("mixtral", "qwen3_moe"):
         sizes |= dict(num_experts=4, num_experts_per_tok=2)
     if kind == "qwen3_moe":
         sizes |= dict(moe_intermediate_size=24)
-    config = getattr(transformers, f"{name}Config")(**sizes | fields)
-    return strong(getattr(transformers, f"{name}ForCausalLM")(config), 0.3, seed)
+    cls = getattr(transformers, FOREIGN[kind])
+    return strong(cls(cls.config_class(**sizes | fields)), 0.3)
 
 
 def assert_equal_models(ours, theirs):
@@ -76,19 +87,21 @@ def assert_equal_models(ours, theirs):
         expected = theirs(ids).logits
         assert expected.std() > 0.5  # not all alike, whatever the weights
         assert (ours(ids).logits - expected).abs().max() < 1e-4
-        difference = ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits
+        padded = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+        difference = ours(ids, **padded).logits - theirs(ids, **padded).logits
         assert difference[0, 7:].abs().max() < 1e-4
-    how = dict(max_new_tokens=12, do_sample=False)
+    how = dict(max_new_tokens=4, do_sample=False)
     assert torch.equal(ours.generate(tokens(T=5), **how), theirs.generate(tokens(T=5), **how))
-
-
-# -----------------------------------------------------------------------------
-# In
 
 
 @pytest.mark.parametrize(
     "kind, fields, expected",
     [
+        ("gpt2", dict(), dict(use_moe=False, bias=True, dropout=0.1, norm_eps=1e-5)),
+        ("gpt2", dict(tie_word_embeddings=False), dict(tie_word_embeddings=False)),
+        ("gpt2", dict(n_inner=100, layer_norm_epsilon=0.5), dict(mlp_hidden_size=100, norm_eps=0.5)),
+        ("gpt2", dict(activation_function="gelu_pytorch_tanh"), dict(activation="gelu")),
+        ("gpt2", dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), dict(dropout=0.0)),
         ("llama", dict(), dict(use_moe=False, qk_norm=False, bias=False, n_kv_head=2, norm_eps=1e-6)),
         ("llama", dict(attention_bias=True, mlp_bias=True), dict(bias=True)),
         ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), dict(rope_theta=5e5)),
@@ -117,58 +130,98 @@ def test_their_folders_load(kind, fields, expected, tmp_path):
     assert (ours.lm_head.weight is ours.transformer.wte.weight) == theirs.config.tie_word_embeddings
     base = GPT.from_pretrained(tmp_path)
     with torch.no_grad():
-        hidden = theirs.model(tokens(T=5)).last_hidden_state
+        hidden = theirs.base_model(tokens(T=5)).last_hidden_state
         assert (base(tokens(T=5)).last_hidden_state - hidden).abs().max() < 1e-4
-    # it trains: routers count from nothing, every parameter gets a gradient
-    ours.train()
-    ours.update_routers()
-    ours(tokens(T=24), targets=tokens(T=24, seed=1))[1].backward()
+    ours.train()(tokens(), targets=tokens(seed=1))[1].backward()
     assert all(parameter.grad is not None for parameter in ours.parameters())
     for moe in ours.moe_layers():
         assert moe.get_usage_counts().sum() == 72 * ours.config.num_experts_per_tok
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_hidden_states_attentions_and_gradients_are_gpt2s(attention, tmp_path):
+    theirs, ids = stock("gpt2", attn_implementation="eager"), tokens()
+    theirs.save_pretrained(tmp_path)
+    ours = GPTLMHeadModel.from_pretrained(tmp_path, attn_implementation=attention)
+    arguments = dict(input_ids=ids, labels=ids, output_hidden_states=True, output_attentions=True)
+    a, b = ours(**arguments), theirs(**arguments)
+    mine, stocks = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
+    for x, y in zip(mine, stocks, strict=True):
+        assert torch.allclose(x, y, atol=1e-5, rtol=1e-5)
+    (a.loss + b.loss).backward()
+    grads = transpose_weights({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        assert torch.allclose(parameter.grad, grads[name], atol=1e-5, rtol=1e-4), name
+    # These weights are large enough to tell GPT-2's GELU from the exact one.
+    assert (stock("gpt2", activation_function="gelu")(ids).logits - b.logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("files", ["sharded safetensors", "bin", "base model", "hub cache"])
+def test_gpt2_folders_of_every_kind_load(files, tmp_path):
+    theirs, name, where = stock("gpt2"), str(tmp_path / "gpt2"), {}
+    if files == "sharded safetensors":
+        theirs.save_pretrained(name, max_shard_size="50KB")
+        assert len(list((tmp_path / "gpt2").glob("model-*.safetensors"))) > 2
+    elif files == "bin":
+        theirs.config.save_pretrained(name)
+        torch.save(theirs.state_dict(), tmp_path / "gpt2" / "pytorch_model.bin")
+    elif files == "base model":
+        theirs.transformer.save_pretrained(name)
+    else:  # as huggingface_hub lays out what it has downloaded
+        theirs.save_pretrained(tmp_path / "models--gpt2" / "snapshots" / ("0" * 40))
+        (tmp_path / "models--gpt2" / "refs").mkdir()
+        (tmp_path / "models--gpt2" / "refs" / "main").write_text("0" * 40)
+        name, where = "gpt2", dict(cache_dir=tmp_path)
+    ours = GPTLMHeadModel.from_pretrained(name, **where)
+    assert (ours(tokens()).logits - theirs(tokens()).logits).abs().max() < 1e-4
+    assert all(p.device.type == "cpu" and p.requires_grad for p in ours.parameters())
+
+
 @pytest.mark.parametrize(
-    "kind, fields, message",
+    "kind, fields, words",
     [
-        ("llama", dict(attention_bias=True), "attention_bias=True and mlp_bias=False; they must be equal"),
-        ("llama", dict(hidden_act="gelu"), "this llama has hidden_act='gelu'; only 'silu' can be loaded"),
-        ("llama", dict(head_dim=16), "this llama has head_dim=16; only 8 can be loaded"),
-        ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1; only 0 can be loaded"),
-        (
-            "llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
-            "rope_parameters=.*linear.*; only rope_type='default'",
-        ),
-        ("qwen3", dict(attention_bias=True), "this qwen3 has attention_bias=True; only False"),
-        (
-            "qwen3", dict(use_sliding_window=True, sliding_window=5, max_window_layers=1),
-            "layer_types=.*; only full attention in every k-th layer",
-        ),
-        ("mixtral", dict(num_experts_per_tok=1), "num_experts_per_tok=1 and divides its weight by itself"),
-        ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1; only 0 can be loaded"),
-        ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=True), "num_experts_per_tok=1 and divides"),
-        ("qwen3_moe", dict(mlp_only_layers=[2]), r"decoder_sparse_step=1 and mlp_only_layers=\[2\]; only"),
+        ("gpt2", dict(activation_function="gelu"), "only 'gelu_new'"),
+        ("gpt2", dict(scale_attn_weights=False), "only True"), ("gpt2", dict(add_cross_attention=True), ""),
+        ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), ""),
+        ("gpt2", dict(reorder_and_upcast_attn=True), ""),
+        ("gpt2", dict(resid_pdrop=0.2), "embd_pdrop=0.1 and attn_pdrop=0.1"),
+        ("llama", dict(attention_bias=True), "mlp_bias=False"), ("llama", dict(head_dim=16), "only 8"),
+        ("llama", dict(hidden_act="gelu"), "only 'silu'"), ("llama", dict(attention_dropout=0.1), "only 0"),
+        ("llama", dict(rope_parameters=dict(factor=2.0, rope_theta=1e4, rope_type="linear")), "'default'"),
+        ("qwen3", dict(attention_bias=True), "only False"),
+        ("qwen3", dict(layer_types=["full_attention", *["sliding_attention"] * 2], use_sliding_window=True),
+         "only full attention in every"),
+        ("mixtral", dict(num_experts_per_tok=1), "norm_topk_prob=False"),
+        ("mixtral", dict(router_jitter_noise=0.1), "only 0"),
+        ("qwen3_moe", dict(num_experts_per_tok=1, norm_topk_prob=True), ""),
+        ("qwen3_moe", dict(mlp_only_layers=[2]), "decoder_sparse_step=1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, message, tmp_path):
+def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, words, tmp_path):
     stock(kind, **fields).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ValueError) as error:
         GPTLMHeadModel.from_pretrained(tmp_path)
+    for word in ("GPT-2" if kind == "gpt2" else kind, f"{name}={value!r}", words):
+        assert word in str(error.value)
 
 
-def test_missing_weights_are_refused_and_precision_is_kept(tmp_path):
-    theirs = stock("mixtral")
-    theirs.to(torch.bfloat16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind, part", [("gpt2", "h.1.mlp.c_fc"), ("mixtral", "layers.1.self_attn.k_proj")])
+def test_settings_and_precision_are_passed_on_and_missing_weights_are_refused(kind, part, tmp_path):
+    stock(kind).to(torch.bfloat16).save_pretrained(tmp_path)
     how = dict(output_loading_info=True, attn_implementation="eager")
-    ours, info = GPTLMHeadModel.from_pretrained(tmp_path, **how)
+    settings = dict(dropout=0.25, use_cache=False, encoding="bytes")
+    ours, info = GPTLMHeadModel.from_pretrained(tmp_path, **how, **settings)
     assert ours.dtype == torch.bfloat16 and ours.config._attn_implementation == "eager"
+    assert {name: getattr(ours.config, name) for name in settings} == settings
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(moe.gate.weight.dtype == moe.router_bias.dtype == torch.float32 for moe in ours.moe_layers())
     assert ours(tokens(T=5)).logits.isfinite().all()
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.1.self_attn.k_proj.weight"]
+    missing = next(name for name in weights if name.endswith(f"{part}.weight"))
+    del weights[missing]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack the weights model\.layers\.1\.self_attn\.k_proj\.weight"):
+    with pytest.raises(ValueError, match=f"lack the weights {missing}"):
         GPTLMHeadModel.from_pretrained(tmp_path)
 
 
@@ -189,31 +242,28 @@ def test_a_llama_begins_a_run(tmp_path, caplog):
     assert (upcycled(tokens(T=5)).logits - model(tokens(T=5)).logits).abs().max() < 1e-4
 
 
-# -----------------------------------------------------------------------------
-# Out
-
-
 @pytest.mark.parametrize("kind, fields", CASES)
-def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path):
+def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path, caplog):
     model = strong(GPTLMHeadModel(small(kind, **fields)), 0.3)
     export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
-    assert not list((tmp_path / "out").glob("*.py"))
+    assert not list((tmp_path / "out").glob("*.py")) and not caplog.text
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert type(theirs).__name__ == f"{llama.FAMILY[kind]}ForCausalLM" and not any(info.values())
+    assert type(theirs).__name__ == FOREIGN[kind] and not any(info.values())
     assert_equal_models(model, theirs)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
-    assert_equal_models(back, theirs)
-    kept = ["sliding_window", "global_every", "bias", "qk_norm", "encoding"]
+    state = back.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    kept = ["sliding_window", "global_every", "qk_norm", "norm_eps", "rope_theta", "encoding"]
+    kept += ["bias"] * (kind != "gpt2")  # GPT-2 always has biases; absent ones become zeros
     kept += ["moe_every"] * model.config.use_moe
     kept += ["norm_topk_prob"] * (model.config.use_moe and model.config.num_experts_per_tok > 1)
     for name in kept:
         assert getattr(back.config, name) == getattr(model.config, name), name
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral", "qwen3_moe"])
 def test_readers_of_older_names_find_them(kind, tmp_path):
-    """transformers 4 knows no rope_parameters, and in Qwen3-MoE no num_local_experts; it would take its
-    defaults. Transformers 5 still understands the older names alone."""
+    """transformers 4 reads other names for the base of RoPE and the number of experts."""
     model = strong(GPTLMHeadModel(small(kind, rope_theta=50.0, **EXACT[kind][0])), 0.3)
     export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
     file = tmp_path / "out" / "config.json"
@@ -229,6 +279,10 @@ def test_readers_of_older_names_find_them(kind, tmp_path):
 @pytest.mark.parametrize(
     "kind, fields",
     [
+        ("gpt2", dict(use_moe=True)), ("gpt2", dict(position="rope")), ("gpt2", dict(n_kv_head=2)),
+        ("gpt2", dict(sliding_window=8)), ("gpt2", dict(norm="rmsnorm")), ("gpt2", dict(qk_norm=True)),
+        ("gpt2", dict(activation="relu2")), ("gpt2", dict(activation="swiglu")),
+        ("gpt2", dict(logit_softcap=30.0)),
         ("llama", dict(position="learned")), ("llama", dict(norm="layernorm")),
         ("llama", dict(activation="relu2")), ("llama", dict(logit_softcap=30.0)),
         ("llama", dict(use_moe=True)), ("llama", dict(qk_norm=True)), ("llama", dict(sliding_window=8)),
@@ -259,13 +313,15 @@ def test_router_biases_are_refused_and_dropout_is_left_out(tmp_path, caplog):
         export_folder(model, tmp_path / "out", format="mixtral", tokenizer=False)
 
 
-def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, capsys):
+@pytest.mark.parametrize("kind, fields", [("gpt2", {}), ("qwen3_moe", EXPERTS)])
+def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(kind, fields, tmp_path, capsys, caplog):
     text_fields = dict(encoding="bytes", encoding_size=257, vocab_size=384)
-    config = small("qwen3_moe", **EXPERTS, **text_fields).to_dict()
+    config = small(kind, **fields, **text_fields).to_dict()
     model = strong(GPTLMHeadModel(config), std=0.15)
     ckpt.save_checkpoint({"model": model.state_dict(), "config": config, "step": 7}, tmp_path)
     path, out = str(tmp_path / "model_00007.pt"), str(tmp_path / "out")
-    assert checkpoint.main(["export", path, out, "--format", "qwen3_moe"]) == 0
+    assert checkpoint.main(["export", path, out, "--format", kind]) == 0
+    assert "384 rows of the embeddings are cut to the 257 tokens" in caplog.text
     theirs, tokenizer = (x.from_pretrained(tmp_path / "out") for x in (AutoModelForCausalLM, AutoTokenizer))
     assert theirs.config.vocab_size == 257 and theirs.generation_config.eos_token_id == 256
     assert tokenizer("Oh, naïve")["input_ids"] == encode_text("Oh, naïve", "bytes")
@@ -273,14 +329,6 @@ def test_the_command_line_exports_a_checkpoint_with_its_tokenizer(tmp_path, caps
     assert tokenizer.decode(text) == model.generate("Oh", max_new_tokens=9, do_sample=False)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert back.config.encoding == "bytes" and back.generate("Oh", max_new_tokens=9) == tokenizer.decode(text)
-    assert checkpoint.main(["export", path, str(tmp_path / "no"), "--format", "llama"]) == 2
-    assert "Llama cannot express use_moe=True" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("use_moe", [False, True])
-def test_the_preset_of_that_name_is_a_stock_model(use_moe, tmp_path):
-    """--preset qwen3, in smaller sizes."""
-    settings = {name: value for name, value in PRESETS["qwen3"].items() if name in GPTConfig.__annotations__}
-    model = strong(GPTLMHeadModel(GPTConfig(**settings | SIZES | EXPERTS | dict(use_moe=use_moe))), 0.3)
-    export_folder(model, tmp_path / "out", format="qwen3_moe" if use_moe else "qwen3", tokenizer=False)
-    assert_equal_models(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    if kind == "qwen3_moe":
+        assert checkpoint.main(["export", path, str(tmp_path / "no"), "--format", "llama"]) == 2
+        assert "Llama cannot express use_moe=True" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""generate(): caches, beams, padding, block_size, stop strings, and what it leaves behind.
+
+Run: python -m pytest tests/huggingface/test_generation.py
+"""
+
+import pytest
+import torch
+from models import ARCHITECTURES, greedy_by_hand, strong, tiny, tokens
+from transformers import StaticCache
+
+from huggingface.text import build_tokenizer
+from model import GPT, GPTLMHeadModel
+
+BLOCK = 12  # block_size of these models
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def model(request):
+    return strong(GPTLMHeadModel(tiny(**{"block_size": BLOCK} | ARCHITECTURES[request.param])))
+
+
+def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
+    ids = tokens(T=3)
+    expected = greedy_by_hand(model, ids, 15)  # 18 tokens
+    assert len(expected[:, 3:].unique()) > 8  # a model that repeats itself would hide faults
+    for cache in (dict(use_cache=True), dict(use_cache=False)):
+        assert torch.equal(model.generate(ids, max_new_tokens=15, do_sample=False, **cache), expected)
+    base = GPT(model.config).eval()
+    base.load_state_dict(model.state_dict())
+    assert torch.equal(base.generate(ids, max_new_tokens=15, do_sample=False), expected)
+    long = tokens(T=20, seed=1)  # longer than block_size from the start
+    found = model.generate(long, max_new_tokens=2, do_sample=False)
+    assert torch.equal(found, greedy_by_hand(model, long, 2))
+
+
+def test_static_cache(model):
+    ids, cache = tokens(T=BLOCK), StaticCache(config=model.config, max_cache_len=BLOCK)
+    with torch.no_grad():
+        logits = [model(piece, past_key_values=cache).logits for piece in ids.split(5, dim=1)]
+        assert torch.allclose(torch.cat(logits, 1), model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, top_k=20, temperature=0.8)], ids=str)
+def test_beams_and_seeded_samples_do_not_depend_on_the_cache(model, how):
+    ids, results = tokens(B=2, T=5), []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        results.append(model.generate(ids, max_new_tokens=10, use_cache=use_cache, **how))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], greedy_by_hand(model, ids, 10))
+
+
+CACHES = {"dynamic": dict(), "none": dict(use_cache=False), "static": dict(cache_implementation="static")}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_left_padded_batch_equals_its_rows(model, cache):
+    rows = [tokens(1, T, seed=T) for T in (2, 5, 7)]
+    new = 5 if cache == "static" else 9  # with 9 the longest outgrows block_size
+    ids, mask = torch.full((3, 7), 9), torch.zeros(3, 7, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, -row.size(1) :], mask[i, -row.size(1) :] = row, 1
+    how = dict(max_new_tokens=new, do_sample=False, pad_token_id=9, **CACHES[cache])
+    batch = model.generate(ids, attention_mask=mask, **how)
+    for i, row in enumerate(rows):
+        assert torch.equal(batch[i, 7:], greedy_by_hand(model, row, new)[0, row.size(1) :])
+
+
+def test_what_cannot_be_cropped_must_not_outgrow_block_size():
+    """Embeddings have no token ids, and assisted generation must keep its cache."""
+    model = strong(GPTLMHeadModel(tiny(block_size=BLOCK, **ARCHITECTURES["modern"])))
+    ids = tokens(B=1, T=2).repeat(1, 2)
+    whole = model.generate(ids, max_new_tokens=8, do_sample=False)
+    embeddings = dict(inputs_embeds=model.get_input_embeddings()(ids), do_sample=False)
+    lookup = dict(inputs=ids, do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(model.generate(max_new_tokens=8, **embeddings), whole[:, 4:])
+    assert torch.equal(model.generate(max_new_tokens=8, **lookup), whole)
+    for arguments, message in ((embeddings, "block_size=12"), (lookup, "14 tokens .* block_size=12")):
+        with pytest.raises(ValueError, match=message):
+            model.generate(max_new_tokens=10, **arguments)
+
+
+def test_stop_strings():
+    model = strong(GPTLMHeadModel(tiny(encoding="bytes", vocab_size=257, block_size=64)))
+    how = dict(do_sample=False, pad_token_id=0, max_new_tokens=30)
+    whole = model.generate("ab", **how)
+    stop = next(character for character in whole[6:] if character.isascii() and character.isprintable())
+    found = model.generate("ab", stop_strings=[stop], tokenizer=build_tokenizer("bytes", 64), **how)
+    assert found == whole[: whole.index(stop, 2) + 1]
+
+
+def test_a_forward_that_accelerate_has_replaced_still_gives_logits():
+    """accelerate binds a model's forward anew, for bf16 or offloaded weights."""
+    ids, base = tokens(T=5), strong(GPT(tiny()))
+    expected = base.generate(ids, max_new_tokens=3, do_sample=False)
+    bound = base.forward
+    base.forward = lambda *args, **kwargs: bound(*args, **kwargs)
+    for _ in range(2):
+        assert torch.equal(base.generate(ids, max_new_tokens=3, do_sample=False), expected)
+    assert base(ids).last_hidden_state.shape == (3, 5, 64)
+
+
+def test_generation_leaves_no_trace_in_training():
+    losses = []
+    for generates in (True, False):
+        model = strong(GPTLMHeadModel(tiny())).train()
+        model.update_routers()
+        for seed in range(2):
+            _, loss = model(tokens(seed=seed), targets=tokens(seed=seed + 1))
+            if generates:
+                model.generate(tokens(T=5), max_new_tokens=3, do_sample=False)
+        model.update_routers()
+        losses.append((loss.item(), torch.stack([moe.get_usage_counts() for moe in model.moe_layers()])))
+    assert losses[0][0] == losses[1][0] and torch.equal(losses[0][1], losses[1][1])
+
+
+def test_generation_leaves_every_part_in_its_mode():
+    """Fine-tuning may keep some parts in evaluation mode."""
+    model = strong(GPTLMHeadModel(tiny(encoding="bytes"))).train()
+    model.transformer.h[0].eval()
+    model.transformer.h[0].mlp.dropout.train()
+    modes = [module.training for module in model.modules()]
+    model.generate(tokens(T=5), max_new_tokens=2)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match=r"token 122.*vocab_size=97"):
+        model.generate("z")
+    assert [module.training for module in model.modules()] == modes  # after an error too
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ids_that_only_pad_the_vocabulary_are_never_generated(file, tmp_path):
+    """Not by a new model, not by one from a folder, with or without a generation_config.json."""
+    model, ids = strong(GPTLMHeadModel(tiny(encoding_size=60))), tokens(V=60, T=5)
+    assert model(ids).logits.argmax(-1).max() >= 60  # padding can win
+    model.save_pretrained(tmp_path)
+    if file == "generation_config.json":
+        (tmp_path / file).unlink()
+    for each in (model, GPTLMHeadModel.from_pretrained(tmp_path)):
+        assert each.generate(ids, max_new_tokens=12, do_sample=True).max() < 60

@@ -1,0 +1,173 @@
+"""Attention: fused against written out, dropout, cache, windows through FlexAttention, and backends.
+
+Run: python -m pytest tests/layers/test_attention.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import dense_model, strong, tiny, tokens
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import DynamicCache
+
+from huggingface.outputs import CACHE
+from layers import attention
+from model import CausalSelfAttention
+
+CPU = torch.device("cpu")
+OPTIONS = [
+    dict(), dict(n_kv_head=2), dict(n_kv_head=1, position="rope"),
+    dict(position="rope", rope_theta=500.0, qk_norm=True), dict(sliding_window=4),
+    dict(sliding_window=4, position="rope", n_kv_head=2, qk_norm=True, bias=False),
+]  # fmt: skip
+
+
+def build(**fields):
+    """A small dense model with large weights."""
+    return strong(dense_model(**fields))
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+def test_fused_attention_equals_the_written_out_one(fields):
+    """Loss, logits and gradients, with padding and without."""
+    ids, padding = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    padding[0, :4] = 0
+    for mask in (None, padding):
+        results = []
+        for implementation in ("sdpa", "eager"):
+            model = build(**fields, attn_implementation=implementation).train()
+            _, loss = model(ids, targets=ids.masked_fill(padding == 0, -1), attention_mask=mask)
+            loss.backward()
+            logits = model.eval()(ids, attention_mask=mask).logits
+            logits = logits[padding.bool()] if mask is not None else logits
+            results.append([logits, loss, *(p.grad for p in model.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-5) and a.isfinite().all()
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+def test_a_text_in_pieces_through_the_cache_gives_the_same_logits(fields):
+    model, ids = build(**fields), tokens(2, 15)
+    cache, pieces = DynamicCache(config=model.config), []
+    for piece in ids.split([4, 1, 1, 6, 2, 1], dim=1):
+        pieces.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(torch.cat(pieces, 1), model(ids).logits, atol=2e-5)
+
+
+@torch.no_grad()
+def test_the_cache_holds_only_what_later_tokens_can_see():
+    model = build(position="rope", sliding_window=4, n_kv_head=2, n_layer=6, global_every=3)
+    assert model.config.layer_types == (["sliding_attention"] * 2 + ["full_attention"]) * 2
+    shapes = [layer.keys.shape for layer in model(tokens(2, 16), use_cache=True)[CACHE].layers]
+    lengths = [3, 3, 16, 3, 3, 16]  # with the next token, 3 are the window
+    assert shapes == [(2, 2, length, 16) for length in lengths]  # (B, nkv, T, hs)
+
+
+def test_attention_weights_sum_to_one_and_see_only_the_window():
+    model = build(sliding_window=4, global_every=2, n_kv_head=2, n_layer=4)
+    distance = torch.arange(13)[:, None] - torch.arange(13)
+    for layer, weight in enumerate(model(tokens(2, 13), output_attentions=True).attentions):
+        assert torch.allclose(weight.sum(-1), torch.ones(2, 4, 13), atol=1e-5)
+        visible = (distance >= 0) & (distance < (13 if layer % 2 else 4))
+        assert torch.equal(weight > 0, visible.expand_as(weight))
+
+
+def test_dropout_falls_on_attention_weights_in_training():
+    layer, x = build(dropout=0.5).transformer.h[0].attn.train(), torch.randn(1, 9, 64)
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+    q = torch.randn(1, 1, 4000, 2)
+    k, v, mask = q[:, :, :1], torch.ones(1, 1, 1, 2), torch.ones(4000, 1).bool()
+    y, weight = attention.attention_reference(q, k, v, mask, 0.5)
+    assert weight.eq(1).all() and set(y.unique().tolist()) == {0.0, 2.0}
+    assert y.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+# -----------------------------------------------------------------------------
+# Windows through FlexAttention
+
+
+def written_out_window(T: int, window: int) -> torch.Tensor:
+    i = torch.arange(T)
+    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < window)  # (T, T), query by key
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("T, window, block", [(300, 70, 128), (128, 64, 64), (48, 1, 16), (100, 33, 16)])
+@torch.no_grad()
+def test_block_mask_is_the_window(T, window, block):
+    mask, expected = attention.window_block_mask(T, window, CPU, block), written_out_window(T, window)
+    grown = mask.to_dense()[0, 0].bool().repeat_interleave(block, 0).repeat_interleave(block, 1)[:T, :T]
+    assert (grown | ~expected).all()  # no visible key is in a block that is left out
+    looked_at = mask.to_dense()[0, 0].sum(-1)
+    assert looked_at.max() <= (window + block - 2) // block + 1  # O(window) keys per query, not O(T)
+    i = torch.arange(T)
+    assert torch.equal(mask.mask_mod(0, 0, i[:, None], i[None]), expected)
+    q, k, v = (torch.randn(2, heads, T, 16) for heads in (4, 2, 2))
+    slow = F.scaled_dot_product_attention(q, k, v, attn_mask=expected, enable_gqa=True)
+    fast = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_layer_takes_a_block_mask():
+    """A compiled block has one graph for all masks of a shape, although each training step makes a new mask
+    with a new function in it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layer, x = CausalSelfAttention(tiny(n_kv_head=2, sliding_window=4)), torch.randn(2, 200, 64)
+    expected = layer(x, written_out_window(200, 4)[None, None])
+    layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        fast = layer(x, attention.window_block_mask(200, 4, x.device))
+        torch.testing.assert_close(fast, expected, rtol=0, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_windows_on_cuda_train_as_on_the_cpu():
+    fields = dict(position="rope", n_kv_head=2, sliding_window=100, global_every=2, block_size=512)
+    cpu, gpu = build(**fields).train(), build(**fields).train().cuda()
+    ids = tokens(2, 300)
+    assert attention.flex_window(gpu.config, 300, torch.device("cuda", 0)) is not None
+    for model, rows in ((cpu, ids), (gpu, ids.cuda())):
+        model(rows, targets=rows)[1].backward()
+    for (name, p), q in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad.cpu(), rtol=1e-2, atol=1e-3, msg=name)
+
+
+# -----------------------------------------------------------------------------
+# Backends
+
+
+def test_on_a_cpu_there_is_nothing_to_choose():
+    config = tiny()
+    for name in ("auto", *attention.BACKENDS):
+        assert attention.choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
+    with pytest.raises(ValueError, match=r"attention_backend='flush'.*auto, cudnn, flash"):
+        attention.choose_backend("flush", config, 2, 8, CPU, torch.float32)
+    assert attention.flex_window(tiny(sliding_window=4), 16, CPU) is None  # only GPUs have block masks
+    model, ids = build(), tokens()
+    expected = model(ids).logits
+    for name in ("", "auto", *attention.BACKENDS):
+        with attention.prefer_backend(name, CPU):
+            assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_backend_that_cannot_do_a_shape_takes_forever():
+    shape = tiny(n_kv_head=2), 2, 8, CPU, torch.float32
+    assert attention.time_backend(attention.BACKENDS["math"], *shape) < 60
+    assert attention.time_backend(attention.BACKENDS["cudnn"], *shape) == float("inf")
+
+
+def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
+    """Without a GPU: which calls are made. The first attention on CUDA must come before the order is set,
+    because torch then overwrites any order."""
+    calls = []
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda order, **named: calls.append((order, named)))
+    monkeypatch.setattr(attention, "choose_for_the_first_time", lambda device: calls.append(device.type))
+    for name in ("flash", "math"):
+        attention.prefer_backend(name, torch.device("cuda"))
+    orders = [["flash", "cudnn", "efficient", "math"], ["math", "cudnn", "flash", "efficient"]]
+    first, second = ([attention.BACKENDS[name] for name in names] for names in orders)
+    assert calls == ["cuda", (first, {"set_priority": True}), "cuda", (second, {"set_priority": True})]

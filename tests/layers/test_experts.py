@@ -1,0 +1,217 @@
+"""Every engine of the experts against a loop over tokens, the choice among them, and dispatch.
+
+Run: python -m pytest tests/layers/test_experts.py
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
+
+from layers import experts
+from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows
+from layers.mlp import ACTIVATIONS
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
+GROUPED = pytest.param("grouped_mm", marks=needs_grouped_mm)
+
+
+def test_dispatch_of_a_hand_worked_example():
+    index = torch.tensor([[2, 0], [0, 3], [2, 3]])  # slots 0 to 5 want experts 2 0 0 3 2 3
+    routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
+    assert routing.order.tolist() == routing.weight.tolist() == [1, 2, 0, 4, 3, 5]
+    assert routing.token.tolist() == [0, 1, 0, 2, 1, 2] and routing.per_token == 2
+    assert routing.position().tolist() == [2, 0, 1, 4, 3, 5]
+    assert routing.expert().tolist() == [0, 0, 2, 2, 3, 3]
+    assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
+    assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]
+
+
+def blackwells(x, weights, offs):
+    """grouped_mm, whose backward leaves garbage in the gradient of expert 1, which has no rows."""
+    weights = weights.clone()
+    weights.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.nan))
+    return grouped_mm(x, weights, offs=offs)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "engine", ["loop", "gather", GROUPED, pytest.param("Blackwell", marks=needs_grouped_mm)]
+)
+def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias, activation, monkeypatch):
+    """Expert 1 has no rows. ragged: a token has none to three rows instead of three."""
+    if engine == "Blackwell":
+        monkeypatch.setattr(experts, "grouped_mm", blackwells)
+        monkeypatch.setattr(experts, "_idle_gradients_are_garbage", lambda: True)
+        engine = "grouped_mm"
+    dtype = torch.float32 if engine == "grouped_mm" else torch.float64
+    fields = dict(activation=activation, bias=bias, num_experts=5, n_embd=16, expert_hidden_size=8, std=0.3)
+    layer = moe_layer(**fields).experts.to(dtype)
+    layer.engine = engine
+    wish = torch.rand(7, 5)
+    wish[:, 1] = 2
+    index, keep = wish.argsort(1)[:, :3], torch.rand(7, 3) < 0.6
+    keep = keep & (torch.arange(7) != 4)[:, None] if ragged else torch.ones_like(keep)  # token 4 has no row
+    inputs, factors = torch.randn(7, 16, dtype=dtype), torch.rand(7, 3, dtype=dtype)
+    found = []
+    for by_hand in (False, True):
+        layer.zero_grad()
+        x, weight = inputs.clone().requires_grad_(), factors.clone().requires_grad_()
+        if by_hand:
+            y, mixed = experts_by_hand(layer, x, index, weight * keep), (weight * keep).sum(1, True) * x
+        else:
+            token = torch.arange(7)[:, None].expand(7, 3)[keep]
+            rows = (index[keep], weight[keep], 5, token) if ragged else (index, weight, 5)
+            routing = dispatch(*rows)
+            assert (routing.per_token is None) == ragged and routing.counts().sum() == keep.sum()
+            y, mixed = layer(x, routing), combine(take_rows(x, routing), routing, 7, weighted=True)
+        y.square().sum().backward()
+        found.append({"y": y, "mixed": mixed, "x": x.grad, "weight": weight.grad, **gradients(layer)})
+    close = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*found, **close)
+    assert (found[0]["c_fc"][1] == 0).all() and (found[0]["c_proj"][1] == 0).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_rows_at_all(engine):
+    layer = moe_layer()
+    layer.experts.engine = engine
+    y = layer(torch.randn(1, 0, 8, requires_grad=True))
+    assert y.shape == (1, 0, 8) and layer.get_auxiliary_loss() == 0
+    (y.sum() + layer.get_auxiliary_loss()).backward()
+    assert all((gradient == 0).all() for gradient in gradients(layer).values())
+
+
+def test_odd_layouts_of_input_and_gradient():
+    layer = moe_layer()
+    x = torch.randn(8, 3, 2).transpose(0, 2)  # (2, 3, 8), not contiguous
+    for scale in (torch.ones(()).expand(2, 3, 8), torch.randn(8, 3, 2).transpose(0, 2)):
+        results = []
+        for value, factor in ((x, scale), (x.contiguous(), scale.contiguous())):
+            layer.zero_grad()
+            leaf = value.detach().requires_grad_()
+            layer(leaf).backward(factor)
+            results.append((leaf.grad, gradients(layer)))
+        torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("engine", ["loop", "gather"])
+def test_decoding_never_touches_unused_experts(engine):
+    layer, x = moe_layer(num_experts=8).eval(), torch.randn(1, 1, 8)
+    expected = layer(x)
+    used = layer.route(layer.gate(x[0]))[0].expert().tolist()
+    unused = [e for e in range(8) if e not in used]
+    assert len(unused) == 6
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[unused] = math.nan
+    layer.experts.engine = engine
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_operators_are_well_formed():
+    routing = dispatch(torch.tensor([[2, 0], [0, 3], [2, 3]]), torch.rand(3, 2), 5)
+    x, *parameters = (torch.randn(shape) for shape in ((3, 4), (5, 6, 4), (5, 4, 6), (5, 6), (5, 4)))
+    for tensor in (x, routing.weight, *parameters):
+        tensor.requires_grad_()
+    torch.library.opcheck(expert_mlp, (x, routing.weight, routing.token, routing.ends, parameters, "gelu"))
+
+
+@pytest.mark.parametrize(
+    "engine, changes",
+    [
+        ("grouped_mm", {}), ("grouped_mm", dict(capability=(10, 0))), ("grouped_mm", dict(num_experts=1023)),
+        ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)),
+        ("loop", dict(num_experts=1024)), ("loop", dict(capability=(8, 0))),
+        ("loop", dict(capability=(12, 0))), ("loop", dict(dtype=torch.float32)),
+        ("loop", dict(dtype=torch.float16)), ("loop", dict(n_embd=12)), ("loop", dict(expert_hidden_size=12)),
+        ("loop", dict(rows=0)), ("loop", dict(device="cpu")), ("loop", dict(kernel=None)),
+        ("gather", dict(rows=4, grad=False)),
+        ("gather", dict(rows=4, grad=False, dtype=torch.float32, capability=(7, 0))),
+    ],
+)  # fmt: skip
+def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
+    """What "auto" takes on CUDA. No GPU is needed: the choice reads only x's device, dtype and shape."""
+    case = dict(
+        device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
+        num_experts=4, n_embd=16, expert_hidden_size=8,
+    ) | changes  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
+    monkeypatch.setattr(experts, "grouped_mm", case["kernel"])
+    with torch.device("meta"):
+        sizes = {name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")}
+        layer = experts.Experts(tiny(**sizes))
+    x = SimpleNamespace(
+        device=torch.device(case["device"]), dtype=case["dtype"], shape=(case["rows"], case["n_embd"])
+    )
+    with torch.set_grad_enabled(case["grad"]):
+        assert layer._choose_engine(x, case["rows"]) == engine
+
+
+# -----------------------------------------------------------------------------
+# The same bits, and a GPU
+
+
+def run_engine(engine, device="cpu", dtype=torch.float32, **fields) -> dict[str, torch.Tensor]:
+    """Outputs and all gradients of a layer of 5 experts, one of them without rows, with that engine."""
+    layer = moe_layer(num_experts=5, n_embd=64, expert_hidden_size=32, std=0.1, **fields)
+    x = torch.randn(2, 33, 64, generator=torch.Generator().manual_seed(0))
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[3, 0] = -50
+    layer, x = layer.to(device), x.to(device).requires_grad_()
+    layer.experts.engine = engine
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        y = layer(x)
+    (y.float().square().mean() + layer.get_auxiliary_loss()).backward()
+    assert layer.get_usage_counts()[3] == 0
+    return {"y": y.detach(), "x": x.grad, **gradients(layer)}
+
+
+@pytest.mark.parametrize("engine", ["loop", GROUPED])
+@pytest.mark.parametrize(
+    "device, deterministic", [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=needs_gpu)]
+)
+def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
+    """torch.use_deterministic_algorithms raises an error for operations that are not deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU needs it for this
+    dtype = torch.bfloat16 if engine == "grouped_mm" else torch.float32
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first, *others = (run_engine(engine, device, dtype) for _ in range(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@needs_gpu
+@needs_grouped_mm
+@pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
+def test_grouped_engine_equals_the_loop_on_a_gpu(activation, bias, K):
+    """Both engines in bf16 are close to the loop in fp32. An expert with another's rows would not be."""
+    fields = dict(activation=activation, bias=bias, num_experts_per_tok=K)
+    exact = run_engine("loop", "cuda", **fields)
+    for engine in ("loop", "grouped_mm"):
+        for name, found in run_engine(engine, "cuda", torch.bfloat16, **fields).items():
+            assert (found - exact[name]).norm() < 0.03 * exact[name].norm(), (engine, name)
+            if name.startswith("experts."):
+                assert (found[3] == 0).all(), (engine, name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_gathering_engine_equals_the_loop_on_a_gpu(dtype, close):
+    layer, x = moe_layer(n_embd=64, num_experts=8).eval().cuda(), torch.randn(3, 1, 64, device="cuda")
+    found = {}
+    for engine in ("loop", "gather", "auto"):
+        layer.experts.engine = engine
+        with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            found[engine] = layer(x).float()
+    assert (found["gather"] - found["loop"]).norm() < close * found["loop"].norm()
+    assert torch.equal(found["auto"], found["gather"])  # 6 rows for 8 experts

@@ -1,0 +1,203 @@
+"""Balance losses and z-loss of mixture_of_experts.py: formulas, gradients, micro-steps, padding, learning.
+
+Run: python -m pytest tests/test_balance_losses.py
+"""
+
+import math
+import pydoc_data.topics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import chosen, moe_layer, sure_layer
+
+from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES, BalanceLoss, update_routers
+from model import GPTConfig
+
+
+def written_out(loss_type: str, p: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The losses in the words of their docstrings, from probabilities (N, E) and chosen experts (N, K)."""
+    E, P = p.shape[1], p.mean(0)
+    if loss_type == "load_balancing":
+        return E * sum(P[e] * (chosen == e).sum() / chosen.numel() for e in range(E))
+    if loss_type == "variance_penalty":
+        return P.var(correction=0) / P.mean() ** 2
+    if loss_type == "entropy_regularization":
+        return (P * (P * E).log()).sum()
+    pairs = [(i, j) for i in range(E) for j in range(E) if i != j]
+    return torch.stack([F.cosine_similarity(p[:, i], p[:, j], dim=0) ** 2 for i, j in pairs]).mean()
+
+
+def balance_loss_of(layer, x):
+    """The balance loss as a function of the router's weight."""
+
+    def loss(weight):
+        torch.func.functional_call(layer, {"gate.weight": weight}, (x,))
+        return layer.get_auxiliary_loss()
+
+    return loss
+
+
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+@pytest.mark.parametrize("loss_type", BALANCE_LOSSES)
+def test_balance_loss_equals_the_formula_and_its_finite_differences(loss_type, score):
+    layer = moe_layer(moe_loss_type=loss_type, router_score=score, num_experts=5).double()
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    loss = balance_loss_of(layer, x)
+    logits = layer.gate(x.view(-1, 8))
+    index, scores = chosen(layer, logits)[0], logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    probs = scores / scores.sum(1, keepdim=True)
+    assert loss(layer.gate.weight).item() == pytest.approx(
+        written_out(loss_type, probs, index).item(), rel=1e-9
+    )
+    for _ in range(3):  # then around the step before; f is piecewise constant and has no derivative
+        torch.autograd.gradcheck(loss, (layer.gate.weight,), fast_mode=True)
+        update_routers([layer])
+
+
+UNIFORM, ONE_EXPERT = torch.full((6,), 1 / 6), torch.eye(6)[0]
+EXTREMES = [  # loss, arguments at perfect balance and at collapse, values there
+    ("load_balancing", (UNIFORM, UNIFORM), (ONE_EXPERT, ONE_EXPERT), 1, 6),
+    ("variance_penalty", (UNIFORM,), (ONE_EXPERT,), 0, 5),
+    ("entropy_regularization", (UNIFORM,), (ONE_EXPERT,), 0, math.log(6)),
+    ("diversity_regularization", (torch.eye(6) / 6,), (torch.full((6, 6), 1 / 36),), 0, 1),
+]
+
+
+@pytest.mark.parametrize("name, balanced, collapsed, lowest, highest", EXTREMES, ids=BALANCE_LOSSES)
+def test_values_at_perfect_balance_and_collapse(name, balanced, collapsed, lowest, highest):
+    assert BALANCE_LOSSES[name].function(*balanced).item() == pytest.approx(lowest, abs=1e-6)
+    assert BALANCE_LOSSES[name].function(*collapsed).item() == pytest.approx(highest)
+    fields = dict(moe_loss_type=name, num_experts_per_tok=1)
+    single = moe_layer(num_experts=1, **fields)
+    for layer, x in ((sure_layer(**fields), torch.eye(4)), (single, torch.randn(3, 8))):
+        layer(x[None])
+        assert layer.get_auxiliary_loss().item() == pytest.approx(lowest, abs=1e-5)
+
+
+def test_z_loss_equals_the_formula():
+    layer, x = moe_layer().double(), torch.randn(1, 6, 8, dtype=torch.float64)
+    _, auxiliary = layer(x, return_auxiliary=True)
+    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in layer.gate(x[0]).tolist()) / 6
+    assert auxiliary.z_loss.item() == pytest.approx(expected, rel=1e-12)
+    z_loss = lambda w: torch.func.functional_call(layer, {"gate.weight": w}, (x, None, None, True))[1].z_loss  # noqa
+    torch.autograd.gradcheck(z_loss, (layer.gate.weight,), fast_mode=True)
+
+
+def auxiliary_gradient(layer, x, mask, micro_steps: int) -> torch.Tensor:
+    """Router gradient of balance and z-loss of one step, cut into micro-steps along the batch."""
+    layer.zero_grad()
+    for part, part_mask in zip(x.chunk(micro_steps), mask.chunk(micro_steps), strict=True):
+        _, auxiliary = layer(part, part_mask, mask.sum(), return_auxiliary=True)
+        layer.accumulate(auxiliary)
+        (auxiliary.balance_loss + 0.1 * auxiliary.z_loss).backward()
+    return layer.gate.weight.grad.clone()
+
+
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+@pytest.mark.parametrize("loss_type", BALANCE_LOSSES)
+def test_gradient_does_not_depend_on_the_cut_into_micro_steps(loss_type, score):
+    steps, masks, results = torch.randn(3, 8, 16, 8), torch.rand(3, 8, 16) < 0.7, []
+    for micro_steps in (1, 2, 4):
+        layer, found = moe_layer(moe_loss_type=loss_type, router_score=score), []
+        for x, mask in zip(steps, masks, strict=True):
+            update_routers([layer])
+            found.append(auxiliary_gradient(layer, x, mask, micro_steps))
+        results.append(found)
+    for found in results[1:]:
+        for whole, cut in zip(results[0], found, strict=True):
+            assert (cut - whole).norm() / whole.norm() < 1e-5
+    # Without step management the same cut shows, for a loss that is not linear in tokens.
+    plain = moe_layer(moe_loss_type=loss_type, router_score=score)
+    whole, cut = (auxiliary_gradient(plain, steps[2], masks[2], n) for n in (1, 4))
+    assert (whole - cut).norm() / whole.norm() > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", BALANCE_LOSSES)
+def test_step_managed_loss_is_the_expansion_around_the_step_before(loss_type):
+    layer = moe_layer(moe_loss_type=loss_type).double()
+    x, later = torch.randn(2, 2, 16, 8, dtype=torch.float64)
+    update_routers([layer])
+    layer(x)
+    (slope,) = torch.autograd.grad(layer.get_auxiliary_loss(), layer.gate.weight)
+    assert slope.abs().max() < 1e-6  # the first step is around perfect balance
+    update_routers([layer])
+    p_ref, p = (chosen(layer, layer.gate(v.view(-1, 8)))[2].detach() for v in (x, later))
+    squared = BALANCE_LOSSES[loss_type].of_products
+    s_ref, s = (p.t() @ p / len(p) if squared else p.mean(0) for p in (p_ref, p))
+    f = [layer.last_step_counts() / 64] if loss_type == "load_balancing" else []
+    value = BALANCE_LOSSES[loss_type].function(s_ref.requires_grad_(), *f)
+    (slope,) = torch.autograd.grad(value, s_ref)
+    expected = value + (slope * (s - s_ref)).sum()
+    layer(later)
+    assert layer.get_auxiliary_loss().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_new_loss_or_score_is_one_row(monkeypatch):
+    """The loss needs M and f, which no other row does."""
+    row = BalanceLoss(lambda M, f: (f * M.diagonal()).sum(), of_products=True, takes_f=True)
+    monkeypatch.setitem(BALANCE_LOSSES, "new", row)
+    score = (torch.exp, lambda scores: scores / scores.sum(-1, keepdim=True))
+    monkeypatch.setitem(ROUTER_SCORES, "new", score)
+    names = dict(moe_loss_type="new", router_score="new")
+    GPTConfig(**names)
+    layer, x = moe_layer(**names).double(), torch.randn(6, 8, dtype=torch.float64)
+    index, _, p = chosen(layer, layer.gate(x))
+    f = torch.bincount(index.flatten(), minlength=4) / index.numel()
+    layer(x[None])
+    assert layer.get_auxiliary_loss().item() == pytest.approx((f * p.square().mean(0)).sum().item(), rel=1e-6)
+    for _ in range(2):
+        torch.autograd.gradcheck(balance_loss_of(layer, x[None]), (layer.gate.weight,), fast_mode=True)
+        update_routers([layer])
+
+
+@pytest.mark.parametrize("loss_type", BALANCE_LOSSES)
+def test_masked_tokens_do_not_count(loss_type):
+    x, mask = torch.randn(3, 8, 8), torch.rand(3, 8) < 0.6
+    masked, alone = moe_layer(moe_loss_type=loss_type), moe_layer(moe_loss_type=loss_type)
+    y, auxiliary = masked(x, mask.long(), return_auxiliary=True)
+    torch.testing.assert_close(y, alone.eval()(x))
+    expected = alone.train()(x[mask][None], return_auxiliary=True)[1]
+    torch.testing.assert_close(auxiliary, expected)
+    auxiliary.balance_loss.backward()
+    expected.balance_loss.backward()
+    torch.testing.assert_close(masked.gate.weight.grad, alone.gate.weight.grad)
+    masked.accumulate(auxiliary)
+    assert masked.get_usage_counts().sum() == 2 * mask.sum()
+    # A batch of padding only: zero, and no NaN in the gradient.
+    masked.zero_grad()
+    nothing = masked(x, torch.zeros(3, 8), return_auxiliary=True)[1]
+    (nothing.balance_loss + nothing.z_loss).backward()
+    assert nothing.balance_loss == 0 and nothing.z_loss == 0 and nothing.counts.sum() == 0
+    assert (masked.gate.weight.grad == 0).all()
+
+
+TEXT = "".join(text for _, text in sorted(pydoc_data.topics.topics.items())).encode()
+LEARNT = [(dict(moe_loss_type=name), 2.3) for name in BALANCE_LOSSES if name != "diversity_regularization"]
+LEARNT += [(dict(moe_loss_type="diversity_regularization"), 2.6)]  # it does not ask for equal loads
+LEARNT += [(dict(moe_loss=False, router_bias_update_rate=0.05), 2.3), (dict(moe_loss=False), None)]
+
+
+@pytest.mark.parametrize("fields, most", LEARNT, ids=str)
+def test_balancing_a_skewed_router_on_real_text(fields, most):
+    """Max/mean load in the first and the last steps of a router that begins with expert 0 for every token.
+    The last case has no balancing: its router stays skewed."""
+    layer = moe_layer(n_embd=16, num_experts_per_tok=1, std=0.02, **fields)
+    data = torch.frombuffer(bytearray(TEXT), dtype=torch.uint8).long()
+    embedding, head = torch.randn(256, 16), torch.nn.Linear(16, 256)
+    embedding[:, 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[0, 0] += 1
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=3e-2)
+    loads = []
+    for tokens in data.split(256)[:60]:
+        update_routers([layer])
+        x = embedding[tokens[:-1]][None]
+        loss = F.cross_entropy(head(x + layer(x))[0], tokens[1:]) + 0.1 * layer.get_auxiliary_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loads.append(layer.usage_statistics().max_load.item())
+        layer.reset_usage_counts()
+    first, last = sum(loads[:3]) / 3, sum(loads[-6:]) / 6
+    assert first > 3.5 and (last < most if most else last > 2.8)  # of at most 4

@@ -1,0 +1,230 @@
+"""Options of the model's architecture: each alone against a model written out here, all together, in pairs.
+
+Run: python -m pytest tests/test_model_options.py
+"""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import slow
+from models import experts_by_hand, strong, tiny, tokens
+
+from huggingface.outputs import CACHE
+from mixture_of_experts import MoE
+from model import GPTConfig, GPTLMHeadModel, RMSNorm, build_norm
+
+OPTIONS = {
+    "rope": dict(position="rope"),
+    "theta": dict(position="rope", rope_theta=500.0),
+    "rmsnorm": dict(norm="rmsnorm"),
+    "relu2": dict(activation="relu2"),
+    "swiglu": dict(activation="swiglu"),
+    "qk_norm": dict(qk_norm=True),
+    "softcap": dict(logit_softcap=2.0),
+    "untied": dict(tie_word_embeddings=False),
+    "gqa": dict(n_kv_head=2),
+    "mqa": dict(n_kv_head=1),
+    "window": dict(sliding_window=4),
+    "window and global": dict(sliding_window=4, global_every=2),
+    "no bias": dict(bias=False),
+    "moe": dict(use_moe=True, expert_hidden_size=24, moe_every=2),
+    "shared expert": dict(use_moe=True, num_experts_per_tok=1, num_shared_experts=2, expert_hidden_size=24),
+    "zero_proj": dict(init="zero_proj"),
+}
+# These options stand for their kind; two values of one field are no pair.
+SAME = ("window", "window and global"), ("relu2", "swiglu")
+PAIRED = [name for name in OPTIONS if name not in ("theta", "mqa", "shared expert")]
+PAIRS = [pair for pair in itertools.combinations(PAIRED, 2) if pair not in SAME]
+# Nearly all of today's models' options at once.
+MODERN = ("rope", "rmsnorm", "swiglu", "qk_norm", "softcap", "untied", "gqa", "window and global", "moe")
+
+
+def build(*names: str) -> GPTLMHeadModel:
+    """The tiny model, dense by default, with these options and large weights; zero_proj keeps its zeros."""
+    fields = dict(use_moe=False)
+    for name in names:
+        fields |= OPTIONS[name]
+    model = GPTLMHeadModel(tiny(**fields))
+    zeros = {n: p.clone() for n, p in model.named_parameters() if "c_proj" in n and "zero_proj" in names}
+    strong(model).load_state_dict(zeros, strict=False)
+    return model
+
+
+def wake(model: GPTLMHeadModel, ids: torch.Tensor) -> None:
+    """With zero_proj, every block is the identity at first, and a step of training moves all projections."""
+    first, second, last = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(first, second) and torch.equal(model.transformer.ln_f(first), last)
+    projections = {name: p for name, p in model.named_parameters() if "c_proj" in name}
+    assert len(projections) >= 4 and not any(p.any() for p in projections.values())
+    model(ids, targets=ids)[1].backward()
+    torch.optim.Adam(projections.values(), lr=0.1).step()
+    model.zero_grad()
+    assert all(p.abs().max() > 0.09 for p in projections.values())
+
+
+# ---------------------------------------------------------------------------- the reference, in float64
+
+
+def norm_by_hand(norm, x):
+    if isinstance(norm, RMSNorm):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    return y if norm.bias is None else y + norm.bias
+
+
+def turn(x, theta):
+    """RoPE of heads x (nh, T, hs): channels i and i + hs/2 are a complex number that is turned."""
+    half = x.size(2) // 2
+    position, channel = (torch.arange(n, dtype=torch.float64) for n in (x.size(1), half))
+    angle = position[:, None] * theta ** (-channel / half)  # (T, hs/2)
+    number = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([number.real, number.imag], dim=2)
+
+
+def attention_by_hand(attn, x, config, window):
+    (T, C), kv_heads = x.shape, config.n_kv_head or config.n_head
+    size = C // config.n_head
+    parts = attn.c_attn(x).split([C, kv_heads * size, kv_heads * size], dim=1)
+    q, k, v = (part.view(T, -1, size).transpose(0, 1) for part in parts)  # (nh or nkv, T, hs)
+    if config.qk_norm:
+        q, k = norm_by_hand(attn.q_norm, q), norm_by_hand(attn.k_norm, k)
+    if config.position == "rope":
+        q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
+    distance, heads = torch.arange(T)[:, None] - torch.arange(T), []
+    hidden = (distance < 0) | (distance >= (window or T))
+    for head in range(config.n_head):
+        shared = head * kv_heads // config.n_head
+        score = (q[head] @ k[shared].t() / math.sqrt(size)).masked_fill(hidden, -math.inf)
+        heads.append(score.softmax(1) @ v[shared])
+    return attn.c_proj(torch.cat(heads, 1))
+
+
+def mlp_by_hand(mlp, x):
+    h = mlp.c_fc(x)
+    if mlp.activation == "swiglu":
+        gate, up = h.chunk(2, dim=1)
+        h = gate / (1 + (-gate).exp()) * up
+    elif mlp.activation == "relu2":
+        h = torch.where(h > 0, h * h, 0.0)
+    else:
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return mlp.c_proj(h)
+
+
+def moe_by_hand(moe, x, K):
+    score, chosen = moe.gate(x).softmax(1).topk(K)
+    score = score / score.sum(1, keepdim=True) if K > 1 else score
+    y = experts_by_hand(moe.experts, x, chosen, score)
+    return y + mlp_by_hand(moe.shared, x) if moe.shared is not None else y
+
+
+def logits_by_hand(model: GPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (T, V) of one text, ids (T,)."""
+    config, parts = model.config, copy.deepcopy(model).double().transformer
+    x = parts.wte.weight[ids]
+    if config.position == "learned":
+        x = x + parts.wpe.weight[: len(ids)]
+    for layer, block in enumerate(parts.h):
+        local = config.sliding_window and not (config.global_every and (layer + 1) % config.global_every == 0)
+        y = norm_by_hand(block.ln_1, x)
+        x = x + attention_by_hand(block.attn, y, config, config.sliding_window if local else None)
+        y, moe = norm_by_hand(block.ln_2, x), isinstance(block.mlp, MoE)
+        x = x + (moe_by_hand(block.mlp, y, config.num_experts_per_tok) if moe else mlp_by_hand(block.mlp, y))
+    head = model.transformer.wte if config.tie_word_embeddings else model.lm_head
+    logits, cap = norm_by_hand(parts.ln_f, x) @ head.weight.double().t(), config.logit_softcap
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# ---------------------------------------------------------------------------- every option alone
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in OPTIONS), MODERN], ids=" + ".join)
+@torch.no_grad()
+def test_options_equal_the_written_out_model(names):
+    """In fp32 with the fused attention and with the eager one; in float64 (RoPE's angles are fp32)."""
+    model, ids = build(*names), tokens(2, 16)
+    expected = torch.stack([logits_by_hand(model, row) for row in ids])
+    plain = build()
+    same_shapes = {n: p for n, p in plain.state_dict().items() if n in model.state_dict()}
+    alike = all(model.state_dict()[n].shape == p.shape for n, p in same_shapes.items())
+    if alike and names != ("zero_proj",):  # zero_proj is nothing but weights
+        plain.load_state_dict(model.state_dict(), strict=False)
+    # Without this, the comparisons below could pass although the option does nothing.
+    assert (plain(ids).logits - expected).abs().max() > 1e-2
+    torch.testing.assert_close(model(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.double()(ids).logits, expected, rtol=1e-6, atol=5e-6)
+
+
+def test_rms_norm_has_its_own_eps_and_statistics_in_fp32():
+    norm, x = RMSNorm(32, eps=1e-3), torch.randn(2, 3, 32) * 0.1
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+    assert torch.allclose(norm(x.bfloat16()).float(), expected, atol=0.02)
+    assert norm.double()(x.double()).dtype == torch.float64
+    assert build_norm(GPTConfig(bias=False, norm_eps=1e-6)).eps == 1e-6
+
+
+# ---------------------------------------------------------------------------- all pairs
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_pair(pair):
+    """Shapes, gradients of all parameters, a cache that changes nothing, and padding that changes nothing."""
+    model, ids = build(*pair), tokens(2, 16)
+    model.train()
+    if "zero_proj" in pair:
+        wake(model, ids)
+    logits, loss = model(ids, targets=ids)
+    loss.backward()
+    assert logits.shape == (2, 16, 97)
+    for name, parameter in model.named_parameters():
+        unused = "wpe" in name or ".experts." in name  # rows of positions and experts that nobody asked for
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert unused or parameter.grad.abs().max() > 0, name
+    model.eval()
+    with torch.no_grad():
+        full = model(ids).logits
+        output = model(ids[:, :6], use_cache=True)
+        parts = [output.logits]
+        for t in range(6, 16):  # past the window, one token at a time
+            output = model(ids[:, t : t + 1], past_key_values=output[CACHE], use_cache=True)
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=2e-5)
+        padding = torch.ones(2, 16, dtype=torch.long)
+        padding[0, :5] = 0
+        alone = model(ids[:1, 5:]).logits
+        padded = model(ids, attention_mask=padding).logits[:1, 5:]
+        torch.testing.assert_close(padded, alone, rtol=0, atol=2e-5)
+
+
+# Each value of a field that a block's graph depends on is in one of three models; slow: each pair of values.
+COMPILED = [
+    ("aot_eager", ()), ("aot_eager", MODERN),
+    ("aot_eager", ("rope", "relu2", "no bias", "window", "shared expert")),
+    *slow(*(("eager", pair) for pair in PAIRS if not {"softcap", "untied", "zero_proj"} & {*pair})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend_and_options", COMPILED, ids=lambda case: " + ".join([case[0], *case[1]]))
+def test_compiles_in_one_graph(backend_and_options):
+    """The blocks, as training compiles them, give the same loss and gradients. "eager" runs the captured
+    graph, which is quick; "aot_eager" does all but generate code."""
+    backend, names = backend_and_options
+    torch._dynamo.reset()
+    model, twin, ids = build(*names).train(), build(*names).train(), tokens(2, 16)
+    for block in model.transformer.h:
+        block.compile(fullgraph=True, backend=backend)
+    losses = []
+    for each in (model, twin):
+        loss = each(ids, targets=ids)[1]
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,0 +1,61 @@
+"""Encodings: bytes, tiktoken's, and those that cannot be used.
+
+Run: python -m pytest tests/tokens/test_encodings.py
+"""
+
+import sys
+
+import pytest
+import requests
+import tiktoken
+
+from tokens import encodings
+
+
+def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    encoding = encodings.get_encoding("bytes")
+    text = "naïve 😀\n\n\ttab<|endoftext|>" + "long line " * 200
+    assert encodings.encode(encoding, text).tolist() == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # exported folders may lie where it is not installed
+    ids = encodings.encode_text(text, "bytes")
+    assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
+
+
+def test_endless_whitespace_does_not_crash_tiktoken(gpt2_encoding):
+    text = "a" + " " * 1_300_000 + "b"
+    assert gpt2_encoding.decode(encodings.encode(gpt2_encoding, text).tolist()) == text
+
+
+def offline(name):
+    raise requests.exceptions.ConnectionError("no route")
+
+
+def too_big(name):
+    special = {encodings.EOT: 1 << 16}
+    return tiktoken.Encoding("big", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens=special)
+
+
+@pytest.mark.parametrize(
+    ("name", "fetch", "words"),
+    [
+        ("gtp2", too_big, "encoding='gtp2'.*'gpt2'"),
+        ("p50k_base", offline, "'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"),
+        ("cl100k_base", too_big, "'cl100k_base'.*65537.*uint16.*gpt2"),
+    ],
+)
+def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, words, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", fetch)
+    with pytest.raises(ValueError, match=words):
+        encodings.get_encoding(name)
+
+
+def test_text_of_a_model(gpt2_encoding):
+    text = "naïve 😀 <|endoftext|>"
+    ids = encodings.encode_text(text, "gpt2")
+    assert ids == gpt2_encoding.encode_ordinary(text)
+    assert encodings.decode_tokens([*ids, 50256, 50300], "gpt2") == text  # special and unknown: left out
+    with pytest.raises(ValueError, match=r"encoding='unknown'.*config\.json"):
+        encodings.decode_tokens(ids, "unknown")

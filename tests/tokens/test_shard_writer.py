@@ -1,0 +1,100 @@
+"""What a folder of shards holds, and what happens when there is something in it already.
+
+Run: python -m pytest tests/tokens/test_shard_writer.py
+"""
+
+import os
+import re
+
+import pytest
+from corpus import DOCUMENTS, TOKENS, build, content, make_shards, make_tokens, stream_of, write_source
+
+from tokens import demo
+from tokens.shards import find_shards, read_meta, read_shard, write_shard
+
+
+def test_shards_are_of_equal_size_and_complete_ones_are_left_alone(tmp_path, capsys):
+    source, out = write_source(tmp_path / "a.jsonl"), tmp_path / "out"
+    meta = build(source, out, val_tokens=30, shard_size=50)
+    assert stream_of(out) == TOKENS
+    assert len(read_shard(out / "val_000000.bin")) == 30
+    assert len(read_shard(out / "train_000001.bin")) == 50  # the long document runs over
+    assert (meta["documents"], meta["empty"], meta["replaced"]) == (7, 2, 0)
+    assert meta["tokens"] == {"val": 30, "train": len(TOKENS) - 30} and meta["source"] == "a.jsonl"
+    assert read_meta(out) == meta
+    capsys.readouterr()
+    assert build(source, out, val_tokens=30, shard_size=50) == meta
+    assert capsys.readouterr().out == f"{out} is complete already\n"
+
+
+def test_lost_or_damaged_pieces_are_made_again(tmp_path):
+    source, out = write_source(tmp_path / "a.jsonl", DOCUMENTS * 3), tmp_path / "out"
+    make = lambda: build(source, out, shard_size=200, val_tokens=40)  # noqa: E731
+    make()
+    expected = content(out)
+    for lost in ("meta.json", "train_000001.bin", "val_000000.bin", None):
+        if lost:
+            (out / lost).unlink()
+        else:
+            os.truncate(out / "train_000002.bin", 1100)
+            for name in (".train_000002.bin.99.tmp", ".meta.json.99.tmp"):  # left by a kill
+                (out / name).touch()
+        make()
+        assert content(out) == expected, lost
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    source, out = write_source(tmp_path / "a.jsonl"), tmp_path / "out"
+    build(source, out)
+    before = content(out)
+    other = write_source(tmp_path / "b.jsonl")
+    longer = write_source(tmp_path / "longer" / "a.jsonl", [*DOCUMENTS, "more"])
+    for text, flags, words in (
+        (source, dict(shard_size=60), "shard_size=100000000 .* shard_size=60"),
+        (source, dict(val_tokens=60), "val_tokens=100 .* val_tokens=60"),
+        (source, dict(limit_docs=2), "limit_docs=None .* limit_docs=2"),
+        (source, dict(num_parts=2), "num_parts=1 .* num_parts=2"),
+        (other, {}, r"source='a\.jsonl' .* source='b\.jsonl'"),
+        (longer, {}, "source_bytes=.* source_bytes="),
+    ):
+        with pytest.raises(ValueError, match=words + ".*another --out"):
+            build(text, out, **flags)
+    with pytest.raises(ValueError, match=r"source='a\.jsonl' .* source='demo corpus"):
+        demo.prepare_demo(out)
+    assert content(out) == before
+
+
+def test_shards_of_unknown_origin_are_not_overwritten(tmp_path):
+    source = write_source(tmp_path / "a.jsonl")
+    make_shards(tmp_path / "ours", [50])
+    (tmp_path / "nanogpt").mkdir()
+    write_shard(tmp_path / "nanogpt" / "train.bin", make_tokens(50))
+    for name, words in (("ours", r"train_000000\.bin .*no meta\.json"), ("nanogpt", r"train\.bin")):
+        before = content(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}\W.*{words}.*another --out"):
+            build(source, tmp_path / name, val_tokens=0)
+        assert content(tmp_path / name) == before
+
+
+def test_too_small_a_source_leaves_nothing_behind(tmp_path):
+    source, out = write_source(tmp_path / "a.jsonl", ["hello"]), tmp_path / "out"
+    for val_tokens in (6, 7, None):  # validation alone would take everything, or more
+        with pytest.raises(ValueError, match=r"too small .*: 1 documents, 6 tokens; .* val_tokens=\d+"):
+            build(source, out, val_tokens=val_tokens)
+    assert not list(out.iterdir())
+    assert build(source, out, val_tokens=5)["tokens"] == {"train": 1, "val": 5}
+
+
+def test_parts_share_the_documents_and_a_folder(tmp_path):
+    documents, out = [f"document {i} " * (i % 5 + 1) for i in range(40)], tmp_path / "out"
+    source = write_source(tmp_path / "a.jsonl.gz", documents)
+    for part in (2, 0, 1):
+        build(source, out, num_parts=3, part=part, shard_size=150, val_tokens=50)
+    names = {re.sub(r"\d{6}", "N", os.path.basename(path)) for path in find_shards(out / "*.bin")}
+    assert names == {"val_p0000_N.bin", *(f"train_p000{part}_N.bin" for part in range(3))}
+    texts = "".join(map(chr, stream_of(out))).split(chr(256))[1:]
+    assert sorted(texts) == sorted(documents) and texts[1] == documents[3]  # part 0 has every third
+    meta = read_meta(out)
+    assert meta["complete"] and sum(meta["tokens"].values()) == len("".join(documents)) + 40
+    with pytest.raises(ValueError, match=r"too small \(part 40 of 41\): 0 documents, 0 tokens; no text"):
+        build(source, tmp_path / "empty", num_parts=41, part=40)

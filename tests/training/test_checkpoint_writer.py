@@ -1,0 +1,257 @@
+"""CheckpointWriter: saving while training goes on, failures that are told, old checkpoints that are deleted.
+
+Run: python -m pytest tests/training/test_checkpoint_writer.py
+"""
+
+import json
+import os
+import resource
+import threading
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import WTE
+from models import small_checkpoint as small
+from processes import equal, full_disk
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from training import checkpoints as ckpt
+from training import sharded
+from training.archives import CheckpointError
+from training.checkpoint_writer import CheckpointWriter
+from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*save in a single process")  # of torch
+
+
+@pytest.fixture(params=["file", "folder"])
+def make_writer(request, tmp_path):
+    """A function that makes a writer of files, or one of folders, in tmp_path."""
+
+    def make(**more) -> CheckpointWriter:
+        writer = CheckpointWriter(tmp_path, **more)
+        if request.param == "folder":
+            writer.saver = sharded.Saver(None)
+        return writer
+
+    return make
+
+
+def steps(folder) -> list[int]:
+    return [ckpt.step_of(path) for path in ckpt.list_checkpoints(folder)]
+
+
+# ---------------------------------------------------------------------------- in the background
+
+
+def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
+    may_write, weights = threading.Event(), torch.ones(1000)
+    writer, path = CheckpointWriter(tmp_path), tmp_path / "model_00001.pt"
+    state = small(1, model={"a": weights, "tied": weights, "part": weights[:10]})
+    writer.save(state, before=may_write.wait)
+    assert not path.exists()  # save() has returned, nothing is written yet
+    weights += 1  # the next step
+    may_write.set()
+    assert writer.wait() is None
+    model = torch.load(path)["model"]
+    assert equal(model, {"a": torch.ones(1000), "tied": torch.ones(1000), "part": torch.ones(10)})
+    assert model["a"].data_ptr() == model["tied"].data_ptr()  # tied weights are in the file once
+    assert path.stat().st_size < 8000
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    said, may_write = [], threading.Event()
+    writer = CheckpointWriter(tmp_path, say=said.append)
+    writer.save(small(1), before=may_write.wait)
+    threading.Timer(0.05, may_write.set).start()
+    writer.save(small(2))
+    assert "step 1: saved" in said[0]
+    writer.wait()
+    for step in (1, 2):
+        assert equal(load_checkpoint(tmp_path / f"model_0000{step}.pt")["model"], small(step)["model"])
+
+
+def test_buffers_are_used_again_and_those_of_freed_tensors_are_not_kept(tmp_path):
+    """The buffers are private, but a leak of them shows nowhere else."""
+    weights, writer, places = torch.ones(100), CheckpointWriter(tmp_path), set()
+    for step in (1, 2, 3):
+        writer.save({"model": {"a": weights, "new": torch.zeros(50 + step)}, "config": {}, "step": step})
+        writer.wait()
+        assert len(writer._buffers) == 2
+        places |= {buffer.data_ptr() for buffer in writer._buffers.values() if buffer.shape == (100,)}
+    assert len(places) == 1
+
+
+# ---------------------------------------------------------------------------- old checkpoints
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(2, [7, 6, 4]), (0, [7, 6, 5, 4, 3, 2, 1])])
+def test_old_ones_go_and_latest_always_names_one(make_writer, tmp_path, monkeypatch, keep_last, kept):
+    latest = tmp_path / "latest"
+
+    def checked(change):
+        def change_and_check(*args, **kwargs):
+            change(*args, **kwargs)
+            assert not latest.exists() or (tmp_path / latest.read_text()).exists()
+
+        return change_and_check
+
+    for owner, name in ((Path, "unlink"), (os, "replace"), (os, "rename")):
+        monkeypatch.setattr(owner, name, checked(getattr(owner, name)))
+    writer = make_writer(keep_last=keep_last, keep_every=4)
+    for step in range(1, 8):
+        writer.save(small(step))
+        assert writer.wait() is None
+        assert latest.read_text() == writer.path.name and load_checkpoint(latest)["step"] == step
+    assert steps(tmp_path) == kept and len(os.listdir(tmp_path)) == len(kept) + 1
+
+
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(make_writer, tmp_path):
+    writer = make_writer()
+    for val_loss in (1.0, 2.0):
+        writer.save(small(5, val_loss=val_loss))
+        assert writer.wait() is None and load_checkpoint(writer.path)["val_loss"] == val_loss
+    assert len(os.listdir(tmp_path)) == 2  # with latest
+
+
+def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
+    said = []
+    writer = CheckpointWriter(tmp_path, keep_last=1, say=said.append)
+    writer.save(small(1))
+    writer.wait()
+
+    def save_half(checkpoint, folder):
+        path = save_checkpoint(checkpoint, folder)
+        os.truncate(path, path.stat().st_size // 2)
+        return path
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", save_half)
+    writer.save(small(2))
+    assert isinstance(writer.wait(), CheckpointError) and "CHECKPOINT NOT WRITTEN" in said[-1]
+    assert load_newest(tmp_path, said.append)[1]["step"] == 1
+
+
+# ---------------------------------------------------------------------------- failures
+
+
+def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_writer, tmp_path):
+    """Wherever the disk is full, what is said is the system's error."""
+    said = []
+    writer = make_writer(say=said.append, retry_s=0)
+    writer.save(small(1))
+    assert writer.wait() is None and not writer.wants_retry()
+    before, good = sorted(os.listdir(tmp_path)), writer.path
+    sizes = [file.stat().st_size for file in (good, *good.glob("*")) if file.is_file()]
+    for room in (*range(0, max(sizes), 97), *(size - 1 for size in sizes)):
+        with full_disk(room):
+            writer.save(small(2))
+            error = writer.wait()
+        assert isinstance(error, OSError) and writer.error is error and writer.wants_retry()
+        assert "step 2: WARNING: CHECKPOINT NOT WRITTEN" in said[-1] and str(good) in said[-1]
+        assert "File too large" in said[-1], (room, said[-1])
+        assert sorted(os.listdir(tmp_path)) == before
+    assert equal(load_newest(tmp_path)[1]["model"], small(1)["model"])
+    may_write = threading.Event()
+    writer.save(small(3), before=may_write.wait)
+    assert writer.error is error and not writer.wants_retry()  # the retry is being written
+    may_write.set()
+    assert writer.wait() is None and writer.error is None and not writer.wants_retry()
+    assert steps(tmp_path) == [3, 1]
+
+
+def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
+    said = []
+    writer = CheckpointWriter(tmp_path, say=said.append)
+    assert writer.save(small(1, model={WTE: torch.zeros(1).expand(1 << 50)})) > 0  # more than any machine has
+    assert writer.error is not None and "NOT WRITTEN" in said[-1] and "allocate memory" in said[-1]
+    writer.save(small(2))
+    assert writer.wait() is None and writer.error is None
+
+
+def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
+    writer, bad_weights, bad_moments = make_writer(say=str), small(2), small(3)
+    bad_weights["model"][WTE][3, 3] = float("nan")
+    bad_moments["optimizer"]["state"][0]["exp_avg"][0, 0] = float("inf")
+    for state, name in ((bad_weights, f"model.{WTE}"), (bad_moments, "0.exp_avg")):
+        writer.save(state)
+        error = writer.wait()
+        assert isinstance(error, CheckpointError) and not writer.wants_retry()
+        assert f"step {state['step']} is not saved" in str(error) and f"{name} is not finite" in str(error)
+        assert os.listdir(tmp_path) == []
+
+
+def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
+    """What a process does that saves together with another one. Returns (step, error, whether to try again)
+    of each save, as this rank sees it."""
+    torch.cuda.is_available = lambda: False  # a fork cannot use what its parent has initialised
+    store, minute = f"file://{folder / 'store'}", timedelta(minutes=1)
+    dist.init_process_group("gloo", init_method=store, timeout=minute, rank=rank, world_size=2)
+    mesh, seen = init_device_mesh("cpu", (2,)), []
+    weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
+    state = small(1, C=600)
+    state["model"][WTE] = weight
+    writer = CheckpointWriter(folder, 9, say=str, rank=rank, savers=dist.group.WORLD, retry_s=0)
+
+    def save(step: int, here: bool = False, before=lambda: None, sick: float = 0.0) -> None:
+        """here: on this rank the disk is full, or if `sick` is given a weight is sick."""
+        good = weight.to_local().clone()
+        weight.to_local()[-1] += sick if here else 0.0
+        with full_disk(300 if here and not sick else resource.RLIM_INFINITY):
+            writer.save({**state, "step": step}, before)
+            writer.wait()
+        seen.append((step, str(writer.error), writer.wants_retry()))
+        weight.to_local().copy_(good + 1)  # a step of training, for which the ranks need each other
+        count = torch.ones(1)
+        dist.all_reduce(count)
+        assert count == 2
+
+    save(1)
+    save(2, here=rank == 1)
+    save(3, here=rank == 0)
+    save(4)
+    save(5, before=lambda: rank == 0 and Path("/dev/full").write_text("x"))  # the log's disk is full
+    save(6, here=rank == 1, sick=float("nan"))
+    stage = sharded.PartWriter.stage
+    if rank == 1:
+        sharded.PartWriter.stage = lambda self, tensors: torch.empty(1 << 60)  # no memory for the copy
+    save(7)
+    sharded.PartWriter.stage = stage
+    save(8)
+    dist.destroy_process_group()
+    return seen
+
+
+def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
+    """Both ranks learn of it and go on; the checkpoints before stay, and the next save succeeds. The
+    processes are forks of this one, which spares them the imports."""
+    children = []
+    for rank in (0, 1):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                seen = json.dumps(saves_of_a_rank(rank, tmp_path))
+            except BaseException:
+                seen = traceback.format_exc()
+            (tmp_path / f"seen{rank}").write_text(seen)
+            os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    texts = [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)]
+    assert "Traceback" not in "".join(texts), "\n".join(texts)
+    seen = [json.loads(text) for text in texts]
+    assert [[step for step, error, _ in rank if error != "None"] for rank in seen] == [[2, 3, 5, 6, 7]] * 2
+    # A second save of bad values would fail as the first did.
+    assert [[step for step, _, again in rank if again] for rank in seen] == [[2, 3, 5, 7]] * 2
+    errors = [error for _, error, _ in seen[0]]
+    assert "rank 1: [Errno 27] File too large" in errors[1] and "File too large" in errors[2]
+    assert "No space left" in errors[4] and "rank 1: " in errors[6] and "can't allocate memory" in errors[6]
+    assert errors[5] == "rank 1: step 6 is not saved: model.transformer.wte.weight is not finite"
+    assert steps(tmp_path) == [8, 4, 1] and not list(tmp_path.glob(".model*"))
+    for step in (1, 4, 8):
+        found = load_checkpoint(tmp_path / f"model_{step:05d}")["model"][WTE]
+        assert torch.equal(found, torch.arange(3_000.0).view(5, 600) + step - 1)
