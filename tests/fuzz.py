@@ -415,8 +415,7 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
 
 def trial(make: Callable[[random.Random], Case], key: str, world: Path) -> tuple[Case, str, str]:
     """Make an input in a copy of the folder `world`, and try it. Returns it, the verdict, all output."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        shutil.copytree(world, folder, dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(shutil.copytree(world, f"{folder}/here")):
         case = make(random.Random(key))
         before = [path.read_bytes() for path in case.keep]
         code, out, err = in_child(lambda: use(case), LIMIT)
