@@ -45,6 +45,7 @@ LISTED = {
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
     "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py", "RANK=": "GPUs; test_nodes.py",
     "sbatch ": "Slurm; test_nodes.py", "python tests/torture.py": "minutes, as root",
+    "python tests/fuzz.py": "minutes",
     "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
     "python -m llmc --help": "test_help_of_every_command_works",
     "python -m bench --help": "test_help_of_every_command_works",

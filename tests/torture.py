@@ -5,8 +5,9 @@
     python tests/torture.py --minutes 10 --layout fsdp # checkpoints in parts; or zero, ep, fsdp+ep
 
 Two processes train a small model with --resume auto; a third tokenises. At random moments one of them or all
-get SIGKILL, SIGTERM or SIGINT, or a ballast file takes nearly all the room of the disk for a while, or a
-checkpoint on the disk gets a flipped bit or loses its end. Whenever training has stopped:
+get SIGKILL, SIGTERM, SIGINT or SIGHUP, or a ballast file takes nearly all the room of the disk for a while,
+or a checkpoint on the disk gets a flipped bit or loses its end, or the training shard loses its end while a
+run reads it, which may kill no rank by SIGBUS. Whenever training has stopped:
     - log/latest names a checkpoint that is there
     - the newest good checkpoint is not older than any good one seen before
     - every good checkpoint is to the bit that of an undisturbed run at its step
@@ -81,6 +82,8 @@ class Torture:
         self.bytes_lost = self.bytes_compared = self.runs = self.jobs = self.checkpoints = 0
         self.seen = 0  # step of the newest good checkpoint of this run
         self.harmed: set[str] = set()  # checkpoints that were damaged on purpose
+        self.shard = Path(self.data, "train_000000.bin")
+        self.tokens = self.shard.read_bytes()
 
     def training(self, log_dir: Path, *more) -> list[str]:
         """The command line of the run."""
@@ -170,10 +173,16 @@ class Torture:
         self.harmed.add(found[0].name)
         self.seen = ckpt.step_of(found[1])
 
+    def cut_the_shard(self) -> None:
+        """Cut off the end of the training shard while the ranks read it. `train` mends it afterwards."""
+        self.faults["cut shard"] += 1
+        os.truncate(self.shard, self.chance.randrange(len(self.tokens)))
+
     def stop(self, processes: list) -> None:
         """End the processes in one of the ways processes are ended."""
         alive = [process for process in processes if process.is_alive()]
-        kind = self.chance.choice(["SIGKILL of one", "SIGKILL of one", "SIGKILL of all", "SIGTERM", "SIGINT"])
+        kinds = ["SIGKILL of one", "SIGKILL of one", "SIGKILL of all", "SIGTERM", "SIGINT", "SIGHUP"]
+        kind = self.chance.choice(kinds)
         if not alive:
             return
         self.faults[kind] += 1
@@ -252,10 +261,18 @@ class Torture:
         command = self.training(log_dir, "--resume", "auto", "--keep_last", 2, "--checkpoint_every", 4)
         ranks = start_ranks(2, command, output)
         self.run_for(ranks, self.chance.choice([0.3, 1, 2, 4, 8]) * self.chance.random())
+        cut = self.chance.random() < 0.15
+        if cut:
+            self.cut_the_shard()
+            self.run_for(ranks, 2)
         self.stop(ranks)
         codes = self.wait(ranks)
         self.check_training(log_dir)
-        if 2 in codes:
+        if cut:
+            self.shard.write_bytes(self.tokens)
+        if -signal.SIGBUS in codes:
+            self.lose("a cut shard kills a rank by SIGBUS, and nothing is saved")
+        if 2 in codes and not cut:
             self.lose(f"the run cannot go on: {output.read_text()[-2000:]}")
         elif codes != [0, 0]:
             if self.chance.random() < 0.15:
