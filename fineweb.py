@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = {"action": "store_true"} if each.type == "bool" else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     go_on = "run the same command again; it continues after the last complete shard"
     try:
         if config.verify:
@@ -270,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"stopped; {go_on}", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def own_modules(tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
             del sys.modules[name]
 
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    others = [folder for folder in sys.path if os.path.isdir(os.path.join(folder, "transformers_modules"))]
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in others])
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     forget()
     yield

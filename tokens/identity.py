@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from tokens.files import check_regular
+
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
 DIGITS = 8  # of a fingerprint
@@ -77,8 +79,7 @@ def load_metas(folder: str) -> dict[str, dict]:
     metas, base = {}, os.path.join(glob.escape(folder), "meta")
     for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:
-            if not os.path.isfile(path):
-                raise ValueError("not an ordinary file")
+            check_regular(path)
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

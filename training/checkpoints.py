@@ -361,7 +361,7 @@ def load_pretrained(source: str) -> GPTLMHeadModel:
     try:
         model = GPTLMHeadModel.from_pretrained(source)
     except OSError as error:  # transformers raises it after a failed download
-        if os.path.exists(source) or isinstance(error, FileNotFoundError):
+        if os.path.exists(source):
             raise
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{missing}, nor a model that can be downloaded: {reason}") from error

@@ -292,9 +292,9 @@ REFUSED = {  # flags: words of the message
 @pytest.mark.parametrize(("flags", "message"), REFUSED.items())
 def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
     size = 1 if "processes" in message else 2
-    config, _ = train_gpt_moe.parse_config(["--hellaswag", "False", *flags.split()])
     monkeypatch.setattr("training.setup.dist.is_initialized", lambda: size > 1)
     with pytest.raises(ValueError, match=message):
+        config, _ = train_gpt_moe.parse_config(["--hellaswag", "False", *flags.split()])
         check_config(config, parallel.World(0, 0, size, torch.device("cpu")))
 
 
