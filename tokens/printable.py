@@ -15,4 +15,4 @@ def printable(text: object, keep: str = "") -> str:
 def one_line(error: object) -> str:
     """The message of an error as one printable line; the middle of a very long one is left out."""
     text = printable(str(error).strip())
-    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+    return text if len(text) <= 550 else f"{text[:400]} ... {text[-140:]}"
