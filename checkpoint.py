@@ -33,7 +33,8 @@ def print_list(folder: Path) -> None:
     print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
-        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(file.st_mtime for file in files)))
+        changed = max((file.st_mtime for file in files), default=0)  # a pipe or a device has no files
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
         size, loss = sum(file.st_size for file in files) / 1e6, losses.get(step_of(path))
         val_loss = "-" if loss is None else f"{loss:.4f}"
         print(f"{step_of(path):8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")

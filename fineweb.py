@@ -60,7 +60,9 @@ class DataConfig:
     split_on: str | None = flag(None, 'what separates the documents in a text file, as "<|endoftext|>"')
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     shard_size: int = flag(100_000_000, "tokens in a shard")
-    val_tokens: int | None = flag(None, "tokens at the start kept for validation; one shard if not given")
+    val_tokens: int | None = flag(
+        None, "tokens kept for validation; if not given one shard, or 10% if that is less"
+    )
     limit_docs: int | None = flag(None, "stop after so many documents (of this part)")
     num_parts: int = flag(1, "machines that share the work")
     part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
@@ -211,8 +213,10 @@ def with_defaults(config: DataConfig) -> DataConfig:
         config = replace(config, subset=config.subset or FINEWEB_SUBSET, out=config.out or "edu_fineweb10B")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     config = replace(config, encoding=config.encoding or "gpt2", workers=config.workers or cores)
-    if config.val_tokens is None:
-        config.val_tokens = config.shard_size
+    if config.val_tokens is None:  # one shard, or about 10% of a small local source
+        total = sum(map(os.path.getsize, sources.find_files(config.source))) if is_local(config.source) else 0
+        tokens = total if config.encoding == "bytes" else total // 4
+        config.val_tokens = min(config.shard_size, max(tokens // 10, 1)) if total else config.shard_size
     for name, least in dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1).items():
         value = getattr(config, name)
         if value is not None and not least <= value < 1 << 31:

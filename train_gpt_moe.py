@@ -40,6 +40,7 @@ from layers.attention import BACKENDS, prefer_backend
 from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
+from tokens.printable import one_line
 from training import faults, parallel
 from training.archives import is_out_of_memory
 from training.checkpoint_writer import RunSaver
@@ -65,6 +66,7 @@ class TrainConfig(llmc.Flags):
     run_name: str = setting("", "write to log/NAME, unless log_dir is given")
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
+    text: str = setting("", "train on this text file, or folder of texts, as bytes; 10% of it validates")
     data_dir: str = setting("edu_fineweb10B", "folder with the shards that fineweb.py wrote")
     input_bin: str = setting("", "pattern of training shards, instead of data_dir/train_*.bin")
     input_val_bin: str = setting("", "pattern of validation shards, instead of data_dir/val_*.bin")
@@ -359,8 +361,9 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         print(text if is_master else run.diagnosis.splitlines()[-1], file=sys.stderr, flush=True)
         return faults.FAILED
     if saver.failed:
-        text = f"train_gpt_moe.py: some files could not be written; the newest checkpoint is {newest}"
-        print(text, file=sys.stderr)
+        why = f": {saver.writer.error}" if saver.writer.error else ""
+        text = f"train_gpt_moe.py: some files could not be written{why}; the newest checkpoint is {newest}"
+        print(one_line(text), file=sys.stderr)
         return faults.FAILED
     if run.signals.stops:
         terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}")

@@ -164,7 +164,7 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
-SETTINGS_NOT_KEPT = {"preset", "config", "run_name", "log_dir", "resume", "init_from", "device"}
+SETTINGS_NOT_KEPT = {"preset", "config", "run_name", "text", "log_dir", "resume", "init_from", "device"}
 SETTINGS_NOT_KEPT |= set(LAYOUT_SETTINGS)
 # Fields of the architecture that may change, because no learned weight depends on them.
 MAY_CHANGE = {

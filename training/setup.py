@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from fineweb import DataConfig, build
 from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
@@ -254,8 +256,13 @@ def check_experts(config, ep_size: int) -> None:
 
 
 def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
-    """meta.json of the run's data; makes the demo's data first. FileNotFoundError, ValueError."""
-    if config.preset == "demo" and config.data_dir == "demo_data":
+    """meta.json of the data; first makes the shards of --text or the demo. FileNotFoundError, ValueError."""
+    if config.text:
+        config.data_dir = os.path.join(config.log_dir, "data")
+        if world.is_master:
+            build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
+        world.barrier()
+    elif config.preset == "demo" and config.data_dir == "demo_data":
         say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")
         if world.is_master:
             prepare_demo(config.data_dir)

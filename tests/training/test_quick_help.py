@@ -10,9 +10,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from processes import STEPS, losses
+from processes import STEPS, flags, losses
 
 import train_gpt_moe
+from tokens.shards import read_meta
 from train_gpt_moe import TrainConfig, parse_config
 from training.quick_help import SYNONYMS, read_flags
 
@@ -77,6 +78,19 @@ def test_the_settings_of_a_run_repeat_it(straight, tmp_path):
     repeated = json.loads((tmp_path / "run.json").read_text())["config"]
     assert repeated["max_steps"] == 4 and repeated["n_embd"] == 32 and STEPS > 4
     assert losses(tmp_path)[:2] == losses(straight)[:2]  # the warmup's two steps: the schedule is another one
+
+
+def test_own_text_in_one_flag(tmp_path, capsys):
+    """Its shards lie in log_dir; a resumed run needs them alone."""
+    (tmp_path / "my.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    more = "--max_steps", 2, "--warmup_steps", 1, "--sample_every", 1, "--text", tmp_path / "my.txt"
+    assert train_gpt_moe.main(flags("unused", tmp_path / "log", *more)) == 0
+    meta = read_meta(tmp_path / "log" / "data")
+    assert meta["encoding"] == "bytes" and meta["tokens"] == {"val": 1800, "train": 18001 - 1800}
+    assert "step 1: sample\n    Return" in capsys.readouterr().out
+    (tmp_path / "my.txt").unlink()
+    resume = ["--log_dir", str(tmp_path / "log"), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
+    assert train_gpt_moe.main(resume) == 0 and losses(tmp_path / "log")[-1] > 0
 
 
 def test_files_of_settings(tmp_path, monkeypatch):
