@@ -61,7 +61,7 @@ class DataConfig:
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
-        None, "tokens kept for validation; if not given one shard, or 10% if that is less"
+        None, "tokens kept for validation; if not given one shard, or a tenth of a small source"
     )
     limit_docs: int | None = flag(None, "stop after so many documents (of this part)")
     num_parts: int = flag(1, "machines that share the work")

@@ -9,6 +9,7 @@ import pytest
 from processes import finish, start
 
 
+@pytest.mark.slow
 def test_inputs_of_every_group_are_tried_and_counted(tmp_path):
     code = finish(start(["--inputs", 1, "--seed", 5], tmp_path / "out", script="fuzz"), 300)
     table = r"^(\w+) +1 tried +(\d) accepted +(\d) refused +(\d) wrong$"

@@ -78,11 +78,15 @@ def test_shards_of_unknown_origin_are_not_overwritten(tmp_path):
 
 def test_too_small_a_source_leaves_nothing_behind(tmp_path):
     source, out = write_source(tmp_path / "a.jsonl", ["hello"]), tmp_path / "out"
-    for val_tokens in (6, 7, None):  # validation alone would take everything, or more
+    for val_tokens in (6, 7):  # validation alone would take everything, or more
         with pytest.raises(ValueError, match=r"too small .*: 1 documents, 6 tokens; .* val_tokens=\d+"):
             build(source, out, val_tokens=val_tokens)
     assert not list(out.iterdir())
     assert build(source, out, val_tokens=5)["tokens"] == {"train": 1, "val": 5}
+    tenth = build(write_source(tmp_path / "b.jsonl", ["hello " * 99]), tmp_path / "tenth", val_tokens=None)[
+        "tokens"
+    ]
+    assert tenth["val"] in range(59, 64) and tenth["train"] == 595 - tenth["val"]
 
 
 def test_parts_share_the_documents_and_a_folder(tmp_path):

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     assert writer.wait() is None and not writer.wants_retry()
     before, good = sorted(os.listdir(tmp_path)), writer.path
     sizes = [file.stat().st_size for file in (good, *good.glob("*")) if file.is_file()]
-    for room in (*range(0, max(sizes), 97), *(size - 1 for size in sizes)):
+    for room in (*range(0, max(sizes), 211), *(size - 1 for size in sizes)):
         with full_disk(room):
             writer.save(small(2))
             error = writer.wait()
