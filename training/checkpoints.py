@@ -247,10 +247,16 @@ def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[t
     return sharded.insert_tensors(targets, rest)
 
 
-def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any) -> None:
+def restore(
+    state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any, path: Path | str = ""
+) -> None:
     """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
-    such as weight decay. ValueError, naming what differs, if the data or the architecture is different."""
-    loader.load_state_dict(state["loader"])
+    such as weight decay. ValueError, naming the checkpoint's path and what differs, if the data or the
+    architecture is different."""
+    try:
+        loader.load_state_dict(state["loader"])
+    except ValueError as error:
+        raise ValueError(f"resume: {path}: {error}") from error
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     own, parameters = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     try:
@@ -274,7 +280,7 @@ def restore(state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer
     except (RuntimeError, KeyError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"resume: weights or optimizer state do not fit: {error}") from error
+        raise CheckpointError(f"resume: {path}: weights or optimizer state do not fit: {error}") from error
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the inner optimizer has this rank's share

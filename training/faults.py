@@ -237,7 +237,8 @@ def report(error: Exception, config=None) -> int:
     text, code = one_line(error), BAD_SETTINGS
     if config is not None:
         code = FAILED
-        sizes = f"B={config.B}, T={config.T}, n_layer={config.n_layer}"
+        names = "B T n_layer n_embd num_experts expert_hidden_size mlp_hidden_size vocab_size".split()
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         mend = (
             "lower --B (the step stays the same, in more micro-steps), then --T, then --n_layer or --n_embd"
         )

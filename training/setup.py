@@ -120,7 +120,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
     resumed = {}
     if state:
-        ckpt.restore(state, model, optimizer, train_loader)
+        ckpt.restore(state, model, optimizer, train_loader, path)
         before = state.get("world_size", world.size)
         if before != world.size:
             print0(f"resume: processes were {before} and are {world.size} from step {state['step']} on")
