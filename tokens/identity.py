@@ -43,6 +43,11 @@ def check_fingerprints(files: Sequence[str], here: str, saved: object) -> None:
             raise ValueError(f"the data loader cannot continue: {wrong}; use the data of the saved run")
 
 
+def sample_shard(tokens: BinaryIO, start: int, size: int) -> str:
+    """The fingerprint of a shard's tokens from few blocks, cheap enough for each start of a run."""
+    return fingerprint(tokens, start, size, files=ALL_BLOCKS)
+
+
 def describe_sources(source: str, files: Sequence[str]) -> dict[str, str]:
     """Size, fingerprint and time of the last change of each file, by the name that it has beside `source`."""
     beside, found = os.path.dirname(os.path.abspath(source)), {}
@@ -105,14 +110,15 @@ def _common(meta: dict) -> dict:
 def _check_meta(meta: dict) -> None:
     """Raises one of the errors that load_metas catches if an entry of a meta.json is of the wrong kind."""
     kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
-    optional = dict(source=str, settings=dict, checksums=dict, places=dict)
+    optional = dict(source=str, settings=dict, checksums=dict, samples=dict, places=dict)
     for name, kind in {**kinds, **{name: optional[name] for name in optional if name in meta}}.items():
         if type(meta[name]) is not kind:
             raise TypeError(f"{name} is {meta[name]!r}")
     counts = [*meta["tokens"].values(), *meta["shards"].values()]
     for position, skip in meta.get("places", {}).values():
         counts += [skip, *(value for name, value in position.items() if name != "hub")]
-    texts = [*meta.get("checksums", {}).values(), *meta.get("settings", {}).get("files", {}).values()]
+    texts = [*meta.get("checksums", {}).values(), *meta.get("samples", {}).values()]
+    texts += meta.get("settings", {}).get("files", {}).values()
     if {*map(type, counts)} - {int} or {*map(type, texts)} - {str} or min(counts, default=0) < 0:
         raise TypeError("a number of tokens, place, checksum or source file of the wrong kind")
     if not 0 <= meta["eot_token"] < meta["vocab_size"] <= 1 << 16:

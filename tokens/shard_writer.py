@@ -7,6 +7,7 @@ meta = writer.finish(position, "book.txt")
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import remove_temporaries, write_atomically
-from tokens.identity import first_difference, load_metas
+from tokens.identity import first_difference, load_metas, sample_shard
 from tokens.shards import Shard, read_shard, write_shard
 from tokens.sources import START_POSITION
 
@@ -135,8 +136,11 @@ class ShardWriter:
         if str(self.n) not in starts:
             self.n = 0
         self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
-        known = self.old.get("checksums", {})  # meta.json of an older version has none
-        self.checksums = {name: known[name] for name in self.done if name in known}
+        # meta.json of an older version has neither.
+        self.checksums, self.samples = (
+            {name: digits for name, digits in self.old.get(key, {}).items() if name in self.done}
+            for key in ("checksums", "samples")
+        )
         self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
         return dict(self.start[0]), self.start[1]
 
@@ -169,7 +173,9 @@ class ShardWriter:
         if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
             raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
         name = os.path.basename(path)
-        self.checksums[name] = hashlib.sha256(tokens.astype("<u2", copy=False)).hexdigest()
+        content = tokens.astype("<u2", copy=False).tobytes()
+        self.checksums[name] = hashlib.sha256(content).hexdigest()
+        self.samples[name] = sample_shard(io.BytesIO(content), 0, len(content))
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         write_shard(path, tokens)
@@ -179,7 +185,8 @@ class ShardWriter:
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
-        meta |= {"source": self.settings["source"], "checksums": self.checksums, **more}
+        meta |= {"source": self.settings["source"], "checksums": self.checksums, "samples": self.samples}
+        meta |= more
         meta["settings"] = self.settings
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fingerprint, load_metas
+from tokens.identity import check_fingerprints, fingerprint, load_metas, sample_shard
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
@@ -178,6 +178,12 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     if not metas:
         warnings.warn(f"no meta.json in {folder}: assuming GPT-2's tokens", stacklevel=2)
         return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
+    for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
+        if os.path.exists(path := os.path.join(folder, name)):
+            shard = Shard(path)
+            if sample_shard(shard.file, shard.start, 2 * len(shard)) != noted:
+                compare = f"`python fineweb.py --verify --out {folder}` compares all tokens"
+                raise ValueError(f"{path}: its tokens are not those that meta.json notes; {compare}")
     meta, *others = metas.values()
     for other in others:
         counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}

@@ -17,7 +17,7 @@ import fineweb
 import train_gpt_moe
 from tokens import shard_writer
 from tokens.files import DataError
-from tokens.shards import DistributedDataLoader, Shard, read_shard, write_shard
+from tokens.shards import DistributedDataLoader, Shard, read_meta, read_shard, write_shard
 
 
 def build(source: Path, out: Path, *more) -> int:
@@ -114,6 +114,10 @@ def test_verify_compares_every_token(corpus, tmp_path, capsys):
     out, verify = tmp_path / "out", ["--verify", "--out", str(tmp_path / "out")]
     assert build(corpus, out) == 0 == fineweb.main(verify)
     assert "compared 12 shards, 21,003 tokens" in capsys.readouterr().out
+    shutil.copytree(out, other := tmp_path / "other")
+    shutil.copy(out / "train_000003.bin", other / "train_000001.bin")  # a run notices that by itself
+    with pytest.raises(ValueError, match=r"train_000001\.bin: its tokens are not those .* --verify"):
+        read_meta(other)
     raw = bytearray((out / "train_000001.bin").read_bytes())
     raw[1777] ^= 1
     (out / "train_000001.bin").write_bytes(raw)
