@@ -4,7 +4,6 @@ All ranks take part. The model runs uncompiled and unwrapped here, so that torch
 graph. `run` is training/setup.py's Run throughout.
 """
 
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,8 @@ def evaluate(
         if samples and run.samples:
             try:
                 measured["sample"] = sample(run, step)
-                terminal.say(f"step {step}: sample\n{textwrap.indent(measured['sample'], '    ')}")
+                indented = measured["sample"].replace("\n", "\n    ")
+                terminal.say(f"step {step}: sample\n    {indented}")
             except FloatingPointError as error:  # the run diverges
                 terminal.say(f"step {step}: no sample: {error}")
         if measures and run.hellaswag:
