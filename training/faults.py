@@ -237,8 +237,8 @@ def report(error: Exception, config=None) -> int:
     text, code = one_line(error), BAD_SETTINGS
     if config is not None:
         code = FAILED
-        names = "B T n_layer n_embd num_experts expert_hidden_size mlp_hidden_size vocab_size".split()
-        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        names = "B T n_layer n_embd num_experts expert_hidden_size mlp_hidden_size vocab_size block_size"
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
         mend = (
             "lower --B (the step stays the same, in more micro-steps), then --T, then --n_layer or --n_embd"
         )
