@@ -404,7 +404,7 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
         return f"exit code {code}"
     if unsafe := UNSAFE.search(err if case.script == "sample" else out + err):  # a pipe gets raw samples
         return f"prints {unsafe[0]!a}"
-    if len(out + err) > MOST_OUTPUT:
+    if len(out + err) > MOST_OUTPUT and code != 128 + signal.SIGTERM:  # which has trained for LIMIT seconds
         return f"prints {len(out + err)} characters"
     if code in (0, 128 + signal.SIGTERM):
         return "accepted"
