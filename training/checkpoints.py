@@ -116,6 +116,8 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         archives.check_format(path, checkpoint)
         checkpoint = check_checkpoint(checkpoint)
+        if without := [name for name, tensor in named_tensors(checkpoint) if tensor.is_meta]:
+            raise ValueError(f"{without[0]} has no values")
     archives.check_loaded(path, dict(named_tensors(checkpoint)))
     return checkpoint
 

@@ -106,7 +106,8 @@ def check_checkpoint(content: Any) -> dict:
             raise ValueError(f"{name} is {show(content[name])}, not {words}")
     config = check_config(content["config"], content["model"])
     check_weights(config, content["model"])
-    return {**content, "config": config.to_dict()}
+    known = {name: content[name] for name in (*ENTRIES, "format") if name in content}
+    return known | {"config": config.to_dict()}
 
 
 def check_nesting(content: Any) -> None:
