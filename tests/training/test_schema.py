@@ -110,7 +110,8 @@ def commands(path, data, tmp_path) -> list[tuple]:
 
 @pytest.mark.parametrize(("place", "value", "words"), [
     ("config.n_layer", "x", "n_layer"), ("step", DEEP, "nested"),
-    ("model.transformer.ln_f.weight", torch.empty(32, device="meta"), "ln_f.weight"), ("model.lm_head.weight", None, "model"),
+    ("model.transformer.ln_f.weight", torch.empty(32, device="meta"), "ln_f.weight"),
+    ("model.lm_head.weight", None, "model"),
     ("model.transformer.ln_f.weight", torch.tensor([1.0] * 31 + [math.nan]), "transformer.ln_f.weight"),
 ])  # fmt: skip
 def test_every_command_refuses_it_in_one_line(good, place, value, words, refused, data, tmp_path):
