@@ -65,10 +65,9 @@ def verify(folder: str) -> list[str]:
                 problems.append(f"{path}: its tokens are not those noted in meta.json; delete it and {again}")
         except (OSError, ValueError) as error:
             problems.append(str(error))
-    others = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))} - (
-        shards | known
-    ).keys()
-    problems += [f"{folder}: {name!r} is not noted in meta.json; move it away" for name in sorted(others)]
+    found = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))}
+    others = sorted(found - shards.keys() - known.keys())
+    problems += [f"{folder}: {name!r} is not noted in meta.json; move it away" for name in others]
     print(f"{folder}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
     if older := len(shards.keys() - known.keys()):
         print(f"{older} of them have no checksum (an older fineweb.py made them): only sizes were compared")

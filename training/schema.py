@@ -140,7 +140,8 @@ def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
             expected = GPTLMHeadModel(config).state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that torch cannot count
         raise ValueError(f"config makes no model: {str(error).splitlines()[0]}") from error
-    for name in sorted(expected.keys() ^ weights.keys()):
+    if unlike := sorted(expected.keys() ^ weights.keys()):
+        name = unlike[0]
         problem = "is missing" if name in expected else "is no weight of such a model"
         raise ValueError(f"model: {name[:99]} {problem}")
     for name, tensor in expected.items():
