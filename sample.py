@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError) as error:  # no such model, or nothing it can continue
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:  # transformers raises all of them
         print(f"sample.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

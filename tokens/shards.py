@@ -36,15 +36,20 @@ FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 
 # -------------------------------------------------------------------------------------------------- SHARDS
+def shard_header(count: int) -> bytes:
+    """The bytes before the tokens of an llm.c shard of so many tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header.tobytes()
+
+
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
         kind = f"{tokens.dtype} of shape {tokens.shape}"
         raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 tokens, not {kind}")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
     data = np.ascontiguousarray(tokens, dtype="<u2").data
-    write_atomically(path, lambda file: file.writelines((header.tobytes(), data)))
+    write_atomically(path, lambda file: file.writelines((shard_header(len(tokens)), data)))
 
 
 class Shard:
@@ -55,6 +60,11 @@ class Shard:
             raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
         self.path, self.file = path, open(path, "rb", buffering=0)
         self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
+
+    def checksum(self) -> str:
+        """SHA-256 of its tokens, in hexadecimal digits. Raises OSError."""
+        self.file.seek(self.start)
+        return hashlib.file_digest(self.file, "sha256").hexdigest()
 
     def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
         """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.

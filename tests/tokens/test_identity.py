@@ -43,10 +43,10 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def killed(corpus, tmp_path, monkeypatch) -> Path:
-    """The folder of a fineweb.py that was killed after three shards."""
-    left = [write_shard] * 3
+    """The folder of a fineweb.py that was killed after three shards: before each it writes meta.json."""
+    left = [shard_writer.write_atomically] * 7
     with monkeypatch.context() as patch, pytest.raises(IndexError):
-        patch.setattr(shard_writer, "write_shard", lambda *shard: left.pop()(*shard))
+        patch.setattr(shard_writer, "write_atomically", lambda *file: left.pop()(*file))
         build(corpus, tmp_path / "out")
     return tmp_path / "out"
 
