@@ -8,6 +8,7 @@ python checkpoint.py list log                                            # step,
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
 """
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 from huggingface.export import export_folder
 from tokens.files import write_atomically
-from tokens.printable import one_line, printable
+from tokens.printable import print_error, printable
 from training import sharded
 from training.checkpoints import list_checkpoints, load_checkpoint, load_model, step_of, validation_losses
 
@@ -76,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
                 write_atomically(to, lambda file: torch.save(checkpoint, file))
             else:
                 sharded.save(checkpoint, to)
-            print(f"wrote {to}")
+            print(f"wrote {printable(to)}")
         else:
             export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
-            print(f"wrote {options.folder}")
+            print(f"wrote {printable(options.folder)}")
     except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {one_line(error)}", file=sys.stderr)
+        print_error("checkpoint.py", error)
         return 2
     return 0
 

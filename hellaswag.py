@@ -21,6 +21,7 @@ and the head computes logits only where a token is scored.
 References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import contextlib
 import functools
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 
 from tokens.encodings import encode_text, load_encoding
 from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
-from tokens.printable import one_line
+from tokens.printable import print_error
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of the tokens get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
@@ -393,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"hellaswag.py: {one_line(error)}", file=sys.stderr)
+        print_error("hellaswag.py", error)
         return 2
     finally:
         stop()

@@ -8,10 +8,12 @@ It reads metrics.jsonl, or log.txt if metrics.jsonl is missing or empty (docs/fo
 without data, and skips unreadable lines with a warning, so that it can also draw a running or broken run.
 training/metrics.py says which number is in which panel. Colours: https://jfly.uni-koeln.de/color/"""
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import numpy as np
 
 from layers.usage import STARVED_BELOW
 from tokens.files import write_atomically
-from tokens.printable import one_line, printable
+from tokens.printable import one_line, print_error, printable
 from training.metrics import METRICS, Metric
 
 # Loss of GPT-2 124M on FineWeb-Edu 10B's validation shard; acc_norm of GPT-2 124M and of GPT-3 Small (arXiv
@@ -98,7 +100,7 @@ def read_run(folder: str) -> LoggedRun:
     run = LoggedRun(printable(Path(folder).resolve().name))
     found = [path for path in (Path(folder, "metrics.jsonl"), Path(folder, "log.txt")) if path.is_file()]
     if not found:
-        make = f"a run makes them: python train_gpt_moe.py --preset demo --log_dir {folder}"
+        make = f"a run makes them: python train_gpt_moe.py --preset demo --log_dir {shlex.quote(folder)}"
         raise FileNotFoundError(f"{folder}: no metrics.jsonl and no log.txt in this folder; {make}")
     for path in found:
         rows, bad, restarted = {}, [], False
@@ -371,7 +373,7 @@ def plot_runs(folders: list[str], out: str, x: str = "step") -> str:
     if any(len(run.x) for run in runs) and not any(np.isfinite(run.x).any() for run in runs):
         raise ValueError("; ".join(problems))
     if problems:
-        print(f"plot_log: warning: {one_line('; '.join(problems))}", file=sys.stderr)
+        print(f"plot_log.py: warning: {one_line('; '.join(problems))}", file=sys.stderr)
     # A loss can be compared with GPT-2's only if the vocabulary is GPT-2's (50257, perhaps padded).
     sizes = [run.config.get("vocab_size") for run in runs]
     grid = panels(runs, compare=all(is_finite(size) and 50257 <= size <= 51200 for size in sizes))
@@ -408,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(printable(plot_runs(args.folders, out, args.x)))
     except (OSError, ValueError) as error:
-        print(f"plot_log: error: {one_line(error)}", file=sys.stderr)
+        print_error("plot_log.py", error)
         return 2
     return 0
 

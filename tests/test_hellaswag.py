@@ -384,4 +384,4 @@ def test_script(tmp_path, write, capsys):
     ):  # fmt: skip
         code, printed = run(source, data)
         last = printed.err.splitlines()[-1]  # after transformers' bar
-        assert code == 2 and last.startswith("hellaswag.py: ") and words in last
+        assert code == 2 and last.startswith("hellaswag.py: error: ") and words in last

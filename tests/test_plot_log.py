@@ -258,7 +258,7 @@ def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, d
 
 def one_warning(capsys) -> str:
     said = capsys.readouterr().err
-    assert said.startswith("plot_log: warning: ") and said.count("\n") == 1, said
+    assert said.startswith("plot_log.py: warning: ") and said.count("\n") == 1, said
     return said
 
 

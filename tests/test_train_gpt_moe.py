@@ -80,7 +80,7 @@ def test_sampling_a_model_that_is_not_there(straight, tmp_path, monkeypatch, cap
     for name in ("nope", "log/nope", "gpt2"):
         assert sample.main(["--checkpoint", name]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"sample.py: {name}: no such file") and "`ls -d log/model_*`" in error
+        assert error.startswith(f"sample.py: error: {name}: no such file") and "`ls -d log/model_*`" in error
         assert error.count("\n") == 1
     assert sample.main(["--checkpoint", str(straight / "model_00099.pt")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import remove_temporaries, write_atomically
-from tokens.identity import first_difference, load_metas, sample_shard
+from tokens.identity import fineweb_command, first_difference, load_metas, sample_shard
+from tokens.printable import printable
 from tokens.shards import Shard, shard_header
 from tokens.sources import START_POSITION
 
@@ -52,7 +53,7 @@ def verify(folder: str) -> list[str]:
     """
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
-    again = "run the same fineweb.py command again"
+    again = f"run `{fineweb_command(folder)}`"
     problems = [f"{path}: unfinished; {again}" for path, meta in metas.items() if not meta["complete"]]
     shards = {name: count for meta in metas.values() for name, count in meta["shards"].items()}
     known = {name: digest for meta in metas.values() for name, digest in meta.get("checksums", {}).items()}
@@ -68,7 +69,7 @@ def verify(folder: str) -> list[str]:
     found = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))}
     others = sorted(found - shards.keys() - known.keys())
     problems += [f"{folder}: {name!r} is not noted in meta.json; move it away" for name in others]
-    print(f"{folder}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
+    print(f"{printable(folder)}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
     if older := len(shards.keys() - known.keys()):
         print(f"{older} of them have no checksum (an older fineweb.py made them): only sizes were compared")
     return problems
@@ -168,7 +169,8 @@ class ShardWriter:
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)
         tokens = ", ".join(f"{n:,} {split} tokens" for split, n in meta["tokens"].items())
-        print(f"{self.folder}: {tokens}; " + ", ".join(f"{name}: {n:,}" for name, n in counts.items()))
+        texts = ", ".join(f"{name}: {n:,}" for name, n in counts.items())
+        print(f"{printable(self.folder)}: {tokens}; {texts}")
         return meta
 
     def _flush(self, following: list | None) -> None:
@@ -184,7 +186,7 @@ class ShardWriter:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         self.waiting.seek(0)
         write_atomically(path, lambda file: (file.write(shard_header(size)), copyfileobj(self.waiting, file)))
-        tqdm.write(f"{path}: {size:,} tokens")
+        tqdm.write(f"{printable(path)}: {size:,} tokens")
         self.done[name] = size
         self.n, self.waiting, self.start = self.n + 1, TemporaryFile(dir=self.folder), following
 

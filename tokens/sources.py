@@ -283,9 +283,15 @@ def read_files(
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     """(documents of a Hub dataset, their number if known, config for select). Raises OSError, ValueError."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # no lines about its retries
     which = dict(split=config.split, revision=config.revision)
-    data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    try:
+        data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    except ConnectionError as error:
+        cure = "without network use `python fineweb.py --demo`, or a file of yours as --source"
+        raise FileNotFoundError(f"source={config.source!r} cannot be reached: {error}; {cure}") from error
     total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
     if config.num_parts > 1 and data.num_shards >= config.num_parts:  # each part downloads only its files
         data = data.shard(config.num_parts, config.part)

@@ -137,9 +137,9 @@ class RunLog:
             return str(error)
         lines = self.drawing.communicate()[1].splitlines() if wait else []
         if code := self.drawing.returncode:
-            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {code}"
+            return lines[-1].removeprefix("plot_log.py: error: ") if lines else f"exit code {code}"
         for line in lines:
-            if line.startswith("plot_log: "):
+            if line.startswith("plot_log.py: "):
                 self.say(line)
         return ""
 
@@ -355,9 +355,12 @@ def json_safe(value: Any) -> Any:
 
 def run_record(config, model, world, first_step: int) -> dict:
     """A run's settings, git revision, versions and machine; no environment variables."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    # `git describe --dirty` would write to the repository.
+    git = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        status = subprocess.run(git, cwd=PLOT_LOG.parent, capture_output=True, text=True, timeout=10).stdout
+        revision = re.match(r"# branch.oid (\w{12})|", status)[1]
+        revision = revision and revision + ("-dirty" if re.search(r"\n[^#]", status) else "")
     except (OSError, subprocess.TimeoutExpired):
         revision = None
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()

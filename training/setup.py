@@ -97,7 +97,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         transformers.logging.set_verbosity_error()
     if config.resume not in ("", "auto") and "log_dir" not in given:
         config.log_dir = str(Path(config.resume).parent)
-    path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
+    path, state = ckpt.find_resumed(config, world, print0)
     if state:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world, None if state else given, print0)
@@ -190,7 +190,7 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
         raise ValueError(
             f"total_batch_size={config.total_batch_size} is not a multiple of B * T * processes = "
             f"{config.B} * {config.T} * {world.size} = {per_micro_step}; the nearest that is: "
-            f"{max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
+            f"--total_batch_size {max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
         )
     return config.total_batch_size // per_micro_step
 
@@ -214,9 +214,8 @@ def check_layout(config, world: parallel.World) -> None:
     fsdp, zero, ep_size = config.parallel == "fsdp", config.zero_stage > 0, config.ep_size
     if (fsdp or zero) and not dist.is_initialized():
         what = "parallel=fsdp" if fsdp else "zero_stage=1"
-        raise ValueError(
-            f"{what} needs processes: start with torchrun --nproc_per_node=N train_gpt_moe.py (N may be 1)"
-        )
+        more = "type `torchrun --nproc_per_node=1` (or more) in place of `python`"
+        raise ValueError(f"{what} needs processes: {more}")
     if zero and config.parallel != "ddp":
         raise ValueError(
             f"zero_stage=1 works with --parallel ddp only, but parallel={config.parallel}"

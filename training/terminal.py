@@ -33,13 +33,6 @@ def tell(text: str, write: Callable = print) -> None:
         pass
 
 
-def resume_command(log_dir: str) -> str:
-    """The command that continues the run in log_dir, from the machine on which this process runs."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
-    launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*launcher, "train_gpt_moe.py", "--log_dir", log_dir, "--resume", "auto"])
-
-
 class Terminal:
     """The terminal of a run of `config` (TrainConfig) that begins at first_step."""
 

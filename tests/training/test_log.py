@@ -4,14 +4,19 @@ Run: python -m pytest tests/training/test_log.py
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
+from models import tiny
 from PIL import Image
 from processes import flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +26,7 @@ from model import GPTLMHeadModel
 from training import log
 from training.log import RunLog
 from training.metrics import METRICS, Metric
+from training.parallel import World
 
 
 def pretend_wandb(monkeypatch) -> Mock:
@@ -111,7 +117,7 @@ def test_the_last_picture_is_waited_for_and_a_failure_is_told(tmp_path, monkeypa
     opened.step({"step": 1, "loss": 5.0})
     assert opened.close()
     assert opened.draw(wait=True) == "" and (tmp_path / "training.png").stat().st_size > 500
-    assert said[-1].startswith("plot_log: warning: ") and "1 of 2 steps" in said[-1]
+    assert said[-1].startswith("plot_log.py: warning: ") and "1 of 2 steps" in said[-1]
     shutil.rmtree(tmp_path)
     assert opened.draw(wait=True).startswith(f"{tmp_path}: no metrics.jsonl and no log.txt")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
@@ -222,3 +228,14 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb=True.*pip install wandb"):
         RunLog(tmp_path, None, 0, tensorboard=False, wandb=True)
+
+
+def test_the_record_of_a_run_leaves_the_repository_as_it_is():
+    ask = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index"]
+    index = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not index:
+        pytest.skip("not a checkout of git")
+    os.utime(ROOT / "README.md")  # git would note the new time
+    before, world = os.stat(index).st_mtime_ns, World(0, 0, 1, torch.device("cpu"))
+    record = log.run_record(train_gpt_moe.TrainConfig(), GPTLMHeadModel(tiny()), world, 0)
+    assert re.fullmatch("[0-9a-f]{12}(-dirty)?", record["git"]) and os.stat(index).st_mtime_ns == before
