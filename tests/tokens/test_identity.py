@@ -28,7 +28,7 @@ def build(source: Path, out: Path, *more) -> int:
 
 def error_line(capsys) -> str:
     """The only message on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "train_gpt"))]
+    lines = [line for line in capsys.readouterr().err.splitlines() if ".py: error: " in line]
     assert len(lines) == 1, lines
     return lines[0]
 
