@@ -282,7 +282,7 @@ class DistributedDataLoader:
             mend = "lower --B or --T, or give more text to fineweb.py"
             if name.startswith("val"):
                 larger = fineweb_command(folder, out=f"{folder}_2", val_tokens=group * T + 1)
-                mend = f"lower --B or --T, or make a larger one, for --data_dir {folder}_2: `{larger}`"
+                mend = f"lower --B or --T, or make a larger one, for --data_dir without --text: `{larger}`"
             raise ValueError(
                 f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
                 f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
