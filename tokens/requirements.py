@@ -20,11 +20,11 @@ def stop(problem):
 
 def explain(kind, error, traceback):
     """For sys.excepthook: one line if a package of requirements.txt is missing, otherwise the traceback."""
-    with open(LIST, encoding="utf-8") as file:
-        packages = re.findall(r"^\w+", file.read(), re.MULTILINE)
-    is_script = not hasattr(sys, "ps1")  # the prompt of an interactive Python
-    if is_script and kind is ModuleNotFoundError and str(error.name).split(".")[0] in packages:
-        stop(f"{error.name} is not installed; install it with: pip install -r requirements.txt")
+    if kind is ModuleNotFoundError and not hasattr(sys, "ps1"):  # ps1: Python is interactive
+        with open(LIST, encoding="utf-8") as file:
+            packages = re.findall(r"^\w+", file.read(), re.MULTILINE)
+        if str(error.name).split(".")[0] in packages:
+            stop(f"{error.name} is not installed; install it with: pip install -r requirements.txt")
     sys.__excepthook__(kind, error, traceback)
 
 

@@ -328,9 +328,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
-        remedy = (
-            f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out other_data`"
-        )
+        remedy = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
         if theirs.encoding == "unknown":
             remedy = 'write the right one into its config.json, as "encoding"'
         here = f"encoding={theirs.encoding!r} in init_from={init_from}"
