@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
     out = config.out or ("demo_data" if config.demo else "edu_fineweb10B")
+    is_new = not os.path.lexists(out)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     again = shlex.join(["python", "fineweb.py", *(sys.argv[1:] if argv is None else argv)])
     go_on = f"continue after the last complete shard with: {again}"
@@ -277,8 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
-        with contextlib.suppress(OSError, ValueError):
-            os.rmdir(out)  # if it is empty: nothing was made
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(out)  # if it is empty: nothing was made
 
 
 if __name__ == "__main__":
