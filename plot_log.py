@@ -9,6 +9,7 @@ without data, and skips unreadable lines with a warning, so that it can also dra
 training/metrics.py says which number is in which panel. Colours: https://jfly.uni-koeln.de/color/"""
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -123,6 +124,8 @@ def read_run(folder: str) -> LoggedRun:
             run.rows = [rows[step] for step in sorted(rows)]
             break
         run.problems.append(f"{path.name} holds no step")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        run.config = dict(json.loads(Path(folder, "run.json").read_text(encoding="utf-8"))["config"])
     if lost := sum("loss" in row and not is_finite(row["loss"]) for row in run.rows):
         run.problems.append(f"{lost} of {len(run.rows)} steps have no finite loss")
     return run
