@@ -24,21 +24,21 @@ from training.checkpoints import list_checkpoints, load_checkpoint, load_model, 
 
 
 def print_list(folder: Path) -> None:
-    """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt.
-    FileNotFoundError if there is none."""
-    losses, found = validation_losses(folder), list_checkpoints(folder)
+    """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt, in nats
+    per token and in bits per byte. FileNotFoundError if there is none."""
+    losses, found = [validation_losses(folder, word) for word in ("val", "val_bpb")], list_checkpoints(folder)
     if not found:
         raise FileNotFoundError(
             f"{folder}: no checkpoint is there; `ls -d log*/model_* log/*/model_*` finds some"
         )
-    print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  checkpoint")
+    print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  {'bits/byte':>9}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
         changed = max((file.st_mtime for file in files), default=0)  # a pipe or a device has no files
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-        size, loss = sum(file.st_size for file in files) / 1e6, losses.get(step_of(path))
-        val_loss = "-" if loss is None else f"{loss:.4f}"
-        print(f"{step_of(path):8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")
+        size, step = sum(file.st_size for file in files) / 1e6, step_of(path)
+        val_loss, bits = (f"{known[step]:.4f}" if step in known else "-" for known in losses)
+        print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {bits:>9}  {printable(path)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -256,15 +256,18 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
 
 def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
                   rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-                  interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor | None:  # fmt: skip
+                  interrupted: Callable[[], bool] = lambda: False,
+                  progress: Callable = lambda done, n: None) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
     All ranks run the same number of forwards, with the same T, because a sharded model needs that."""
     model = unwrap(model)
     device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     rows, losses = pack_rows(questions, shared), torch.zeros(4 * len(questions), device=device)
+    num_rows = len(rows)
     with evaluating(model):
         while rows:
+            progress(len(questions) * (num_rows - len(rows)) // num_rows, len(questions))
             if interrupted():
                 return None
             T = round_length(row_size(rows[0]))
@@ -336,13 +339,14 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
              style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
              rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
              autocast: torch.dtype | None = None,
-             interrupted: Callable[[], bool] = lambda: False) -> HellaSwagResult | None:  # fmt: skip
+             interrupted: Callable[[], bool] = lambda: False,
+             progress: Callable = lambda done, n: None) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
     and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward; it
-    must answer alike on all ranks, and True gives the result None. HellaSwagUnavailable, ValueError.
-    FloatingPointError if the model gives NaN."""
+    must answer alike on all ranks, and True gives the result None. progress: called there with the numbers of
+    questions: scored, all. HellaSwagUnavailable, ValueError. FloatingPointError if the model gives NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:
@@ -362,7 +366,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
         warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
-        losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
+        more = rank, world_size, device, interrupted, progress
+        losses = score_batched(model, questions, tokens_per_batch, *more)
     if losses is not None and losses.isnan().any():
         raise FloatingPointError("the model's probabilities are NaN")
     return None if losses is None else tally(questions, losses)

@@ -145,6 +145,10 @@ def read_run(folder: str) -> LoggedRun:
                 run.config = record.get("run", run.config)
                 if "step" in record:
                     rows.setdefault(record["step"], {}).update(record)
+                if (after := record.get("eval_step")) == record.get("step", 0) + 1:  # after the last step
+                    row, names = rows[record["step"]], [m.name for m in METRICS if m.evaluated]
+                    measured = {name: row.pop(name) for name in names if name in record}
+                    rows[after] = measured | {"step": after, "elapsed_s": row.get("elapsed_s")}
         if bad:
             run.problems.append(f"{path.name}: {len(bad)} unreadable line(s) skipped, first line {bad[0]}")
         if rows:

@@ -10,7 +10,7 @@
     python train_gpt_moe.py --use_moe False --B 8 --max_steps 100 --warmup_steps 10
 
 Edit the constants below, or give any of them as a flag (--help lists them). Under log_dir a run writes
-log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (the settings, then one object per
+run.json (the settings), log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (a row per
 step), main.log (llm.c's log), tb/ (TensorBoard), training.png and checkpoints model_XXXXX.pt.
 Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 128 + n stopped by signal n after saving.
 
@@ -315,7 +315,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 saver.save_before_bad_steps()
                 break
             step += 1
-    return finish(run, step, val_loss, saver, terminal)
+    return finish(run, step, saver, terminal)
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -348,7 +348,7 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
     return record
 
 
-def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, terminal: Terminal) -> int:
+def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
     """After the last step: draw the picture, print the results, return the exit code."""
     run.layout.world.barrier()  # a launcher stops all processes as soon as one has ended
     is_master, newest = run.layout.world.is_master, saver.newest()
@@ -375,7 +375,7 @@ def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, termina
         terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}\n{go_on}")
         return run.signals.exit_code
     if is_master:
-        terminal.summary(run.model, peak_memory(run.layout.world.device), val_loss, newest)
+        terminal.summary(peak_memory(run.layout.world.device), newest)
     return faults.OK
 
 

@@ -133,11 +133,12 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def validation_losses(folder: str | Path) -> dict[int, float]:
-    """The validation loss of each evaluated step, from the folder's log.txt; {} if there is none."""
+def validation_losses(folder: str | Path, word: str = "val") -> dict[int, float]:
+    """The validation loss (word val_bpb: in bits per byte) of each evaluated step, from the folder's log.txt;
+    {} if there is none."""
     path = Path(folder, "log.txt")
     text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.findall(r"^(\d{1,18}) val (-?\d+\.\d+|nan|-?inf)$", text, re.MULTILINE | re.ASCII)
+    found = re.findall(rf"^(\d{{1,18}}) {word} (-?\d+\.\d+|nan|-?inf)$", text, re.MULTILINE | re.ASCII)
     return {int(step): float(loss) for step, loss in found}
 
 

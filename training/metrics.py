@@ -14,10 +14,10 @@ class Metric:
     name: str  # key in metrics.jsonl
     label: str  # what it is, or its unit; the picture's axis shows it
     curve: str = ""  # name in TensorBoard and Weights & Biases; the part before the slash is the page
-    live: str = ""  # format in the terminal's live line
+    live: str = ""  # format in the terminal's live line; it may name another number of the record
     line: str = ""  # format in the terminal's step line
     hidden: float | None = None  # the terminal does not show this value
-    evaluated: bool = False  # measured by evaluations: the live line shows the newest value
+    evaluated: bool = False  # measured by evaluations, when `eval_step` steps were done
     log_word: str = ""  # its lines in log.txt are `STEP WORD VALUE`
     llmc_word: str = ""  # its lines in main.log, llm.c's format, are `s:STEP WORD:VALUE`
     panel: str = ""  # title of its panel in the picture; panels and their curves stand in the order of rows
@@ -37,8 +37,9 @@ OPTIMIZER, SPEED, BALANCE, ROUTER = "Optimizer", "Throughput", "Expert balance",
 METRICS = (
     Metric("loss", "nats per token", "loss/train", "loss {:.3f}", "loss {:.4f}",
            log_word="train", llmc_word="trl", panel="Loss"),
-    Metric("val_loss", "nats per token", "loss/val", "val {:.3f}",
+    Metric("val_loss", "nats per token", "loss/val", "val {:.3f} at {eval_step}",
            evaluated=True, log_word="val", llmc_word="tel", panel="Loss"),
+    Metric("val_bpb", "bits per byte", "loss/val_bpb", evaluated=True, log_word="val_bpb"),
     Metric("hella_acc_norm", "acc_norm", "hellaswag", evaluated=True, log_word="hella", llmc_word="eval",
            panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
     Metric("hella_acc", "acc", "hellaswag_plain", evaluated=True,
