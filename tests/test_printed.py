@@ -107,7 +107,8 @@ def test_printed_commands_can_be_run(straight, tmp_path, monkeypatch, capsys, sh
     assert ckpt.find_resumed(config, World(0, 0, 1, torch.device("cpu")), lines.append) == (None, None)
     found = {
         "log/my run": lines[0], "--out 'no data'": message(read_meta, "no data"),
-        "--demo": message(find_shards, "no*.bin"), "--log_dir 'no log'": message(plot_log.find_runs, ["no log"]),
+        "--log_dir 'no log'": message(plot_log.find_runs, ["no log"]),
+        "--demo": message(find_shards, "no*.bin"),
         "--val_tokens=401": message(DistributedDataLoader, [val], 20, 20),
     }  # fmt: skip
     names = "LOCAL_WORLD_SIZE GROUP_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT".split()

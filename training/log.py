@@ -69,6 +69,9 @@ class RunLog:
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints also calls sync()
         self.lost = False  # whether files had to be written again, because the folder was deleted
+        for path in (folder / "latest", folder / "run.json"):
+            if path.is_dir():
+                raise FileExistsError(errno.EEXIST, "it is a folder; move it away", str(path))
         for name in LOG_FILES:
             open_own(folder / name).close()  # an error for a link or a pipe, before anything reads it
         # What the run will not measure again, for the row of first_step.
