@@ -89,7 +89,7 @@ def test_a_log_file_that_is_a_link_or_a_pipe_is_refused(name, make, tmp_path):
 
 def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
     (tmp_path / "latest").mkdir()
-    with pytest.raises(FileExistsError, match="is a folder; move it away: .*latest"):
+    with pytest.raises(FileExistsError, match=r"is a folder; move it away: .*latest"):
         RunLog(tmp_path, None, 0, tensorboard=False)
 
 
