@@ -68,10 +68,7 @@ def test_dropout_is_active_in_training_only():
     assert (layer.eval()(x) != 0).all()
 
 
-# -----------------------------------------------------------------------------
-# Routing
-
-
+# ---------------------------------------------------------------------------- routing
 def test_router_stays_in_fp32_under_autocast():
     layer, x, found = moe_layer(n_embd=32), torch.randn(4, 64, 32), []
     for bf16 in (False, True):
@@ -190,10 +187,7 @@ def test_forced_balance_for_benchmarks():
     assert layer.gate.weight.grad.norm() > 0
 
 
-# -----------------------------------------------------------------------------
-# Accounts
-
-
+# ---------------------------------------------------------------------------- accounts
 def test_usage_statistics():
     layer = sure_layer(num_experts_per_tok=1)
     x = torch.eye(4)[[0] * 15 + [1] * 4 + [2]][None]  # 15, 4, 1 and 0 tokens
@@ -311,10 +305,7 @@ def test_bad_arguments():
         moe_layer()(torch.zeros(2, 3, 8), torch.ones(3, 2))
 
 
-# -----------------------------------------------------------------------------
-# Compilation
-
-
+# ---------------------------------------------------------------------------- compilation
 WITH_GROUPED_MM = ENGINES[-1]
 COMPILED = [
     ("aot_eager", "loop", False, dict(moe_loss_type="diversity_regularization", router_bias_update_rate=0.1)),
@@ -354,10 +345,7 @@ def test_compiles_without_break_or_recompilation(backend, engine, bf16, fields):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-# -----------------------------------------------------------------------------
-# Two ranks
-
-
+# ---------------------------------------------------------------------------- two ranks
 def train_a_part(rank: int, world_size: int, loss_type: str) -> tuple[list, list]:
     """Three steps of two micro-steps on one rank's part of the batch: exact and close values."""
     layer = parallel = moe_layer(moe_loss_type=loss_type, router_bias_update_rate=0.01)

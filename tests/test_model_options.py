@@ -66,8 +66,6 @@ def wake(model: GPTLMHeadModel, ids: torch.Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------- the reference, in float64
-
-
 def norm_by_hand(norm, x):
     if isinstance(norm, RMSNorm):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
@@ -140,8 +138,6 @@ def logits_by_hand(model: GPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------- every option alone
-
-
 @pytest.mark.parametrize("names", [*((name,) for name in OPTIONS), MODERN], ids=" + ".join)
 @torch.no_grad()
 def test_options_equal_the_written_out_model(names):
@@ -171,8 +167,6 @@ def test_rms_norm_has_its_own_eps_and_statistics_in_fp32():
 
 
 # ---------------------------------------------------------------------------- all pairs
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pair(pair):
     """Shapes, gradients of all parameters, a cache that changes nothing, and padding that changes nothing."""

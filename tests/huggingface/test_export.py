@@ -92,7 +92,6 @@ def test_bad_exports_are_refused(fields, format, message, tmp_path):
 
 
 # ---------------------------------------------------------------------------- lm-evaluation-harness
-
 TASK = """
 task: hellaswag_local
 dataset_path: json

@@ -82,10 +82,7 @@ def test_dropout_falls_on_attention_weights_in_training():
     assert y.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-# -----------------------------------------------------------------------------
-# Windows through FlexAttention
-
-
+# ---------------------------------------------------------------------------- windows through FlexAttention
 def written_out_window(T: int, window: int) -> torch.Tensor:
     i = torch.arange(T)
     return (i[None] <= i[:, None]) & (i[:, None] - i[None] < window)  # (T, T), query by key
@@ -136,10 +133,7 @@ def test_windows_on_cuda_train_as_on_the_cpu():
         torch.testing.assert_close(p.grad, q.grad.cpu(), rtol=1e-2, atol=1e-3, msg=name)
 
 
-# -----------------------------------------------------------------------------
-# Backends
-
-
+# ---------------------------------------------------------------------------- backends
 def test_on_a_cpu_there_is_nothing_to_choose():
     config = tiny()
     for name in ("auto", *attention.BACKENDS):

@@ -153,10 +153,7 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
         assert layer._choose_engine(x, case["rows"]) == engine
 
 
-# -----------------------------------------------------------------------------
-# The same bits, and a GPU
-
-
+# ---------------------------------------------------------------------------- the same bits, and a GPU
 def run_engine(engine, device="cpu", dtype=torch.float32, **fields) -> dict[str, torch.Tensor]:
     """Outputs and all gradients of a layer of 5 experts, one of them without rows, with that engine."""
     layer = moe_layer(num_experts=5, n_embd=64, expert_hidden_size=32, std=0.1, **fields)

@@ -47,8 +47,6 @@ def steps(folder) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- in the background
-
-
 def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
     may_write, weights = threading.Event(), torch.ones(1000)
     writer, path = CheckpointWriter(tmp_path), tmp_path / "model_00001.pt"
@@ -88,8 +86,6 @@ def test_buffers_are_used_again_and_those_of_freed_tensors_are_not_kept(tmp_path
 
 
 # ---------------------------------------------------------------------------- old checkpoints
-
-
 @pytest.mark.parametrize(("keep_last", "kept"), [(2, [7, 6, 4]), (0, [7, 6, 5, 4, 3, 2, 1])])
 def test_old_ones_go_and_latest_always_names_one(make_writer, tmp_path, monkeypatch, keep_last, kept):
     latest = tmp_path / "latest"
@@ -137,8 +133,6 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- failures
-
-
 def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_writer, tmp_path):
     """Wherever the disk is full, what is said is the system's error."""
     said = []

@@ -42,8 +42,6 @@ def save(request):
 
 
 # ---------------------------------------------------------------------------- written whole or not at all
-
-
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """So a kill at any byte leaves a file of another name, which the next run removes (test_resume.py)."""
     done = []
@@ -58,8 +56,6 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- found
-
-
 def test_the_newest_good_one_is_found_among_both_forms(tmp_path):
     for step in (1, 3, 100_000):
         save_checkpoint(small(step), tmp_path)
@@ -110,8 +106,6 @@ def test_a_newer_format_is_never_passed_over(save, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- the machine is to blame
-
-
 def test_too_little_memory_is_no_damage(save, tmp_path):
     """An older checkpoint is not taken in its place."""
     save(small(1), tmp_path)
@@ -184,7 +178,6 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- damaged and foreign files
-
 FILES = ["model_00003.pt", "model_00003/__0_0.distcp", "model_00003/rest.pt", "model_00003/index.json"]
 
 

@@ -66,8 +66,6 @@ def at_call(monkeypatch, owner, name: str, numbers: list[int], action) -> list:
 
 
 # ---------------------------------------------------------------------------- signals
-
-
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_path):
     output = tmp_path / "out.txt"
     process = start(flags(data, tmp_path, *LONG), output)
@@ -193,8 +191,6 @@ def test_hellaswag_gives_way_to_a_signal_and_is_done_after_the_resume(data, tmp_
 
 
 # ---------------------------------------------------------------------------- bad steps
-
-
 def test_a_bad_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, monkeypatch, capsys):
     """Steps 4 and 5 meet NaN (two micro-steps each). The run goes on as if it had only skipped their data."""
     monkeypatch.setattr(GPTLMHeadModel, "forward", poisoned(GPTLMHeadModel.forward, {8: -1, 11: -1}))
@@ -268,8 +264,6 @@ def test_a_jump_is_logged_and_nothing_else(data, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------- errors in the middle of a run
-
-
 def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, data, tmp_path, capsys):
     """A token beyond the vocabulary in the sample that begins step 7: exit code 2, and nothing is lost."""
     broken, log_dir = tmp_path / "data", tmp_path / "log"
@@ -373,8 +367,6 @@ def test_the_first_rank_reports_at_once_and_the_others_wait(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- security
-
-
 def test_the_log_names_no_environment(straight):
     """conftest.py sets HF_TOKEN for this run."""
     files = [path for path in straight.parent.rglob("*") if path.is_file()]

@@ -53,8 +53,6 @@ def saved_all(log_dir: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
 def test_signals_that_end_a_run(name):
     with Signals() as signals:
@@ -88,8 +86,6 @@ def test_a_closed_terminal(data, tmp_path):
 
 
 # ---------------------------------------------------------------------------- a launcher that is killed
-
-
 @pytest.mark.parametrize("noticed_by", ["parent", "store"])
 def test_a_killed_launcher_is_like_sigterm(noticed_by, monkeypatch, capsys):
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
@@ -140,8 +136,6 @@ def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- different settings or data
-
-
 def test_different_settings_are_named_on_all_ranks(data, tmp_path):
     arguments = flags(data, tmp_path / "log", "--B", 2)
     other = [*arguments, "--max_lr", 0.1, "--resume", "auto", "--prompt", "x" * 1000]
@@ -175,8 +169,6 @@ def test_what_differs_between_many_ranks():
 
 
 # ---------------------------------------------------------------------------- a start that waits
-
-
 @pytest.mark.parametrize(
     ("rank", "said"),
     [(0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")],

@@ -29,8 +29,6 @@ def resume(source, *more) -> int:
 
 
 # ---------------------------------------------------------------------------- the same run
-
-
 @pytest.mark.parametrize("kills", [1, *slow(4)])
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(straight, data, tmp_path, kills):
     """SIGKILL at random moments: some steps after the newest checkpoint, and a random time after that."""
@@ -111,8 +109,6 @@ def test_torchrun_passes_sigterm_on_and_all_save(data, tmp_path, request):
 
 
 # ---------------------------------------------------------------------------- settings of a resumed run
-
-
 @pytest.fixture
 def stopped(straight, tmp_path) -> Path:
     """A copy of the undisturbed run as it was after 6 steps."""
@@ -211,8 +207,6 @@ def test_a_preset_changes_nothing_but_what_differs_is_named(stopped, capsys):
 
 
 # ---------------------------------------------------------------------------- which checkpoint, which files
-
-
 def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys):
     content = (stopped / "model_00006.pt").read_bytes()
     (stopped / "model_00006.pt").write_bytes(content[: len(content) // 2])
@@ -271,8 +265,6 @@ def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------- log files
-
-
 def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     """Steps 0 to 4 were logged, the kill has cut the file, the run goes on from step 3."""
     records = [{"run": {"first_step": 0}}, *({"step": step, "loss": step / 7} for step in range(5))]

@@ -138,8 +138,6 @@ def test_a_run_is_not_resumed_from_it(good, forged, refused, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------- FOLDERS
-
-
 @pytest.mark.parametrize(("place", "value"), [
     ("optimizer.param_groups", None), ("loader", None), ("rng", "x"), ("step", -5), ("format", True),
     ("train_config", DEEP), ("model.transformer.h.0.ln_1.weight", torch.full((32,), math.nan)),
@@ -174,8 +172,6 @@ def test_what_is_no_ordinary_file_is_not_read(good, replace, name, refused, tmp_
 
 
 # ---------------------------------------------------------------------------- LISTS
-
-
 def test_list_and_retention_know_the_validation_losses(straight, tmp_path, capsys):
     log = shutil.copytree(straight, tmp_path / "log")
     assert checkpoint.main(["list", str(log)]) == 0

@@ -23,7 +23,6 @@ from training.setup import check_config
 ALONE = parallel.World(0, 0, 1, torch.device("cpu"))
 
 # ---------------------------------------------------------------------------- refused
-
 REFUSED = {
     # flags: what the error names (field and value, and the flag or program that mends it)
     "--max_stepz 5": "--max_stepz.*--max_steps", "--B": "--B.*argument", "--B eight": "--B.*'eight'",
@@ -112,8 +111,6 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
 
 
 # ---------------------------------------------------------------------------- derived
-
-
 def test_min_lr_follows_max_lr_unless_it_is_given():
     for words, expected in ([], 6e-5), (["--max_lr=1e-3"], 1e-4), (["--min_lr=1e-5"], 1e-5):
         config, given = parse_config(words)
