@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from models import dense_model, strong, tiny, tokens
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import DynamicCache
 
 from huggingface.outputs import CACHE
 from layers import attention
@@ -43,15 +42,6 @@ def test_fused_attention_equals_the_written_out_one(fields):
             results.append([logits, loss, *(p.grad for p in model.parameters())])
         for a, b in zip(*results, strict=True):
             assert torch.allclose(a, b, atol=1e-5, rtol=1e-5) and a.isfinite().all()
-
-
-@pytest.mark.parametrize("fields", OPTIONS, ids=str)
-def test_a_text_in_pieces_through_the_cache_gives_the_same_logits(fields):
-    model, ids = build(**fields), tokens(2, 15)
-    cache, pieces = DynamicCache(config=model.config), []
-    for piece in ids.split([4, 1, 1, 6, 2, 1], dim=1):
-        pieces.append(model(piece, past_key_values=cache, use_cache=True).logits)
-    assert torch.allclose(torch.cat(pieces, 1), model(ids).logits, atol=2e-5)
 
 
 @torch.no_grad()
