@@ -142,6 +142,13 @@ def test_encoding_and_arguments_are_checked(write):
         evaluate(make_model(vocab_size=200), path)
 
 
+def test_a_model_that_gives_nan_gets_no_accuracy(write):
+    model = make_model()
+    model.transformer.wte.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        evaluate(model, write(make_examples(1)))
+
+
 def test_few_lengths_of_rows():
     lengths = {size: hellaswag.round_length(size) for size in range(1, 5001)}
     assert all(size <= rounded < max(size + 16, 1.125 * size) for size, rounded in lengths.items())

@@ -1,4 +1,4 @@
-"""The model: interface, configuration, sizes, initialisation, loss, outputs, optimizer groups.
+"""The model: interface, configuration, sizes, initialisation, loss, outputs.
 
 Run: python -m pytest tests/test_model.py
 """
@@ -317,22 +317,3 @@ def test_a_cache_goes_by_two_names():
         assert torch.allclose(model(ids[:, -1:], **{name: begun}).logits, expected, atol=1e-5)
     with pytest.raises(ValueError, match="past_key_values or cache"):
         model(ids[:, -1:], past_key_values=begun, cache=begun)
-
-
-def test_optimizer_groups_follow_the_roles_of_parameters():
-    model = GPTLMHeadModel(tiny(n_layer=1, num_shared_experts=1, qk_norm=True))
-    mults = dict(router_lr_mult=0.5, expert_lr_mult=2.0)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", **mults)
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():  # the tied head among them once
-        group, plain = groups[parameter], name.endswith("bias") or "ln_" in name or "_norm" in name
-        assert group["weight_decay"] == (0.0 if plain else 0.1), name
-        kind, mult = ("experts", 2.0) if ".experts." in name else ("rest", 1.0)
-        kind, mult = ("router", 0.5) if ".gate." in name else (kind, mult)
-        assert group["name"] == kind + " without decay" * plain, name
-        assert (group["lr_mult"], group["lr"], group["betas"]) == (mult, 1e-3 * mult, (0.9, 0.95)), name
-        assert group["fused"]
-    model.transformer.wte.weight.requires_grad_(False)
-    frozen = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    assert all(model.lm_head.weight is not p for group in frozen.param_groups for p in group["params"])

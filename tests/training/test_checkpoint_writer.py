@@ -158,6 +158,18 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     assert steps(tmp_path) == [3, 1]
 
 
+@pytest.mark.parametrize(("room", "folder", "advice"), [
+    (100, ".", "free space in"), (10**9, "gone", "a folder that can be written"),
+])  # fmt: skip
+def test_the_advice_after_a_failed_save_fits_its_cause(room, folder, advice, tmp_path):
+    said = []
+    with full_disk(room):
+        writer = CheckpointWriter(tmp_path / folder, say=said.append, retry_s=0)
+        writer.save({"step": 1, "model": {"w": torch.zeros(99)}})
+        assert writer.wants_last_retry(stop=False)
+    assert advice in said[-1]
+
+
 def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
     said = []
     writer = CheckpointWriter(tmp_path, say=said.append)
