@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from conftest import slow
-from models import experts_by_hand, strong, tiny, tokens
+from models import experts_by_hand, gradients, strong, tiny, tokens
 
 from huggingface.outputs import CACHE
 from mixture_of_experts import MoE
@@ -169,18 +169,21 @@ def test_rms_norm_has_its_own_eps_and_statistics_in_fp32():
 # ---------------------------------------------------------------------------- all pairs
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
 def test_pair(pair):
-    """Shapes, gradients of all parameters, a cache that changes nothing, and padding that changes nothing."""
-    model, ids = build(*pair), tokens(2, 16)
+    """All gradients, with both attentions; a cache changes nothing, and padding changes nothing."""
+    model, ids, results = build(*pair), tokens(2, 16), []
     model.train()
     if "zero_proj" in pair:
         wake(model, ids)
-    logits, loss = model(ids, targets=ids)
-    loss.backward()
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits, loss = model(ids, targets=ids)
+        loss.backward()
+        results.append((logits, loss, gradients(model)))
     assert logits.shape == (2, 16, 97)
-    for name, parameter in model.named_parameters():
-        unused = "wpe" in name or ".experts." in name  # rows of positions and experts that nobody asked for
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert unused or parameter.grad.abs().max() > 0, name
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for name, grad in gradients(model).items():  # not all positions and experts are asked for
+        assert grad.isfinite().all() and ("wpe" in name or ".experts." in name or grad.any()), name
     model.eval()
     with torch.no_grad():
         full = model(ids).logits
@@ -193,8 +196,10 @@ def test_pair(pair):
         padding = torch.ones(2, 16, dtype=torch.long)
         padding[0, :5] = 0
         alone = model(ids[:1, 5:]).logits
-        padded = model(ids, attention_mask=padding).logits[:1, 5:]
-        torch.testing.assert_close(padded, alone, rtol=0, atol=2e-5)
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            padded = model(ids, attention_mask=padding).logits[:1, 5:]
+            torch.testing.assert_close(padded, alone, rtol=0, atol=2e-5)
 
 
 # Each value of a field that a block's graph depends on is in one of three models; slow: each pair of values.

@@ -246,38 +246,6 @@ def test_tensorboard(folder, run):
         assert histogram.num == 4 and histogram.sum == 2 * ROUTED
 
 
-def test_intervals_reset_and_counts_by_hand():
-    """The callbacks' methods called as Trainer calls them, on routings counted from the router itself."""
-    model, state, control = build(), TrainerState(is_world_process_zero=True), TrainerControl()
-    routed = torch.zeros(2, 4, dtype=torch.long)
-    for counts, moe in zip(routed, model.moe_layers(), strict=True):
-
-        def count(gate, inputs, logits, counts=counts):
-            counts += torch.bincount(logits.topk(2).indices.flatten(), minlength=4)
-
-        moe.gate.register_forward_hook(count)
-    short, long = Recording(log_interval=2), Recording(log_interval=3)
-    for callback in (short, long):
-        callback.on_train_begin(SimpleNamespace(), state, control, model=model)
-    steps = []
-    for state.global_step in range(1, 7):
-        for part in range(2):
-            ids = tokens(3, T, seed=10 * state.global_step + part)
-            model.train()(ids, targets=ids)
-        steps.append(routed.clone())
-        model.eval()(ids)  # what evaluation routes must not be reported
-        routed.zero_()
-        for callback in (short, long):
-            callback.on_step_end(None, state, control, model=model)
-        reported = state.global_step in (2, 3, 4, 6)
-        assert reported == all(moe.get_usage_counts().sum() == 0 for moe in model.moe_layers())
-    for callback, n in ((short, 2), (long, 3)):
-        sums = [(end, sum(steps[end - n : end]).tolist()) for end in range(n, 7, n)]
-        assert callback.found == sums
-        callback.on_epoch_end(None, state, control, model=model)
-        assert callback.found == sums  # nothing new since step 6
-
-
 def test_a_dense_model_has_nothing_to_report():
     logger = SimpleNamespace(info=lambda line: pytest.fail(line))
     callback, rest = MoEUsageLoggingCallback(logger, 1), (None, TrainerState(global_step=1), TrainerControl())

@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import threading
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,12 @@ import torch
 import torch.distributed as dist
 from models import WTE
 from models import small_checkpoint as small
-from processes import equal, full_disk
+from processes import equal, full_disk, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from training import checkpoints as ckpt
-from training import sharded
+from training import parallel, sharded
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
@@ -191,13 +189,11 @@ def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
-    """What a process does that saves together with another one. Returns (step, error, whether to try again)
-    of each save, as this rank sees it."""
-    torch.cuda.is_available = lambda: False  # a fork cannot use what its parent has initialised
-    store, minute = f"file://{folder / 'store'}", timedelta(minutes=1)
-    dist.init_process_group("gloo", init_method=store, timeout=minute, rank=rank, world_size=2)
-    mesh, seen = init_device_mesh("cpu", (2,)), []
+def main(arguments: list[str]) -> int:
+    """One of two processes that save together. Writes (step, error, whether to try again) of each save, as
+    this rank sees it."""
+    dist.init_process_group("gloo")
+    folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = small(1, C=600)
     state["model"][WTE] = weight
@@ -228,28 +224,15 @@ def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
     save(7)
     sharded.PartWriter.stage = stage
     save(8)
-    dist.destroy_process_group()
-    return seen
+    (folder / f"seen{rank}").write_text(json.dumps(seen))
+    parallel.stop()
+    return 0
 
 
 def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
-    """Both ranks learn of it and go on; the checkpoints before stay, and the next save succeeds. The
-    processes are forks of this one, which spares them the imports."""
-    children = []
-    for rank in (0, 1):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                seen = json.dumps(saves_of_a_rank(rank, tmp_path))
-            except BaseException:
-                seen = traceback.format_exc()
-            (tmp_path / f"seen{rank}").write_text(seen)
-            os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    texts = [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)]
-    assert "Traceback" not in "".join(texts), "\n".join(texts)
-    seen = [json.loads(text) for text in texts]
+    """Both ranks learn of it and go on; the checkpoints before stay, and the next save succeeds."""
+    run_ranks(2, [tmp_path], tmp_path / "output", script="test_checkpoint_writer")
+    seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in (0, 1)]
     assert [[step for step, error, _ in rank if error != "None"] for rank in seen] == [[2, 3, 5, 6, 7]] * 2
     # A second save of bad values would fail as the first did.
     assert [[step for step, _, again in rank if again] for rank in seen] == [[2, 3, 5, 7]] * 2

@@ -8,15 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import tiny, tokens
-from processes import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from model import GPTLMHeadModel
-from training import parallel
-from training.muon import MuonAdamW, configure_muon, newton_schulz, row_blocks, shared_newton_schulz
+from training.muon import MuonAdamW, configure_muon, row_blocks
 
 OPTIONS = dict(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), device_type="cpu")
 # The row counts of the matrices that a parameter stacks: queries, keys and values; swiglu's gate and up.
@@ -119,22 +114,3 @@ def test_refusals():
     for shape, method, message in [(3, "muon", r"shape \(3,\)"), ((3, 3), "sgd", "method='sgd'")]:
         with pytest.raises(ValueError, match=message):
             MuonAdamW([dict(params=[torch.nn.Parameter(torch.zeros(shape))], method=method)], lr=1e-2)
-
-
-def main(arguments: list[str]) -> int:
-    """One of two processes: each does its share of the matrices, which are uneven."""
-    dist.init_process_group("gloo")
-    for count in (1, 3, 4):
-        matrices = torch.randn(count, 8, 12, dtype=torch.float64)
-        dist.broadcast(matrices, src=0)
-        shared = shared_newton_schulz(matrices, 5)
-        torch.testing.assert_close(shared, newton_schulz(matrices), rtol=0, atol=1e-10)
-    sharded = DTensor.from_local(torch.zeros(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
-    with pytest.raises(ValueError, match="sharded"):
-        MuonAdamW([dict(params=[torch.nn.Parameter(sharded)], method="muon")], lr=1e-2)
-    parallel.stop()
-    return 0
-
-
-def test_two_processes_share_the_matrices(tmp_path):
-    run_ranks(2, [], tmp_path / "output", script="test_muon")
