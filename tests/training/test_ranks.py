@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, slow
-from processes import finish, flags, free_port, metrics, newest, start, start_ranks, wait_for, wait_for_text
+from processes import finish, flags, free_port, metrics, newest, start, start_ranks, wait_for
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import train_gpt_moe
@@ -104,7 +104,7 @@ def test_signals_are_heard_inside_a_collective(data, tmp_path):
         time.sleep(0.5)
     try:
         os.kill(ranks[0].pid, signal.SIGINT)
-        wait_for_text(output, "SIGINT: finishing this step")
+        wait_for(output, "SIGINT: finishing this step")
         assert ranks[0].is_alive()
         os.kill(ranks[0].pid, signal.SIGINT)
         assert finish(ranks[0]) == 130
@@ -165,7 +165,7 @@ def test_signals_to_torchrun(data, tmp_path, how, request):
     wait_for(tmp_path / "log" / "log.txt", 8)
     launcher.send_signal(getattr(signal, name))
     launcher.wait(60)
-    wait_for_text(tmp_path / "out", "stopped before step", 60)
+    wait_for(tmp_path / "out", "stopped before step", 60)
     assert saved_all(tmp_path / "log")
     assert ("torchrun was killed" in (tmp_path / "out").read_text()) == (name == "SIGKILL")
 

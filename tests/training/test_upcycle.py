@@ -55,11 +55,10 @@ def test_upcycling_every_other_layer_and_what_it_refuses():
     logits = (model(input_ids=tokens()).logits for model in (mixed, dense))
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
     refused = {
-        "has experts already": (mixed, {}),
+        "has experts already": (mixed, {}), "does not fit the new model": (dense, dict(n_layer=1)),
         "num_shared_experts=1": (dense, dict(num_shared_experts=1)),
         "expert_hidden_size=8.*--expert_hidden_size 256": (dense, dict(expert_hidden_size=8)),
-        "does not fit the new model": (dense, dict(n_layer=1)),
-    }
+    }  # fmt: skip
     for message, (source, fields) in refused.items():
         with pytest.raises(ValueError, match=message):
             upcycle(source, tiny(**fields))
