@@ -149,12 +149,6 @@ def test_a_model_that_gives_nan_gets_no_accuracy(write):
         evaluate(model, write(make_examples(1)))
 
 
-def test_few_lengths_of_rows():
-    lengths = {size: hellaswag.round_length(size) for size in range(1, 5001)}
-    assert all(size <= rounded < max(size + 16, 1.125 * size) for size, rounded in lengths.items())
-    assert len({lengths[size] for size in range(1, 1025)}) <= 32
-
-
 def test_modes_and_router_statistics_are_left_as_they_were(write):
     model, path = make_model(use_moe=True, dropout=0.5).train(), write(make_examples(3))
     model.transformer.h[0].eval()

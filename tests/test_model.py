@@ -269,41 +269,11 @@ def test_bad_calls_are_refused():
             model(**arguments)
 
 
-def test_padding_counts_neither_in_the_router_nor_in_gradients():
-    ids = tokens(B=2, T=12)
-    mask = F.pad(torch.ones_like(ids), (4, 0))
-    labels = F.pad(ids, (4, 0), value=-100)
-    labels[:, 4] = -100  # in the short text the first token is nobody's target
-    padded = dict(input_ids=F.pad(ids, (4, 0), value=7), labels=labels, attention_mask=mask)
-    results = []
-    for arguments in (dict(input_ids=ids, labels=ids), padded):
-        model = strong(GPTLMHeadModel(tiny())).train()
-        output = model(**arguments)
-        output.loss.backward()
-        counts = torch.stack([moe.get_usage_counts() for moe in model.moe_layers()])
-        assert counts.sum() == 2 * 2 * 12 * 2  # layers * B * T * K
-        results.append([output.loss, output.balance_loss, counts, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5) and a.isfinite().all()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant):
-    ids, results = tokens(), []
-    for checkpointing in (False, True):
-        model = strong(GPTLMHeadModel(tiny(moe_loss_coef=0.5, router_z_loss_coef=0.1))).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        model.update_routers()
-        usage = torch.stack([usage.counts for usage in model.expert_usage()])
-        results.append([loss, usage, *(p.grad for p in model.parameters()), *model.buffers()])
-    assert results[0][1].sum() == 2 * 3 * 24 * 2
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-    for a, b in zip(results[0][2:], results[1][2:], strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-    output = model(ids, use_cache=True)  # computing a block again would add its keys again
+def test_gradient_checkpointing_keeps_no_cache():
+    """Computing a block again would add its keys again."""
+    model = GPTLMHeadModel(tiny()).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output = model(tokens(), use_cache=True)
     assert output.get(CACHE) is None
     output.logits.mean().backward()
 

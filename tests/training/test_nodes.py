@@ -111,16 +111,6 @@ def test_the_slurm_script_brings_a_lost_worker_back(one_node, data, tmp_path, re
     same_run(one_node, tmp_path / "log")
 
 
-def test_what_the_slurm_script_asks_for():
-    """The options that the comments promise, and no line that the shell would not take."""
-    text = (ROOT / "train.slurm").read_text()
-    assert subprocess.run(["bash", "-n", ROOT / "train.slurm"]).returncode == 0
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.MULTILINE))
-    assert options["ntasks-per-node"] == "1" and options["signal"] == "TERM@120" and "requeue" in options
-    before_first_command = text[: text.index("set -euo")]
-    assert text.count("#SBATCH") == before_first_command.count("#SBATCH")  # Slurm reads no later ones
-
-
 @pytest.mark.parametrize("lost", [*slow(0), 1])
 def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
     """Processes started by hand, without a launcher that would end the others. Rank 0 has the store."""

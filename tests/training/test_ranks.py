@@ -204,12 +204,6 @@ def test_different_data_are_named_on_all_ranks(data, tmp_path, name):
     assert len(re.findall(rf"different training data: .*{field}=\S+ on rank 0, but \S+ on rank 1", said)) == 2
 
 
-def test_what_differs_between_many_ranks():
-    values = [{"a": "1", "b": "2"}] * 3 + [{"a": "1", "b": "3"}] * 12 + [{"a": "1"}]
-    (text,) = rendezvous.differences(values)
-    assert text == "b=2 on rank 0, but 3 on ranks 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"
-
-
 # ---------------------------------------------------------------------------- a start that waits
 WAITING = (0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")
 

@@ -70,24 +70,29 @@ def test_the_parts_that_must_be_the_same_are_in_the_comparison(straight):
     assert state["rng"].numel() > 1000 and state["health"]["seen"] == 12
 
 
-def test_another_number_of_ranks_and_another_B_continue_the_same_stream(data, tmp_path):
-    """Without dropout, whose noise is each rank's own, losses differ by rounding only."""
+def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path):
+    """Two ranks share experts and everything else. Without dropout, whose noise is each rank's own, losses
+    differ by rounding only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_gpt_moe.main(flags(data, whole, "--dropout", 0, "--max_steps", 6)) == 0
     parts.mkdir()
     shutil.copy(whole / "model_00003.pt", parts)
-    more = ["--resume", "auto", "--log_dir", parts, "--B", 2, "--device", "cpu"]
+    more = [*RESUME, parts, "--B", 2, "--parallel", "fsdp", "--ep_size", 2]
     run_ranks(2, more, tmp_path / "out")
     said = (tmp_path / "out").read_text()
     assert "resume: B was 4 and is 2 from step 3 on" in said and "processes were 1 and are 2" in said
     assert said.count("resumed") == 1
-    ends = [ckpt.load_checkpoint(folder / "model_00006.pt") for folder in (whole, parts)]
+    assert (parts / "latest").read_text() == "model_00006" and (parts / "model_00006").is_dir()
+    ends = [ckpt.load_checkpoint(folder / "latest") for folder in (whole, parts)]
     assert equal(ends[0]["loader"], ends[1]["loader"])
     losses = [[r["loss"] for r in metrics(folder) if 3 <= r["step"] < 6] for folder in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4) and len(losses[1]) == 3
     for name, tensor in ends[0]["model"].items():
         if tensor.is_floating_point() and not name.endswith("router_bias"):
             torch.testing.assert_close(ends[1]["model"][name], tensor, rtol=0, atol=2e-3, msg=name)
+    inside = sorted((parts / "model_00006").iterdir())
+    assert resume(f"{parts}/model_00006/") == 0  # as a shell completes it
+    assert sorted((parts / "model_00006").iterdir()) == inside, "the run took the checkpoint for its log_dir"
 
 
 # ---------------------------------------------------------------------------- settings of a resumed run
