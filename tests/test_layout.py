@@ -96,7 +96,6 @@ def test_every_test_file_opens_with_its_command(path):
 
 
 def test_settings_of_the_model_are_settings_of_the_run():
-    """Every field of GPTConfig is a flag of train_gpt_moe.py with the same default, but for derived ones."""
     run = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     set_by_data = {"encoding", "encoding_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
     for name in set(inspect.get_annotations(GPTConfig)) - set_by_data:

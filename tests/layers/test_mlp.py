@@ -42,7 +42,6 @@ def test_into_a_buffer_and_backward_agree_with_forward(activation):
 
 
 def test_everything_else_reads_the_row(activation):
-    """The configuration, every engine, sizes, Muon's matrices and the memory estimate follow the row."""
     parts = ACTIVATIONS[activation].parts
     fields = dict(moe_every=2, mlp_hidden_size=24, expert_hidden_size=24)
     config, plain = tiny(**fields, activation=activation), tiny(**fields)

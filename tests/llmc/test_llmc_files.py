@@ -78,7 +78,6 @@ def test_tensors_of_the_file_are_the_models(model, tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trips_are_byte_identical(model, tmp_path, dtype):
-    """File -> model -> file, and file -> model -> Hugging Face folder -> model -> file."""
     llmc.write_model(model, tmp_path / "first.bin", dtype)
     read = llmc.read_model(tmp_path / "first.bin")
     llmc.write_model(read, tmp_path / "second.bin", dtype)

@@ -121,7 +121,6 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------- failures
 def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_writer, tmp_path):
-    """Wherever the disk is full, what is said is the system's error."""
     said = []
     writer = make_writer(say=said.append, retry_s=0)
     writer.save(small(1))

@@ -107,7 +107,6 @@ def test_a_newer_format_is_never_passed_over(save, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------- the machine is to blame
 def test_too_little_memory_is_no_damage(save, tmp_path):
-    """An older checkpoint is not taken in its place."""
     save(small(1), tmp_path)
     save(small(2, V=1 << 20), tmp_path)
     with little_memory(20), pytest.raises(OSError, match=r"no memory to read it.*model_00002") as caught:
@@ -134,7 +133,6 @@ class Unanswering(io.FileIO):
     [OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "Permission denied"), MemoryError()],
 )
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, share, error):
-    """Wherever in the file that is, an older one is not taken in its place."""
     save_checkpoint(small(1), tmp_path)
     path = save_checkpoint(small(2, V=1 << 15), tmp_path)
     monkeypatch.setattr(Unanswering, "place", int(share * (path.stat().st_size - 1)))

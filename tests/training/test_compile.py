@@ -14,7 +14,6 @@ pytestmark = needs_compiler
 
 
 def test_a_compiled_run_makes_few_graphs_and_equals_the_eager_one(data, tmp_path):
-    """Evaluation, sampling and checkpoints in mid-run compile nothing."""
     more = "--max_steps 5 --infer_step 2 --sample_every 2 --sample_tokens 8 --dropout 0 --use_compile".split()
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

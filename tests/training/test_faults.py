@@ -140,7 +140,6 @@ def test_a_bad_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, mo
 
 
 def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_path, monkeypatch, capsys):
-    """Parameters and the batch's place are named; what was good is saved, and --resume goes on from it."""
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir, ignore=shutil.ignore_patterns("model_00009.pt", "model_00012.pt"))
     forward, before = GPTLMHeadModel.forward, (log_dir / "model_00006.pt").read_bytes()
@@ -195,7 +194,6 @@ def test_a_jump_is_logged_and_nothing_else(data, tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------- errors in the middle of a run
 def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, data, tmp_path, refused):
-    """A token beyond the vocabulary in the sample that begins step 7: exit code 2, and nothing is lost."""
     broken, log_dir = tmp_path / "data", tmp_path / "log"
     shutil.copytree(data, broken)
     loader = DistributedDataLoader(str(broken), B=4, T=32, seed=1337)
@@ -212,7 +210,6 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
 
 
 def test_an_error_in_an_evaluation_loses_no_step(straight, data, tmp_path, monkeypatch):
-    """The weights before it are saved as they were, and the error is not hidden."""
     at_call(monkeypatch, evaluation, "validate", [1], Mock(side_effect=RuntimeError("something unforeseen")))
     with pytest.raises(RuntimeError, match="something unforeseen"):
         train_gpt_moe.main(flags(data, tmp_path, "--infer_step", 6, "--checkpoint_every", 100))
@@ -264,7 +261,6 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(data, tmp_path
 
 
 def test_a_prompt_without_tokens_costs_the_samples_and_nothing_else(data, tmp_path, monkeypatch, capsys):
-    """As on a machine without network where tiktoken has never been."""
     no_network = Mock(side_effect=ConnectionError("tiktoken cannot fetch the files of gpt2"))
     at_call(monkeypatch, evaluation, "encode_prompt", [0], no_network)
     words = flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1)

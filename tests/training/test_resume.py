@@ -129,7 +129,6 @@ def test_another_run_is_refused_naming_field_and_values(stopped, refused, flag, 
 
 
 def test_other_data_is_refused(stopped, data, tmp_path, refused):
-    """test_identity.py has more kinds of other data."""
     other = tmp_path / "other"
     meta, shard = other / "meta.json", other / "train_000000.bin"
     for change, named in (
@@ -213,7 +212,6 @@ def test_an_earlier_checkpoint_starts_a_new_branch(straight, tmp_path):
 
 
 def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsys):
-    """Also after a crash before the first checkpoint, whose log is put aside."""
     tmp_path.joinpath("log.txt").write_text("0 val 5.9\n0 train 5.9\n1 tr")
     tmp_path.joinpath("metrics.jsonl").write_text('{"run": {}}\n{"step": 0, "loss": 5.9}\n{"st')
     more = ["--resume", "auto", "--max_steps", 3, "--seed", 1_732_243_200]  # a large seed

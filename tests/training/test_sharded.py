@@ -72,7 +72,6 @@ FORGERIES = {  # what the error says: the change
 
 @pytest.mark.parametrize("message", FORGERIES)
 def test_a_forged_index_is_refused(folder, original, capsys, message):
-    """Its checksum is right; the error names the file and what is wrong there, without a traceback."""
     (folder.parent / "secret").touch()
     FORGERIES[message](original)
     write_index(folder, original)
