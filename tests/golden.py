@@ -151,9 +151,8 @@ def difference(a: Any, b: Any) -> str:
     if torch.is_tensor(a) and torch.is_tensor(b):
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return f"{a.dtype} {tuple(a.shape)} is now {b.dtype} {tuple(b.shape)}"
-        if torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))):
-            return ""
-        return f"largest absolute difference {(a.double() - b.double()).abs().max().item():.3g}"
+        equal = torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+        return "" if equal else f"largest difference {(a.double() - b.double()).abs().max().item():.3g}"
     if isinstance(a, dict) and isinstance(b, dict):  # {line or step: content}
         texts = ((key, difference(a.get(key, "nothing"), b.get(key, "nothing"))) for key in sorted({*a, *b}))
         return next((f"first at {key}: {text}" for key, text in texts if text), "")

@@ -279,14 +279,11 @@ class Torture:
     def report(self, minutes: float) -> str:
         """What docs/measurements.md quotes."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
-        return (
-            f"{minutes:.1f} minutes, {self.layout} on 2 ranks\n"
-            f"faults injected  {sum(self.faults.values())} ({kinds})\n"
-            f"finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs\n"
-            f"compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes\n"
-            f"runs lost        {len(self.lost)}\n"
-            f"bytes lost       {self.bytes_lost}"
-        )
+        return f"""{minutes:.1f} minutes, {self.layout} on 2 ranks
+faults injected  {sum(self.faults.values())} ({kinds})
+finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs
+compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes
+lost             {len(self.lost)} runs, {self.bytes_lost} bytes"""
 
 
 @contextlib.contextmanager

@@ -14,12 +14,8 @@ from model import GPTLMHeadModel
 from training.muon import row_blocks
 from training.preflight import block_bytes
 
-ADDED = {
-    "geglu": gated(F.gelu, torch.ops.aten.gelu_backward),
-    "tanh": Activation(
-        1, torch.tanh, lambda out, h: torch.tanh(h, out=out), lambda grad, h: grad * (1 - torch.tanh(h) ** 2)
-    ),
-}
+TANH = lambda out, h: torch.tanh(h, out=out), lambda grad, h: grad * (1 - torch.tanh(h) ** 2)
+ADDED = {"geglu": gated(F.gelu, torch.ops.aten.gelu_backward), "tanh": Activation(1, torch.tanh, *TANH)}
 
 
 @pytest.fixture(params=[*ACTIVATIONS, *ADDED])

@@ -13,6 +13,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ def test_too_little_memory_is_no_damage(save, tmp_path):
     assert load_newest(tmp_path)[1]["step"] == 2
 
 
+IO_ERROR = OSError(errno.EIO, "Input/output error")
+
+
 class Unanswering(io.FileIO):
     """A file of which the bytes from `place` on cannot be read: that raises `error`."""
 
@@ -128,10 +132,7 @@ class Unanswering(io.FileIO):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "Permission denied"), MemoryError()],
-)
+@pytest.mark.parametrize("error", [IO_ERROR, OSError(errno.EACCES, "Permission denied"), MemoryError()])
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, share, error):
     save_checkpoint(small(1), tmp_path)
     path = save_checkpoint(small(2, V=1 << 15), tmp_path)
@@ -156,7 +157,7 @@ def test_a_disk_that_does_not_answer_for_a_folder_is_no_damage(tmp_path, name, m
         file.unlink()
         file.symlink_to("/proc/self/mem")
     else:
-        monkeypatch.setattr(Unanswering, "error", OSError(errno.EIO, "Input/output error"))
+        monkeypatch.setattr(Unanswering, "error", IO_ERROR)
         read_or_not = lambda p, mode: Unanswering(p) if p == file else open(p, mode)  # noqa: E731
         monkeypatch.setattr(archives, "open", read_or_not, raising=False)
     with pytest.raises(OSError, match=f"Input/output error: .*model_00002/{name}") as caught:
@@ -167,9 +168,7 @@ def test_a_disk_that_does_not_answer_for_a_folder_is_no_damage(tmp_path, name, m
 
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         load_newest(tmp_path)
@@ -289,7 +288,11 @@ class Malice:
 
 @pytest.mark.parametrize("place", ["file", "old torch format", "rest.pt", ".metadata"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
-    trace, folder, file = tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt"
+    trace, folder, file = (
+        tmp_path / "trace",
+        save_folder(small(1), tmp_path),
+        tmp_path / "model_00001.pt",
+    )
     bad = {**small(1), "config": Malice(trace)}
     if place == ".metadata":  # torch's own index, a pickle: it is never opened
         (folder / place).write_bytes(pickle.dumps(bad))
