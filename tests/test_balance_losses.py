@@ -1,7 +1,6 @@
 """Balance losses and z-loss of mixture_of_experts.py: formulas, gradients, micro-steps, padding, learning.
 
-Run: python -m pytest tests/test_balance_losses.py
-"""
+Run: python -m pytest tests/test_balance_losses.py"""
 
 import math
 import pydoc_data.topics

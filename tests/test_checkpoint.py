@@ -1,7 +1,6 @@
 """The command line of checkpoint.py: verify, convert, export, for files and folders.
 
-Run: python -m pytest tests/test_checkpoint.py
-"""
+Run: python -m pytest tests/test_checkpoint.py"""
 
 import pytest
 import torch

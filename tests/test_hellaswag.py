@@ -1,7 +1,6 @@
 """HellaSwag: the fast scores equal the plain ones, ranks and modes, styles, bad files, download, script.
 
-Run: python -m pytest tests/test_hellaswag.py
-"""
+Run: python -m pytest tests/test_hellaswag.py"""
 
 import copy
 import hashlib

@@ -1,7 +1,6 @@
 """The project's shape: which file imports which, no side effects of imports, lengths, docstrings.
 
-Run: python -m pytest tests/test_layout.py
-"""
+Run: python -m pytest tests/test_layout.py"""
 
 import ast
 import dataclasses

@@ -1,7 +1,6 @@
 """The MoE layer against loops in float64: routing, balance losses, accounts, compilation, two ranks.
 
-Run: python -m pytest tests/test_mixture_of_experts.py
-"""
+Run: python -m pytest tests/test_mixture_of_experts.py"""
 
 import copy
 import json

@@ -1,7 +1,6 @@
 """The model: interface, configuration, sizes, initialisation, loss, outputs.
 
-Run: python -m pytest tests/test_model.py
-"""
+Run: python -m pytest tests/test_model.py"""
 
 import inspect
 import math

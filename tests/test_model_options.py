@@ -1,7 +1,6 @@
 """Options of the model's architecture: each alone against a model written out here, all together, in pairs.
 
-Run: python -m pytest tests/test_model_options.py
-"""
+Run: python -m pytest tests/test_model_options.py"""
 
 import copy
 import itertools

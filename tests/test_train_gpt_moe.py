@@ -1,7 +1,6 @@
 """The training script as a user runs it: the files it writes, equal losses however a batch is cut, flags.
 
-Run: python -m pytest tests/test_train_gpt_moe.py
-"""
+Run: python -m pytest tests/test_train_gpt_moe.py"""
 
 import dataclasses
 import importlib.util

@@ -1,7 +1,6 @@
 """The commands of `python -m bench` at tiny sizes: what they compare, their tables, their options.
 
-Run: python -m pytest tests/bench/test_bench.py
-"""
+Run: python -m pytest tests/bench/test_bench.py"""
 
 import csv
 import gc

@@ -1,7 +1,6 @@
 """recipes.py: the data, one step of training, the race, the tables of time_to_loss and moe_pays.
 
-Run: python -m pytest tests/bench/test_recipes.py
-"""
+Run: python -m pytest tests/bench/test_recipes.py"""
 
 import csv
 from itertools import count

@@ -1,7 +1,6 @@
 """Folders of models that nobody has saved so: refused in one line, before anything large is built.
 
-Run: python -m pytest tests/huggingface/test_borders.py
-"""
+Run: python -m pytest tests/huggingface/test_borders.py"""
 
 import json
 import math

@@ -1,7 +1,6 @@
 """Training under transformers.Trainer, and the callbacks that report how experts are used.
 
-Run: python -m pytest tests/huggingface/test_callbacks.py
-"""
+Run: python -m pytest tests/huggingface/test_callbacks.py"""
 
 import copy
 import json

@@ -1,7 +1,6 @@
 """export_folder: whole folders that replace nothing but exports, and lm_eval on one.
 
-Run: python -m pytest tests/huggingface/test_export.py
-"""
+Run: python -m pytest tests/huggingface/test_export.py"""
 
 import importlib.util
 import json

@@ -1,7 +1,6 @@
 """generate(): caches, beams, padding, block_size, stop strings, and what it leaves behind.
 
-Run: python -m pytest tests/huggingface/test_generation.py
-"""
+Run: python -m pytest tests/huggingface/test_generation.py"""
 
 import pytest
 import torch

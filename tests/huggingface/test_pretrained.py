@@ -1,7 +1,6 @@
 """Folders of our own format, and embeddings that are replaced or resized.
 
-Run: python -m pytest tests/huggingface/test_pretrained.py
-"""
+Run: python -m pytest tests/huggingface/test_pretrained.py"""
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """Attention: dropout, cache, windows through FlexAttention, and backends.
 
-Run: python -m pytest tests/layers/test_attention.py
-"""
+Run: python -m pytest tests/layers/test_attention.py"""
 
 import pytest
 import torch

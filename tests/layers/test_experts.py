@@ -1,7 +1,6 @@
 """Every engine of the experts against a loop over tokens, the choice among them, and dispatch.
 
-Run: python -m pytest tests/layers/test_experts.py
-"""
+Run: python -m pytest tests/layers/test_experts.py"""
 
 import math
 from types import SimpleNamespace

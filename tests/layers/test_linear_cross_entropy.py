@@ -1,7 +1,6 @@
 """The chunked loss head against F.cross_entropy of all logits in float64; its memory; the model with it.
 
-Run: python -m pytest tests/layers/test_linear_cross_entropy.py
-"""
+Run: python -m pytest tests/layers/test_linear_cross_entropy.py"""
 
 import itertools
 

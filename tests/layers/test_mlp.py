@@ -1,7 +1,6 @@
 """A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here.
 
-Run: python -m pytest tests/layers/test_mlp.py
-"""
+Run: python -m pytest tests/layers/test_mlp.py"""
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """Encodings: bytes, tiktoken's, and those that cannot be used.
 
-Run: python -m pytest tests/tokens/test_encodings.py
-"""
+Run: python -m pytest tests/tokens/test_encodings.py"""
 
 import sys
 

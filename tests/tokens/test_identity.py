@@ -1,7 +1,6 @@
 """What tells data from other data of the same names and sizes: shards, sources, parts, meta.json.
 
-Run: python -m pytest tests/tokens/test_identity.py
-"""
+Run: python -m pytest tests/tokens/test_identity.py"""
 
 import json
 import os

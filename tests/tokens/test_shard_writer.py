@@ -1,7 +1,6 @@
 """What a folder of shards holds, and what happens when there is something in it already.
 
-Run: python -m pytest tests/tokens/test_shard_writer.py
-"""
+Run: python -m pytest tests/tokens/test_shard_writer.py"""
 
 import os
 import re

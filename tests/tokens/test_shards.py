@@ -1,7 +1,6 @@
 """Shards: their format, finding them, meta.json; the loader's batches, order, resuming and errors.
 
-Run: python -m pytest tests/tokens/test_shards.py
-"""
+Run: python -m pytest tests/tokens/test_shards.py"""
 
 import gzip
 import io

@@ -1,7 +1,6 @@
 """CheckpointWriter: saving while training goes on, failures that are told, old checkpoints that are deleted.
 
-Run: python -m pytest tests/training/test_checkpoint_writer.py
-"""
+Run: python -m pytest tests/training/test_checkpoint_writer.py"""
 
 import json
 import os

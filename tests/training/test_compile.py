@@ -1,7 +1,6 @@
 """torch.compile stays on through validation, sampling and checkpoints, with few graphs and no breaks.
 
-Run: python -m pytest tests/training/test_compile.py
-"""
+Run: python -m pytest tests/training/test_compile.py"""
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """What becomes of signals, bad steps, full disks, bad data and other errors in the middle of a run.
 
-Run: python -m pytest tests/training/test_faults.py
-"""
+Run: python -m pytest tests/training/test_faults.py"""
 
 import ast
 import json

@@ -1,7 +1,6 @@
 """Muon and AdamW in one optimizer, against written-out references; the groups of both optimizers.
 
-Run: python -m pytest tests/training/test_muon.py
-"""
+Run: python -m pytest tests/training/test_muon.py"""
 
 import math
 from functools import partial

@@ -1,7 +1,6 @@
 """Several machines, played by several launchers on this one: rendezvous, lost ranks, Slurm, environment.
 
-Run: python -m pytest tests/training/test_nodes.py
-"""
+Run: python -m pytest tests/training/test_nodes.py"""
 
 import contextlib
 import os

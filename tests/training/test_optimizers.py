@@ -1,7 +1,6 @@
 """Parameter roles, schedules, and FSDP's initial weights.
 
-Run: python -m pytest tests/training/test_optimizers.py
-"""
+Run: python -m pytest tests/training/test_optimizers.py"""
 
 import math
 

@@ -1,7 +1,6 @@
 """What is told before a run: counts by part, memory against measured memory, warnings.
 
-Run: python -m pytest tests/training/test_preflight.py
-"""
+Run: python -m pytest tests/training/test_preflight.py"""
 
 from types import SimpleNamespace
 

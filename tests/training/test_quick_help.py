@@ -1,7 +1,6 @@
 """--help, other projects' names of flags, numbers, and files of settings.
 
-Run: python -m pytest tests/training/test_quick_help.py
-"""
+Run: python -m pytest tests/training/test_quick_help.py"""
 
 import dataclasses
 import json

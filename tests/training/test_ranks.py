@@ -1,7 +1,6 @@
 """All ranks are told the same: signals, a killed launcher, different settings or data, a start that waits.
 
-Run: python -m pytest tests/training/test_ranks.py
-"""
+Run: python -m pytest tests/training/test_ranks.py"""
 
 import os
 import re

@@ -1,7 +1,6 @@
 """A run that was killed and goes on is the same run: losses, weights, moments, routers, data, log files.
 
-Run: python -m pytest tests/training/test_resume.py
-"""
+Run: python -m pytest tests/training/test_resume.py"""
 
 import json
 import random

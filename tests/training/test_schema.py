@@ -1,7 +1,6 @@
 """Forged checkpoints: every value that no run writes is refused in one line, before anything uses it.
 
-Run: python -m pytest tests/training/test_schema.py
-"""
+Run: python -m pytest tests/training/test_schema.py"""
 
 import json
 import math

@@ -1,7 +1,6 @@
 """Settings: what follows from other settings, and what a run refuses before it writes anything.
 
-Run: python -m pytest tests/training/test_setup.py
-"""
+Run: python -m pytest tests/training/test_setup.py"""
 
 import os
 import re

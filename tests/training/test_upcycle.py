@@ -1,7 +1,6 @@
 """Begin with other weights: a dense model becomes a Mixture-of-Experts, or a new run trains a model further.
 
-Run: python -m pytest tests/training/test_upcycle.py
-"""
+Run: python -m pytest tests/training/test_upcycle.py"""
 
 import pytest
 import torch
