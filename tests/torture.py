@@ -149,11 +149,6 @@ class Torture:
         self.harmed.add(found[0].name)
         self.seen = ckpt.step_of(found[1])
 
-    def cut_the_shard(self) -> None:
-        """Cut off the end of the training shard while the ranks read it. `train` mends it afterwards."""
-        self.faults["cut shard"] += 1
-        os.truncate(self.shard, self.chance.randrange(len(self.tokens)))
-
     def stop(self, processes: list) -> None:
         """End the processes in one of the ways processes are ended."""
         alive = [process for process in processes if process.is_alive()]
@@ -236,7 +231,8 @@ class Torture:
         self.run_for(ranks, self.chance.choice([0.3, 1, 2, 4, 8]) * self.chance.random())
         cut = self.chance.random() < 0.15
         if cut:
-            self.cut_the_shard()
+            self.faults["cut shard"] += 1
+            os.truncate(self.shard, self.chance.randrange(len(self.tokens)))  # while the ranks read it
             self.run_for(ranks, 2)
         self.stop(ranks)
         codes = self.wait(ranks)

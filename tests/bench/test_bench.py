@@ -17,7 +17,7 @@ from models import NANOGPT, make_examples
 
 import hellaswag
 from bench import __main__ as bench
-from bench import ladder, layer, loop, measure, models
+from bench import ladder, loop, measure, models
 from model import GPTConfig, GPTLMHeadModel
 from training.log import RunLog
 
@@ -100,15 +100,6 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert ask("-c", code).stdout == "False\n"
     shown = ask("-m", "bench", "--help").stdout
     assert all(f"    {name}" in shown for name in bench.COMMANDS)
-
-
-def test_loss_head(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(layer, "HEAD_SIZES", ((600, 16, 500),))
-    assert run(capsys, "head", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
-    rows = {row["head"]: row for row in table(tmp_path / "t.csv")}
-    assert float(rows["all logits"]["x all"]) == 1
-    assert float(rows["ours, 128 rows"]["memory x all"]) < 0.5
-    assert all(float(row["loss off by"]) < 1e-5 for row in rows.values())
 
 
 def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):

@@ -111,11 +111,3 @@ def test_moe_pays(text, small, short_demo, tmp_path):
         assert parts[2] == pytest.approx((parts[0] + parts[1]) / 2, abs=2e-3) and parts[2] < 6
     difference = float(dense["mean"].split()[0]) - float(experts["mean"].split()[0])
     assert float(experts["mean: below dense"].split()[0]) == pytest.approx(difference, abs=2e-3)
-
-
-def test_numbers_of_the_tables():
-    points = [(10, 1.0, [3.0]), (20, 2.0, [2.5]), (30, 4.0, [2.0]), (40, 5.0, [2.2])]
-    for goal, seconds in ((2.125, "3.5"), (3.0, "< 1.0"), (1.9, "-")):  # interpolated
-        assert recipes.seconds_to(SimpleNamespace(points=points), goal) == seconds
-    assert recipes.mean_and_spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
-    assert recipes.mean_and_spread([1.25]) == "1.250 ± 0.000"

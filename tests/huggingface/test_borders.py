@@ -9,14 +9,9 @@ import shutil
 import pytest
 import torch
 from models import strong, tiny
-from processes import flags
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import hellaswag
-import sample
-import train_gpt_moe
 from huggingface.export import export_folder
 from model import GPTConfig, GPTLMHeadModel, build_masks
 from training.checkpoints import load_model
@@ -115,18 +110,6 @@ def test_files_that_are_cut_empty_pickled_or_elsewhere(folder):
         index = {"weight_map": {"lm_head.weight": other} if other is not None else [1]}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         refuses(folder, "")
-
-
-def test_every_command_gives_one_line_and_code_2(saved, data, tmp_path, refused):
-    folder = shutil.copytree(saved / "ours", tmp_path / "ours")
-    rewrite(folder, poison)
-    for main, *arguments in (
-        (sample.main, "--model", folder, "--device", "cpu"), (hellaswag.main, "--model", folder),
-        (checkpoint.main, "export", folder, tmp_path / "out"),
-        (train_gpt_moe.main, *flags(data, tmp_path / "log", "--init_from", folder)),
-    ):  # fmt: skip
-        line = refused(main, *arguments)
-        assert "transformer.ln_f" in line and "NaN" in line and str(folder) in line
 
 
 class WithNewHead(GPTLMHeadModel):

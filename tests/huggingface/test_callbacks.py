@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import slow
 from models import strong, tiny, tokens
-from processes import finish, start_ranks
+from processes import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -178,9 +178,9 @@ def main(arguments: list[str]) -> int:
 
 def test_two_processes_equal_one(whole_batch, tmp_path):
     expected, expected_losses = whole_batch
-    ranks, alone = start_ranks(2, [tmp_path], tmp_path / "output", script="test_callbacks"), Recording(2)
+    alone = Recording(2)
     trainer = train(build(), tmp_path / "alone", callbacks=[alone])
-    assert [finish(rank) for rank in ranks] == [0, 0], (tmp_path / "output").read_text()
+    run_ranks(2, [tmp_path], tmp_path / "output", script="test_callbacks")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["losses"] == pytest.approx(expected_losses, rel=2e-5)
     model = build()

@@ -166,17 +166,6 @@ def test_all_learn_who_is_lost_and_none_that_has_finished_is_missed(monkeypatch)
             rank.stop()
 
 
-def test_finishing_after_the_rank_that_has_the_store():
-    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    store = dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)
-    last = heartbeat.Heartbeat(0, 1, store)
-    del store
-    last.start()
-    del host
-    last.stop(finished=True)
-    assert last.lost == ""
-
-
 WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 BAD = [  # variable, value, words that the message must contain
     ("RANK", "-1", "RANK='-1'"), ("RANK", "2", "RANK=2 .*WORLD_SIZE"), ("RANK", "1_0", "RANK='1_0'"),
