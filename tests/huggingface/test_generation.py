@@ -5,7 +5,6 @@ Run: python -m pytest tests/huggingface/test_generation.py"""
 import pytest
 import torch
 from models import ARCHITECTURES, greedy_by_hand, strong, tiny, tokens
-from transformers import StaticCache
 
 from huggingface.text import build_tokenizer
 from model import GPT, GPTLMHeadModel
@@ -30,13 +29,6 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model):
     long = tokens(T=20, seed=1)  # longer than block_size from the start
     found = model.generate(long, max_new_tokens=2, do_sample=False)
     assert torch.equal(found, greedy_by_hand(model, long, 2))
-
-
-def test_static_cache(model):
-    ids, cache = tokens(T=BLOCK), StaticCache(config=model.config, max_cache_len=BLOCK)
-    with torch.no_grad():
-        logits = [model(piece, past_key_values=cache).logits for piece in ids.split(5, dim=1)]
-        assert torch.allclose(torch.cat(logits, 1), model(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, top_k=20, temperature=0.8)], ids=str)
