@@ -98,13 +98,6 @@ def test_trainer_equals_one_whole_batch_however_it_is_cut(cut, whole_batch, tmp_
     torch.testing.assert_close(dict(trainer.model.named_parameters()), expected, rtol=0, atol=2e-6)
 
 
-def test_bfloat16_stays_close(whole_batch, tmp_path):
-    trainer = train(build(), tmp_path, bf16=True)
-    assert losses(trainer) == pytest.approx(whole_batch[1], rel=0.02)
-    assert losses(trainer) != pytest.approx(whole_batch[1], rel=1e-5)
-    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-
-
 def test_without_a_callback_the_balance_loss_is_each_micro_batchs_own(tmp_path):
     trainer = train(build(), tmp_path, callbacks=[], batch=8, accumulation=1, max_steps=1)
     assert losses(trainer)[0] == pytest.approx(build()(**whole()).loss.item(), rel=1e-5)
