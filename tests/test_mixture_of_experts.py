@@ -219,7 +219,7 @@ def test_accounts_are_exact_in_any_dtype_of_the_model_and_outlive_a_reset():
     layer.reset_usage_counts()  # the step's own accounts stay
     assert layer.get_usage_counts().sum() == 0
     update_routers([layer])
-    assert layer.last_step_counts().sum() == 40 * 64 * 2
+    assert layer.last_step_counts().sum() == 40 * 64 * 2 and layer.get_usage_counts().sum() == 0
     probs = chosen(layer, layer.gate(x[0]))[2].detach().mean(0)
     mean = layer.reference_totals[4:] / (2.0**24 * 40 * 64)
     torch.testing.assert_close(mean.float(), probs, rtol=1e-6, atol=1e-7)
