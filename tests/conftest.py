@@ -99,6 +99,19 @@ def straight(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def refused(capsys):
+    """Function that runs a command's main, which must end with code 2 and one line; returns the line."""
+
+    def run(main, *arguments) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+@pytest.fixture
 def short_demo(monkeypatch):
     """The demo corpus is made of its first documents only, as all of them take seconds."""
     from tokens import demo

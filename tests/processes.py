@@ -154,19 +154,12 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def wait_for(path: Path, lines: int, timeout: float = 300) -> None:
-    """Until the file has so many lines."""
+def wait_for(path: Path, wanted: int | str, timeout: float = 300) -> None:
+    """Until the file has so many lines, or holds the text."""
+    found = lambda text: text.count("\n") >= wanted if isinstance(wanted, int) else wanted in text  # noqa: E731
     end = time.monotonic() + timeout
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert time.monotonic() < end, f"{path} did not get {lines} lines"
-        time.sleep(0.003)
-
-
-def wait_for_text(path: Path, text: str, timeout: float = 300) -> None:
-    """Until the file holds the text."""
-    end = time.monotonic() + timeout
-    while not path.exists() or text not in path.read_text():
-        assert time.monotonic() < end, f"{path} did not get {text!r}: {path.read_text()}"
+    while not path.exists() or not found(path.read_text()):
+        assert time.monotonic() < end, f"{path} did not get {wanted!r}"
         time.sleep(0.003)
 
 

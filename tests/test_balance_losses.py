@@ -1,7 +1,6 @@
 """Balance losses and z-loss of mixture_of_experts.py: formulas, gradients, micro-steps, padding, learning.
 
-Run: python -m pytest tests/test_balance_losses.py
-"""
+Run: python -m pytest tests/test_balance_losses.py"""
 
 import math
 import pydoc_data.topics
@@ -47,9 +46,8 @@ def test_balance_loss_equals_the_formula_and_its_finite_differences(loss_type, s
     logits = layer.gate(x.view(-1, 8))
     index, scores = chosen(layer, logits)[0], logits.softmax(1) if score == "softmax" else logits.sigmoid()
     probs = scores / scores.sum(1, keepdim=True)
-    assert loss(layer.gate.weight).item() == pytest.approx(
-        written_out(loss_type, probs, index).item(), rel=1e-9
-    )
+    expected = written_out(loss_type, probs, index).item()
+    assert loss(layer.gate.weight).item() == pytest.approx(expected, rel=1e-9)
     for _ in range(3):  # then around the step before; f is piecewise constant and has no derivative
         torch.autograd.gradcheck(loss, (layer.gate.weight,), fast_mode=True)
         update_routers([layer])

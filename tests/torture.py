@@ -1,7 +1,7 @@
 """Kill training and tokenising at random moments, for minutes, on a disk that fills up; nothing may be lost.
 
     python tests/torture.py --minutes 10               # as root, on Linux: on a small tmpfs of its own
-    python tests/torture.py --minutes 10 --seed 3 --folder /mnt/small
+    python tests/torture.py --minutes 10 --seed 3 --folder /mnt/small  # a small disk of yours
     python tests/torture.py --minutes 10 --layout fsdp # checkpoints in parts; or zero, ep, fsdp+ep
 
 Two processes train a small model with --resume auto; a third tokenises. At random moments one of them or all
@@ -15,9 +15,7 @@ run reads it, which may kill no rank by SIGBUS. Whenever training has stopped:
 Whenever tokenising has stopped: every shard is to the byte that of an undisturbed job. A finished run is
 compared with the undisturbed one (losses, weights, moments, routers, position), and the next one begins.
 Runs that break a rule, hang, or cannot go on are lost; bytes that are missing or wrong are lost bytes.
-
-Without root there is no tmpfs: a limit on the size of the processes' files (RLIMIT_FSIZE) then stands for the
-full disk. Not collected by pytest. Exit code 0 if nothing was lost.
+Not collected by pytest. Exit code 0 if nothing was lost.
 """
 
 import argparse
@@ -26,7 +24,6 @@ import contextlib
 import hashlib
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -70,9 +67,8 @@ def size_of(checkpoint: Path) -> int:
 class Torture:
     """One session: the folders, the undisturbed results, the faults so far, what was lost."""
 
-    def __init__(self, folder: Path, seed: int, mounted: bool, layout: str):
-        self.chance, self.folder, self.mounted = random.Random(seed), folder, mounted
-        self.layout = layout
+    def __init__(self, folder: Path, seed: int, layout: str):
+        self.chance, self.folder, self.layout = random.Random(seed), folder, layout
         self.plain = Path(tempfile.mkdtemp())  # on the ordinary disk
         self.data = write_data(self.plain / "bytes")
         self.source = self.plain / "text.txt"
@@ -92,9 +88,8 @@ class Torture:
 
     def tokenising(self, out: Path) -> list[str]:
         """The command line of the job: some 15 shards."""
-        folders = ["--source", str(self.source), "--out", str(out)]
-        workers = ["--workers", self.chance.choice([1, 2])]
-        return [*folders, *"--encoding bytes --shard_size 30000 --val_tokens 20000".split(), *workers]
+        sizes = "--encoding bytes --shard_size 30000 --val_tokens 20000 --workers".split()
+        return ["--source", str(self.source), "--out", str(out), *sizes, self.chance.choice([1, 2])]
 
     def prepare(self) -> None:
         """Run both undisturbed, with a checkpoint of every step."""
@@ -112,43 +107,24 @@ class Torture:
 
     def run_for(self, processes: list, seconds: float) -> None:
         """Let the processes run so long, or until they end, in the presence of other faults."""
-        end = time.monotonic() + seconds
-        full_until = 0.0
+        end, full_until, ballast = time.monotonic() + seconds, 0.0, self.folder / "ballast"
         while time.monotonic() < end and any(process.is_alive() for process in processes):
             if full_until == 0 and self.chance.random() < 0.02:
-                self.fill(processes)
+                self.fill(ballast)
                 full_until = time.monotonic() + self.chance.uniform(0.2, 1.5)
             elif 0 < full_until < time.monotonic():
-                self.empty(processes)
+                ballast.unlink()
                 full_until = float("inf")  # once is enough
             time.sleep(0.02)
-        if full_until < float("inf"):
-            self.empty(processes)
+        ballast.unlink(missing_ok=True)
 
-    def fill(self, processes: list) -> None:
+    def fill(self, ballast: Path) -> None:
         """Leave little room on the disk: less than a checkpoint, or next to nothing."""
         self.faults["full disk"] += 1
         room = self.chance.choice([0, 5_000, 300_000, 900_000])
-        if self.mounted:
-            with contextlib.suppress(OSError), open(self.folder / "ballast", "wb", buffering=0) as file:
-                while True:
-                    free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize - room
-                    if free <= 0 or file.write(bytes(min(free, 1 << 20))) == 0:
-                        break
-        else:
-            self.limit(processes, max(room, 2_000))
-
-    def empty(self, processes: list) -> None:
-        """Room again."""
-        (self.folder / "ballast").unlink(missing_ok=True)
-        if not self.mounted:
-            self.limit(processes, resource.RLIM_INFINITY)
-
-    def limit(self, processes: list, size: int) -> None:
-        """Let no file of these processes grow beyond so many bytes."""
-        for process in processes:
-            with contextlib.suppress(OSError):
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+            while (free := shutil.disk_usage(self.folder).free - room) > 0:
+                file.write(bytes(min(free, 1 << 20)))
 
     def harm_a_checkpoint(self, log_dir: Path) -> None:
         """Flip a bit of the newest checkpoint, or cut off its end."""
@@ -173,11 +149,6 @@ class Torture:
         self.harmed.add(found[0].name)
         self.seen = ckpt.step_of(found[1])
 
-    def cut_the_shard(self) -> None:
-        """Cut off the end of the training shard while the ranks read it. `train` mends it afterwards."""
-        self.faults["cut shard"] += 1
-        os.truncate(self.shard, self.chance.randrange(len(self.tokens)))
-
     def stop(self, processes: list) -> None:
         """End the processes in one of the ways processes are ended."""
         alive = [process for process in processes if process.is_alive()]
@@ -186,10 +157,9 @@ class Torture:
         if not alive:
             return
         self.faults[kind] += 1
-        number = getattr(signal, kind.split()[0])
         for process in alive if kind.endswith("all") else [self.chance.choice(alive)]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+                os.kill(process.pid, getattr(signal, kind.split()[0]))
 
     def wait(self, processes: list) -> list[int]:
         """The exit codes. As under torchrun, once one has failed the others get SIGTERM, then SIGKILL."""
@@ -238,10 +208,8 @@ class Torture:
             self.lose(f"the newest good checkpoint is of step {good}, but there was one of step {self.seen}")
         self.seen = good
         if good:
-            found = (log_dir / "log.txt").read_bytes().splitlines(True)
-            wanted, found = (
-                [line for line in lines if int(line.split()[0]) < good] for lines in (self.lines, found)
-            )
+            logs = self.lines, (log_dir / "log.txt").read_bytes().splitlines(True)
+            wanted, found = ([line for line in log if int(line.split()[0]) < good] for log in logs)
             self.bytes_compared += sum(map(len, wanted))
             if wanted != found:
                 missing = set(wanted) - set(found)
@@ -263,7 +231,8 @@ class Torture:
         self.run_for(ranks, self.chance.choice([0.3, 1, 2, 4, 8]) * self.chance.random())
         cut = self.chance.random() < 0.15
         if cut:
-            self.cut_the_shard()
+            self.faults["cut shard"] += 1
+            os.truncate(self.shard, self.chance.randrange(len(self.tokens)))  # while the ranks read it
             self.run_for(ranks, 2)
         self.stop(ranks)
         codes = self.wait(ranks)
@@ -305,33 +274,27 @@ class Torture:
 
     def report(self, minutes: float) -> str:
         """What docs/measurements.md quotes."""
-        disk = f"tmpfs of {SIZE >> 20} MB" if self.mounted else "RLIMIT_FSIZE in place of a full disk"
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
-        return (
-            f"{minutes:.1f} minutes, {self.layout} on 2 ranks, {disk}\n"
-            f"faults injected  {sum(self.faults.values())} ({kinds})\n"
-            f"finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs\n"
-            f"compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes\n"
-            f"runs lost        {len(self.lost)}\n"
-            f"bytes lost       {self.bytes_lost}"
-        )
+        return f"""{minutes:.1f} minutes, {self.layout} on 2 ranks
+faults injected  {sum(self.faults.values())} ({kinds})
+finished         {self.runs} training runs of {STEPS} steps, {self.jobs} tokenising jobs
+compared         {self.checkpoints} checkpoints, {self.bytes_compared:,} bytes
+lost             {len(self.lost)} runs, {self.bytes_lost} bytes"""
 
 
 @contextlib.contextmanager
 def small_disk(folder: str):
-    """(a folder for the runs, whether it is a disk of its own that can be filled up)."""
+    """A folder for the runs, on a disk of its own that can be filled up."""
     if folder:
-        yield Path(folder), True
+        yield Path(folder)
         return
-    path = Path(tempfile.mkdtemp())
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(path)]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    path = tempfile.mkdtemp()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", path], check=True)
     try:
-        yield path, mounted
+        yield Path(path)
     finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(path)], check=True)
-        shutil.rmtree(path)
+        subprocess.run(["umount", "-l", path], check=True)
+        os.rmdir(path)
 
 
 def main() -> int:
@@ -342,13 +305,12 @@ def main() -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="ddp", help="how the two ranks train")
     parser.add_argument("--folder", default="", help="a small file system of yours, in place of a tmpfs")
     options = parser.parse_args()
-    with small_disk(options.folder) as (folder, mounted):
-        torture = Torture(folder, options.seed, mounted, options.layout)
+    with small_disk(options.folder) as folder:
+        torture = Torture(folder, options.seed, options.layout)
         try:
             torture.prepare()
             begin = time.monotonic()
-            deadline = begin + 60 * options.minutes
-            while time.monotonic() < deadline:
+            while time.monotonic() < begin + 60 * options.minutes:
                 torture.chance.choice([torture.train, torture.train, torture.tokenise])()
             print(torture.report((time.monotonic() - begin) / 60), flush=True)
         finally:

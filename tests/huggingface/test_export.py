@@ -1,18 +1,13 @@
-"""export_folder: whole folders that replace nothing but exports, and lm_eval on one.
+"""export_folder: whole folders that replace nothing but exports.
 
-Run: python -m pytest tests/huggingface/test_export.py
-"""
+Run: python -m pytest tests/huggingface/test_export.py"""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_file
 from models import byte_model, tiny, tokens
 from processes import full_disk
 
@@ -89,62 +84,3 @@ def test_bad_exports_are_refused(fields, format, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_folder(GPTLMHeadModel(tiny(**fields)), tmp_path / "out", format=format)
     assert os.listdir(tmp_path) == []
-
-
-# ---------------------------------------------------------------------------- lm-evaluation-harness
-
-TASK = """
-task: hellaswag_local
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {data}}}}}
-output_type: multiple_choice
-validation_split: validation
-process_docs: !function hellaswag_docs.process_docs
-doc_to_text: "{{{{query}}}}"
-doc_to_target: "{{{{label}}}}"
-doc_to_choice: choices
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-DOCS = """
-from lm_eval.tasks.hellaswag.utils import preprocess
-
-def process_docs(dataset):
-    def make(doc):
-        query = preprocess(doc["activity_label"] + ": " + doc["ctx"])
-        return {"query": query, "choices": [preprocess(ending) for ending in doc["endings"]]}
-    return dataset.map(make)
-"""
-
-
-def test_lm_eval_agrees_with_hellaswag_py(tmp_path):
-    """Set LM_EVAL_PYTHON to the Python of an environment with lm_eval, if it is not installed in this one."""
-    python = os.environ.get("LM_EVAL_PYTHON", sys.executable)
-    if python == sys.executable and importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm_eval is not installed (pip install lm_eval, or set LM_EVAL_PYTHON)")
-    hellaswag = pytest.importorskip("hellaswag")
-    questions = shared_file("hellaswag_val.jsonl").read_text(encoding="utf-8").splitlines()[:20]
-    (tmp_path / "questions.jsonl").write_text("\n".join(questions) + "\n")
-    (tmp_path / "hellaswag_local.yaml").write_text(TASK.format(data=tmp_path / "questions.jsonl"))
-    (tmp_path / "hellaswag_docs.py").write_text(DOCS)
-    model = byte_model(block_size=512)
-    export_folder(model, tmp_path / "exported")
-    command = f"""{python} -m lm_eval --model hf --tasks hellaswag_local --limit 20 --device cpu
-        --model_args pretrained=exported,trust_remote_code=True --include_path . --output_path results
-        --log_samples --batch_size 8"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    how = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    done = subprocess.run(command.split(), **how)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())
-    theirs = results["results"]["hellaswag_local"]
-    samples = next((tmp_path / "results").rglob("samples_*.jsonl")).read_text().splitlines()
-    samples = sorted(map(json.loads, samples), key=lambda sample: sample["doc_id"])
-    for n in range(1, 21):  # question by question
-        ours = hellaswag.evaluate(model, data=tmp_path / "questions.jsonl", limit=n, style="harness")
-        for name in ("acc", "acc_norm"):
-            assert getattr(ours, name) * n == pytest.approx(sum(sample[name] for sample in samples[:n]))
-    assert (ours.n, ours.acc, ours.acc_norm) == (20, theirs["acc,none"], theirs["acc_norm,none"])
-    assert ours.acc_stderr == pytest.approx(theirs["acc_stderr,none"])

@@ -1,7 +1,6 @@
 """The code in a saved folder: it runs where this project is not installed, and beside it.
 
-Run: python -m pytest tests/huggingface/test_export_code.py
-"""
+Run: python -m pytest tests/huggingface/test_export_code.py"""
 
 import os
 import shutil

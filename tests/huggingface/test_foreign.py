@@ -1,7 +1,6 @@
 """GPT-2, Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
 
-Run: python -m pytest tests/huggingface/test_foreign.py
-"""
+Run: python -m pytest tests/huggingface/test_foreign.py"""
 
 import json
 

@@ -1,14 +1,12 @@
 """generate(): caches, beams, padding, block_size, stop strings, and what it leaves behind.
 
-Run: python -m pytest tests/huggingface/test_generation.py
-"""
+Run: python -m pytest tests/huggingface/test_generation.py"""
 
 from unittest.mock import Mock
 
 import pytest
 import torch
 from models import ARCHITECTURES, greedy_by_hand, strong, tiny, tokens
-from transformers import StaticCache
 
 from huggingface.text import build_tokenizer
 from model import GPT, GPTLMHeadModel
@@ -35,13 +33,6 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model, m
     found = model.generate(long, max_new_tokens=2, do_sample=False)
     assert torch.equal(found, greedy_by_hand(model, long, 2))
     assert not warned.called  # texts are cropped on purpose
-
-
-def test_static_cache(model):
-    ids, cache = tokens(T=BLOCK), StaticCache(config=model.config, max_cache_len=BLOCK)
-    with torch.no_grad():
-        logits = [model(piece, past_key_values=cache).logits for piece in ids.split(5, dim=1)]
-        assert torch.allclose(torch.cat(logits, 1), model(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, top_k=20, temperature=0.8)], ids=str)

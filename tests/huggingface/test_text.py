@@ -1,7 +1,6 @@
 """Prompts as strings, and the tokenizers of exported folders.
 
-Run: python -m pytest tests/huggingface/test_text.py
-"""
+Run: python -m pytest tests/huggingface/test_text.py"""
 
 import json
 

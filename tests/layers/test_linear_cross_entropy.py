@@ -1,7 +1,6 @@
 """The chunked loss head against F.cross_entropy of all logits in float64; its memory; the model with it.
 
-Run: python -m pytest tests/layers/test_linear_cross_entropy.py
-"""
+Run: python -m pytest tests/layers/test_linear_cross_entropy.py"""
 
 import itertools
 
@@ -60,7 +59,6 @@ def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softc
 
 
 def test_where_all_targets_are_ignored_it_is_as_plain():
-    """Also NaN where the plain loss is NaN."""
     x, weight, targets = inputs()
     targets[:] = -100
     for num_items in (None, 5):
@@ -75,7 +73,6 @@ def test_where_all_targets_are_ignored_it_is_as_plain():
 
 
 def test_a_target_outside_the_vocabulary_and_a_second_backward_are_errors():
-    """And not a wrong loss or gradient."""
     x, weight, targets = inputs()
     loss = linear_cross_entropy(x, weight, targets)
     (2 * loss).backward(retain_graph=True)

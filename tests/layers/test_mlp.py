@@ -1,7 +1,6 @@
 """A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here.
 
-Run: python -m pytest tests/layers/test_mlp.py
-"""
+Run: python -m pytest tests/layers/test_mlp.py"""
 
 import pytest
 import torch
@@ -14,12 +13,8 @@ from model import GPTLMHeadModel
 from training.muon import row_blocks
 from training.preflight import block_bytes
 
-ADDED = {
-    "geglu": gated(F.gelu, torch.ops.aten.gelu_backward),
-    "tanh": Activation(
-        1, torch.tanh, lambda out, h: torch.tanh(h, out=out), lambda grad, h: grad * (1 - torch.tanh(h) ** 2)
-    ),
-}
+TANH = lambda out, h: torch.tanh(h, out=out), lambda grad, h: grad * (1 - torch.tanh(h) ** 2)
+ADDED = {"geglu": gated(F.gelu, torch.ops.aten.gelu_backward), "tanh": Activation(1, torch.tanh, *TANH)}
 
 
 @pytest.fixture(params=[*ACTIVATIONS, *ADDED])
@@ -42,7 +37,6 @@ def test_into_a_buffer_and_backward_agree_with_forward(activation):
 
 
 def test_everything_else_reads_the_row(activation):
-    """The configuration, every engine, sizes, Muon's matrices and the memory estimate follow the row."""
     parts = ACTIVATIONS[activation].parts
     fields = dict(moe_every=2, mlp_hidden_size=24, expert_hidden_size=24)
     config, plain = tiny(**fields, activation=activation), tiny(**fields)

@@ -1,7 +1,6 @@
 """llm.c's train_gpt2.py, flag by flag: losses of an independent loop, its files, its log, what it prints.
 
-Run: python -m pytest tests/llmc/test_llmc_flags.py
-"""
+Run: python -m pytest tests/llmc/test_llmc_flags.py"""
 
 import contextlib
 import itertools

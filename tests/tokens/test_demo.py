@@ -1,7 +1,6 @@
 """The demo corpus: what it takes from Python's library, its split, and what happens when it is there.
 
-Run: python -m pytest tests/tokens/test_demo.py
-"""
+Run: python -m pytest tests/tokens/test_demo.py"""
 
 import json
 import os

@@ -1,7 +1,6 @@
 """What tells data from other data of the same names and sizes: shards, sources, parts, meta.json.
 
-Run: python -m pytest tests/tokens/test_identity.py
-"""
+Run: python -m pytest tests/tokens/test_identity.py"""
 
 import json
 import os
@@ -100,13 +99,11 @@ def test_loader_compares_what_a_checkpoint_has(data):
     train, val = (DistributedDataLoader(f"{data}/{split}_*.bin", B=2, T=8) for split in ("train", "val"))
     train.watch(val)
     state = train.state_dict()
-    train.load_state_dict(
-        {k: v for k, v in state.items() if k not in ("fingerprints", "validation")}
-    )  # older
+    older = {name: value for name, value in state.items() if name not in ("fingerprints", "validation")}
+    train.load_state_dict(older)
+    message = r"cannot continue: .*(missing here|_000000.bin) is another shard"
     for wrong in ({"validation": state["validation"] * 2}, {"validation": 3}, {"fingerprints": ""}):
-        with pytest.raises(
-            ValueError, match=r"cannot continue: .*(missing here|_000000.bin) is another shard"
-        ):
+        with pytest.raises(ValueError, match=message):
             train.load_state_dict(state | wrong)
 
 

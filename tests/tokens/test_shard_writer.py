@@ -1,7 +1,6 @@
 """What a folder of shards holds, and what happens when there is something in it already.
 
-Run: python -m pytest tests/tokens/test_shard_writer.py
-"""
+Run: python -m pytest tests/tokens/test_shard_writer.py"""
 
 import os
 import re
@@ -83,9 +82,8 @@ def test_too_small_a_source_leaves_nothing_behind(tmp_path):
             build(source, out, val_tokens=val_tokens)
     assert not list(out.iterdir())
     assert build(source, out, val_tokens=5)["tokens"] == {"train": 1, "val": 5}
-    tenth = build(write_source(tmp_path / "b.jsonl", ["hello " * 99]), tmp_path / "tenth", val_tokens=None)[
-        "tokens"
-    ]
+    longer = write_source(tmp_path / "b.jsonl", ["hello " * 99])
+    tenth = build(longer, tmp_path / "tenth", val_tokens=None)["tokens"]
     assert tenth["val"] in range(59, 64) and tenth["train"] == 595 - tenth["val"]
 
 

@@ -1,7 +1,6 @@
 """Readers of documents: formats, folders, going on anywhere, invalid text, bad files.
 
-Run: python -m pytest tests/tokens/test_sources.py
-"""
+Run: python -m pytest tests/tokens/test_sources.py"""
 
 import gzip
 import os

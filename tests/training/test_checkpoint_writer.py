@@ -1,14 +1,11 @@
 """CheckpointWriter: saving while training goes on, failures that are told, old checkpoints that are deleted.
 
-Run: python -m pytest tests/training/test_checkpoint_writer.py
-"""
+Run: python -m pytest tests/training/test_checkpoint_writer.py"""
 
 import json
 import os
 import resource
 import threading
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,12 +13,12 @@ import torch
 import torch.distributed as dist
 from models import WTE
 from models import small_checkpoint as small
-from processes import equal, full_disk
+from processes import equal, full_disk, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from training import checkpoints as ckpt
-from training import sharded
+from training import parallel, sharded
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
@@ -47,8 +44,6 @@ def steps(folder) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- in the background
-
-
 def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
     may_write, weights = threading.Event(), torch.ones(1000)
     writer, path = CheckpointWriter(tmp_path), tmp_path / "model_00001.pt"
@@ -76,20 +71,7 @@ def test_a_save_waits_for_the_one_before(tmp_path):
         assert equal(load_checkpoint(tmp_path / f"model_0000{step}.pt")["model"], small(step)["model"])
 
 
-def test_buffers_are_used_again_and_those_of_freed_tensors_are_not_kept(tmp_path):
-    """The buffers are private, but a leak of them shows nowhere else."""
-    weights, writer, places = torch.ones(100), CheckpointWriter(tmp_path), set()
-    for step in (1, 2, 3):
-        writer.save({"model": {"a": weights, "new": torch.zeros(50 + step)}, "config": {}, "step": step})
-        writer.wait()
-        assert len(writer._buffers) == 2
-        places |= {buffer.data_ptr() for buffer in writer._buffers.values() if buffer.shape == (100,)}
-    assert len(places) == 1
-
-
 # ---------------------------------------------------------------------------- old checkpoints
-
-
 @pytest.mark.parametrize(("keep_last", "kept"), [(2, [7, 6, 4]), (0, [7, 6, 5, 4, 3, 2, 1])])
 def test_old_ones_go_and_latest_always_names_one(make_writer, tmp_path, monkeypatch, keep_last, kept):
     latest = tmp_path / "latest"
@@ -137,10 +119,7 @@ def test_old_ones_stay_if_the_new_one_reads_back_wrong(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- failures
-
-
 def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_writer, tmp_path):
-    """Wherever the disk is full, what is said is the system's error."""
     said = []
     writer = make_writer(say=said.append, retry_s=0)
     writer.save(small(1))
@@ -164,6 +143,18 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     assert steps(tmp_path) == [3, 1]
 
 
+@pytest.mark.parametrize(("room", "folder", "advice"), [
+    (100, ".", "free space in"), (10**9, "gone", "a folder that can be written"),
+])  # fmt: skip
+def test_the_advice_after_a_failed_save_fits_its_cause(room, folder, advice, tmp_path):
+    said = []
+    with full_disk(room):
+        writer = CheckpointWriter(tmp_path / folder, say=said.append, retry_s=0)
+        writer.save({"step": 1, "model": {"w": torch.zeros(99)}})
+        assert writer.wants_last_retry(stop=False)
+    assert advice in said[-1]
+
+
 def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
     said = []
     writer = CheckpointWriter(tmp_path, say=said.append)
@@ -185,13 +176,11 @@ def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
         assert os.listdir(tmp_path) == []
 
 
-def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
-    """What a process does that saves together with another one. Returns (step, error, whether to try again)
-    of each save, as this rank sees it."""
-    torch.cuda.is_available = lambda: False  # a fork cannot use what its parent has initialised
-    store, minute = f"file://{folder / 'store'}", timedelta(minutes=1)
-    dist.init_process_group("gloo", init_method=store, timeout=minute, rank=rank, world_size=2)
-    mesh, seen = init_device_mesh("cpu", (2,)), []
+def main(arguments: list[str]) -> int:
+    """One of two processes that save together. Writes (step, error, whether to try again) of each save, as
+    this rank sees it."""
+    dist.init_process_group("gloo")
+    folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = small(1, C=600)
     state["model"][WTE] = weight
@@ -222,28 +211,15 @@ def saves_of_a_rank(rank: int, folder: Path) -> list[tuple]:
     save(7)
     sharded.PartWriter.stage = stage
     save(8)
-    dist.destroy_process_group()
-    return seen
+    (folder / f"seen{rank}").write_text(json.dumps(seen))
+    parallel.stop()
+    return 0
 
 
 def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
-    """Both ranks learn of it and go on; the checkpoints before stay, and the next save succeeds. The
-    processes are forks of this one, which spares them the imports."""
-    children = []
-    for rank in (0, 1):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                seen = json.dumps(saves_of_a_rank(rank, tmp_path))
-            except BaseException:
-                seen = traceback.format_exc()
-            (tmp_path / f"seen{rank}").write_text(seen)
-            os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    texts = [(tmp_path / f"seen{rank}").read_text() for rank in (0, 1)]
-    assert "Traceback" not in "".join(texts), "\n".join(texts)
-    seen = [json.loads(text) for text in texts]
+    """Both ranks learn of it and go on; the checkpoints before stay, and the next save succeeds."""
+    run_ranks(2, [tmp_path], tmp_path / "output", script="test_checkpoint_writer")
+    seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in (0, 1)]
     assert [[step for step, error, _ in rank if error != "None"] for rank in seen] == [[2, 3, 5, 6, 7]] * 2
     # A second save of bad values would fail as the first did.
     assert [[step for step, _, again in rank if again] for rank in seen] == [[2, 3, 5, 7]] * 2

@@ -13,6 +13,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -42,8 +43,6 @@ def save(request):
 
 
 # ---------------------------------------------------------------------------- written whole or not at all
-
-
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """So a kill at any byte leaves a file of another name, which the next run removes (test_resume.py)."""
     done = []
@@ -58,8 +57,6 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- found
-
-
 def test_the_newest_good_one_is_found_among_both_forms(tmp_path):
     for step in (1, 3, 100_000):
         save_checkpoint(small(step), tmp_path)
@@ -110,16 +107,16 @@ def test_a_newer_format_is_never_passed_over(save, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- the machine is to blame
-
-
 def test_too_little_memory_is_no_damage(save, tmp_path):
-    """An older checkpoint is not taken in its place."""
     save(small(1), tmp_path)
     save(small(2, V=1 << 20), tmp_path)
     with little_memory(20), pytest.raises(OSError, match=r"no memory to read it.*model_00002") as caught:
         load_newest(tmp_path)
     assert caught.value.errno == errno.ENOMEM
     assert load_newest(tmp_path)[1]["step"] == 2
+
+
+IO_ERROR = OSError(errno.EIO, "Input/output error")
 
 
 class Unanswering(io.FileIO):
@@ -135,12 +132,8 @@ class Unanswering(io.FileIO):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "Permission denied"), MemoryError()],
-)
+@pytest.mark.parametrize("error", [IO_ERROR, OSError(errno.EACCES, "Permission denied"), MemoryError()])
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, share, error):
-    """Wherever in the file that is, an older one is not taken in its place."""
     save_checkpoint(small(1), tmp_path)
     path = save_checkpoint(small(2, V=1 << 15), tmp_path)
     monkeypatch.setattr(Unanswering, "place", int(share * (path.stat().st_size - 1)))
@@ -164,7 +157,7 @@ def test_a_disk_that_does_not_answer_for_a_folder_is_no_damage(tmp_path, name, m
         file.unlink()
         file.symlink_to("/proc/self/mem")
     else:
-        monkeypatch.setattr(Unanswering, "error", OSError(errno.EIO, "Input/output error"))
+        monkeypatch.setattr(Unanswering, "error", IO_ERROR)
         read_or_not = lambda p, mode: Unanswering(p) if p == file else open(p, mode)  # noqa: E731
         monkeypatch.setattr(archives, "open", read_or_not, raising=False)
     with pytest.raises(OSError, match=f"Input/output error: .*model_00002/{name}") as caught:
@@ -175,16 +168,13 @@ def test_a_disk_that_does_not_answer_for_a_folder_is_no_damage(tmp_path, name, m
 
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         load_newest(tmp_path)
 
 
 # ---------------------------------------------------------------------------- damaged and foreign files
-
 FILES = ["model_00003.pt", "model_00003/__0_0.distcp", "model_00003/rest.pt", "model_00003/index.json"]
 
 
@@ -298,7 +288,11 @@ class Malice:
 
 @pytest.mark.parametrize("place", ["file", "old torch format", "rest.pt", ".metadata"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
-    trace, folder, file = tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt"
+    trace, folder, file = (
+        tmp_path / "trace",
+        save_folder(small(1), tmp_path),
+        tmp_path / "model_00001.pt",
+    )
     bad = {**small(1), "config": Malice(trace)}
     if place == ".metadata":  # torch's own index, a pickle: it is never opened
         (folder / place).write_bytes(pickle.dumps(bad))

@@ -1,7 +1,6 @@
 """What becomes of signals, bad steps, full disks, bad data and other errors in the middle of a run.
 
-Run: python -m pytest tests/training/test_faults.py
-"""
+Run: python -m pytest tests/training/test_faults.py"""
 
 import ast
 import json
@@ -17,20 +16,7 @@ import numpy as np
 import pytest
 import torch
 from models import make_examples
-from processes import (
-    equal,
-    finish,
-    flags,
-    full_disk,
-    metrics,
-    newest,
-    poisoned,
-    same_run,
-    start,
-    start_ranks,
-    wait_for,
-    wait_for_text,
-)  # fmt: skip
+from processes import equal, finish, flags, full_disk, metrics, newest, poisoned, same_run, start, wait_for
 from test_layout import TREES
 
 import hellaswag
@@ -66,8 +52,6 @@ def at_call(monkeypatch, owner, name: str, numbers: list[int], action) -> list:
 
 
 # ---------------------------------------------------------------------------- signals
-
-
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_path):
     output = tmp_path / "out.txt"
     process = start(flags(data, tmp_path, *LONG), output)
@@ -86,60 +70,6 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_
     assert f"continue with: python train_gpt_moe.py --log_dir {tmp_path} --resume auto" in said
 
 
-def test_a_reader_that_is_gone_stops_nothing(data, tmp_path):
-    """Ctrl-C at `python train_gpt_moe.py 2>&1 | tee out` ends the tee as well."""
-    os.mkfifo(tmp_path / "pipe")
-    process = start(flags(data, tmp_path, *LONG), tmp_path / "pipe")
-    with open(tmp_path / "pipe") as reader:
-        assert any("| loss" in line for line in reader)
-    wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
-    os.kill(process.pid, signal.SIGINT)
-    assert finish(process) == 130
-    assert steps_saved(tmp_path) == [newest(tmp_path) + 1]
-
-
-def test_signals_are_heard_inside_a_collective(data, tmp_path):
-    """Rank 1 is stopped, so rank 0 waits for it, and Python with it: no handler of Python can run."""
-    output = tmp_path / "out.txt"
-    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output)
-    wait_for(tmp_path / "log.txt", 6)
-    os.kill(ranks[1].pid, signal.SIGSTOP)
-    seen = -1
-    while seen != newest(tmp_path):  # until rank 0 has come to a step that it cannot finish alone
-        seen = newest(tmp_path)
-        time.sleep(0.5)
-    try:
-        os.kill(ranks[0].pid, signal.SIGINT)
-        wait_for_text(output, "SIGINT: finishing this step")
-        assert ranks[0].is_alive()
-        os.kill(ranks[0].pid, signal.SIGINT)
-        assert finish(ranks[0]) == 130
-    finally:
-        ranks[1].kill()
-
-
-def test_a_signal_and_a_bad_step_of_one_rank_are_those_of_all(data, tmp_path):
-    """Rank 1 alone meets NaN, in steps 2 and 4, and rank 1 alone is told to stop."""
-    output = tmp_path / "out.txt"
-    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output, sick={5: 1, 8: 1})
-    wait_for(tmp_path / "log.txt", 9)
-    os.kill(ranks[1].pid, signal.SIGTERM)
-    assert [finish(rank) for rank in ranks] == [143, 143], output.read_text()
-    assert steps_saved(tmp_path) == [newest(tmp_path) + 1]
-    assert "stopped before step" in output.read_text()
-    records = metrics(tmp_path)
-    assert [record["step"] for record in records if record.get("skipped")] == [2, 4]
-    assert [record["bad_steps"] for record in records[:6]] == [0, 0, 1, 1, 2, 2]
-
-
-def test_the_second_sigint_is_not_ours_any_more():
-    before = signal.getsignal(signal.SIGINT)
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.stop_requested and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == before
-
-
 def test_a_signal_between_taking_and_agreeing_is_not_lost():
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -155,13 +85,10 @@ def test_a_signal_between_taking_and_agreeing_is_not_lost():
         assert signals.exit_code == 130  # it stays
 
 
-@pytest.mark.parametrize(
-    ("name", "at", "batches", "saved"),
-    [
-        ("SIGTERM", 10, 11, [3, 4]), ("SIGUSR1", 10, 33, [3, 4, 6, 9, 12]),
-        pytest.param("SIGTERM", 30, 31, [3, 6, 9, 12], marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "at", "batches", "saved"), [
+    ("SIGTERM", 10, 11, [3, 4]), ("SIGUSR1", 10, 33, [3, 4, 6, 9, 12]),
+    pytest.param("SIGTERM", 30, 31, [3, 6, 9, 12], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_an_evaluation_gives_way_to_a_signal(straight, data, tmp_path, monkeypatch, name, at, batches, saved):
     """Each evaluation and each step has two batches; batch 10, counted from 0, begins the evaluation before
     step 4, batch 30 the one after the last step. The run does not finish that evaluation, but saves. SIGTERM
@@ -193,8 +120,6 @@ def test_hellaswag_gives_way_to_a_signal_and_is_done_after_the_resume(data, tmp_
 
 
 # ---------------------------------------------------------------------------- bad steps
-
-
 def test_a_bad_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, monkeypatch, capsys):
     """Steps 4 and 5 meet NaN (two micro-steps each). The run goes on as if it had only skipped their data."""
     monkeypatch.setattr(GPTLMHeadModel, "forward", poisoned(GPTLMHeadModel.forward, {8: -1, 11: -1}))
@@ -214,7 +139,6 @@ def test_a_bad_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, mo
 
 
 def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_path, monkeypatch, capsys):
-    """Parameters and the batch's place are named; what was good is saved, and --resume goes on from it."""
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir, ignore=shutil.ignore_patterns("model_00009.pt", "model_00012.pt"))
     forward, before = GPTLMHeadModel.forward, (log_dir / "model_00006.pt").read_bytes()
@@ -268,10 +192,7 @@ def test_a_jump_is_logged_and_nothing_else(data, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------- errors in the middle of a run
-
-
-def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, data, tmp_path, capsys):
-    """A token beyond the vocabulary in the sample that begins step 7: exit code 2, and nothing is lost."""
+def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, data, tmp_path, refused):
     broken, log_dir = tmp_path / "data", tmp_path / "log"
     shutil.copytree(data, broken)
     loader = DistributedDataLoader(str(broken), B=4, T=32, seed=1337)
@@ -280,9 +201,7 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
     at = 1024 + 2 * (offset + 3)
     Path(path).write_bytes(good[:at] + b"\xff\xff" + good[at + 2 :])
     words = flags(broken, log_dir, "--checkpoint_every", 100)
-    assert train_gpt_moe.main(words) == 2
-    error = capsys.readouterr().err
-    assert f"{path}: token 65535 at offset {offset + 3}" in error and len(error.splitlines()) == 1
+    assert f"{path}: token 65535 at offset {offset + 3}" in refused(train_gpt_moe.main, *words)
     assert steps_saved(log_dir) == [7]
     Path(path).write_bytes(good)
     assert train_gpt_moe.main([*words, "--resume", "auto"]) == 0
@@ -290,14 +209,12 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
 
 
 def test_an_error_in_an_evaluation_loses_no_step(straight, data, tmp_path, monkeypatch):
-    """The weights before it are saved as they were, and the error is not hidden."""
     at_call(monkeypatch, evaluation, "validate", [1], Mock(side_effect=RuntimeError("something unforeseen")))
     with pytest.raises(RuntimeError, match="something unforeseen"):
         train_gpt_moe.main(flags(data, tmp_path, "--infer_step", 6, "--checkpoint_every", 100))
     saved, expected = (ckpt.load_checkpoint(path / "model_00006.pt") for path in (tmp_path, straight))
-    assert all(
-        equal(saved[name], expected[name]) for name in ("model", "optimizer", "loader", "health", "rng")
-    )
+    for name in ("model", "optimizer", "loader", "health", "rng"):
+        assert equal(saved[name], expected[name]), name
 
 
 def test_an_error_between_update_and_next_step_saves_no_mixture(data, tmp_path, monkeypatch):
@@ -343,7 +260,6 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(data, tmp_path
 
 
 def test_a_prompt_without_tokens_costs_the_samples_and_nothing_else(data, tmp_path, monkeypatch, capsys):
-    """As on a machine without network where tiktoken has never been."""
     no_network = Mock(side_effect=ConnectionError("tiktoken cannot fetch the files of gpt2"))
     at_call(monkeypatch, evaluation, "encode_prompt", [0], no_network)
     words = flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1)
@@ -373,8 +289,6 @@ def test_the_first_rank_reports_at_once_and_the_others_wait(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- security
-
-
 def test_the_log_names_no_environment(straight):
     """conftest.py sets HF_TOKEN for this run."""
     files = [path for path in straight.parent.rglob("*") if path.is_file()]

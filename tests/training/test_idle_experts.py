@@ -1,7 +1,6 @@
 """An optimizer step leaves experts alone that had nothing to learn; test_mixture_of_experts.py has two ranks.
 
-Run: python -m pytest tests/training/test_idle_experts.py
-"""
+Run: python -m pytest tests/training/test_idle_experts.py"""
 
 import contextlib
 

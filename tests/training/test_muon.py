@@ -1,21 +1,16 @@
-"""Muon and AdamW in one optimizer, against written-out references.
+"""Muon and AdamW in one optimizer, against written-out references; the groups of both optimizers.
 
-Run: python -m pytest tests/training/test_muon.py
-"""
+Run: python -m pytest tests/training/test_muon.py"""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import tiny, tokens
-from processes import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from model import GPTLMHeadModel
-from training import parallel
-from training.muon import MuonAdamW, configure_muon, newton_schulz, row_blocks, shared_newton_schulz
+from training.muon import MuonAdamW, configure_muon, row_blocks
 
 OPTIONS = dict(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), device_type="cpu")
 # The row counts of the matrices that a parameter stacks: queries, keys and values; swiglu's gate and up.
@@ -85,37 +80,29 @@ def test_steps_equal_written_out_ones():
             torch.testing.assert_close(p, q, rtol=0, atol=1e-7 if p in muons else 0, msg=name)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_agrees_with_torchs_muon():
-    ours, theirs = (torch.nn.Parameter(torch.ones(24, 40)) for _ in range(2))
-    first = MuonAdamW([dict(params=[ours], method="muon")], lr=1e-2, weight_decay=0.1)
-    second = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        ours.grad = theirs.grad = torch.randn(24, 40)
-        first.step()
-        second.step()
-    assert (ours - theirs).norm() < 0.02 * (ours.detach() - 1).norm()  # theirs multiplies in bf16
-
-
-def test_groups():
-    model = build_model(qk_norm=True, tie_word_embeddings=False)
-    model.transformer.wpe.requires_grad_(False)
-    optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5, expert_lr_mult=2.0)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_groups_follow_the_roles_of_parameters(kind):
+    model = build_model(qk_norm=True, num_shared_experts=1, tie_word_embeddings=kind == "adamw")
+    model.transformer.wte.weight.requires_grad_(False)  # and with it the head, if it is tied
+    configure = partial(configure_muon, model) if kind == "muon" else model.configure_optimizers
+    optimizer = configure(**OPTIONS, router_lr_mult=0.5, expert_lr_mult=2.0)
     where = {p: g for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert where.keys() == set(trained.values())
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(where)
     matrix = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "experts.c_fc", "experts.c_proj")
     for name, parameter in trained.items():
-        group = where[parameter]
-        assert (group["method"] == "muon") == name.endswith(matrix), name
-        plain = name.endswith("bias") or "ln_" in name or "_norm" in name
+        group, plain = where[parameter], name.endswith("bias") or "ln_" in name or "_norm" in name
         assert group["weight_decay"] == (0.0 if plain else 0.1), name
-        expected = 0.5 if ".gate." in name else 2.0 if ".experts." in name else 1.0
-        assert group["lr_mult"] == expected and group["lr"] == 1e-2 * expected, name
-        assert group["name"].startswith("router" if ".gate." in name else ("experts", "rest")), name
-        if group["method"] == "muon":
+        role, mult = ("experts", 2.0) if ".experts." in name else ("rest", 1.0)
+        role, mult = ("router", 0.5) if ".gate." in name else (role, mult)
+        assert group["name"].startswith(role) and group["name"].endswith("without decay") == plain, name
+        assert (group["lr_mult"], group["lr"]) == (mult, 1e-2 * mult), name
+        if kind == "adamw":
+            assert group["fused"] and group["betas"] == (0.9, 0.95)
+        elif name.endswith(matrix):
             assert group["row_blocks"] == row_blocks(name, parameter, model.config)
+        assert (group.get("method") == "muon") == (kind == "muon" and name.endswith(matrix)), name
 
 
 def test_refusals():
@@ -126,22 +113,3 @@ def test_refusals():
     for shape, method, message in [(3, "muon", r"shape \(3,\)"), ((3, 3), "sgd", "method='sgd'")]:
         with pytest.raises(ValueError, match=message):
             MuonAdamW([dict(params=[torch.nn.Parameter(torch.zeros(shape))], method=method)], lr=1e-2)
-
-
-def main(arguments: list[str]) -> int:
-    """One of two processes: each does its share of the matrices, which are uneven."""
-    dist.init_process_group("gloo")
-    for count in (1, 3, 4):
-        matrices = torch.randn(count, 8, 12, dtype=torch.float64)
-        dist.broadcast(matrices, src=0)
-        shared = shared_newton_schulz(matrices, 5)
-        torch.testing.assert_close(shared, newton_schulz(matrices), rtol=0, atol=1e-10)
-    sharded = DTensor.from_local(torch.zeros(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
-    with pytest.raises(ValueError, match="sharded"):
-        MuonAdamW([dict(params=[torch.nn.Parameter(sharded)], method="muon")], lr=1e-2)
-    parallel.stop()
-    return 0
-
-
-def test_two_processes_share_the_matrices(tmp_path):
-    run_ranks(2, [], tmp_path / "output", script="test_muon")

@@ -1,7 +1,6 @@
 """Several machines, played by several launchers on this one: rendezvous, lost ranks, Slurm, environment.
 
-Run: python -m pytest tests/training/test_nodes.py
-"""
+Run: python -m pytest tests/training/test_nodes.py"""
 
 import contextlib
 import os
@@ -111,16 +110,6 @@ def test_the_slurm_script_brings_a_lost_worker_back(one_node, data, tmp_path, re
     same_run(one_node, tmp_path / "log")
 
 
-def test_what_the_slurm_script_asks_for():
-    """The options that the comments promise, and no line that the shell would not take."""
-    text = (ROOT / "train.slurm").read_text()
-    assert subprocess.run(["bash", "-n", ROOT / "train.slurm"]).returncode == 0
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.MULTILINE))
-    assert options["ntasks-per-node"] == "1" and options["signal"] == "TERM@120" and "requeue" in options
-    before_first_command = text[: text.index("set -euo")]
-    assert text.count("#SBATCH") == before_first_command.count("#SBATCH")  # Slurm reads no later ones
-
-
 @pytest.mark.parametrize("lost", [*slow(0), 1])
 def test_a_killed_rank_is_named_and_nobody_waits(data, tmp_path, lost):
     """Processes started by hand, without a launcher that would end the others. Rank 0 has the store."""
@@ -177,21 +166,10 @@ def test_all_learn_who_is_lost_and_none_that_has_finished_is_missed(monkeypatch)
             rank.stop()
 
 
-def test_finishing_after_the_rank_that_has_the_store():
-    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    store = dist.TCPStore("127.0.0.1", host.port, None, False, wait_for_workers=False)
-    last = heartbeat.Heartbeat(0, 1, store)
-    del store
-    last.start()
-    del host
-    last.stop(finished=True)
-    assert last.lost == ""
-
-
 WORLD = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
 BAD = [  # variable, value, words that the message must contain
-    ("RANK", "one", "RANK='one'"), ("RANK", "-1", "RANK='-1'"), ("RANK", "2", "RANK=2 .*WORLD_SIZE"),
-    ("RANK", "1_0", "RANK='1_0'"), ("RANK", "\uff11", "RANK='\uff11'"), ("LOCAL_RANK", "", "LOCAL_RANK=''"),
+    ("RANK", "-1", "RANK='-1'"), ("RANK", "2", "RANK=2 .*WORLD_SIZE"), ("RANK", "1_0", "RANK='1_0'"),
+    ("RANK", "\uff11", "RANK='\uff11'"), ("LOCAL_RANK", "", "LOCAL_RANK=''"),
     ("WORLD_SIZE", "0", "WORLD_SIZE='0'"), ("WORLD_SIZE", "9" * 5000, "999' in the environment"),
     ("WORLD_SIZE", "2.0", "WORLD_SIZE='2.0'"), ("MASTER_PORT", "http", "MASTER_PORT='http'"),
     ("MASTER_PORT", "99999", "MASTER_PORT='99999'"), ("MASTER_ADDR", "x.invalid", "MASTER_ADDR='x.invalid'"),

@@ -1,7 +1,6 @@
 """Parameter roles, schedules, and FSDP's initial weights.
 
-Run: python -m pytest tests/training/test_optimizers.py
-"""
+Run: python -m pytest tests/training/test_optimizers.py"""
 
 import math
 
@@ -28,23 +27,18 @@ CONFIGS = {
 
 def test_every_role_is_found():
     h = "transformer.h.0."
-    names = (
-        f"{h}attn.q_norm.weight", f"{h}mlp.gate.weight", f"{h}mlp.experts.c_fc", f"{h}mlp.shared.c_fc.weight",
-        f"{h}attn.c_attn.weight", f"{h}mlp.c_proj.weight", "lm_head.weight", "transformer.wpe.weight",
-    )  # fmt: skip
+    names = "attn.q_norm mlp.gate mlp.experts.c_fc mlp.shared.c_fc attn.c_attn mlp.c_proj".split()
+    names = [*(f"{h}{name}.weight" for name in names), "lm_head.weight", "transformer.wpe.weight"]
     assert tuple(map(role_of, names)) == ROLES
     bias = role_of(f"{h}mlp.experts.c_fc_bias")
     assert (bias.lr_group, bias.decays, bias.is_matrix) == ("experts", False, False)
 
 
-@pytest.mark.parametrize(
-    ("fields", "rates"),
-    [
-        ({}, {0: 0.1, 9: 1.0, 10: 1.0, 35: 0.55 + 0.45 * math.sqrt(0.5), 60: 0.55, 110: 0.1, 120: 0.1}),
-        (dict(schedule="wsd", wsd_decay_frac=0.2), {9: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 120: 0.1}),
-        (dict(schedule="wsd", wsd_decay_frac=1.0), {60: 0.55}),  # at most the steps after the warmup
-    ],
-)
+@pytest.mark.parametrize(("fields", "rates"), [
+    ({}, {0: 0.1, 9: 1.0, 10: 1.0, 35: 0.55 + 0.45 * math.sqrt(0.5), 60: 0.55, 110: 0.1, 120: 0.1}),
+    (dict(schedule="wsd", wsd_decay_frac=0.2), {9: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 120: 0.1}),
+    (dict(schedule="wsd", wsd_decay_frac=1.0), {60: 0.55}),  # at most the steps after the warmup
+])  # fmt: skip
 def test_schedules(fields, rates):
     """By hand: a warmup of 10 steps, 100 steps after it, and steps past the last one."""
     config = TrainConfig(max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, **fields)
@@ -71,16 +65,12 @@ def test_initial_weights_are_the_constructors(name, order, monkeypatch):
         assert value.dtype == state[key].dtype and torch.equal(value, state[key]), key
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: torch.empty(8, 8).normal_().mul_(0.02).add_(1), ""),  # add_ needs what mul_ has left
-        (lambda: torch.ones(2, 2), "extra: no initialisation of it has been recorded"),
-        (lambda: torch.randn(2, 2), "draws random numbers for a new tensor"),
-        (lambda: torch.empty(2, 2)[:1].normal_(), "writes to a part of a tensor"),
-    ],
-    ids=["several writes", "ones", "randn", "part"],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: torch.empty(8, 8).normal_().mul_(0.02).add_(1), ""),  # add_ needs what mul_ has left
+    (lambda: torch.ones(2, 2), "extra: no initialisation of it has been recorded"),
+    (lambda: torch.randn(2, 2), "draws random numbers for a new tensor"),
+    (lambda: torch.empty(2, 2)[:1].normal_(), "writes to a part of a tensor"),
+], ids=["several writes", "ones", "randn", "part"])  # fmt: skip
 def test_a_parameter_is_repeated_or_refused(make, message, monkeypatch):
     class Extended(GPTLMHeadModel):
         def __init__(self, config):

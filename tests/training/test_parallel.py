@@ -31,7 +31,7 @@ IDLE = 2  # an expert of the first layer that no token ever chooses
 # name: processes, settings, micro-steps
 LAYOUTS = {
     "one process": (1, {}, 1),
-    "one process, muon": (1, dict(optimizer="muon"), 1),
+    "one process, muon": (1, dict(optimizer="muon", moe_loss_type="diversity_regularization"), 1),
     "ddp": (2, {}, 1),
     "ddp, accumulation": (2, {}, 2),
     "ddp, zero": (2, dict(zero_stage=1), 1),
@@ -39,7 +39,7 @@ LAYOUTS = {
     "fsdp, checkpointing": (2, dict(parallel="fsdp", activation_checkpointing="block"), 2),
     "experts": (2, dict(ep_size=2), 1),
     "experts, accumulation": (2, dict(ep_size=2, activation_checkpointing="block"), 2),
-    "experts, muon": (2, dict(ep_size=2, optimizer="muon"), 1),
+    "experts, muon": (2, dict(ep_size=2, optimizer="muon", moe_loss_type="diversity_regularization"), 1),
     "experts, fsdp": (2, dict(ep_size=2, parallel="fsdp"), 2),
     "slow one: fsdp": (1, dict(parallel="fsdp"), 1),
     "slow four: fsdp": (4, dict(parallel="fsdp"), 1),
@@ -111,8 +111,7 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
     model.update_routers()
     records = [train_gpt_moe.train_step(run, step) for step in range(STEPS)]
     result = {key: [record[key] for record in records] for key in ("loss", "balance_loss", "z_loss", "norm")}
-    held = sum(local(p).numel() for p in model.parameters())
-    result |= {"begin": begin, "end": whole(model.state_dict()), "held": held}
+    result |= {"begin": begin, "end": whole(model.state_dict())}
     (folder / name).mkdir(exist_ok=True)
     writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
@@ -231,7 +230,8 @@ def test_layouts_train_the_same_model(folder, name):
             error = (many["end"][key] - value).norm() / value.norm().clamp_min(1e-3)
             assert error < rounding, f"{key}: {error}"
         else:
-            torch.testing.assert_close(many["end"][key], value, rtol=1e-5, atol=20)
+            exact = "counts" in key  # of routed rows; the others are sums of rounded numbers
+            torch.testing.assert_close(many["end"][key], value, rtol=1e-5, atol=0 if exact else 20)
     idle = "transformer.h.0.mlp.experts.c_fc"
     assert torch.equal(many["end"][idle][IDLE], one["begin"][idle][IDLE])
 
@@ -262,16 +262,6 @@ def test_shared_experts_work_while_rows_are_under_way(folder):
     assert torch.load(folder / "events of 0") == forward + backward
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_memory_is_divided_up(folder, name):
-    """Numbers of parameters that rank 0 holds. Four ranks have a part of each of three experts."""
-    whole, experts = result(folder, "one process")["held"], 2 * 6 * (2 * 24 * 32 + 24 + 32)
-    size, more, _ = LAYOUTS[name]
-    part = pytest.approx(whole / size, rel=0.01)
-    expected = part if "parallel" in more else whole - experts // 2 if "ep_size" in more else whole
-    assert result(folder, name)["held"] == expected
-
-
 REFUSED = {  # flags: words of the message
     "--parallel fsdp": "parallel=fsdp needs processes.*torchrun", "--ep_size 0": "ep_size=0",
     "--zero_stage 1": "zero_stage=1 needs processes.*torchrun", "--zero_stage 2": "zero_stage=2",
@@ -296,23 +286,6 @@ def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         config, _ = train_gpt_moe.parse_config(["--hellaswag", "False", *flags.split()])
         check_config(config, parallel.World(0, 0, size, torch.device("cpu")))
-
-
-def test_a_run_goes_on_in_another_layout(data, tmp_path):
-    """Two processes with FSDP and shared experts, then one process from their folder in mid-run."""
-    more = "--dropout 0 --max_steps 6 --infer_step 3 --sample_every 3 --sample_tokens 2".split()
-    sharing = flags(data, tmp_path / "two", *more, "--parallel", "fsdp", "--ep_size", "2")
-    run_ranks(2, sharing, tmp_path / "output")
-    middle, end = tmp_path / "two" / "model_00003", tmp_path / "two" / "model_00006"
-    assert (tmp_path / "two" / "latest").read_text() == end.name and middle.is_dir()
-    assert train_gpt_moe.main([*flags(data, tmp_path / "one", *more), "--resume", str(middle)]) == 0
-    logs = (metrics(tmp_path / name) for name in ("two", "one"))
-    first, second = ({record["step"]: record["loss"] for record in log if "loss" in record} for log in logs)
-    assert list(first) == list(range(6)) and list(second) == list(range(3, 6))
-    assert list(second.values()) == pytest.approx(list(first.values())[3:], rel=1e-5)
-    inside = sorted(end.iterdir())
-    assert train_gpt_moe.main(["--resume", f"{end}/", "--device", "cpu"]) == 0  # as a shell completes it
-    assert sorted(end.iterdir()) == inside, "the run took the checkpoint for its log_dir"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")

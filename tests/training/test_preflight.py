@@ -1,7 +1,6 @@
 """What is told before a run: counts by part, memory against measured memory, warnings.
 
-Run: python -m pytest tests/training/test_preflight.py
-"""
+Run: python -m pytest tests/training/test_preflight.py"""
 
 from types import SimpleNamespace
 
@@ -32,16 +31,13 @@ BLOCKS, CHUNKS = dict(activation_checkpointing="block"), dict(loss_chunk=64)
 DROPOUT, BF16, FORWARD = dict(dropout=0.1), dict(dtype="bfloat16"), dict(inference_only=True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "settings"),
-    [
-        (DENSE, {}), (DENSE | MODERN, {}), (MOE, {}), (DENSE | DROPOUT, {}), (MOE | DROPOUT, {}),
-        (WIDE, {}), (WIDE, CHUNKS), (DENSE | dict(n_layer=8), BLOCKS | CHUNKS),
-        (DENSE, LONG_EAGER), (DENSE, LONG_EAGER | BF16), (DENSE | dict(n_layer=6), LONG_EAGER | BLOCKS),
-        (DENSE | DROPOUT, LONG), (DENSE | DROPOUT, LONG | BF16), (DENSE | DROPOUT, LONG_EAGER),
-        (DENSE, FORWARD), (MOE, FORWARD | CHUNKS), (DENSE, LONG_EAGER | FORWARD),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("fields", "settings"), [
+    (DENSE, {}), (DENSE | MODERN, {}), (MOE, {}), (DENSE | DROPOUT, {}), (MOE | DROPOUT, {}),
+    (WIDE, {}), (WIDE, CHUNKS), (DENSE | dict(n_layer=8), BLOCKS | CHUNKS),
+    (DENSE, LONG_EAGER), (DENSE, LONG_EAGER | BF16), (DENSE | dict(n_layer=6), LONG_EAGER | BLOCKS),
+    (DENSE | DROPOUT, LONG), (DENSE | DROPOUT, LONG | BF16), (DENSE | DROPOUT, LONG_EAGER),
+    (DENSE, FORWARD), (MOE, FORWARD | CHUNKS), (DENSE, LONG_EAGER | FORWARD),
+])  # fmt: skip
 def test_activations_are_estimated_to_a_quarter(fields, settings):
     config = TrainConfig(**dict(B=8, T=64, loss_chunk=0, dtype="float32") | settings)
     model = GPTLMHeadModel(GPTConfig(**SMALL | dict(block_size=config.T) | fields)).train()
@@ -72,16 +68,11 @@ def test_inference_needs_neither_gradients_nor_moments():
     assert memory["gradients"] == memory["optimizer"] == 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "rest", "experts", "moments"),
-    [
-        (dict(), 1, 1, 2),
-        (dict(zero_stage=1), 1, 1, 2 / 8),
-        (dict(parallel="fsdp"), 1 / 8, 1 / 8, 2),  # four experts on eight ranks are cut through
-        (dict(ep_size=4), 1, 1 / 4, 2),
-        (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 8, 2),
-    ],
-)
+@pytest.mark.parametrize(("settings", "rest", "experts", "moments"), [
+    (dict(), 1, 1, 2), (dict(zero_stage=1), 1, 1, 2 / 8), (dict(ep_size=4), 1, 1 / 4, 2),
+    (dict(parallel="fsdp"), 1 / 8, 1 / 8, 2),  # four experts on eight ranks are cut through
+    (dict(parallel="fsdp", ep_size=4), 1 / 8, 1 / 8, 2),
+])  # fmt: skip
 def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
     """Shares of a parameter outside and inside the experts, and fp32 moments per parameter that is held. FSDP
     pads the routers of four experts to eight rows, which is less than the tolerance."""

@@ -1,7 +1,6 @@
 """--help, other projects' names of flags, numbers, and files of settings.
 
-Run: python -m pytest tests/training/test_quick_help.py
-"""
+Run: python -m pytest tests/training/test_quick_help.py"""
 
 import dataclasses
 import json
@@ -54,18 +53,13 @@ def test_help_of_a_word_shows_its_flags_with_defaults(capsys):
         parse_config(["--help", "moe_loss"])
     lines = capsys.readouterr().out.splitlines()
     assert end.value.code == 0 and lines[0].split()[:2] == ["--moe_loss", "True"]
-    assert {line.split()[0] for line in lines if line[0] == "-"} == {
-        "--moe_loss",
-        "--moe_loss_type",
-        "--moe_loss_coef",
-    }
+    found = {line.split()[0] for line in lines if line[0] == "-"}
+    assert found == {"--moe_loss", "--moe_loss_type", "--moe_loss_coef"}
 
 
 def test_numbers_may_be_powers():
-    arguments = (
-        "--total_batch_size 2**19 --max_steps=5e2 --num_iterations 1e3 --prompt 2**19 --B=8 --max_lr 1e-3"
-    )
-    config, _ = parse_config(arguments.split())
+    words = "--total_batch_size 2**19 --max_steps=5e2 --num_iterations 1e3 --prompt 2**19 --B=8"
+    config, _ = parse_config(words.split())
     assert (config.total_batch_size, config.max_steps, config.prompt) == (2**19, 1000, "2**19")
     with pytest.raises(ValueError, match="B"):
         parse_config(["--B", "1.5e0"])

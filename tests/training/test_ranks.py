@@ -1,7 +1,6 @@
 """All ranks are told the same: signals, a killed launcher, different settings or data, a start that waits.
 
-Run: python -m pytest tests/training/test_ranks.py
-"""
+Run: python -m pytest tests/training/test_ranks.py"""
 
 import os
 import re
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, slow
-from processes import finish, flags, free_port, newest, start, wait_for, wait_for_text
+from processes import finish, flags, free_port, metrics, newest, start, start_ranks, wait_for
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import train_gpt_moe
@@ -39,12 +38,9 @@ def main(arguments: list[str]) -> int:
 def start_unlike(arguments: list[list], output: Path, folders: list | None = None) -> list:
     """Ranks with arguments and folders of their own."""
     world = dict(WORLD_SIZE=str(len(arguments)), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    each = [world | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(len(arguments))]
-    each = [
-        names | dict(FOLDER=str(folder)) for names, folder in zip(each, folders or [ROOT] * 2, strict=True)
-    ]
-    unlike = zip(arguments, each, strict=True)
-    return [start(mine, output, environment, script="test_ranks") for mine, environment in unlike]
+    each = enumerate(zip(arguments, folders or [ROOT] * 2, strict=True))
+    names = lambda rank, folder: world | dict(RANK=str(rank), LOCAL_RANK=str(rank), FOLDER=str(folder))  # noqa: E731
+    return [start(mine, output, names(rank, its), script="test_ranks") for rank, (mine, its) in each]
 
 
 def saved_all(log_dir: Path) -> bool:
@@ -53,15 +49,18 @@ def saved_all(log_dir: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
 def test_signals_that_end_a_run(name):
+    """A second SIGINT is left to the system. Afterwards the handlers are those of before."""
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
     with Signals() as signals:
-        os.kill(os.getpid(), getattr(signal, name))
+        os.kill(os.getpid(), number)
         assert signals.stop_requested
+        assert (signal.getsignal(number) == signal.SIG_DFL) == (name == "SIGINT")
         signals.agree(signals.take(torch.device("cpu")).tolist())
-    assert signals.exit_code == 128 + getattr(signal, name) and not signals.save_now
+    assert signals.exit_code == 128 + number and not signals.save_now
+    assert signal.getsignal(number) == before
 
 
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(monkeypatch):
@@ -75,21 +74,58 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_closed_terminal(data, tmp_path):
-    """Whatever the run prints after SIGHUP fails."""
-    ours, its = os.openpty()
-    run = start(flags(data, tmp_path, *LONG), os.ttyname(its))
+@pytest.mark.parametrize(("reader", "name", "code"), [("tee", "SIGINT", 130), ("terminal", "SIGHUP", 129)])
+def test_whoever_reads_the_output_is_gone(reader, name, code, data, tmp_path):
+    """Ctrl-C at `... 2>&1 | tee out` ends the tee as well, and SIGHUP follows the end of a terminal."""
+    if reader == "terminal":
+        ours, its = os.openpty()
+        run = start(flags(data, tmp_path, *LONG), os.ttyname(its))
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        run = start(flags(data, tmp_path, *LONG), tmp_path / "pipe")
+        ours = os.open(tmp_path / "pipe", os.O_RDONLY)
     wait_for(tmp_path / "log.txt", 6)
     os.close(ours)
     wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
-    os.kill(run.pid, signal.SIGHUP)
-    assert finish(run) == 129 and saved_all(tmp_path)
-    os.close(its)
+    os.kill(run.pid, getattr(signal, name))
+    assert finish(run) == code and saved_all(tmp_path)
+
+
+def test_signals_are_heard_inside_a_collective(data, tmp_path):
+    """Rank 1 is stopped, so rank 0 waits for it, and Python with it: no handler of Python can run."""
+    output = tmp_path / "out.txt"
+    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output)
+    wait_for(tmp_path / "log.txt", 6)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    seen = -1
+    while seen != newest(tmp_path):  # until rank 0 has come to a step that it cannot finish alone
+        seen = newest(tmp_path)
+        time.sleep(0.5)
+    try:
+        os.kill(ranks[0].pid, signal.SIGINT)
+        wait_for(output, "SIGINT: finishing this step")
+        assert ranks[0].is_alive()
+        os.kill(ranks[0].pid, signal.SIGINT)
+        assert finish(ranks[0]) == 130
+    finally:
+        ranks[1].kill()
+
+
+def test_a_signal_and_a_bad_step_of_one_rank_are_those_of_all(data, tmp_path):
+    """Rank 1 alone meets NaN, in steps 2 and 4, and rank 1 alone is told to stop."""
+    output = tmp_path / "out.txt"
+    ranks = start_ranks(2, flags(data, tmp_path, *LONG, "--B", 2), output, sick={5: 1, 8: 1})
+    wait_for(tmp_path / "log.txt", 9)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert [finish(rank) for rank in ranks] == [143, 143], output.read_text()
+    assert saved_all(tmp_path)
+    assert "stopped before step" in output.read_text()
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records if record.get("skipped")] == [2, 4]
+    assert [record["bad_steps"] for record in records[:6]] == [0, 0, 1, 1, 2, 2]
 
 
 # ---------------------------------------------------------------------------- a launcher that is killed
-
-
 @pytest.mark.parametrize("noticed_by", ["parent", "store"])
 def test_a_killed_launcher_is_like_sigterm(noticed_by, monkeypatch, capsys):
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.05)
@@ -115,9 +151,10 @@ def test_a_killed_launcher_is_like_sigterm(noticed_by, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layout"), [("SIGHUP", "ddp"), ("SIGKILL", "ddp"), ("SIGKILL", "fsdp")])
-def test_signals_to_torchrun(data, tmp_path, name, layout, request):
-    """SIGHUP is passed on. SIGKILL is not: the ranks, which are all alive, notice it themselves."""
+@pytest.mark.parametrize("how", ["SIGTERM ddp", "SIGHUP ddp", "SIGKILL ddp", "SIGKILL fsdp"])
+def test_signals_to_torchrun(data, tmp_path, how, request):
+    """Most are passed on. SIGKILL is not: the ranks, which are all alive, notice it themselves."""
+    name, layout = how.split()
     run = [ROOT / "train_gpt_moe.py", *flags(data, tmp_path / "log", *LONG, "--B", 2, "--parallel", layout)]
     port = f"--master_port={free_port()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, *map(str, run)]
@@ -127,7 +164,7 @@ def test_signals_to_torchrun(data, tmp_path, name, layout, request):
     wait_for(tmp_path / "log" / "log.txt", 8)
     launcher.send_signal(getattr(signal, name))
     launcher.wait(60)
-    wait_for_text(tmp_path / "out", "stopped before step", 60)
+    wait_for(tmp_path / "out", "stopped before step", 60)
     assert saved_all(tmp_path / "log")
     assert ("torchrun was killed" in (tmp_path / "out").read_text()) == (name == "SIGKILL")
 
@@ -140,8 +177,6 @@ def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- different settings or data
-
-
 def test_different_settings_are_named_on_all_ranks(data, tmp_path):
     arguments = flags(data, tmp_path / "log", "--B", 2)
     other = [*arguments, "--max_lr", 0.1, "--resume", "auto", "--prompt", "x" * 1000]
@@ -168,19 +203,11 @@ def test_different_data_are_named_on_all_ranks(data, tmp_path, name):
     assert len(re.findall(rf"different training data: .*{field}=\S+ on rank 0, but \S+ on rank 1", said)) == 2
 
 
-def test_what_differs_between_many_ranks():
-    values = [{"a": "1", "b": "2"}] * 3 + [{"a": "1", "b": "3"}] * 12 + [{"a": "1"}]
-    (text,) = rendezvous.differences(values)
-    assert text == "b=2 on rank 0, but 3 on ranks 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"
-
-
 # ---------------------------------------------------------------------------- a start that waits
+WAITING = (0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")
 
 
-@pytest.mark.parametrize(
-    ("rank", "said"),
-    [(0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")],
-)
+@pytest.mark.parametrize(("rank", "said"), WAITING)
 def test_a_start_that_waits_says_for_whom(rank, said, monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
     monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.2)

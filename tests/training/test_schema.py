@@ -1,7 +1,6 @@
 """Forged checkpoints: every value that no run writes is refused in one line, before anything uses it.
 
-Run: python -m pytest tests/training/test_schema.py
-"""
+Run: python -m pytest tests/training/test_schema.py"""
 
 import json
 import math
@@ -18,14 +17,8 @@ import sample
 import train_gpt_moe
 from train_gpt_moe import TrainConfig
 from training import archives, sharded
+from training import checkpoints as ckpt
 from training.archives import check_format
-from training.checkpoints import (
-    keep_settings,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    validation_losses,
-)
 from training.schema import check_checkpoint
 
 DEEP = []
@@ -75,25 +68,12 @@ def test_what_no_run_writes_is_refused(good, place, tmp_path):
     for value in (*WRONG, *more):
         if any(value is other or (type(value), value) == (type(other), other) for other in right):
             continue
-        with pytest.raises(ValueError) as refused:
+        with pytest.raises(ValueError) as error:
             forged = forge(good, place, value)
             check_format(path, forged)
-            keep_settings(TrainConfig(), set(), check_checkpoint(forged), path, lambda text: None)
+            ckpt.keep_settings(TrainConfig(), set(), check_checkpoint(forged), path, lambda text: None)
             raise AssertionError(f"{place} may be {type(value)}")
-        assert len(str(refused.value)) < 500
-
-
-@pytest.fixture
-def refused(capsys):
-    """Function that runs a command's main, which must end with code 2 and one line; returns the line."""
-
-    def run(main, *arguments) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
+        assert len(str(error.value)) < 500
 
 
 def commands(path, data, tmp_path) -> list[tuple]:
@@ -132,14 +112,11 @@ def test_a_run_is_not_resumed_from_it(good, forged, refused, data, tmp_path):
     path = tmp_path / "model_00012.pt"
     torch.save(forge(good, *forged), path)
     line = refused(train_gpt_moe.main, *flags(data, tmp_path / "log", "--resume", path))
-    assert {"rng": "mt19937", "loader.T": "T="}.get(forged[0], forged[0].split(".")[0]) in line and len(
-        line
-    ) < 700
+    word = {"rng": "mt19937", "loader.T": "T="}.get(forged[0], forged[0].split(".")[0])
+    assert word in line and len(line) < 700
 
 
 # ---------------------------------------------------------------------------- FOLDERS
-
-
 @pytest.mark.parametrize(("place", "value"), [
     ("optimizer.param_groups", None), ("loader", None), ("rng", "x"), ("step", -5), ("format", True),
     ("train_config", DEEP), ("model.transformer.h.0.ln_1.weight", torch.full((32,), math.nan)),
@@ -174,17 +151,15 @@ def test_what_is_no_ordinary_file_is_not_read(good, replace, name, refused, tmp_
 
 
 # ---------------------------------------------------------------------------- LISTS
-
-
 def test_list_and_retention_know_the_validation_losses(straight, tmp_path, capsys):
     log = shutil.copytree(straight, tmp_path / "log")
     assert checkpoint.main(["list", str(log)]) == 0
     _, newest, *others = capsys.readouterr().out.splitlines()
-    losses, bits = validation_losses(log), validation_losses(log, "val_bpb")
+    losses, bits = ckpt.validation_losses(log), ckpt.validation_losses(log, "val_bpb")
     assert newest.split()[0] == "12" and f" {losses[12]:.4f} " in newest and len(others) == 3
     assert newest.split()[5] == f"{bits[12]:.4f}" and others[0].split()[4:6] == ["-", "-"]
-    assert load_checkpoint(log / "model_00009.pt")["val_loss_step"] == 8
+    assert ckpt.load_checkpoint(log / "model_00009.pt")["val_loss_step"] == 8
     (log / "log.txt").write_text("3 val 2.5\n6 val nan\n9 val 4\n12 val 1000\n")  # a run that diverged
-    prune_checkpoints(log, 1, 0)
-    assert [path.name for path in list_checkpoints(log)] == ["model_00012.pt", "model_00003.pt"]
+    ckpt.prune_checkpoints(log, 1, 0)
+    assert [path.name for path in ckpt.list_checkpoints(log)] == ["model_00012.pt", "model_00003.pt"]
     assert checkpoint.main(["list", str(tmp_path)]) == 2 and "no checkpoint" in capsys.readouterr().err

@@ -60,11 +60,9 @@ FORGERIES = {  # what the error says: the change
     "wte.weight is torch.int32 of shape": lambda index: a(index).update(dtype="int32"),
     "it lacks 'shape'": lambda index: a(index).pop("shape"),
     "do not fill its shape .6, 7. exactly": lambda index: a(index).update(shape=[6, 7]),
-    "do not fill its shape .7, 5. exactly": lambda index: a(index).update(shape=[7, 5]),
     "do not fill its shape .5, 7. exactly": lambda index: a(index).update(parts=[]),
     "do not fill .* exactly once": lambda index: a(index).update(parts=2 * a(index)["parts"]),
     "no tensor can be read from byte -1": change_part(3, -1),
-    "no tensor can be read from byte 5": change_part(3, 5),
     r"__0_0\.distcp: .* the file is cut off": change_part(3, 10**9),
     "a part of .* does not fit into": change_part(4, 5),
 }
@@ -72,7 +70,6 @@ FORGERIES = {  # what the error says: the change
 
 @pytest.mark.parametrize("message", FORGERIES)
 def test_a_forged_index_is_refused(folder, original, capsys, message):
-    """Its checksum is right; the error names the file and what is wrong there, without a traceback."""
     (folder.parent / "secret").touch()
     FORGERIES[message](original)
     write_index(folder, original)

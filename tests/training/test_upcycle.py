@@ -1,7 +1,6 @@
 """Begin with other weights: a dense model becomes a Mixture-of-Experts, or a new run trains a model further.
 
-Run: python -m pytest tests/training/test_upcycle.py
-"""
+Run: python -m pytest tests/training/test_upcycle.py"""
 
 import pytest
 import torch
@@ -55,22 +54,21 @@ def test_upcycling_every_other_layer_and_what_it_refuses():
     logits = (model(input_ids=tokens()).logits for model in (mixed, dense))
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
     refused = {
-        "has experts already": (mixed, {}),
+        "has experts already": (mixed, {}), "does not fit the new model": (dense, dict(n_layer=1)),
         "num_shared_experts=1": (dense, dict(num_shared_experts=1)),
         "expert_hidden_size=8.*--expert_hidden_size 256": (dense, dict(expert_hidden_size=8)),
-        "does not fit the new model": (dense, dict(n_layer=1)),
-    }
+    }  # fmt: skip
     for message, (source, fields) in refused.items():
         with pytest.raises(ValueError, match=message):
             upcycle(source, tiny(**fields))
 
 
-def begin(source, data, log_dir, *more) -> int:
-    """A new run with the weights of `source`."""
+def begin(source, data, log_dir, *more) -> list:
+    """Flags of a new run with the weights of `source`."""
     words = ["--init_from", source, "--data_dir", data, "--log_dir", log_dir]
     words += "--B 4 --T 32 --total_batch_size 256 --warmup_steps 0".split()
     words += "--device cpu --use_compile 0 --plot 0 --tensorboard 0 --sample_every 0 --val_steps 2".split()
-    return train_gpt_moe.main([*map(str, words), *map(str, more)])
+    return [*map(str, words), *map(str, more)]
 
 
 def test_upcycling_end_to_end(data, tmp_path):
@@ -79,27 +77,26 @@ def test_upcycling_end_to_end(data, tmp_path):
     dense, log_dir = tmp_path / "dense", tmp_path / "moe"
     assert train_gpt_moe.main(flags(data, dense, "--use_moe", False, "--max_steps", 3)) == 0
     more = "--use_moe True --num_experts 8 --num_experts_per_tok 2 --max_steps 2 --checkpoint_every 1".split()
-    assert begin(dense / "latest", data, log_dir, *more) == 0
+    assert train_gpt_moe.main(begin(dense / "latest", data, log_dir, *more)) == 0
     assert metrics(log_dir)[0]["val_loss"] == pytest.approx(metrics(dense)[-1]["val_loss"], abs=1e-5)
     state = load_checkpoint(log_dir / "model_00002.pt")
     assert state["config"]["num_experts"] == 8 and state["config"]["n_embd"] == 32
     assert state["train_config"]["n_embd"] == 32 and state["train_config"]["dropout"] == 0.1
     (log_dir / "model_00002.pt").unlink()
-    assert begin(dense / "latest", data, log_dir, *more, "--resume", "auto") == 0
+    assert train_gpt_moe.main(begin(dense / "latest", data, log_dir, *more, "--resume", "auto")) == 0
     assert equal(state["model"], load_checkpoint(log_dir / "model_00002.pt")["model"])
 
 
-def test_flags_that_contradict_the_weights_are_refused(straight, data, tmp_path, capsys):
+def test_flags_that_contradict_the_weights_are_refused(straight, data, tmp_path, refused):
     for flag, value in (("n_layer", 3), ("num_experts", 8), ("use_moe", False), ("T", 64)):
-        assert begin(straight / "latest", data, tmp_path, "--max_steps", 1, f"--{flag}", value) == 2
-        error = capsys.readouterr().err
-        assert f"{flag}={value}, but init_from={straight}" in error and error.count("\n") == 1
+        words = begin(straight / "latest", data, tmp_path, "--max_steps", 1, f"--{flag}", value)
+        assert f"{flag}={value}, but init_from={straight}" in refused(train_gpt_moe.main, *words)
     assert not (tmp_path / "log.txt").exists()
 
 
 def test_a_new_run_may_have_a_shorter_text_and_another_balance_loss(straight, data, tmp_path):
     more = "--max_steps 1 --T 16 --block_size 16 --moe_loss_type diversity_regularization".split()
-    assert begin(straight / "latest", data, tmp_path, *more) == 0
+    assert train_gpt_moe.main(begin(straight / "latest", data, tmp_path, *more)) == 0
     config = load_checkpoint(tmp_path / "latest")["config"]
     assert config["block_size"] == 16 and config["moe_loss_type"] == "diversity_regularization"
     assert metrics(tmp_path)[0]["val_loss"] < 5.0  # the weights came along: a fresh model has log 384 = 5.95
