@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -18,7 +19,6 @@ from typing import Any, BinaryIO
 import torch
 
 from layers.sharding import local
-from tokens.files import check_regular  # noqa: F401 (training/sharded.py and checkpoints.py use it)
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
 
@@ -32,30 +32,17 @@ class NewerFormatError(CheckpointError):
 
 
 class NotFiniteError(CheckpointError):
-    """A tensor that was to be saved holds NaN or an infinite value."""
+    """A tensor holds NaN or an infinite value."""
 
 
-def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor with a NaN or infinite value; of a DTensor, this rank's part is looked at."""
+def check_finite(where: str, tensors: dict[str, torch.Tensor], mend: str = "") -> None:
+    """NotFiniteError, naming the first, for a tensor with a NaN or infinite value in this rank's part."""
     for name, tensor in tensors.items():
         tensor = local(tensor)
         if tensor.is_floating_point() and tensor.numel() > 0:
             smallest, largest = tensor.aminmax()  # NaN if any value is; isfinite() would allocate a mask
             if not (smallest.isfinite() and largest.isfinite()):
-                return name
-    return None
-
-
-def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
-    """NotFiniteError if a value that is to be saved is NaN or infinite."""
-    if name := find_not_finite(tensors):
-        raise NotFiniteError(f"step {step} is not saved: {name} is not finite")
-
-
-def check_loaded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """CheckpointError if a value that was read is NaN or infinite."""
-    if name := find_not_finite(tensors):
-        raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint")
+                raise NotFiniteError(f"{where}: {name} is not finite{mend}")
 
 
 def remove(path: Path) -> None:
@@ -120,15 +107,15 @@ def check_format(path: Path, content: Any) -> None:
     if type(made) is not int or made < 1:
         raise ValueError("its format is no number from 1 on")
     if made > CHECKPOINT_FORMAT:
-        text = f"{path}: made by a newer version: its format is {made}"
-        raise NewerFormatError(f"{text}, this one reads up to {CHECKPOINT_FORMAT}; update the program")
+        what = f"its format is {made}, this one reads up to {CHECKPOINT_FORMAT}"
+        raise NewerFormatError(f"{path}: made by a newer version: {what}; update the program")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch has no exception type for that on a CPU, only two messages."""
-    messages = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    messages = "DefaultCPUAllocator|Storage size calculation overflowed"
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(message in str(error) for message in messages)
+    return known or re.search(messages, str(error)) is not None
 
 
 @contextlib.contextmanager

@@ -24,8 +24,7 @@ class CheckpointWriter:
 
     If a save fails (disk full, no memory, a value not finite), the writer prints a warning at once, and
     training continues. The writer deletes old checkpoints only after it has read back and verified the new
-    one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder.
-    """
+    one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder."""
 
     def __init__(
         self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
@@ -46,22 +45,23 @@ class CheckpointWriter:
         self.wait()
         if self.saver is None and self.rank != 0:
             return 0.0
+        step = checkpoint["step"]
         try:
             if self.saver is not None:
-                path = ckpt.checkpoint_path(self.folder, checkpoint["step"], suffix="")
+                path = ckpt.checkpoint_path(self.folder, step, suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 used: dict[tuple, torch.Tensor] = {}
                 write = partial(ckpt.save_checkpoint, self._copy(checkpoint, used), self.folder)
                 self._buffers = used
         except Exception as error:  # handled like an error in the thread
-            self._report_failure(checkpoint["step"], error)
+            self._report_failure(step, error)
             return time.perf_counter() - begin
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        work = dict(target=self._write, args=(checkpoint["step"], write, before, pause))
-        self._thread = threading.Thread(**work, name="checkpoint")  # heartbeat.py waits for this name
+        # heartbeat.py waits for the thread of this name
+        self._thread = threading.Thread(None, self._write, "checkpoint", (step, write, before, pause))
         self._thread.start()
         return pause
 
@@ -99,8 +99,7 @@ class CheckpointWriter:
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
-                buffer = self._buffers.get(key)
-                cuda = value.is_cuda
+                buffer, cuda = self._buffers.get(key), value.is_cuda
                 if buffer is None:
                     buffer = torch.empty_like(value, device="cpu", pin_memory=cuda, requires_grad=False)
                 used[key] = buffer.copy_(value.detach(), non_blocking=cuda)
@@ -129,11 +128,9 @@ class CheckpointWriter:
 
     def _accept(self, path: Path) -> None:
         """On rank 0: point `latest` at a new folder; read the checkpoint back before old ones are deleted."""
-        if self.rank != 0:
-            return
-        if self.saver is not None:
+        if self.rank == 0 and self.saver is not None:
             write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
-        if self.keep_last > 0:
+        if self.rank == 0 and self.keep_last > 0:
             ckpt.verify_checkpoint(path)
             ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 
@@ -164,11 +161,9 @@ class RunSaver:
         val_loss was measured at val_loss_step: a step is saved before it is evaluated."""
         run = self.run
         run.updating = False
-        self.state = {
-            "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
-            "loader": run.train_loader.state_dict(),
-            "health": run.health.state_dict(), "rng": torch.get_rng_state(),
-        }  # fmt: skip
+        self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)
+        self.state |= dict(loader=run.train_loader.state_dict(), health=run.health.state_dict())
+        self.state["rng"] = torch.get_rng_state()
         if run.health.in_a_row == 0:
             self.last_good_state = self.state
 
@@ -197,7 +192,7 @@ class RunSaver:
         return self.run.layout.any(signals.stop_requested or (signals.save_requested and unsaved))
 
     def request_retry(self) -> None:
-        """If the last save failed some time ago, ask all ranks to save after this step."""
+        """If the last save failed some time ago, ask all ranks to save."""
         if self.writer.wants_retry():
             self.run.signals.request_save()
 

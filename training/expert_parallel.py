@@ -1,7 +1,5 @@
 """Expert parallelism: ranks share the experts of a layer, and send each other the rows of these experts.
 
-    moe.exchange = Exchange(group)      # parallel.py does it: --ep_size n
-
 Each of the W ranks of a group holds E/W experts of every layer, and has different tokens. Between the stages
 "dispatch" and "experts" of mixture_of_experts.py:
 
@@ -35,15 +33,13 @@ class AllToAll:
         send, receive = reversed(self.counts) if backward else self.counts
         self.sent = rows.contiguous()  # must stay in memory until it is sent
         self.received = rows.new_empty(sum(receive), rows.shape[1])
-        arguments = (self.received, self.sent, receive, send, self.group)
-        self.work = dist.all_to_all_single(*arguments, async_op=True)
+        self.work = dist.all_to_all_single(self.received, self.sent, receive, send, self.group, async_op=True)
         return self.received
 
     def wait(self) -> Tensor:
         """Wait for the all-to-all, and return the received rows."""
         self.work.wait()
-        received = self.received
-        del self.work, self.sent, self.received
+        received, self.work, self.sent, self.received = self.received, None, None, None
         return received
 
 

@@ -1,12 +1,8 @@
 """Initial weights for FSDP, one tensor at a time, so that no process ever holds a whole model.
 
-    for name, tensor in initial_weights(config, seed): ...    # GPTLMHeadModel(config)'s, bit for bit
-
 The model's constructor runs once on fake tensors, which have a shape but no memory. A Recorder notes every
 operator that writes to a tensor, and the state of the random number generator before it. To make a tensor,
 its operators run again from these states, so the order of the modules does not matter.
-
-References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode
 """
 
 from collections.abc import Iterator
@@ -29,8 +25,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        # storage's address -> [(tensor, generator state before, operator, its other arguments), ...]
-        self.writes: dict[int, list[tuple]] = {}
+        self.writes: dict[int, list[tuple]] = {}  # by storage: generator state before, operator, arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
@@ -40,7 +35,7 @@ class Recorder(TorchDispatchMode):
             if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
                 raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
             past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
-            self.writes[storage._cdata] = [*past, (tensor, torch.get_rng_state(), func, others, kwargs)]
+            self.writes[storage._cdata] = [*past, (torch.get_rng_state(), func, others, kwargs, tensor)]
             if draws:  # advances the generator as on the CPU
                 with unset_fake_temporarily():
                     func(torch.empty(tensor.shape, dtype=tensor.dtype), *others, **kwargs)
@@ -51,10 +46,10 @@ class Recorder(TorchDispatchMode):
     def repeat(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The parameter or buffer called `name` with its values, on the CPU. RuntimeError if it has none."""
         writes = self.writes.get(tensor.untyped_storage()._cdata, [])
-        if not writes or any(isinstance(argument, torch.Tensor) for write in writes for argument in write[3]):
+        if not writes or any(isinstance(argument, torch.Tensor) for write in writes for argument in write[2]):
             raise RuntimeError(f"{name}: no initialisation of it has been recorded that could be repeated")
         made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        for _, state, func, args, kwargs in writes:
+        for state, func, args, kwargs, _ in writes:
             torch.set_rng_state(state)
             func(made, *args, **kwargs)
         return made

@@ -1,7 +1,7 @@
 """Heartbeats: if a rank is lost, the other ranks notice it, print its name and end instead of waiting.
 
-parallel.py uses this file. docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice.
-If torchrun is killed, its processes live on. They notice it here; the run saves and ends as after SIGTERM.
+docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice. If torchrun is killed, its
+processes live on. They notice it here; the run saves and ends as after SIGTERM.
 Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
 """
 
@@ -12,14 +12,22 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch.distributed as dist
+
+from tokens.printable import printable
 
 INTERVAL = 1.0  # seconds between two heartbeats of a rank
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
 TIMEOUT_AFTER_ERROR = 5.0  # seconds without a heartbeat, once a collective has failed
 EXIT_TIMEOUT = 10.0  # seconds that a process has to end by itself once a rank is lost
-MOST_NAMED = 8  # how many lost ranks a message names
+
+
+def shorten(names: Sequence[object], most: int = 8) -> str:
+    """The names, or the first few and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more if names else "none"
 
 
 class Heartbeat:
@@ -105,20 +113,19 @@ class Heartbeat:
         if most * INTERVAL <= timeout:
             return ""
         silent = [other for other in self.others if self.missed[other] >= most - 2]  # within two checks
-        processes = self.store.multi_get([f"process {other}" for other in silent[:MOST_NAMED]])
-        names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
-        names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
-        self.store.set("lost", ", ".join(names))
-        return ", ".join(names)
+        processes = self.store.multi_get([f"process {other}" for other in silent])
+        names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=True)]
+        self.store.set("lost", shorten(names))
+        return shorten(names)
 
     def _end_without_launcher(self) -> None:
         """Act as if torchrun had sent SIGTERM: the ranks are connected, so they can agree, save and end."""
         if self.launcher is None or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             return  # it is done, or the run does not train: it may have saved and be about to end
-        text = f"rank {self.rank}: torchrun was killed; the run saves and ends, as after SIGTERM"
         self.launcher = None
+        text = "torchrun was killed; the run saves and ends, as after SIGTERM"
         with contextlib.suppress(OSError):
-            print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
+            print(f"train_gpt_moe.py: rank {self.rank}: {text}", file=sys.stderr, flush=True)
         signal.raise_signal(signal.SIGTERM)
 
     def _report(self, lost: str) -> None:

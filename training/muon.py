@@ -2,13 +2,12 @@
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
+layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 
-Matrices: layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Muon and AdamW thus share learning rate, schedule
-and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as in AdamW: w -= lr * weight_decay * w.
-Each process orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per matrix,
-r <= c), and an all-gather distributes the results.
+and weight decay (arXiv 2502.16982, section 2.2). Each process orthogonalises its share of the matrices (5
+iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
 
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
 AdamW, arXiv 1711.05101.
@@ -69,11 +68,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with method="muon" or method="adamw"; every group has an lr and a weight_decay.
 
     A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
-    the same parameters and therefore share the work.
-    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise its
-    momentum, once orthogonalised, would move it as far as a real gradient does.
-    ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
-    """
+    the same parameters and share the work. A matrix whose gradient is exactly zero (an expert without tokens)
+    stays unchanged: its momentum, once orthogonalised, would move it as far as a real gradient does.
+    ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor."""
 
     def __init__(
         self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
@@ -98,10 +95,12 @@ class MuonAdamW(torch.optim.Optimizer):
         """One update from the gradients; returns the closure's loss, if there is a closure."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
+        methods = {"muon": [], "adamw": []}
         for group in self.param_groups:
-            if group["method"] == "adamw":
-                self._adamw_step(group)
+            methods[group["method"]].append(group)
+        self._muon_step(methods["muon"])
+        for group in methods["adamw"]:
+            self._adamw_step(group)
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:
@@ -118,11 +117,11 @@ class MuonAdamW(torch.optim.Optimizer):
                     key = (*update.shape[1:], update.dtype, group["steps"], group["replicated"])
                     stacks.setdefault(key, []).append((weight, alive, update, group))
         for (_, columns, _, steps, replicated), stack in stacks.items():
-            updates = torch.cat([update for _, _, update, _ in stack])  # (n, r, c)
-            updates = (shared_newton_schulz if replicated else newton_schulz)(updates, steps)
-            updates *= ADAMW_RMS * math.sqrt(columns)
-            counts = [len(weight) for weight, *_ in stack]
-            for (weight, alive, _, group), update in zip(stack, updates.split(counts), strict=True):
+            weights, _, updates, _ = zip(*stack, strict=True)
+            orthogonalise = shared_newton_schulz if replicated else newton_schulz
+            updates = orthogonalise(torch.cat(updates), steps)  # (n, r, c)
+            updates = updates.mul_(ADAMW_RMS * math.sqrt(columns)).split([len(weight) for weight in weights])
+            for (weight, alive, _, group), update in zip(stack, updates, strict=True):
                 update = update if update.shape == weight.shape else update.mT
                 update = update.to(weight.dtype) + group["weight_decay"] * weight
                 weight.sub_(alive * update, alpha=group["lr"])
@@ -168,7 +167,7 @@ def configure_muon(
     router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
     """MuonAdamW for a GPT. Arguments as in GPT.configure_optimizers; expert_parallel: processes hold
-    different experts, and each process orthogonalises its experts alone."""
+    different experts, and each orthogonalises its own."""
 
     def details(name, parameter, role):
         if not role.is_matrix:

@@ -1,7 +1,6 @@
 """Where a run computes: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
-One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
-
+docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054
 """
@@ -49,7 +48,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over all ranks, in place; the tensor itself in a single process."""
+        """The tensor summed over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -72,21 +71,18 @@ class World:
 def choose_device(name: str, local_rank: int) -> torch.device:
     """The device called `name`, or with "" the best available: CUDA, then MPS, then CPU. ValueError if this
     machine or this torch does not have the device."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(filter(available.get, available))
     try:
         device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("nothing can be trained there")
-    except RuntimeError as error:
+        here = available[device.type]
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"device={name!r} is no device: use cuda, cuda:N, mps or cpu") from error
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps', but this machine or this torch has no MPS; use --device cpu")
+    if not here:
+        problem = f"device={name!r}, but torch {torch.__version__} finds no {device.type.upper()} here"
+        raise ValueError(f"{problem}; use --device cpu")
     if device.type != "cuda":
         return device
-    if not torch.cuda.is_available():
-        problem = f"device={name!r}, but torch {torch.__version__} finds no CUDA here"
-        raise ValueError(f"{problem}; use --device cpu")
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
         problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
@@ -96,10 +92,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 def check_compiler(device: torch.device) -> None:
     """ValueError if the compiler that torch.compile needs for this device is not installed."""
+    names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if device.type == "cuda":  # for Triton
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    else:
-        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if not any(map(shutil.which, names)):
         problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, which is not installed"
         raise ValueError(f"{problem}; install it, or --use_compile False")
@@ -131,11 +126,9 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
 
 
 def stop(world: World | None = None) -> None:
-    """Leave the process group, if there is one, as a rank that has finished. First delete the DDP module.
-
-    gloo's threads end with their group. DDP, or a mesh in DTensor's caches, keeps the group in memory. If the
-    interpreter ends while a thread releases tensors, SIGABRT kills the process.
-    """
+    """Leave the process group, if there is one, as a rank that has finished. First delete the DDP module: it
+    keeps the group in memory, and gloo's threads end with the group. If the interpreter ends while a thread
+    releases tensors, SIGABRT kills the process."""
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
     if dist.is_initialized():
@@ -180,14 +173,10 @@ class Layout:
 
 def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
     """The layout of these settings, with its process groups. setup.check_layout must run first."""
-    device, all_ranks, mesh, savers = world.device.type, None, None, None
-    if parallel == "fsdp":
-        all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",))
-    if ep_size > 1:
-        shape = (world.size // ep_size, ep_size)
-        mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert"))
-    if parallel == "fsdp" or ep_size > 1:
-        savers = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    device, fsdp, shape = world.device.type, parallel == "fsdp", (world.size // ep_size, ep_size)
+    all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",)) if fsdp else None
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert")) if ep_size > 1 else None
+    savers = dist.new_group(backend="gloo", timeout=TIMEOUT) if fsdp or ep_size > 1 else None
     return Layout(world, parallel, zero_stage, ep_size, all_ranks, mesh, savers)
 
 
@@ -196,10 +185,8 @@ def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> L
 
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
-
     Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
-    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later.
-    """
+    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later."""
     if layout.ep_size > 1:
         share_experts(model, layout)
     if layout.parallel == "fsdp":
@@ -242,11 +229,9 @@ def share_experts(model: nn.Module, layout: Layout) -> None:
 
 def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     """Cut all parameters into one part per rank (FSDP2). FSDP gathers a block's parameters when it runs.
-
     With bfloat16, FSDP gathers blocks in bf16 and reduces gradients in fp32. Routers stay fp32, because bf16
     would change their choices. Embeddings, head, last norm and activations between blocks stay fp32, too.
-    Experts are cut along dimension_to_shard(): along dimension 0, 16 ranks could not share 8 experts.
-    """
+    Experts are cut along dimension_to_shard(): along dimension 0, 16 ranks could not share 8 experts."""
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
 
@@ -256,21 +241,19 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    how = dict(mp_policy=policy, shard_placement_fn=placement)
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.gate, mesh=layout.all_ranks)
             if layout.ep_size > 1:  # share_experts() has cut them; FSDP cuts each part among the replicas
-                replica = layout.mesh["replica"]
-                fully_shard(block.mlp.experts, mesh=replica, mp_policy=policy, shard_placement_fn=placement)
-        fully_shard(block, mesh=layout.all_ranks, mp_policy=policy, shard_placement_fn=placement)
+                fully_shard(block.mlp.experts, mesh=layout.mesh["replica"], **how)
+        fully_shard(block, mesh=layout.all_ranks, **how)
     fully_shard(model, mesh=layout.all_ranks)
 
 
 def compile_blocks(model: nn.Module, layout: Layout) -> None:
     """Compile every block in place. All blocks share one graph. The whole model would take four times longer.
-
-    A block is one graph, unless FSDP gathers the router, or ranks exchange rows, inside the block.
-    """
+    A block is one graph, unless FSDP gathers the router, or ranks exchange rows, inside the block."""
     torch._dynamo.config.optimize_ddp = False  # do not split a block at DDP's buckets
     # Inductor recommends TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
@@ -316,12 +299,13 @@ def finish_gradients(model: nn.Module, layout: Layout) -> None:
     them into means over all ranks, because DDP and FSDP do not."""
     if layout.ep_size == 1:
         return
-    works, fsdp = [], layout.parallel == "fsdp"  # FSDP has taken the mean over the replicas
-    for parameter in (p for moe in model.moe_layers() for p in moe.experts.parameters()):
-        grad = local(parameter.grad).div_(layout.ep_size if fsdp else layout.world.size)
-        if not fsdp:
-            works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
-    for work in works:
+    grads = [local(p.grad) for moe in model.moe_layers() for p in moe.experts.parameters()]
+    if layout.parallel == "fsdp":  # which has taken the mean over the replicas
+        torch._foreach_div_(grads, layout.ep_size)
+        return
+    torch._foreach_div_(grads, layout.world.size)
+    replicas = layout.mesh.get_group("replica")
+    for work in [dist.all_reduce(grad, group=replicas, async_op=True) for grad in grads]:
         work.wait()
 
 

@@ -116,9 +116,9 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
-    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T).
-    Parameters, gradients and the two moments are fp32. FSDP divides all of them among the ranks, zero_stage=1
-    the moments, ep_size the experts. With inference_only there are no gradients and no moments."""
+    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). Parameters, gradients
+    and moments are fp32. FSDP divides all of them among the ranks, zero_stage=1 the moments, ep_size the
+    experts. With inference_only there are no gradients and no moments."""
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     moments = 8 * held * trains // (world_size if config.zero_stage else 1)
     activations = activation_bytes(model, config, dtype)
@@ -159,8 +159,7 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")
     ranks = world.size // config.ep_size
     shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
-    uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
-    if uncut:
+    if uncut := [s[0] for s in shapes if dimension_to_shard(s, ranks) == 0 and s[0] < ranks]:
         text = f"{ranks} processes share {uncut[0]} experts: some get no expert, but send and hold as much"
         mend = "take a number of processes that divides num_experts, n_embd or expert_hidden_size"
         warnings.append(f"{text} as the others: {mend}")

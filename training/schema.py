@@ -15,6 +15,7 @@ from model import GPTConfig, GPTLMHeadModel
 DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
 HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's
+RANDOM_STATE = (torch.uint8, torch.get_rng_state().shape)
 
 
 # ---------------------------------------------------------------------------- KINDS
@@ -42,11 +43,6 @@ def is_tensor(value: Any) -> bool:
     return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def is_random_state(value: Any) -> bool:
-    """Whether it looks like torch.get_rng_state()."""
-    return is_tensor(value) and value.dtype == torch.uint8 and value.shape == torch.get_rng_state().shape
-
-
 def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
     """A kind: dictionaries with these names (None: any) whose values are all of `kind`."""
 
@@ -68,9 +64,8 @@ def is_optimizer(value: Any) -> bool:
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
         return False
     numbers = [number for group in groups for number in group["params"]]
-    if not all(map(is_count, [*numbers, *state])) or sorted(numbers) != list(range(len(numbers))):
-        return False
-    return state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
+    counts = all(map(is_count, [*numbers, *state])) and sorted(numbers) == list(range(len(numbers)))
+    return counts and state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
 
 
 # ---------------------------------------------------------------------------- ENTRIES
@@ -84,7 +79,7 @@ ENTRIES = {
     "val_loss_step": (lambda value: value is None or is_count(value), "a number of steps or None"),
     "optimizer": (is_optimizer, "an optimizer's state"),
     "loader": (lambda v: are_named(is_setting)(v) and is_count(v.get("position")), "a data loader's state"),
-    "rng": (is_random_state, "torch's random state"),
+    "rng": (lambda v: is_tensor(v) and (v.dtype, v.shape) == RANDOM_STATE, "torch's random state"),
     "train_config": (are_named(is_setting), "settings by name"),
     "elapsed_s": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
     "health": (are_named(is_number, HEALTH), f"numbers named {', '.join(sorted(HEALTH))}"),
@@ -141,11 +136,10 @@ def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that torch cannot count
         raise ValueError(f"config makes no model: {str(error).splitlines()[0]}") from error
     if unlike := sorted(expected.keys() ^ weights.keys()):
-        name = unlike[0]
-        problem = "is missing" if name in expected else "is no weight of such a model"
-        raise ValueError(f"model: {name[:99]} {problem}")
+        problem = "is missing" if unlike[0] in expected else "is no weight of such a model"
+        raise ValueError(f"model: {unlike[0][:99]} {problem}")
     for name, tensor in expected.items():
-        ours, theirs = ((t.shape, t.is_floating_point()) for t in (tensor, weights[name]))
-        if ours != theirs:
-            problem = f"{weights[name].dtype} of shape {list(weights[name].shape)}"
-            raise ValueError(f"model: {name} is {problem}, not of shape {list(tensor.shape)} as config says")
+        found = weights[name]
+        if (found.shape, found.is_floating_point()) != (tensor.shape, tensor.is_floating_point()):
+            problem = f"{found.dtype} of shape {list(found.shape)}, not of shape {list(tensor.shape)}"
+            raise ValueError(f"model: {name} is {problem} as config says")
