@@ -7,11 +7,12 @@
 docs/formats.md has the names of the files, their headers and the offset of each tensor. import makes a folder
 that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
 
-References: llm.c, github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and train_gpt2.cu
-read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
+Reference: github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and .cu read and write
+models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
 """
 
 import argparse
+import contextlib
 import math
 import shutil
 import sys
@@ -39,10 +40,8 @@ KINDS = {"model": (20240326, (3, 5)), "debug state": (20240327, (2,)), "tokenize
 # version of a model: its type in torch, and in numpy, which has no bf16 and sees integers there
 TYPES = {3: (torch.float32, "<f4"), 5: (torch.bfloat16, "<i2")}
 VERSIONS = {"float32": 3, "bfloat16": 5}
-FILES = {
-    "float32": "gpt2_{}.bin", "bfloat16": "gpt2_{}_bf16.bin", "state": "gpt2_{}_debug_state.bin",
-    "tokenizer": "gpt2_tokenizer.bin",
-}  # fmt: skip
+FILES = {"float32": "gpt2_{}.bin", "bfloat16": "gpt2_{}_bf16.bin"}
+FILES |= {"state": "gpt2_{}_debug_state.bin", "tokenizer": "gpt2_tokenizer.bin"}
 LABELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
 TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and the shape, in the file's order
@@ -56,8 +55,7 @@ TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and t
     "lnfw": ("ln_f.weight", "C"), "lnfb": ("ln_f.bias", "C"),
 }  # fmt: skip
 
-# -----------------------------------------------------------------------------
-# Which models can be written, and what their sizes are
+# ---------------------------------------------------------------------------- SIZES
 
 
 class Sizes(NamedTuple):
@@ -75,10 +73,6 @@ class Sizes(NamedTuple):
         letters = self._asdict() | {"3C": 3 * self.C, "4C": 4 * self.C}
         return {name: tuple(letters[s] for s in shape.split()) for name, (_, shape) in TENSORS.items()}
 
-    def num_stored(self) -> int:
-        """How many numbers the tensors have, including padding."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
-
 
 def padded(vocabulary: int) -> int:
     """The next multiple of 128."""
@@ -86,11 +80,8 @@ def padded(vocabulary: int) -> int:
 
 
 def sizes_of(config: GPTConfig) -> Sizes:
-    """Sizes of a model to be written; ValueError, naming the field, if llm.c has no such model.
-
-    Rows that only pad the embedding do not count: those from encoding_size on, or, where that is not set,
-    those beyond GPT-2's 50,257 in a vocabulary of 50,304.
-    """
+    """Sizes of a model to be written; ValueError, naming the field, if llm.c has no such model. V excludes
+    rows that only pad the embedding: those from encoding_size on, or from 50,257 on in GPT-2's 50,304."""
     only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
     only["mlp_hidden_size"] = (4 * config.n_embd, None)
     if config.mlp_hidden_size is None:  # then dense layers, too, have expert_hidden_size
@@ -110,10 +101,8 @@ def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        # The message of get_encoding names a flag of fineweb.py.
-        problem = f"tiktoken cannot fetch the files of encoding={config.encoding!r} ({error.__cause__})"
-        remedy = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
-        raise ValueError(f"no tokenizer can be written: {problem}; {remedy}") from error
+        problem = str(error).removesuffix(", or use --encoding bytes")  # a flag of fineweb.py
+        raise ValueError(f"no tokenizer can be written: {problem}") from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
@@ -130,8 +119,7 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
     return model.eval()
 
 
-# -----------------------------------------------------------------------------
-# Reading and writing: bytes, models, debug states, tokenizers
+# ---------------------------------------------------------------------------- READ AND WRITE
 
 
 def our_names(name: str, layers: int) -> list[str]:
@@ -164,14 +152,6 @@ def read_header(path: Path, kind: str) -> list[int]:
     return numbers
 
 
-def check_length(path: Path, promised: int) -> None:
-    """ValueError unless the file has as many bytes as the sizes in its header promise."""
-    length = path.stat().st_size
-    if length != promised:
-        problem = "cut short" if length < promised else "too long"
-        raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")
-
-
 def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], version: int) -> None:
     """Write all tensors of the table; `state` has our names. bf16 rounds to the nearest, ties to even."""
     dtype, stored = TYPES[version]
@@ -183,11 +163,6 @@ def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], 
                 tensor = torch.cat([tensor[: sizes.V], padding])  # (Vp, C)
             bits = tensor.contiguous().view(torch.int16 if version == 5 else torch.float32)
             file.write(bits.numpy().astype(stored, copy=False))
-
-
-def take(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The next numbers of a file."""
-    return np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
@@ -205,11 +180,15 @@ def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
 
 def read_sizes(path: Path) -> tuple[Sizes, int]:
     """Sizes and version of a model file. FileNotFoundError; ValueError if it is none or is damaged."""
-    numbers = read_header(path, "model")
-    sizes, version = Sizes(*numbers[2:8]), numbers[1]
+    _, version, *numbers = read_header(path, "model")
+    sizes = Sizes(*numbers[:6])
     if min(sizes) < 1 or sizes.C % sizes.nh != 0 or sizes.Vp != padded(sizes.V):
         raise ValueError(f"{path}: damaged, no GPT-2 has these sizes: {sizes}; get it again")
-    check_length(path, HEADER_BYTES + np.dtype(TYPES[version][1]).itemsize * sizes.num_stored())
+    stored = sum(map(math.prod, sizes.shapes().values()))
+    length, promised = path.stat().st_size, HEADER_BYTES + TYPES[version][0].itemsize * stored
+    if length != promised:
+        problem = "cut short" if length < promised else "too long"
+        raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")
     return sizes, version
 
 
@@ -221,24 +200,22 @@ def read_model(path: Path) -> GPTLMHeadModel:
     with open(path, "rb") as file:
         file.seek(HEADER_BYTES)
         for name, shape in sizes.shapes().items():
-            tensor = torch.from_numpy(take(file, stored, shape)).view(dtype)
+            numbers = np.fromfile(file, dtype=stored, count=math.prod(shape)).reshape(shape)
+            tensor = torch.from_numpy(numbers).view(dtype)
             if name == "wte":
                 if tensor[sizes.V :].any():
                     warnings.warn(f"{path}: its padding of wte is not zero; dropped", stacklevel=2)
                 tensor = tensor[: sizes.V]
-            names = our_names(name, sizes.L)
             parts = tensor if "L" in TENSORS[name][1].split() else [tensor]
-            for ours, part in zip(names, parts, strict=True):
+            for ours, part in zip(our_names(name, sizes.L), parts, strict=True):
                 state[ours] = part.to(torch.float32, copy=True)  # a copy, not a view
     return dense_model(sizes, state)
 
 
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
-    """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give.
-
-    All is computed in fp32 on the model's device, without dropout. The model's mode and .grad and the random
-    state do not change. ValueError as sizes_of, and for ids or a T that the model does not have.
-    """
+    """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give, in
+    fp32, without dropout. The model's mode and .grad and the random state do not change. ValueError as
+    sizes_of, and for ids or a T that the model does not have."""
     sizes = sizes_of(model.config)
     if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}: both must be (B, T)")
@@ -276,10 +253,9 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
         raise ValueError(f"encoding {encoding.name!r} has no <|endoftext|>; use gpt2")
     parts = [header("tokenizer", 2, encoding.n_vocab, encoding.eot_token)]
     for token in range(encoding.n_vocab):
-        try:
+        text = b""
+        with contextlib.suppress(KeyError):
             text = encoding.decode_single_token_bytes(token)
-        except KeyError:
-            text = b""
         if not 1 <= len(text) <= 255:
             size = f"token {token} has {len(text)} bytes, but llm.c's have 1 to 255"
             raise ValueError(f"encoding {encoding.name!r}: {size}; use gpt2")
@@ -287,8 +263,7 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
 
 
-# -----------------------------------------------------------------------------
-# Sets of files, and the command line
+# ---------------------------------------------------------------------------- COMMANDS
 
 
 def write_all(
@@ -302,17 +277,16 @@ def write_all(
     """
     sizes_of(model.config)
     encoding = encoding_of(model.config) if "tokenizer" in parts else None
-    writers = {
-        "float32": lambda path: write_model(model, path, "float32"),
-        "bfloat16": lambda path: write_model(model, path, "bfloat16"),
-        "state": lambda path: write_state(model, x, y, path),
-        "tokenizer": lambda path: write_tokenizer(encoding, path),
-    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     labels, written = [LABELS.get(names, names)] + ["124M"] * c_names, []
     for part in parts:
         first, *copies = dict.fromkeys(Path(folder, FILES[part].format(label)) for label in labels)
-        writers[part](first)
+        if part == "state":
+            write_state(model, x, y, first)
+        elif part == "tokenizer":
+            write_tokenizer(encoding, first)
+        else:
+            write_model(model, first, part)
         for copy in copies:
             with open(first, "rb") as source:
                 write_atomically(copy, lambda file, source=source: shutil.copyfileobj(source, file))
@@ -331,14 +305,15 @@ def run(options: argparse.Namespace) -> list[Path]:
         return [options.out]
     x = y = None
     if options.command == "state":
-        N = options.B * options.T
-        if min(options.B, options.T) < 1:
-            raise ValueError(f"--B {options.B} --T {options.T}: both must be at least 1")
-        tokens = torch.from_numpy(read_shard(options.data)[: N + 1].astype(np.int64))
-        if len(tokens) <= N:
-            raise ValueError(f"{options.data}: {len(tokens)} tokens, --B and --T need {N + 1}; lower them")
-        x, y = tokens[:-1].view(options.B, options.T), tokens[1:].view(options.B, options.T)
-        parts = ("state",)
+        B, T, parts = options.B, options.T, ("state",)
+        if min(B, T) < 1:
+            raise ValueError(f"--B {B} --T {T}: both must be at least 1")
+        tokens = torch.from_numpy(read_shard(options.data)[: B * T + 1].astype(np.int64))
+        if len(tokens) <= B * T:
+            raise ValueError(
+                f"{options.data}: {len(tokens)} tokens, --B and --T need {B * T + 1}; lower them"
+            )
+        x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)
     else:
         parts = (options.dtype, "tokenizer") if options.dtype else ("float32", "bfloat16", "tokenizer")
     model = load_model(options.checkpoint)

@@ -20,9 +20,7 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
     """Write the demo corpus as two shards, unless any Python version has written them; return meta.json.
-
-    Hashes choose a twentieth of the text for validation. Raises ValueError if the folder has other data.
-    """
+    Hashes choose a twentieth of the text for validation. Raises ValueError if the folder has other data."""
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
         made = meta.get("source", "").startswith(corpus) and meta.get("encoding") == encoding
@@ -35,18 +33,18 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
         if room > 0:
             held_out.add(text)
             room -= len(text)
-    val = encode_pieces([(True, text) for text in documents if text in held_out], encoding)
-    train = encode_pieces([(True, text) for text in documents if text not in held_out], encoding)
+    val, train = (
+        encode_pieces([(True, text) for text in documents if (text in held_out) is chosen], encoding)
+        for chosen in (True, False)
+    )
     position, skip = writer.resume(val_tokens=len(val), shard_size=len(train))
     writer.add(np.concatenate((val, train)), position, skip)
     return writer.finish({**position, "documents": len(documents)}, corpus)
 
 
 def demo_documents() -> Iterator[str]:
-    """The language's help topics and the docstrings of each module of the standard library.
-
-    Repeated paragraphs are left out, so that training has no copy of validation. Raises FileNotFoundError.
-    """
+    """The language's help topics and the docstrings of each module of the standard library. Repeated
+    paragraphs are left out, so that training has no copy of validation. Raises FileNotFoundError."""
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()
     for folder, folders, names in os.walk(library):

@@ -46,9 +46,7 @@ def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
 
 def verify(folder: str) -> list[str]:
     """Compare all tokens of a folder with meta.json; print what was compared. Returns a line per problem.
-
-    Raises FileNotFoundError without meta.json, ValueError if it is damaged.
-    """
+    Raises FileNotFoundError without meta.json, ValueError if it is damaged."""
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
     again = "run the same fineweb.py command again"
@@ -80,9 +78,7 @@ class ShardWriter:
     Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
     shard is known after any kill. Without meta.json the source is read again, and must give the same shards.
     A shard is written only when more tokens follow, so that a source that is too small writes no file.
-    settings: all that decides the tokens, at least "source" and "encoding"; meta.json keeps them.
-    Raises ValueError if the folder holds other data.
-    """
+    settings: all that decides the tokens, at least "source" and "encoding". ValueError for other data."""
 
     def __init__(self, folder: str, settings: dict):
         self.folder, self.settings, self.encoding = folder, settings, get_encoding(settings["encoding"])
@@ -109,10 +105,10 @@ class ShardWriter:
         for path, meta in metas.items():
             before = meta | meta.get("settings", {}) | ({} if path == self.meta_path else {"part": self.part})
             if found := first_difference(self.settings, before):
-                name, value, other = found
+                name, now, was = found
+                wrong = f"{self.folder} was made with {name}={was!r:.99} ({path}), but now {name}={now!r:.99}"
                 cure = "give the settings it was made with, or another --out, or delete the folder"
-                was = f"{self.folder} was made with {name}={other!r:.99} ({path})"
-                raise ValueError(f"{was}, but now {name}={value!r:.99}: {cure}")
+                raise ValueError(f"{wrong}: {cure}")
         return metas
 
     def path(self, n: int) -> str:
@@ -135,11 +131,8 @@ class ShardWriter:
         if str(self.n) not in starts:
             self.n = 0
         self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
-        # meta.json of an older version has neither.
-        self.checksums, self.samples = (
-            {name: digits for name, digits in self.old.get(key, {}).items() if name in self.done}
-            for key in ("checksums", "samples")
-        )
+        kept = [self.old.get(key, {}) for key in ("checksums", "samples")]  # an older version has neither
+        self.checksums, self.samples = ({name: d[name] for name in self.done if name in d} for d in kept)
         self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
         return dict(self.start[0]), self.start[1]
 
@@ -155,11 +148,10 @@ class ShardWriter:
     def finish(self, position: dict, source: str) -> dict:
         """Write the last shard and the final meta.json; return it. Raises ValueError for too little text."""
         if self.n == 0 and (self.val_shards or not self.filled):
-            need = (
-                f"validation takes val_tokens={self.val_tokens}, pass less" if self.val_shards else "no text"
-            )
             small = f"source={source!r} is too small (part {self.part} of {self.num_parts})"
-            raise ValueError(f"{small}: {position['documents']} documents, {self.filled} tokens; {need}")
+            need = f"validation takes val_tokens={self.val_tokens}, pass less"
+            found = f"{position['documents']} documents, {self.filled} tokens"
+            raise ValueError(f"{small}: {found}; {need if self.val_shards else 'no text'}")
         self._flush(None)
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)
@@ -185,8 +177,7 @@ class ShardWriter:
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
         meta |= {"source": self.settings["source"], "checksums": self.checksums, "samples": self.samples}
-        meta |= more
-        meta["settings"] = self.settings
+        meta |= more | {"settings": self.settings}
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
         return meta

@@ -57,10 +57,8 @@ class Shard:
         self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
 
     def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
-        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.
-
-        A memory map is no faster, and when the file has been cut the system kills a process that reads it.
-        """
+        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails. (A
+        memory map is no faster, and when the file has been cut the system kills the process.)"""
         left, why = tokens.nbytes, "the file became shorter while it was in use"
         try:
             self.file.seek(self.start + 2 * first)
@@ -166,11 +164,9 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
 
 
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
-    """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given.
-
-    Token counts of several machines are added. Without meta.json it assumes GPT-2's tokens, and prints a
-    warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
-    """
+    """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given. Token
+    counts of several machines are added. Without meta.json it warns, and assumes GPT-2's tokens. Raises
+    FileNotFoundError, or ValueError for damaged or contradictory files."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `python fineweb.py --out {folder}`")
@@ -195,11 +191,9 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
 
 # -------------------------------------------------------------------------------------------------- LOADER
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select.
-
-    It is a Feistel network with just enough bits for n, repeated until the result is below n (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser.
-    """
+    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select: a Feistel
+    network with just enough bits for n, repeated until the result is below n (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser."""
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
     x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -266,11 +260,12 @@ class DistributedDataLoader:
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
+            where = f"the {len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens"
+            need = f"{group} samples of T={T}, at least {group * T + 1} tokens"
             raise ValueError(
-                f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
-                f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
-                f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
-                f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
+                f"too little data: a batch of B={B} on world_size={world_size} ranks takes {need}"
+                f"{'' if shuffle else ' in one shard'}, but {where}, {self.samples_per_epoch} such samples; "
+                "lower B or T, or make more: `python fineweb.py`"
             )
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})

@@ -1,7 +1,6 @@
 """Read torch.save's zip archives, which checkpoints consist of, without trust in their content.
 
-References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
-https://docs.pytorch.org/docs/stable/notes/serialization.html
+References: https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only, torch's serialization notes
 """
 
 import contextlib
@@ -76,9 +75,8 @@ def check_archive(file: BinaryIO) -> None:
             # nothing; an entry that claims to be compressed could ask for any amount of memory.
             if entry.external_attr & 16 or entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"kind of {entry.filename!r} is wrong")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"checksum of {damaged!r} is wrong")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"checksum of {damaged!r} is wrong")
 
 
 def load_archive(file: BinaryIO) -> Any:

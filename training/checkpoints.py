@@ -1,8 +1,8 @@
 """Training checkpoints: save, verify, find and load them; start or resume a run from them.
 
-A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model (--parallel fsdp, --ep_size,
-sharded.py), a folder log/model_XXXXX with the same content. docs/formats.md lists the content. Functions here
-accept both. They compare all checksums before they load anything, because torch.load ignores checksums.
+A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model, a folder log/model_XXXXX
+with the same content (sharded.py), which docs/formats.md lists. Functions here accept both. They compare all
+checksums before they load anything, because torch.load ignores checksums.
 """
 
 import dataclasses
@@ -225,11 +225,12 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             say(f"resume: {name} was {before!r} and is {now!r} from step {state['step']} on")
     if unlike:
         say(f"resume: settings from the checkpoint: {', '.join(unlike)}; give a flag to change one")
-    if config.max_steps == state["step"]:
-        say(f"resume: the run has done all max_steps={config.max_steps} steps; --max_steps N makes it longer")
-    if config.max_steps < state["step"]:
-        done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
-        raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")
+    step, steps = state["step"], config.max_steps
+    if steps == step:
+        say(f"resume: the run has done all max_steps={steps} steps; --max_steps N makes it longer")
+    if steps < step:
+        mend = "give more, or --resume an earlier checkpoint"
+        raise ValueError(f"resume: {path} has done {step} steps already, but max_steps={steps}; {mend}")
 
 
 def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
@@ -298,9 +299,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
 
     fields: the GPTConfig fields of a run without init_from; given: the names that flags have set. If a flag
-    sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture:
-    only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
-    """
+    sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture."""
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
@@ -324,10 +323,10 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
         model = upcycle(source, config)
     else:
         model = GPTLMHeadModel(config)
-        learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        state = source.state_dict()  # without the statistics of the other run's data
-        state = {name: state[name] for name in state if name in learned or name.endswith("router_bias")}
-        model.load_state_dict(state, strict=False)
+        learned = dict(model.named_parameters(remove_duplicate=False))
+        state = source.state_dict().items()  # without the statistics of the other run's data
+        kept = {name: value for name, value in state if name in learned or name.endswith("router_bias")}
+        model.load_state_dict(kept, strict=False)
     if "block_size" in given:
         model.crop_block_size(fields["block_size"])
     return model.train()
@@ -341,14 +340,9 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
         return load_pretrained(str(source))
     checkpoint = load_checkpoint(source)
-    try:
+    with reading(path, "its config and its weights do not fit this model.py"):
         model = GPTLMHeadModel(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        message = " ".join(str(error).split())
-        raise CheckpointError(f"its config and its weights do not fit this model.py: {message}") from error
     return model.eval()
 
 

@@ -35,6 +35,7 @@ class Recorder(TorchDispatchMode):
             if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
                 raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
             past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
+            # The tensor is in the list, so that no other tensor gets its storage's address.
             self.writes[storage._cdata] = [*past, (torch.get_rng_state(), func, others, kwargs, tensor)]
             if draws:  # advances the generator as on the CPU
                 with unset_fake_temporarily():

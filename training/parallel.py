@@ -101,9 +101,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
-    """Choose the device, join the process group, if there is one, and start the heartbeats. ValueError for
-    wrong environment variables, ranks that cannot connect, several processes with parallel="none", and
-    `settings` that differ between ranks; only the number of the device may differ."""
+    """Choose the device; in a launch of several processes join the group and start the heartbeats. ValueError
+    for a wrong environment, ranks that cannot connect, several with parallel="none", and `settings` that
+    differ between ranks, except for the number of the device."""
     rank, local_rank, size, address, port = read_environment() or (0, 0, 1, "", 0)
     if parallel == "none" and size > 1:
         raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
@@ -113,16 +113,17 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
     if not address:
         return World(0, 0, 1, chosen)
     store, heartbeat = rendezvous(rank, size, address, port)
-    same = {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type}
-    check_equal(store, rank, size, "settings", same)  # ranks with different ones would wait for each other
-    # With a device_id NCCL connects now, and an unreachable rank fails here.
-    backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-    members = dict(store=store, rank=rank, world_size=size)
+    world = World(rank, local_rank, size, chosen, heartbeat, store)
+    # Ranks with different settings would wait for each other.
+    world.check_equal("settings", {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type})
+    how = dict(backend="gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    if chosen.type == "cuda":  # with a device_id NCCL connects now, and an unreachable rank fails here
+        how |= dict(backend="nccl", device_id=chosen)
     with telling(lambda: f"rank {rank} waits for connections with the other ranks"):
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
+        dist.init_process_group(**how)
     heartbeat.start()
     atexit.register(heartbeat.stop)
-    return World(rank, local_rank, size, chosen, heartbeat, store)
+    return world
 
 
 def stop(world: World | None = None) -> None:
@@ -145,8 +146,7 @@ class Layout:
     """Which part of model, gradients and optimizer each rank holds; docs/many_gpus.md has the bytes.
 
     All layouts compute the same numbers, except for rounding. A tensor that ranks share is a DTensor: `local`
-    returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
-    """
+    returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks."""
 
     world: World
     parallel: str = "ddp"
@@ -275,9 +275,9 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     model._ddp_params_and_buffers_to_ignore = [*model._ddp_params_and_buffers_to_ignore, *shared]
     # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
+    options = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
     # static_graph needs equal backward passes. With several micro-steps only the last one reduces gradients.
-    options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
+    options |= dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1)
     device = layout.world.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
 

@@ -18,9 +18,6 @@ SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 RANDOM_STATE = (torch.uint8, torch.get_rng_state().shape)
 
 
-# ---------------------------------------------------------------------------- KINDS
-
-
 def is_count(value: Any) -> bool:
     """Whether it is a whole number from 0 on (True is not)."""
     return type(value) is int and 0 <= value < 2**53
@@ -32,7 +29,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_setting(value: Any) -> bool:
-    """Whether a settings class may have it as a value. Its own limits are checked where it is used."""
+    """Whether a settings class may have it as a value. Limits are checked where it is used."""
     return value is None or type(value) in (bool, int, float, str)
 
 
@@ -56,9 +53,7 @@ def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
 def is_optimizer(value: Any) -> bool:
     """Whether it is {"param_groups": [{"params": numbers, ...}], "state": {number: {name: tensor}}}, as torch
     makes it, where the numbers count the parameters from 0."""
-    if not isinstance(value, dict) or not {"param_groups", "state"} <= value.keys():
-        return False
-    groups, state = value["param_groups"], value["state"]
+    groups, state = map(value.get, ("param_groups", "state")) if isinstance(value, dict) else (None, None)
     if not isinstance(groups, list) or not isinstance(state, dict):
         return False
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
@@ -67,8 +62,6 @@ def is_optimizer(value: Any) -> bool:
     counts = all(map(is_count, [*numbers, *state])) and sorted(numbers) == list(range(len(numbers)))
     return counts and state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
 
-
-# ---------------------------------------------------------------------------- ENTRIES
 
 # name: (kind of the value, its words). The first three are in every checkpoint, the others in those of a run.
 ENTRIES = {
