@@ -144,8 +144,8 @@ def read_header(path: Path, kind: str) -> list[int]:
     if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
         known = {number: f"a {name}" for name, (number, _) in KINDS.items()} | {20240520: "a data shard"}
         found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        size = f"{path.stat().st_size:,} bytes long"
-        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}, {size}; give a {kind}")
+        found += f", {path.stat().st_size:,} bytes long"
+        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}; give a {kind}")
     if numbers[1] not in versions:
         known = " and ".join(map(str, versions))
         raise ValueError(f"{path}: version {numbers[1]} of a {kind}; only {known} can be read; get a new one")
@@ -193,8 +193,7 @@ def read_sizes(path: Path) -> tuple[Sizes, int]:
 
 
 def read_model(path: Path) -> GPTLMHeadModel:
-    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU, with V rows of embeddings.
-    FileNotFoundError; ValueError, naming the file, if it is no model or is damaged."""
+    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU. Errors as read_sizes."""
     sizes, version = read_sizes(path)
     (dtype, stored), state = TYPES[version], {}
     with open(path, "rb") as file:
@@ -223,8 +222,8 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
         raise ValueError(f"T={x.size(1)} is longer than the model's block_size={sizes.P}; take a shorter T")
     for name, ids in (("x", x), ("y", y)):
         if ids.min() < 0 or ids.max() >= sizes.V:
-            found = f"{name} has ids from {ids.min()} to {ids.max()}, this model only 0 to {sizes.V - 1}"
-            raise ValueError(f"{found}; take data of its encoding")
+            found = f"{name} has ids from {ids.min()} to {ids.max()}"
+            raise ValueError(f"{found}, the model only 0 to {sizes.V - 1}; take data of its encoding")
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: sizes.V]
     reference = dense_model(sizes, state)
@@ -257,7 +256,7 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
         with contextlib.suppress(KeyError):
             text = encoding.decode_single_token_bytes(token)
         if not 1 <= len(text) <= 255:
-            size = f"token {token} has {len(text)} bytes, but llm.c's have 1 to 255"
+            size = f"token {token} has {len(text)} bytes, not 1 to 255"
             raise ValueError(f"encoding {encoding.name!r}: {size}; use gpt2")
         parts.append(bytes([len(text)]) + text)
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
@@ -270,11 +269,9 @@ def write_all(
     model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path, names: str = "d12",
     c_names: bool = False, parts: tuple[str, ...] = tuple(FILES),
 ) -> list[Path]:  # fmt: skip
-    """What llm.c's train_gpt2.py writes before its first step, or some `parts` (keys of FILES) of it.
-
-    names: a model's name, such as "d12" (gpt2_d12.bin) or "gpt2-medium" (gpt2_355M.bin); c_names adds copies
-    with 124M's names. x, y (B, T): for the debug state. Returns paths; ValueError before anything is written.
-    """
+    """Write what llm.c's train_gpt2.py writes at its start, or some `parts` (keys of FILES) of it; returns
+    the paths. names: such as "d12" (gpt2_d12.bin), "gpt2-medium" (gpt2_355M.bin); c_names adds copies with
+    124M's names. x, y (B, T): for the debug state. ValueError before anything is written."""
     sizes_of(model.config)
     encoding = encoding_of(model.config) if "tokenizer" in parts else None
     Path(folder).mkdir(parents=True, exist_ok=True)

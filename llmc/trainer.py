@@ -35,7 +35,7 @@ class Flags:
 
 
 # --model NAME: pretrained weights, or new weights of these sizes. Both are dense unless a flag adds experts.
-MODELS = {name: dict(init_from=name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+MODELS = {name: dict(init_from=name) for name in files.LABELS}
 MODELS |= {
     f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
     for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))

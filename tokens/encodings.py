@@ -33,8 +33,8 @@ def load_encoding(name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        choices = f"use one of {', '.join(known)} (a model's config.json sets its encoding)"
-        raise ValueError(f"encoding={name!r} is unknown{hint}; {choices}")
+        choices = f"{', '.join(known)} (a model's config.json sets its encoding)"
+        raise ValueError(f"encoding={name!r} is unknown{hint}; use one of {choices}")
     return tiktoken.get_encoding(name)
 
 
@@ -67,8 +67,7 @@ def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
 
 
 def encode(encoding: Any, text: str) -> np.ndarray:
-    """Token ids of `text`, uint16. encoding: from get_encoding. Special tokens in the text are plain text.
-    Raises ValueError where tiktoken panics."""
+    """Token ids, uint16; special tokens in `text` are plain text. Raises ValueError where tiktoken panics."""
     try:
         parts = (encoding.encode_to_numpy(part, disallowed_special=()) for part in split_text(text))
         return np.concatenate([part.astype(np.uint16) for part in parts])

@@ -34,7 +34,7 @@ def check_fingerprints(files: Sequence[str], here: str, saved: object) -> None:
     for i, file in enumerate([*files, "a shard that is missing here"]):
         now, was = (str(joined)[i * DIGITS : (i + 1) * DIGITS] for joined in (here, saved))
         if now != was:
-            wrong = f"{file} is another shard: sha256={now!r} of some blocks, {was!r} when it was saved"
+            wrong = f"{file} is another shard: sha256={now!r} of some blocks, not {was!r}"
             raise ValueError(f"the data loader cannot continue: {wrong}; use the data of the saved run")
 
 
@@ -70,8 +70,7 @@ def first_difference(now: dict, before: dict) -> tuple[str, object, object] | No
 
 
 def load_metas(folder: str) -> dict[str, dict]:
-    """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json). ValueError if one is
-    damaged, or if two were made from different sources or settings."""
+    """meta.json of a folder, or all machines' (meta_p0000.json), by path. ValueError: damaged, or unlike."""
     metas, base = {}, os.path.join(glob.escape(folder), "meta")
     for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:

@@ -45,8 +45,7 @@ def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
 
 
 def verify(folder: str) -> list[str]:
-    """Compare all tokens of a folder with meta.json; print what was compared. Returns a line per problem.
-    Raises FileNotFoundError without meta.json, ValueError if it is damaged."""
+    """Compare all tokens with meta.json; a line per problem. FileNotFoundError; ValueError: bad meta.json."""
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
     again = "run the same fineweb.py command again"

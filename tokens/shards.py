@@ -103,9 +103,8 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     need = start + 2 * count
     if size != need:
-        wrong = "truncated" if size < need else "padded"
-        sizes = f"header and {count} tokens take {need} bytes, it has {size}"
-        raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
+        wrong = f"{'truncated' if size < need else 'padded'}: {count} tokens take {need} bytes, it has {size}"
+        raise ValueError(f"{path} is {wrong}; {_rebuild(path)}")
     return start, count
 
 
@@ -223,8 +222,7 @@ class DistributedDataLoader:
     vocab_size  every token read must be below it
     prefetch    number of batches that a background thread keeps ready, in the GPU's memory if device is CUDA
 
-    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for no data.
-    """
+    Raises ValueError: wrong arguments, a damaged shard, too little data. FileNotFoundError: no data."""
 
     def __init__(
         self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0, world_size: int = 1,
@@ -260,13 +258,11 @@ class DistributedDataLoader:
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
-            where = f"the {len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens"
-            need = f"{group} samples of T={T}, at least {group * T + 1} tokens"
-            raise ValueError(
-                f"too little data: a batch of B={B} on world_size={world_size} ranks takes {need}"
-                f"{'' if shuffle else ' in one shard'}, but {where}, {self.samples_per_epoch} such samples; "
-                "lower B or T, or make more: `python fineweb.py`"
-            )
+            need = f"a batch of B={B} on world_size={world_size} ranks takes {group} samples of T={T}"
+            need += f", at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}"
+            have = f"{self.num_tokens} tokens, {self.samples_per_epoch} such samples"
+            have = f"the {len(lengths)} shard(s) from {self.files[0]} on have {have}"
+            raise ValueError(f"too little data: {need}, but {have}; lower B or T, or get more (fineweb.py)")
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
         self._prints = {"fingerprints": (self.files, "".join(prints))}
@@ -301,9 +297,9 @@ class DistributedDataLoader:
         for row, file, start in zip(tokens, *self._locate(index), strict=True):
             self._open(self.files[file]).read(start, row)
             if self.vocab_size is not None and row.max() >= self.vocab_size:
-                at = int(np.argmax(row >= self.vocab_size))
-                path, why = self.files[file], "the shard is damaged, or its encoding is not the model's"
+                path, at = self.files[file], int(np.argmax(row >= self.vocab_size))
                 wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
+                why = "the shard is damaged, or its encoding is not the model's"
                 raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:]), dtype=np.int64))
         if self._upload is None:

@@ -157,8 +157,7 @@ class RunSaver:
         self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
 
     def remember(self, step: int, val_loss: float | None, val_loss_step: int | None) -> None:
-        """Store the parts of this step's checkpoint that are neither weights nor optimizer state.
-        val_loss was measured at val_loss_step: a step is saved before it is evaluated."""
+        """Store this step's checkpoint without weights and optimizer. val_loss: of an earlier step."""
         run = self.run
         run.updating = False
         self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)

@@ -32,8 +32,7 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the en
 
 
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path. OSError
-    if it cannot be written; NotFiniteError if a value in it is not finite."""
+    """Write folder/model_XXXXX.pt (the step); point folder/latest at it. OSError, NotFiniteError."""
     archives.check_finite(f"step {checkpoint['step']} is not saved", dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
@@ -52,8 +51,7 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete, and return, all but the newest `keep_last` (0: all stay), the multiples of `keep_every` and the
-    one with the lowest validation loss."""
+    """Delete all but the newest `keep_last` (0: all stay), multiples of `keep_every`, and the best."""
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
     kept = {best_checkpoint(folder)} | {p for p in old if keep_every and step_of(p) % keep_every == 0}
     old = [path for path in old if path not in kept]
@@ -66,8 +64,7 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums. CheckpointError: it is damaged.
-    FileNotFoundError. After any other OSError (see `reading`) the checkpoint may be good."""
+    """Compare all of a checkpoint with its checksums. CheckpointError: damaged. Other errors: `reading`."""
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
@@ -201,8 +198,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
-        lacks = f"no {', '.join(sorted(missing))} in it"
-        raise CheckpointError(f"{path}: {lacks}: it cannot be resumed; start a new run with --init_from")
+        lacks = f"cannot be resumed: it lacks {', '.join(sorted(missing))}"
+        raise CheckpointError(f"{path} {lacks}; start a new run with --init_from")
     saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
@@ -311,9 +308,9 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe
     may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"} | (UPCYCLED if upcycles else set())
     for name in sorted(given & fields.keys() - may_differ):
-        if fields[name] != getattr(theirs, name):
-            text = f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}"
-            raise ValueError(f"{text}; omit the flag")
+        ours, has = fields[name], getattr(theirs, name)
+        if ours != has:
+            raise ValueError(f"{name}={ours!r}, but init_from={init_from} has {name}={has!r}; omit the flag")
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
     changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
@@ -333,7 +330,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
+    """A model, in evaluation mode on the CPU, from a checkpoint, or a folder or hub name that from_pretrained
     knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder."""
     path = Path(source)  # drops a slash at the end
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))

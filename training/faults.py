@@ -148,7 +148,7 @@ def collector_paused() -> Iterator[None]:
 
 class Health:
     """Counts steps whose loss or gradient is not finite. Reports jumps: a loss more than SIGMAS standard
-    deviations above its running mean over about MEMORY steps. The first MEMORY steps report no jumps."""
+    deviations above its running mean over about MEMORY steps, but not in the first MEMORY steps."""
 
     SIGMAS, MEMORY = 6.0, 50
 
@@ -220,9 +220,8 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def report(error: Exception, config=None) -> int:
-    """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
-    other ranks wait first; the launcher usually stops them before they print the same error. config: given
-    if memory ran out."""
+    """Print an error in one line on stderr; returns the exit code. All but a machine's first rank wait first:
+    the launcher usually stops them before they print the same error. config: given if memory ran out."""
     text, code = one_line(error), BAD_SETTINGS
     if config is not None:
         code = FAILED

@@ -33,14 +33,12 @@ def shorten(names: Sequence[object], most: int = 8) -> str:
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
 
-    One thread increases a counter in the store, over a separate connection, every INTERVAL seconds. On rank 0
-    it also reads the counters of all ranks and writes the names of lost ranks. On other ranks it reads these
-    names and rank 0's counter. A second thread notices when the store does not answer. Timeouts count checks,
-    not seconds, so that a suspended process does not report others as lost. Once a rank is lost, this process
-    has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint and ends it.
-
-    launcher_has_store: the store ends with torchrun on the first machine, not with rank 0.
-    """
+    One thread increases a counter in the store every INTERVAL seconds. On rank 0 it also reads the counters
+    of all ranks and writes the names of lost ranks. On other ranks it reads these names and rank 0's counter.
+    A second thread notices when the store does not answer. Timeouts count checks, not seconds, so that a
+    suspended process does not report others as lost. Once a rank is lost, this process has EXIT_TIMEOUT
+    seconds to end. Then a thread waits for its last checkpoint and ends it.
+    launcher_has_store: the store ends with torchrun on the first machine, not with rank 0."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, launcher_has_store: bool = False):
         self.rank, self.store, self.launcher_has_store = rank, store, launcher_has_store
@@ -62,7 +60,7 @@ class Heartbeat:
             thread.start()
 
     def lost_after_error(self) -> str:
-        """After a collective has failed: a sentence that names the lost ranks, or "" if none is lost."""
+        """After a collective has failed: a sentence that names the lost ranks, or ""."""
         self.error_seen = True
         self.found.wait(2 * TIMEOUT_AFTER_ERROR + 3 * INTERVAL)
         if self.lost and self.rank == 0:

@@ -157,8 +157,8 @@ class MuonAdamW(torch.optim.Optimizer):
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
-            problem = f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}"
-            raise ValueError(f"{problem}; resume with the same --optimizer, or start afresh with --init_from")
+            mend = "resume with the same --optimizer, or start afresh with --init_from"
+            raise ValueError(f"saved groups (method, parameters) are {theirs}, here {ours}; {mend}")
         super().load_state_dict(state_dict)
 
 
@@ -166,8 +166,7 @@ def configure_muon(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
     router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
 ) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT. Arguments as in GPT.configure_optimizers; expert_parallel: processes hold
-    different experts, and each orthogonalises its own."""
+    """MuonAdamW for a GPT, as GPT.configure_optimizers. expert_parallel: processes hold different experts."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
@@ -184,8 +183,7 @@ def configure_muon(
 
 
 def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
-    """Row counts of the matrices that a parameter stacks along dimension -2: q, k, v; swiglu's gate and up.
-    None if it is one matrix."""
+    """Rows of the matrices that a parameter stacks in dimension -2 (q, k, v; gate, up); None: it is one."""
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]

@@ -69,8 +69,7 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`, or with "" the best available: CUDA, then MPS, then CPU. ValueError if this
-    machine or this torch does not have the device."""
+    """The device called `name`, or with "" the best of CUDA, MPS, CPU. ValueError if it is not here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(filter(available.get, available))
     try:
@@ -79,14 +78,14 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"device={name!r} is no device: use cuda, cuda:N, mps or cpu") from error
     if not here:
-        problem = f"device={name!r}, but torch {torch.__version__} finds no {device.type.upper()} here"
-        raise ValueError(f"{problem}; use --device cpu")
+        missing = f"torch {torch.__version__} finds no {device.type.upper()} here"
+        raise ValueError(f"device={name!r}, but {missing}; use --device cpu")
     if device.type != "cuda":
         return device
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
-        problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
-        raise ValueError(f"{problem}; start at most one process per GPU of a machine (--nproc_per_node)")
+        mend = "start at most one process per GPU of a machine (--nproc_per_node)"
+        raise ValueError(f"local rank {local_rank} wants GPU {index}, but there are {count}; {mend}")
     return torch.device("cuda", index)
 
 
@@ -286,8 +285,7 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Before a forward, set whether its backward reduces gradients over the ranks. A step's last one must
-    reduce them. Before that, FSDP keeps whole gradients."""
+    """Before a forward: whether its backward reduces gradients over the ranks, as a step's last must."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -295,8 +293,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward, the gradients of shared experts are sums over the ranks of a group. Turn
-    them into means over all ranks, because DDP and FSDP do not."""
+    """After a step's last backward: turn the gradients of shared experts, sums over a group, into means over
+    all ranks, because DDP and FSDP do not."""
     if layout.ep_size == 1:
         return
     grads = [local(p.grad) for moe in model.moe_layers() for p in moe.experts.parameters()]
@@ -339,8 +337,7 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
-    """optimizer.state_dict(), in DTensors where ranks share parameters. With ZeRO-1 a collective: rank 0 gets
-    the whole state, the others get {}."""
+    """optimizer.state_dict(), in DTensors where ranks share parameters. ZeRO-1: collective; {} but on rank 0."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)

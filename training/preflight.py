@@ -160,11 +160,11 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
     ranks = world.size // config.ep_size
     shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
     if uncut := [s[0] for s in shapes if dimension_to_shard(s, ranks) == 0 and s[0] < ranks]:
-        text = f"{ranks} processes share {uncut[0]} experts: some get no expert, but send and hold as much"
+        text = f"{ranks} processes share {uncut[0]} experts: some get none, but send and hold as much"
         mend = "take a number of processes that divides num_experts, n_embd or expert_hidden_size"
-        warnings.append(f"{text} as the others: {mend}")
+        warnings.append(f"{text}: {mend}")
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
-        text = f"read the {val_tokens:,} tokens of validation more than once; lower val_steps"
+        text = f"reads the {val_tokens:,} tokens of validation more than once; lower it"
         warnings.append(f"val_steps={config.val_steps} {text}")
     if epochs > REPEATS_THAT_HURT:
         text = f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little"

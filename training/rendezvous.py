@@ -27,8 +27,7 @@ MOST_RANKS = 65_536  # faults.dropout_seed's
 
 
 def read_environment() -> tuple[int, int, int, str, int] | None:
-    """(rank, local rank, number of ranks, address and port of rank 0); None without such variables, which
-    means one process. ValueError, naming the variable, for a value that cannot be."""
+    """(rank, local rank, ranks, rank 0's address and port); None: one process. ValueError names a variable."""
     most = MOST_RANKS - 1
     limits = dict(RANK=(0, most), LOCAL_RANK=(0, most), WORLD_SIZE=(1, MOST_RANKS), MASTER_PORT=(1, 65535))
     names = [*limits, "MASTER_ADDR"]
@@ -36,13 +35,12 @@ def read_environment() -> tuple[int, int, int, str, int] | None:
     if "RANK" in missing and "WORLD_SIZE" in missing:
         return None
     if missing:
-        state = f"{', '.join(given)} set in the environment, but not {', '.join(missing)}"
-        raise ValueError(f"{state}; set all of them, or none")
+        raise ValueError(f"{', '.join(given)} set, but not {', '.join(missing)}; set all of them, or none")
     *texts, address = (os.environ[name] for name in names)
     for (name, (least, most)), text in zip(limits.items(), texts, strict=True):
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:  # int() takes 1_0 and more
-            problem = f"must be a whole number from {least} to {most}"
-            raise ValueError(f"{name}={reprlib.repr(text)} in the environment: {problem}")
+            given = f"{name}={reprlib.repr(text)} in the environment"
+            raise ValueError(f"{given}: must be a whole number from {least} to {most}")
     rank, local_rank, size, port = map(int, texts)
     if rank >= size:
         raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
@@ -78,22 +76,20 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def wait_for_ranks(size: int, what: str, has_come: Callable[[int], bool]) -> None:
-    """On rank 0: return when has_come(rank) is true of each other rank. ValueError, naming the ranks that
-    have not come, after TIMEOUT. what: the thing to wait for, with {} in place of the ranks."""
+    """On rank 0: return when has_come(rank) of all others. what: with {} in place of the ranks that have not
+    come, which ValueError names after TIMEOUT."""
     missing, end = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
     with telling(lambda: f"rank 0 waits for {what.format(name_ranks(missing))}"):
         while missing := {rank for rank in missing if not has_come(rank)}:
             if time.monotonic() > end:
-                absent = f"{name_ranks(missing)} of WORLD_SIZE={size}"
-                raise ValueError(f"{absent} did not start, or stopped; start as many processes")
+                problem = "did not start, or stopped; start as many processes"
+                raise ValueError(f"{name_ranks(missing)} of WORLD_SIZE={size} {problem}")
             time.sleep(0.01)
 
 
 def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) -> None:
-    """ValueError on all ranks if `mine` differs between ranks, naming the entries, ranks and values.
-
-    All ranks put `mine` into the store. Rank 0 compares, and puts its verdict there.
-    """
+    """ValueError on all ranks if `mine` differs between ranks, naming entries, ranks and values. All put
+    `mine` into the store. Rank 0 compares, and puts its verdict there."""
     keys = [f"{what} of {other}" for other in range(size)]
     store.set(keys[rank], json.dumps({name: repr(value) for name, value in mine.items()}))
     if rank == 0:
@@ -107,8 +103,7 @@ def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) 
 
 
 def differences(values: list[dict]) -> Iterator[str]:
-    """For each entry that is not equal in all dictionaries (one per rank): its value on rank 0, the first
-    other value, and the ranks whose value is not rank 0's."""
+    """For each entry that differs between the ranks' dictionaries: its value on rank 0, and on others."""
     for name in dict.fromkeys(name for entries in values for name in entries):
         texts = [entries.get(name, "nothing") for entries in values]
         unlike = [rank for rank, text in enumerate(texts) if text != texts[0]]
@@ -123,8 +118,7 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
     hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
     rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the
     token of a dead process, but it continues only when every rank has acknowledged.
-    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT.
-    """
+    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT."""
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex
     connect = functools.partial(dist.TCPStore, address, port, size, timeout=TIMEOUT, wait_for_workers=False)

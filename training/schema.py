@@ -51,8 +51,7 @@ def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether it is {"param_groups": [{"params": numbers, ...}], "state": {number: {name: tensor}}}, as torch
-    makes it, where the numbers count the parameters from 0."""
+    """Whether it is {"param_groups": [{"params": numbers from 0 on}], "state": {number: {name: tensor}}}."""
     groups, state = map(value.get, ("param_groups", "state")) if isinstance(value, dict) else (None, None)
     if not isinstance(groups, list) or not isinstance(state, dict):
         return False

@@ -33,8 +33,8 @@ DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype
 
 
 def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors, named model.NAME and optimizer.NUMBER.NAME, and the checkpoint without them. Scalars such
-    as AdamW's step stay in the checkpoint. Tied embeddings are one tensor."""
+    """(tensors by model.NAME and optimizer.NUMBER.NAME, the checkpoint without them). Scalars such as AdamW's
+    step stay in the checkpoint. Tied embeddings are one tensor."""
     rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
@@ -182,8 +182,7 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 class Index(NamedTuple):
-    """What index.json says: [size, CRC-32] of each file, and DCP's metadata. Its storage_data are the
-    arguments of archives.load_tensor for each part."""
+    """index.json: [size, CRC-32] of each file; DCP's metadata, whose storage_data load_tensor takes."""
 
     path: Path
     files: dict[str, list[int]]
