@@ -1,12 +1,7 @@
 """llm.c's defaults, model names, files and forward-only run, for train_gpt_moe.py.
 
-train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py. --preset llmc sets its defaults. Differences:
-    --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
-        without torchrun) are refused;
-    --grad_clip 0 means no clipping, not gradients of 0;
-    --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
-    --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
-    --dtype also applies on a CPU; sampling chooses among 50 tokens, not 40; new weights have another seed.
+train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py, and --preset llmc sets its defaults.
+docs/huggingface.md lists what differs.
 
 Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
 """

@@ -18,7 +18,7 @@ MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one
 DIGITS = 8  # of a fingerprint
 
 
-def fingerprint(file: BinaryIO, start: int, size: int, files: int) -> str:
+def fingerprint(file: BinaryIO, start: int, size: int, files: int = ALL_BLOCKS) -> str:
     """Digits of the SHA-256 of `size` and of blocks spread evenly over the `size` bytes from `start` on.
     files: how many files the data has; with more than 32, fewer than 64 blocks of each are read."""
     blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, ALL_BLOCKS // files))
@@ -36,11 +36,6 @@ def check_fingerprints(files: Sequence[str], here: str, saved: object) -> None:
         if now != was:
             wrong = f"{file} is another shard: sha256={now!r} of some blocks, not {was!r}"
             raise ValueError(f"the data loader cannot continue: {wrong}; use the data of the saved run")
-
-
-def sample_shard(tokens: BinaryIO, start: int, size: int) -> str:
-    """The fingerprint of a shard's tokens from few blocks, cheap enough for each start of a run."""
-    return fingerprint(tokens, start, size, files=ALL_BLOCKS)
 
 
 def describe_sources(source: str, files: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import remove_temporaries, write_atomically
-from tokens.identity import first_difference, load_metas, sample_shard
+from tokens.identity import fingerprint, first_difference, load_metas
 from tokens.shards import Shard, read_shard, write_shard
 from tokens.sources import START_POSITION
 
@@ -165,7 +165,7 @@ class ShardWriter:
         name = os.path.basename(path)
         content = tokens.astype("<u2", copy=False).tobytes()
         self.checksums[name] = hashlib.sha256(content).hexdigest()
-        self.samples[name] = sample_shard(io.BytesIO(content), 0, len(content))
+        self.samples[name] = fingerprint(io.BytesIO(content), 0, len(content))
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         write_shard(path, tokens)

@@ -17,7 +17,7 @@ import os
 import re
 import reprlib
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fingerprint, load_metas, sample_shard
+from tokens.identity import check_fingerprints, fingerprint, load_metas
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
@@ -92,8 +92,7 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
     if head.startswith(b"\x93NUMPY"):
         start, count = _read_npy_header(path, file)
     elif magic == MAGIC and size >= 4 * HEADER_INTS:
-        version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        start = 4 * HEADER_INTS
+        start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
         if version != VERSION:
             raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
     else:
@@ -101,8 +100,7 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
         start, count = 0, size // 2
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
-    need = start + 2 * count
-    if size != need:
+    if size != (need := start + 2 * count):
         wrong = f"{'truncated' if size < need else 'padded'}: {count} tokens take {need} bytes, it has {size}"
         raise ValueError(f"{path} is {wrong}; {_rebuild(path)}")
     return start, count
@@ -127,7 +125,7 @@ def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]
 
 
 def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
-    """Raise ValueError if a file without a header holds anything except tokens."""
+    """ValueError if a file without a header holds anything except tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
     if magic == MAGIC:
@@ -176,16 +174,16 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
         if os.path.exists(path := os.path.join(folder, name)):
             shard = Shard(path)
-            if sample_shard(shard.file, shard.start, 2 * len(shard)) != noted:
+            if fingerprint(shard.file, shard.start, 2 * len(shard)) != noted:
                 compare = f"`python fineweb.py --verify --out {folder}` compares all tokens"
                 raise ValueError(f"{path}: its tokens are not those that meta.json notes; {compare}")
-    meta, *others = metas.values()
-    for other in others:
-        counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
-        meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
-    if not meta["complete"]:
+    counts = Counter()
+    for meta in metas.values():
+        counts.update(meta["tokens"])
+    complete = all(meta["complete"] for meta in metas.values())
+    if not complete:
         warnings.warn(f"{folder} is unfinished; run the same fineweb.py command again", stacklevel=2)
-    return meta
+    return {**next(iter(metas.values())), "tokens": dict(counts), "complete": complete}
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
@@ -241,7 +239,6 @@ class DistributedDataLoader:
         self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-
         self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")

@@ -337,7 +337,7 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
-    """optimizer.state_dict(), in DTensors where ranks share parameters. ZeRO-1: collective; {} but on rank 0."""
+    """optimizer.state_dict(), in DTensors where ranks share it. ZeRO-1: a collective; {} except on rank 0."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)

@@ -27,7 +27,7 @@ MOST_RANKS = 65_536  # faults.dropout_seed's
 
 
 def read_environment() -> tuple[int, int, int, str, int] | None:
-    """(rank, local rank, ranks, rank 0's address and port); None: one process. ValueError names a variable."""
+    """(rank, local rank, ranks, rank 0's address, port); None: one process. ValueError names a variable."""
     most = MOST_RANKS - 1
     limits = dict(RANK=(0, most), LOCAL_RANK=(0, most), WORLD_SIZE=(1, MOST_RANKS), MASTER_PORT=(1, 65535))
     names = [*limits, "MASTER_ADDR"]
