@@ -35,8 +35,7 @@ from tokens.shards import read_shard
 from training.checkpoints import load_model
 
 HEADER_BYTES = 1024
-# kind of file: magic number, versions that are read
-KINDS = {"model": (20240326, (3, 5)), "debug state": (20240327, (2,)), "tokenizer": (20240328, (2,))}
+KINDS = {"model": 20240326, "debug state": 20240327, "tokenizer": 20240328}  # magic numbers
 # version of a model: its type in torch, and in numpy, which has no bf16 and sees integers there
 TYPES = {3: (torch.float32, "<f4"), 5: (torch.bfloat16, "<i2")}
 VERSIONS = {"float32": 3, "bfloat16": 5}
@@ -131,25 +130,8 @@ def our_names(name: str, layers: int) -> list[str]:
 def header(kind: str, version: int, *fields: int) -> bytes:
     """The 1024 bytes at the beginning of a file."""
     numbers = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    numbers[: 2 + len(fields)] = (KINDS[kind][0], version, *fields)
+    numbers[: 2 + len(fields)] = (KINDS[kind], version, *fields)
     return numbers.tobytes()
-
-
-def read_header(path: Path, kind: str) -> list[int]:
-    """The 256 numbers at the beginning of a file; ValueError unless it is of this kind."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; make one with python -m llmc export")
-    numbers = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4).tolist()
-    magic, versions = KINDS[kind]
-    if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
-        known = {number: f"a {name}" for name, (number, _) in KINDS.items()} | {20240520: "a data shard"}
-        found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        found += f", {path.stat().st_size:,} bytes long"
-        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}; give a {kind}")
-    if numbers[1] not in versions:
-        known = " and ".join(map(str, versions))
-        raise ValueError(f"{path}: version {numbers[1]} of a {kind}; only {known} can be read; get a new one")
-    return numbers
 
 
 def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], version: int) -> None:
@@ -180,12 +162,21 @@ def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
 
 def read_sizes(path: Path) -> tuple[Sizes, int]:
     """Sizes and version of a model file. FileNotFoundError; ValueError if it is none or is damaged."""
-    _, version, *numbers = read_header(path, "model")
-    sizes = Sizes(*numbers[:6])
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; make one with python -m llmc export")
+    numbers, length = np.fromfile(path, "<i4", HEADER_BYTES // 4).tolist(), path.stat().st_size
+    if length < HEADER_BYTES or numbers[0] != KINDS["model"]:
+        known = {number: f"a {name}" for name, number in KINDS.items()} | {20240520: "a data shard"}
+        found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
+        found = f"{found}, {length:,} bytes long"
+        raise ValueError(f"{path}: no model of llm.c (magic {KINDS['model']}), but {found}; give a model")
+    version, sizes = numbers[1], Sizes(*numbers[2:8])
+    if version not in TYPES:
+        raise ValueError(f"{path}: version {version} of a model; only 3 and 5 can be read; get a new one")
     if min(sizes) < 1 or sizes.C % sizes.nh != 0 or sizes.Vp != padded(sizes.V):
         raise ValueError(f"{path}: damaged, no GPT-2 has these sizes: {sizes}; get it again")
     stored = sum(map(math.prod, sizes.shapes().values()))
-    length, promised = path.stat().st_size, HEADER_BYTES + TYPES[version][0].itemsize * stored
+    promised = HEADER_BYTES + TYPES[version][0].itemsize * stored
     if length != promised:
         problem = "cut short" if length < promised else "too long"
         raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")

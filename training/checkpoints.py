@@ -332,20 +332,15 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 def load_model(source: str | Path) -> GPTLMHeadModel:
     """A model, in evaluation mode on the CPU, from a checkpoint, or a folder or hub name that from_pretrained
     knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder."""
-    path = Path(source)  # drops a slash at the end
-    ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
-    if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
-        return load_pretrained(str(source))
-    checkpoint = load_checkpoint(source)
-    with reading(path, "its config and its weights do not fit this model.py"):
-        model = GPTLMHeadModel(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def load_pretrained(source: str) -> GPTLMHeadModel:
-    """from_pretrained in evaluation mode. FileNotFoundError if there is neither a folder nor a download."""
+    path, source = Path(source), str(source)  # Path drops a slash at the end
     is_folder = os.path.isdir(source)
+    ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
+    if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
+        checkpoint = load_checkpoint(source)
+        with reading(path, "its config and its weights do not fit this model.py"):
+            model = GPTLMHeadModel(checkpoint["config"])
+            model.load_state_dict(checkpoint["model"])
+        return model.eval()
     if os.path.exists(source) and not is_folder:
         raise CheckpointError(f"{source}: it is no ordinary file")
     missing = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"

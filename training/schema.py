@@ -91,8 +91,12 @@ def check_checkpoint(content: Any) -> dict:
     for name, (is_kind, words) in ENTRIES.items():
         if name in content and not is_kind(content[name]):
             raise ValueError(f"{name} is {show(content[name])}, not {words}")
-    config = check_config(content["config"], content["model"])
-    check_weights(config, content["model"])
+    found, weights, names = content["config"], content["model"], set(inspect.get_annotations(GPTConfig))
+    if unknown := found.keys() - names - OTHER_NAMES - GPTConfig().to_dict().keys():
+        raise ValueError(f"config has an unknown field {show(min(unknown))}; a newer version may know it")
+    fields = {name: found[name] for name in names & found.keys()}
+    config = build_config(GPTConfig, fields, {name: tensor.shape for name, tensor in weights.items()})
+    check_weights(config, weights)
     known = {name: content[name] for name in (*ENTRIES, "format") if name in content}
     return known | {"config": config.to_dict()}
 
@@ -109,15 +113,6 @@ def check_nesting(content: Any) -> None:
         if left < 0 or depth == DEEPEST:
             raise ValueError(f"it is nested {DEEPEST} deep or more, or has over {MOST_ENTRIES:,} entries")
         parts += [(value, depth + 1) for value in inner]
-
-
-def check_config(config: dict, weights: dict[str, torch.Tensor]) -> GPTConfig:
-    """The model's settings. ValueError for an unknown name and for values that GPTConfig refuses."""
-    names = set(inspect.get_annotations(GPTConfig))
-    if unknown := config.keys() - names - OTHER_NAMES - GPTConfig().to_dict().keys():
-        raise ValueError(f"config has an unknown field {show(min(unknown))}; a newer version may know it")
-    fields = {name: config[name] for name in names & config.keys()}
-    return build_config(GPTConfig, fields, {name: tensor.shape for name, tensor in weights.items()})
 
 
 def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
