@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -34,6 +35,13 @@ def is_complete(folder: str, meta: dict) -> bool:
     """Whether a meta.json is final and all the shards it lists are whole."""
     whole = (count_tokens(os.path.join(folder, name)) == n for name, n in meta.get("shards", {}).items())
     return meta.get("complete", False) and all(whole)
+
+
+def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
+    """The entries of every meta.json; `shards` maps a file name to its number of tokens."""
+    counts = {s: sum(n for name, n in shards.items() if name.startswith(s)) for s in ("train", "val")}
+    vocabulary = {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
+    return {**vocabulary, "tokens": counts, "shards": shards, "complete": complete}
 
 
 def verify(folder: str) -> list[str]:
@@ -166,12 +174,9 @@ class ShardWriter:
         self.n, self.filled, self.start = self.n + 1, 0, following
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
-        encoding = self.encoding
-        meta = dict(encoding=encoding.name, vocab_size=encoding.n_vocab, eot_token=encoding.eot_token)
-        names = {split: [name for name in self.done if name.startswith(split)] for split in ("train", "val")}
-        meta["tokens"] = {split: sum(map(self.done.get, found)) for split, found in names.items()}
-        meta |= dict(shards=self.done, complete=complete, source=self.settings["source"])
-        meta |= dict(checksums=self.checksums, samples=self.samples, **more, settings=self.settings)
+        meta = describe(self.encoding, self.done, complete)
+        meta |= {"source": self.settings["source"], "checksums": self.checksums, "samples": self.samples}
+        meta |= more | {"settings": self.settings}
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
         return meta
