@@ -8,8 +8,7 @@ docs/formats.md has the names of the files, their headers and the offset of each
 that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
 
 Reference: github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and .cu read and write
-models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
-"""
+models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers."""
 
 import argparse
 import contextlib
@@ -54,9 +53,8 @@ TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and t
     "lnfw": ("ln_f.weight", "C"), "lnfb": ("ln_f.bias", "C"),
 }  # fmt: skip
 
+
 # ---------------------------------------------------------------------------- SIZES
-
-
 class Sizes(NamedTuple):
     """The sizes of a model, in the order of the header."""
 
@@ -119,8 +117,6 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
 
 
 # ---------------------------------------------------------------------------- READ AND WRITE
-
-
 def our_names(name: str, layers: int) -> list[str]:
     """The names of our parameters that form one of llm.c's tensors: one per layer, or a single one."""
     ours = f"transformer.{TENSORS[name][0]}"
@@ -254,8 +250,6 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
 
 
 # ---------------------------------------------------------------------------- COMMANDS
-
-
 def write_all(
     model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path, names: str = "d12",
     c_names: bool = False, parts: tuple[str, ...] = tuple(FILES),

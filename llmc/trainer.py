@@ -3,8 +3,7 @@
 train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py, and --preset llmc sets its defaults.
 docs/huggingface.md lists what differs.
 
-Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
-"""
+Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py"""
 
 import time
 from dataclasses import dataclass

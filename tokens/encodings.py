@@ -1,8 +1,7 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
 An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files) or a name
-that tiktoken knows, such as "gpt2".
-"""
+that tiktoken knows, such as "gpt2"."""
 
 import difflib
 import functools

@@ -1,7 +1,6 @@
 """Are these still the same files? A fingerprint, made from a few blocks, tells files of the same size apart.
 
-Checkpoints keep the fingerprints of shards (shards.py), meta.json those of sources (shard_writer.py).
-"""
+Checkpoints keep the fingerprints of shards (shards.py), meta.json those of sources (shard_writer.py)."""
 
 import glob
 import hashlib

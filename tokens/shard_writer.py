@@ -3,8 +3,7 @@
 writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
 position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
 writer.add(tokens, position, skip)  # read from `position` on; shards already have the first `skip`
-meta = writer.finish(position, "book.txt")
-"""
+meta = writer.finish(position, "book.txt")"""
 
 import hashlib
 import io
@@ -73,7 +72,6 @@ def verify(folder: str) -> list[str]:
 
 class ShardWriter:
     """Cuts a stream of tokens into shards, and notes in meta.json where in the source each of them begins.
-
     Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
     shard is known after any kill. Without meta.json the source is read again, and must give the same shards.
     A shard is written only when more tokens follow, so that a source that is too small writes no file.

@@ -3,8 +3,7 @@
     loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
     x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
-A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16.
-"""
+A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16."""
 
 from __future__ import annotations
 

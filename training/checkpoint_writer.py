@@ -21,7 +21,6 @@ from training.terminal import resume_command
 
 class CheckpointWriter:
     """Saves checkpoints in a thread, so that training waits only while its state is copied.
-
     If a save fails (disk full, no memory, a value not finite), the writer prints a warning at once, and
     training continues. The writer deletes old checkpoints only after it has read back and verified the new
     one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder."""

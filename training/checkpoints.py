@@ -2,8 +2,7 @@
 
 A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model, a folder log/model_XXXXX
 with the same content (sharded.py), which docs/formats.md lists. Functions here accept both. They compare all
-checksums before they load anything, because torch.load ignores checksums.
-"""
+checksums before they load anything, because torch.load ignores checksums."""
 
 import dataclasses
 import inspect
@@ -28,9 +27,8 @@ from training.upcycle import upcycle
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the ending, a folder
 
+
 # ---------------------------------------------------------------------------- WRITE
-
-
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
     """Write folder/model_XXXXX.pt (the step); point folder/latest at it. OSError, NotFiniteError."""
     archives.check_finite(f"step {checkpoint['step']} is not saved", dict(named_tensors(checkpoint)))
@@ -61,8 +59,6 @@ def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> li
 
 
 # ---------------------------------------------------------------------------- READ
-
-
 def verify_checkpoint(path: str | Path) -> None:
     """Compare all of a checkpoint with its checksums. CheckpointError: damaged. Other errors: `reading`."""
     path = Path(path)
@@ -158,7 +154,6 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 
 # ---------------------------------------------------------------------------- RESUME
-
 # What an optimizer keeps of each parameter, by the method of the parameter's group.
 MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
@@ -286,7 +281,6 @@ def restore(state: dict, model: Any, optimizer: Any, loader: Any, path: Path | s
 
 
 # ---------------------------------------------------------------------------- MODELS
-
 # What a flag may set for a model that is upcycled.
 UPCYCLED = {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score", "norm_topk_prob"}
 UPCYCLED |= {"num_shared_experts", "expert_hidden_size"}
@@ -294,7 +288,6 @@ UPCYCLED |= {"num_shared_experts", "expert_hidden_size"}
 
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
     """A model to train, with the weights and the architecture of `init_from` (see load_model).
-
     fields: the GPTConfig fields of a run without init_from; given: the names that flags have set. If a flag
     sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture."""
     source = load_model(init_from)

@@ -10,8 +10,7 @@ Each of the W ranks of a group holds E/W experts of every layer, and has differe
 While the first all-to-all is in flight, the layer computes the shared experts, in the backward pass too.
 
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
-Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks.
-"""
+Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks."""
 
 from collections.abc import Callable
 

@@ -8,8 +8,7 @@
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
 torchrun passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on (TORCHELASTIC_SIGNALS_TO_HANDLE names others). It sends
-SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout.
-"""
+SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout."""
 
 import contextlib
 import errno
@@ -39,9 +38,8 @@ OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 BAD_ERRNO = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
+
 # ---------------------------------------------------------------------------- SIGNALS
-
-
 class Signals:
     """Signals as requests that the loop reads once a step, so that all ranks act at the same step.
 
@@ -51,8 +49,7 @@ class Signals:
 
     Python runs no signal handler while it waits in a collective, but the C part of the handler writes the
     signal's number to a socket at once (signal.set_wakeup_fd). A thread reads the socket, so that a second
-    SIGINT always ends the process.
-    """
+    SIGINT always ends the process."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1")  # all but the last end the run
 
@@ -144,8 +141,6 @@ def collector_paused() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------- BAD STEPS
-
-
 class Health:
     """Counts steps whose loss or gradient is not finite. Reports jumps: a loss more than SIGMAS standard
     deviations above its running mean over about MEMORY steps, but not in the first MEMORY steps."""
@@ -209,8 +204,6 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
 
 
 # ---------------------------------------------------------------------------- ERRORS
-
-
 def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
     """loader.next_batch(); its errors for bad data become DataError."""
     try:

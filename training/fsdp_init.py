@@ -2,8 +2,7 @@
 
 The model's constructor runs once on fake tensors, which have a shape but no memory. A Recorder notes every
 operator that writes to a tensor, and the state of the random number generator before it. To make a tensor,
-its operators run again from these states, so the order of the modules does not matter.
-"""
+its operators run again from these states, so the order of the modules does not matter."""
 
 from collections.abc import Iterator
 

@@ -2,8 +2,7 @@
 
 docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice. If torchrun is killed, its
 processes live on. They notice it here; the run saves and ends as after SIGTERM.
-Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
-"""
+Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore"""
 
 import contextlib
 import itertools
@@ -32,7 +31,6 @@ def shorten(names: Sequence[object], most: int = 8) -> str:
 
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
-
     One thread increases a counter in the store every INTERVAL seconds. On rank 0 it also reads the counters
     of all ranks and writes the names of lost ranks. On other ranks it reads these names and rank 0's counter.
     A second thread notices when the store does not answer. Timeouts count checks, not seconds, so that a

@@ -10,8 +10,7 @@ and weight decay (arXiv 2502.16982, section 2.2). Each process orthogonalises it
 iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
 
 References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
-AdamW, arXiv 1711.05101.
-"""
+AdamW, arXiv 1711.05101."""
 
 import functools
 import math
@@ -66,7 +65,6 @@ def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with method="muon" or method="adamw"; every group has an lr and a weight_decay.
-
     A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
     the same parameters and share the work. A matrix whose gradient is exactly zero (an expert without tokens)
     stays unchanged: its momentum, once orthogonalised, would move it as far as a real gradient does.

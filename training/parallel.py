@@ -2,8 +2,7 @@
 
 docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
-https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054
-"""
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054"""
 
 import atexit
 import gc
@@ -138,12 +137,9 @@ def stop(world: World | None = None) -> None:
 
 
 # ---------------------------------------------------------------------------- LAYOUT
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which part of model, gradients and optimizer each rank holds; docs/many_gpus.md has the bytes.
-
     All layouts compute the same numbers, except for rounding. A tensor that ranks share is a DTensor: `local`
     returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks."""
 
@@ -180,8 +176,6 @@ def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> L
 
 
 # ---------------------------------------------------------------------------- MODEL
-
-
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
     Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
@@ -282,8 +276,6 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------- GRADIENTS AND OPTIMIZER
-
-
 def sync_gradients(model: nn.Module, now: bool) -> None:
     """Before a forward: whether its backward reduces gradients over the ranks, as a step's last must."""
     if isinstance(model, DistributedDataParallel):

@@ -1,7 +1,6 @@
 """How the ranks of a run find each other, and the check that all of them have the same settings and data.
 
-Reference: the variables that torchrun sets, https://docs.pytorch.org/docs/stable/elastic/run.html
-"""
+Reference: the variables that torchrun sets, https://docs.pytorch.org/docs/stable/elastic/run.html"""
 
 import contextlib
 import functools
@@ -113,7 +112,6 @@ def differences(values: list[dict]) -> Iterator[str]:
 
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
-
     torchrun --max-restarts keeps its store, which holds addresses of dead processes. A process that reads one
     hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
     rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the

@@ -1,7 +1,6 @@
 """What a checkpoint may hold. check_checkpoint() looks at all that was read, before anything uses it.
 
-docs/formats.md says what each entry means. Tensors may lie on the meta device, without values.
-"""
+docs/formats.md says what each entry means. Tensors may lie on the meta device, without values."""
 
 import inspect
 from collections.abc import Callable

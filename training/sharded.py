@@ -2,8 +2,7 @@
 
 docs/formats.md lists the files. torch.distributed.checkpoint (DCP) writes the parts, and plans which parts a
 rank reads. Any number of ranks, in any layout, can read a folder on a disk that they share.
-Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
-"""
+Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html"""
 
 import json
 import math
@@ -70,8 +69,6 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------- WRITE
-
-
 class PartWriter(dcp.FileSystemWriter):
     """DCP's writer of files, which reports a full disk as OSError."""
 
@@ -179,8 +176,6 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- READ
-
-
 class Index(NamedTuple):
     """index.json: [size, CRC-32] of each file; DCP's metadata, whose storage_data load_tensor takes."""
 

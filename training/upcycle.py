@@ -1,7 +1,6 @@
 """Turn a dense model into a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
 
-Reference: Sparse Upcycling, arXiv 2212.05055
-"""
+Reference: Sparse Upcycling, arXiv 2212.05055"""
 
 import torch
 
@@ -12,7 +11,6 @@ from model import GPTConfig, GPTLMHeadModel
 @torch.no_grad()
 def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     """A Mixture-of-Experts in which every expert is a copy of the dense model's MLP: equal logits (to 1e-5).
-
     If the weights of the chosen K experts sum to 1, the router starts as in any new model. If they do not
     (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and the
     copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md
