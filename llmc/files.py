@@ -1,12 +1,7 @@
 """Read and write llm.c's binary files: models, debug states, tokenizers. (fineweb.py writes data shards.)
 
-    python -m llmc export --checkpoint log/model_19073.pt --out llmc_files           # for llm.c's trainers
-    python -m llmc state --checkpoint log/model_19073.pt --data shard.bin --B 4 --T 64 --out llmc_files
-    python -m llmc import --model model_00001000.bin --out my_model                  # from llm.c's trainers
-
-docs/formats.md has the names of the files, their headers and the offset of each tensor. import makes a folder
-that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
-
+docs/huggingface.md has the commands, docs/formats.md the names of the files, their headers and the offset of
+each tensor. import makes a folder that GPTLMHeadModel.from_pretrained and --init_from take.
 Reference: github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and .cu read and write
 models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers."""
 
@@ -200,8 +195,7 @@ def read_model(path: Path) -> GPTLMHeadModel:
 
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
     """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give, in
-    fp32, without dropout. The model's mode and .grad and the random state do not change. ValueError as
-    sizes_of, and for ids or a T that the model does not have."""
+    fp32, without dropout; the model stays as it is. ValueError as sizes_of; for ids or a T it cannot take."""
     sizes = sizes_of(model.config)
     if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}: both must be (B, T)")

@@ -33,10 +33,8 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
         if room > 0:
             held_out.add(text)
             room -= len(text)
-    val, train = (
-        encode_pieces([(True, text) for text in documents if (text in held_out) is chosen], encoding)
-        for chosen in (True, False)
-    )
+    val = encode_pieces([(True, text) for text in documents if text in held_out], encoding)
+    train = encode_pieces([(True, text) for text in documents if text not in held_out], encoding)
     position, skip = writer.resume(val_tokens=len(val), shard_size=len(train))
     writer.add(np.concatenate((val, train)), position, skip)
     return writer.finish({**position, "documents": len(documents)}, corpus)

@@ -1,10 +1,6 @@
-"""Write tokens into shards. After a kill, the complete shards stay, and writing continues after them.
+"""Write tokens into shards. After a kill, the complete shards stay, and writing continues after them."""
 
-writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
-position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
-writer.add(tokens, position, skip)  # read from `position` on; shards already have the first `skip`
-meta = writer.finish(position, "book.txt")"""
-
+import contextlib
 import hashlib
 import io
 import json
@@ -24,10 +20,9 @@ from tokens.sources import START_POSITION
 
 def count_tokens(path: str) -> int:
     """Tokens in a shard; 0 if it is missing or damaged."""
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return len(Shard(path))
-    except (FileNotFoundError, ValueError):
-        return 0
+    return 0
 
 
 def is_complete(folder: str, meta: dict) -> bool:
@@ -118,7 +113,7 @@ class ShardWriter:
         return self.val_tokens if n < self.val_shards else self.shard_size
 
     def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
-        """(position, tokens to skip there) of the first shard that is missing or damaged."""
+        """(position, tokens to skip there) of the first shard that is missing or damaged: read from there."""
         self.val_tokens, self.shard_size = val_tokens, shard_size
         self.val_shards = int(self.part == 0 and val_tokens > 0)
         self.buffer = np.empty(max(self.size(0), shard_size), dtype=np.uint16)

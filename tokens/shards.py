@@ -160,9 +160,8 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
 
 
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
-    """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given. Token
-    counts of several machines are added. Without meta.json it warns, and assumes GPT-2's tokens. Raises
-    FileNotFoundError, or ValueError for damaged or contradictory files."""
+    """meta.json of a data folder, or of the first shard that matches `pattern`; several machines' counts are
+    added. Without meta.json it warns, and assumes GPT-2's tokens. Raises FileNotFoundError, ValueError."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `python fineweb.py --out {folder}`")

@@ -20,10 +20,9 @@ from training.terminal import resume_command
 
 
 class CheckpointWriter:
-    """Saves checkpoints in a thread, so that training waits only while its state is copied.
-    If a save fails (disk full, no memory, a value not finite), the writer prints a warning at once, and
-    training continues. The writer deletes old checkpoints only after it has read back and verified the new
-    one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder."""
+    """Saves checkpoints in a thread: training waits only while its state is copied. If a save fails (disk
+    full, no memory, a value not finite), the writer warns, and training continues. It verifies a checkpoint
+    before it deletes old ones. Without `savers`, rank 0 saves alone; otherwise all ranks save one folder."""
 
     def __init__(
         self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,

@@ -96,9 +96,8 @@ def follow_latest(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The checkpoint, verified, on the CPU; schema.py says what is in it. Errors as in verify_checkpoint.
-    whole=False: of a folder, all but weights and moments, which `restore` reads. trusted=True: another rank
-    has verified the folder."""
+    """The checkpoint, verified, on the CPU; errors as in verify_checkpoint. whole=False: of a folder, all but
+    the tensors, which `restore` reads. trusted=True: another rank has verified the folder."""
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
@@ -287,9 +286,8 @@ UPCYCLED |= {"num_shared_experts", "expert_hidden_size"}
 
 
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
-    """A model to train, with the weights and the architecture of `init_from` (see load_model).
-    fields: the GPTConfig fields of a run without init_from; given: the names that flags have set. If a flag
-    sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture."""
+    """A model to train, with the weights and architecture of `init_from`; use_moe=True upcycles a dense one.
+    fields: GPTConfig's without init_from; given: what flags have set. ValueError if they contradict it."""
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:

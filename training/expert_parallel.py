@@ -2,13 +2,10 @@
 
 Each of the W ranks of a group holds E/W experts of every layer, and has different tokens. Between the stages
 "dispatch" and "experts" of mixture_of_experts.py:
-
-    1. a small all-to-all exchanges the counts, then a large one sends each row to the rank of its expert
+    1. a small all-to-all exchanges the counts, then a large one sends each row to the rank of its expert;
+       meanwhile, in the backward pass too, the layer computes the shared experts
     2. each rank sorts the rows that it received by expert, and runs its experts on them
     3. a second all-to-all sends the results back, where they are weighted and added up
-
-While the first all-to-all is in flight, the layer computes the shared experts, in the backward pass too.
-
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
 Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks."""
 

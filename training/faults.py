@@ -7,8 +7,7 @@
     lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-torchrun passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on (TORCHELASTIC_SIGNALS_TO_HANDLE names others). It sends
-SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout."""
+docs/many_gpus.md says which signals torchrun passes on."""
 
 import contextlib
 import errno

@@ -19,8 +19,8 @@ OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that write to fake tensors, and draws the random numbers that they would draw.
-    RuntimeError for what cannot be repeated: a write to a part of a tensor, torch.randn."""
+    """Records the operators that write to fake tensors, and draws their random numbers. RuntimeError for what
+    cannot be repeated: a write to a part of a tensor, torch.randn."""
 
     def __init__(self):
         super().__init__()

@@ -33,10 +33,9 @@ class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
     One thread increases a counter in the store every INTERVAL seconds. On rank 0 it also reads the counters
     of all ranks and writes the names of lost ranks. On other ranks it reads these names and rank 0's counter.
-    A second thread notices when the store does not answer. Timeouts count checks, not seconds, so that a
-    suspended process does not report others as lost. Once a rank is lost, this process has EXIT_TIMEOUT
-    seconds to end. Then a thread waits for its last checkpoint and ends it.
-    launcher_has_store: the store ends with torchrun on the first machine, not with rank 0."""
+    A second thread notices when the store does not answer, and ends the process if it has not ended within
+    EXIT_TIMEOUT seconds of a loss. Timeouts count checks, not seconds, so that a suspended process does not
+    report others as lost. launcher_has_store: the store ends with torchrun, not with rank 0."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, launcher_has_store: bool = False):
         self.rank, self.store, self.launcher_has_store = rank, store, launcher_has_store

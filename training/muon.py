@@ -2,15 +2,11 @@
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
-layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
-
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Muon and AdamW thus share learning rate, schedule
-and weight decay (arXiv 2502.16982, section 2.2). Each process orthogonalises its share of the matrices (5
-iterations of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
-
-References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
-AdamW, arXiv 1711.05101."""
+and weight decay (Moonlight, section 2.2). Each process orthogonalises its share of the matrices (5 iterations
+of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
+References: https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982; AdamW, 1711.05101."""
 
 import functools
 import math
@@ -64,11 +60,10 @@ def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with method="muon" or method="adamw"; every group has an lr and a weight_decay.
-    A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
-    the same parameters and share the work. A matrix whose gradient is exactly zero (an expert without tokens)
-    stays unchanged: its momentum, once orthogonalised, would move it as far as a real gradient does.
-    ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor."""
+    """Parameter groups with method="muon" or "adamw", lr and weight_decay. A Muon group also has row_blocks,
+    as row_blocks() returns them, and replicated: whether all processes hold the same parameters and share the
+    work. A matrix whose gradient is zero (an expert without tokens) stays unchanged: its momentum would move
+    it as far as a real gradient. ValueError unless there are 2 or 3 dimensions; for a replicated DTensor."""
 
     def __init__(
         self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
@@ -93,11 +88,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """One update from the gradients; returns the closure's loss, if there is a closure."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        methods = {"muon": [], "adamw": []}
-        for group in self.param_groups:
-            methods[group["method"]].append(group)
-        self._muon_step(methods["muon"])
-        for group in methods["adamw"]:
+        self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
+        for group in [group for group in self.param_groups if group["method"] == "adamw"]:
             self._adamw_step(group)
         return loss
 

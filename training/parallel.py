@@ -1,8 +1,7 @@
 """Where a run computes: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
 docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
-References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
-https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054"""
+References: torch's DistributedDataParallel and distributed.fsdp.fully_shard; ZeRO, arXiv 1910.02054"""
 
 import atexit
 import gc
@@ -99,9 +98,8 @@ def check_compiler(device: torch.device) -> None:
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
-    """Choose the device; in a launch of several processes join the group and start the heartbeats. ValueError
-    for a wrong environment, ranks that cannot connect, several with parallel="none", and `settings` that
-    differ between ranks, except for the number of the device."""
+    """Choose the device; as one of several processes join the group and start the heartbeats. ValueError:
+    wrong environment, no connection, parallel="none", `settings` that differ (but for a device's number)."""
     rank, local_rank, size, address, port = read_environment() or (0, 0, 1, "", 0)
     if parallel == "none" and size > 1:
         raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
@@ -125,9 +123,8 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
 
 
 def stop(world: World | None = None) -> None:
-    """Leave the process group, if there is one, as a rank that has finished. First delete the DDP module: it
-    keeps the group in memory, and gloo's threads end with the group. If the interpreter ends while a thread
-    releases tensors, SIGABRT kills the process."""
+    """Leave the process group, if there is one. First delete the DDP module, which keeps the group in memory:
+    if the interpreter ends while a gloo thread releases tensors, SIGABRT kills the process."""
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
     if dist.is_initialized():
@@ -177,9 +174,8 @@ def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> L
 
 # ---------------------------------------------------------------------------- MODEL
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
-    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
-    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later."""
+    """Put the model on this rank's device, in place: all of it, or the layout's part. dtype: of matrix
+    products. weights: (name, whole tensor on the CPU) for a model on the meta device; may be empty."""
     if layout.ep_size > 1:
         share_experts(model, layout)
     if layout.parallel == "fsdp":
@@ -285,8 +281,7 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward: turn the gradients of shared experts, sums over a group, into means over
-    all ranks, because DDP and FSDP do not."""
+    """After a step's last backward: gradients of shared experts, sums over a group, become means over all."""
     if layout.ep_size == 1:
         return
     grads = [local(p.grad) for moe in model.moe_layers() for p in moe.experts.parameters()]

@@ -1,8 +1,7 @@
 """What a run will need, printed before its first step: parameters, tokens, epochs, memory.
 
-The memory of the activations is an estimate; it may be wrong by a quarter. It counts what autograd keeps of
-each token in every block, and the logits, which cause the peak in small models. `size` is the bytes of a
-number in the dtype of matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig."""
+The memory of the activations is an estimate, to a quarter: what autograd keeps of each token in every block,
+and the logits. `size`: bytes of a number in the dtype of matrix products. `config`: a TrainConfig."""
 
 import math
 import os
@@ -116,9 +115,8 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
-    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T). Parameters, gradients
-    and moments are fp32. FSDP divides all of them among the ranks, zero_stage=1 the moments, ep_size the
-    experts. With inference_only there are no gradients and no moments."""
+    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T), in fp32. FSDP divides
+    all but activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     moments = 8 * held * trains // (world_size if config.zero_stage else 1)
     activations = activation_bytes(model, config, dtype)

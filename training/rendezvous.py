@@ -75,8 +75,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def wait_for_ranks(size: int, what: str, has_come: Callable[[int], bool]) -> None:
-    """On rank 0: return when has_come(rank) of all others. what: with {} in place of the ranks that have not
-    come, which ValueError names after TIMEOUT."""
+    """On rank 0: wait for has_come(rank) of all others; ValueError after TIMEOUT. what: {} for the ranks."""
     missing, end = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
     with telling(lambda: f"rank 0 waits for {what.format(name_ranks(missing))}"):
         while missing := {rank for rank in missing if not has_come(rank)}:
@@ -114,8 +113,7 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
     torchrun --max-restarts keeps its store, which holds addresses of dead processes. A process that reads one
     hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
-    rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the
-    token of a dead process, but it continues only when every rank has acknowledged.
+    rank 0 answers each with a new prefix, and continues when every rank has acknowledged that prefix.
     ValueError if the store cannot be reached, or a rank does not start within TIMEOUT."""
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex

@@ -262,9 +262,8 @@ def load(path: Path) -> dict:
 
 
 def fill(targets: dict[str, torch.Tensor], rest: dict) -> dict:
-    """The checkpoint that read_rest has returned, with its tensors, which are read into the targets of their
-    names (of a DTensor, this rank's part). No rank waits for another. CheckpointError, with the name, if one
-    is missing, misshapen or not finite."""
+    """What read_rest returned, and its tensors, read into the targets of their names (of a DTensor, this
+    rank's part). CheckpointError, with the name, if one is missing, misshapen or not finite."""
     path, _, metadata = rest.pop("index")
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)
