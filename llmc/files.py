@@ -244,10 +244,9 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
 
 
 # ---------------------------------------------------------------------------- COMMANDS
-def write_all(
-    model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path, names: str = "d12",
-    c_names: bool = False, parts: tuple[str, ...] = tuple(FILES),
-) -> list[Path]:  # fmt: skip
+def write_all(model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path,
+              names: str = "d12", c_names: bool = False,
+              parts: tuple[str, ...] = tuple(FILES)) -> list[Path]:  # fmt: skip
     """Write what llm.c's train_gpt2.py writes at its start, or some `parts` (keys of FILES) of it; returns
     the paths. names: such as "d12" (gpt2_d12.bin), "gpt2-medium" (gpt2_355M.bin); c_names adds copies with
     124M's names. x, y (B, T): for the debug state. ValueError before anything is written."""

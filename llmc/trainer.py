@@ -30,10 +30,8 @@ class Flags:
 
 # --model NAME: pretrained weights, or new weights of these sizes. Both are dense unless a flag adds experts.
 MODELS = {name: dict(init_from=name) for name in files.LABELS}
-MODELS |= {
-    f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
-    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
-}
+SIZES = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))  # layers, heads, channels
+MODELS |= {f"d{L}": dict(n_layer=L, n_head=nh, n_embd=C, block_size=1024) for L, nh, C in SIZES}
 PRESET = dict(  # --preset llmc: the defaults of llm.c's train_gpt2.py
     use_moe=False, model="gpt2", B=4, T=64, block_size=1024, vocab_size=-1, total_batch_size=256,
     shuffle=False, overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0,
@@ -75,8 +73,8 @@ def write_files(run: Any) -> None:
     config, model = run.config, run.model
     if run.resumed or not writes_files(config) or not run.layout.world.is_master:
         return
-    shards = run.train_loader.files
-    x, y = DistributedDataLoader(shards, config.B, config.T, shuffle=False).next_batch()  # (B, T) each
+    data = DistributedDataLoader(run.train_loader.files, config.B, config.T, shuffle=False)
+    x, y = data.next_batch()  # (B, T), (B, T)
     sized = {name for name, value in MODELS.get(config.model, {}).items() if getattr(config, name) != value}
     label = config.model if config.model and not sized else f"d{model.config.n_layer}"
     for path in files.write_all(model, x, y, config.log_dir, label, config.c_names):

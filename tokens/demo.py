@@ -19,8 +19,7 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as two shards, unless any Python version has written them; return meta.json.
-    Hashes choose a twentieth of the text for validation. Raises ValueError if the folder has other data."""
+    """Write the demo corpus as two shards, if they are missing; return meta.json. ValueError: other data."""
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
         made = meta.get("source", "").startswith(corpus) and meta.get("encoding") == encoding
@@ -28,7 +27,7 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
             return meta
     writer = ShardWriter(folder, {"source": f"{corpus} {sys.version.split()[0]}", "encoding": encoding})
     documents = list(demo_documents())
-    held_out, room = set(), sum(map(len, documents)) // 20
+    held_out, room = set(), sum(map(len, documents)) // 20  # for validation, chosen by hash
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if room > 0:
             held_out.add(text)

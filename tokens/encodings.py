@@ -53,9 +53,8 @@ def get_encoding(name: str) -> Any:
 
 
 def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
-    """Cut a text into parts of at most `most` characters, which together have the tokens of the whole text.
-    The tokens differ only around a cut in a run of more than `most` letters (such as DNA), or of as many
-    digits, punctuation marks or spaces, because GPT-2's regular expression does not split there."""
+    """Cut a text into parts of at most `most` characters, which together have the tokens of the whole text,
+    except around a cut in a run of more than `most` letters (such as DNA), digits, marks or spaces."""
     start = 0
     while len(text) - start > most:
         place = UP_TO_PLACE.match(text, start, start + most)

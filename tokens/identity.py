@@ -50,13 +50,12 @@ def describe_sources(source: str, files: Sequence[str]) -> dict[str, str]:
 
 
 def first_difference(now: dict, before: dict) -> tuple[str, object, object] | None:
-    """(name, value now, value before) of the first setting or source file that differs; None if all agree.
-    A copy of a source, with another time of change, agrees. Older meta.json do not describe source files."""
+    """(name, now, before) of the first setting or source file that differs; None. Times may differ."""
     found = []
     for name, value in now.items():
         if name != "files":
             found.append((name, value, before.get(name)))
-        elif name in before:
+        elif name in before:  # older meta.json do not describe source files
             ours, theirs = ({k: v.rpartition(", ")[0] for k, v in s[name].items()} for s in (now, before))
             for path in ours | theirs:
                 found.append((f"source file {path!r}", *(s.get(path, "missing") for s in (ours, theirs))))
@@ -72,7 +71,7 @@ def load_metas(folder: str) -> dict[str, dict]:
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            cure = f"delete it, and run `python fineweb.py --out {folder}` with the settings it was made with"
+            cure = f"delete it, and run `python fineweb.py --out {folder}` with its settings"
             raise ValueError(f"{path} is damaged ({repr(error)[:200]}); {cure}") from error
     for path, meta in metas.items():
         first = next(iter(metas))

@@ -220,11 +220,10 @@ class DistributedDataLoader:
 
     Raises ValueError: wrong arguments, a damaged shard, too little data. FileNotFoundError: no data."""
 
-    def __init__(
-        self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0, world_size: int = 1,
-        shuffle: bool = True, seed: int = 1337, device: str | torch.device = "cpu",
-        vocab_size: int | None = None, prefetch: int = 2,
-    ):  # fmt: skip
+    def __init__(self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0,
+                 world_size: int = 1, shuffle: bool = True, seed: int = 1337,
+                 device: str | torch.device = "cpu", vocab_size: int | None = None,
+                 prefetch: int = 2):  # fmt: skip
         import torch
 
         for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):

@@ -24,10 +24,8 @@ class CheckpointWriter:
     full, no memory, a value not finite), the writer warns, and training continues. It verifies a checkpoint
     before it deletes old ones. Without `savers`, rank 0 saves alone; otherwise all ranks save one folder."""
 
-    def __init__(
-        self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
-        rank: int = 0, savers: Any = None, retry_s: float = 60,
-    ):  # fmt: skip
+    def __init__(self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
+                 rank: int = 0, savers: Any = None, retry_s: float = 60):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
         self.rank, self.saver = rank, sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
@@ -92,8 +90,7 @@ class CheckpointWriter:
         return True
 
     def _copy(self, value: Any, used: dict) -> Any:
-        """`value` with its tensors copied to the host, into buffers of the last save if they fit.
-        Tensors that share memory (tied embeddings) share a copy, so the file holds them once."""
+        """`value` with tensors on the host, in the last save's buffers if they fit. Tied ones share one."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
@@ -173,15 +170,12 @@ class RunSaver:
             self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
 
-    def _checkpoint(self) -> dict:
-        """The dictionary that docs/formats.md lists."""
+    def _checkpoint(self) -> dict:  # docs/formats.md lists its entries
         run = self.run
-        return {
-            **self.state, "model": run.model.state_dict(), "config": run.model.config.to_dict(),
-            "optimizer": parallel.optimizer_state(run.optimizer, run.layout),
-            "scaler": run.scaler.state_dict(), "train_config": dataclasses.asdict(run.config),
-            "elapsed_s": run.elapsed(), "world_size": run.layout.world.size,
-        }  # fmt: skip
+        more = dict(model=run.model.state_dict(), config=run.model.config.to_dict())
+        more |= dict(optimizer=parallel.optimizer_state(run.optimizer, run.layout))
+        more |= dict(scaler=run.scaler.state_dict(), train_config=dataclasses.asdict(run.config))
+        return self.state | more | dict(elapsed_s=run.elapsed(), world_size=run.layout.world.size)
 
     def is_urgent(self) -> bool:
         """Whether any rank has been told to stop, or to save while the newest step is not saved."""
@@ -217,8 +211,7 @@ class RunSaver:
 
     @contextlib.contextmanager
     def saving_on_errors(self) -> Iterator[None]:
-        """If an error ends the block, rank 0 saves the last finished step, if it holds the whole model and
-        weights and optimizer state belong to that step. The block always ends the save in progress."""
+        """After an error rank 0 saves the last finished step, if it holds all of it. Waits for the save."""
         run = self.run
         try:
             yield

@@ -140,8 +140,7 @@ def best_checkpoint(folder: str | Path) -> Path | None:
 
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
-    """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
-    NewerFormatError and OSError end the search, because the newest checkpoint may be good."""
+    """The newest undamaged checkpoint and its content, or None; warns of damaged ones. Raises if unsure."""
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path, whole)
@@ -166,8 +165,7 @@ FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotat
 
 
 def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest one that rank 0 sees;
-    (None, None) to start afresh. CheckpointError, FileNotFoundError."""
+    """(path, content) to resume: `resume`, or "auto", the newest that rank 0 sees; (None, None) if none."""
     if not resume:
         return None, None
     if resume != "auto":
@@ -237,8 +235,8 @@ def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[t
 
 
 def restore(state: dict, model: Any, optimizer: Any, loader: Any, path: Path | str = "") -> None:
-    """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
-    such as weight decay. ValueError, naming path and difference, for other data or another architecture."""
+    """Restore weights, optimizer state (not its settings), position in the data and random state. ValueError,
+    naming path and difference, for other data or another architecture."""
     try:
         loader.load_state_dict(state["loader"])
     except ValueError as error:
@@ -321,8 +319,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model, in evaluation mode on the CPU, from a checkpoint, or a folder or hub name that from_pretrained
-    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder."""
+    """A model, in evaluation mode on the CPU, from a checkpoint, or what from_pretrained knows. ValueError,
+    FileNotFoundError; transformers' errors for a bad folder."""
     path, source = Path(source), str(source)  # Path drops a slash at the end
     is_folder = os.path.isdir(source)
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))

@@ -185,8 +185,7 @@ def discard_routing(model: nn.Module) -> None:
 
 
 def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
-    """Name the parameters, gradients and samples that are not finite, after a bad step's backward passes.
-    micro_losses: this rank's losses, one per micro-step; their batches are the last ones of `loader`."""
+    """Names what is not finite after a bad step. micro_losses: this rank's, of the loader's last batches."""
     named = list(model.named_parameters())
     values = [name for name, p in named if not p.isfinite().all()]
     gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -195,11 +194,9 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
     first = begin + ((bad[0] if bad else 0) * loader.world_size + loader.rank) * loader.B
     places = ["{} at token {}".format(*loader.locate(sample)) for sample in range(first, first + loader.B)]
     what = f"micro-step {bad[0]} is the first whose loss is not finite" if bad else "all losses are finite"
-    return (
-        f"  parameters that are not finite: {shorten(values)}\n"
-        f"  parameters whose gradient is not finite: {shorten(gradients)} (of {len(named)})\n"
-        f"  rank {loader.rank}: {what}; batch: {shorten(places)}"
-    )
+    first = f"  parameters that are not finite: {shorten(values)}\n"
+    first += f"  parameters whose gradient is not finite: {shorten(gradients)} (of {len(named)})\n"
+    return f"{first}  rank {loader.rank}: {what}; batch: {shorten(places)}"
 
 
 # ---------------------------------------------------------------------------- ERRORS

@@ -19,7 +19,7 @@ OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that write to fake tensors, and draws their random numbers. RuntimeError for what
+    """Records operators that write to fake tensors, and draws their random numbers. RuntimeError for what
     cannot be repeated: a write to a part of a tensor, torch.randn."""
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Recorder(TorchDispatchMode):
     def repeat(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The parameter or buffer called `name` with its values, on the CPU. RuntimeError if it has none."""
         writes = self.writes.get(tensor.untyped_storage()._cdata, [])
-        if not writes or any(isinstance(argument, torch.Tensor) for write in writes for argument in write[2]):
+        if not writes or any(torch.is_tensor(argument) for write in writes for argument in write[2]):
             raise RuntimeError(f"{name}: no initialisation of it has been recorded that could be repeated")
         made = torch.empty(tensor.shape, dtype=tensor.dtype)
         for state, func, args, kwargs, _ in writes:

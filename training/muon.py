@@ -65,10 +65,8 @@ class MuonAdamW(torch.optim.Optimizer):
     work. A matrix whose gradient is zero (an expert without tokens) stays unchanged: its momentum would move
     it as far as a real gradient. ValueError unless there are 2 or 3 dimensions; for a replicated DTensor."""
 
-    def __init__(
-        self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95), fused: bool = False,
-    ):  # fmt: skip
+    def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
+                 betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
         muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
         defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
         for group in param_groups:
@@ -136,11 +134,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[parameter].update(step=step, **moments)
         states = [self.state[parameter] for parameter in params]
         averages, squares, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(
-            params, [parameter.grad for parameter in params], averages, squares, [], steps,
-            fused=group["fused"], amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
-            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        settings = {name: group[name] for name in ("fused", "lr", "eps", "weight_decay")}
+        settings |= dict(amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1])
+        adamw(params, [parameter.grad for parameter in params], averages, squares, [], steps, **settings)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's; ValueError for the state of another optimizer or of other parameter groups."""
@@ -152,10 +148,9 @@ class MuonAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
-def configure_muon(
-    model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
-    router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
-) -> MuonAdamW:  # fmt: skip
+def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                   device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
+                   expert_parallel: bool = False) -> MuonAdamW:  # fmt: skip
     """MuonAdamW for a GPT, as GPT.configure_optimizers. expert_parallel: processes hold different experts."""
 
     def details(name, parameter, role):

@@ -93,8 +93,8 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":  # for Triton
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
-        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, which is not installed"
-        raise ValueError(f"{problem}; install it, or --use_compile False")
+        missing = f"use_compile=True needs {' or '.join(names)}, which is not installed"
+        raise ValueError(f"{missing}; install it, or --use_compile False")
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
@@ -227,9 +227,8 @@ def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
-    policy = MixedPrecisionPolicy()
-    if dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    low = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(**(low if dtype == "bfloat16" else {}))
     how = dict(mp_policy=policy, shard_placement_fn=placement)
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
@@ -255,8 +254,7 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
 
 
 def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
-    """The module whose forward the loop calls: the model itself, or DDP around it. Experts are stacked, so
-    every backward uses every parameter, and DDP need not search for unused parameters."""
+    """The module whose forward the loop calls: the model itself, or DDP around it."""
     if layout.world.size == 1 or layout.parallel == "fsdp":
         return model
     # DDP must ignore experts that differ between ranks: finish_gradients() reduces their gradients.

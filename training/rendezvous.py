@@ -86,8 +86,7 @@ def wait_for_ranks(size: int, what: str, has_come: Callable[[int], bool]) -> Non
 
 
 def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) -> None:
-    """ValueError on all ranks if `mine` differs between ranks, naming entries, ranks and values. All put
-    `mine` into the store. Rank 0 compares, and puts its verdict there."""
+    """ValueError on all ranks if `mine` differs between ranks, naming entries, ranks and values."""
     keys = [f"{what} of {other}" for other in range(size)]
     store.set(keys[rank], json.dumps({name: repr(value) for name, value in mine.items()}))
     if rank == 0:

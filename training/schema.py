@@ -27,11 +27,6 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
-def is_setting(value: Any) -> bool:
-    """Whether a settings class may have it as a value. Limits are checked where it is used."""
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def is_tensor(value: Any) -> bool:
     """Whether it is an ordinary tensor, whose storage holds as many elements as its shape says."""
     if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
@@ -61,6 +56,7 @@ def is_optimizer(value: Any) -> bool:
     return counts and state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
 
 
+are_settings = are_named(lambda value: value is None or type(value) in (bool, int, float, str))
 # name: (kind of the value, its words). The first three are in every checkpoint, the others in those of a run.
 ENTRIES = {
     "model": (are_named(is_tensor), "tensors by name"),
@@ -69,9 +65,9 @@ ENTRIES = {
     "val_loss": (lambda value: value is None or type(value) is float or is_number(value), "a number or None"),
     "val_loss_step": (lambda value: value is None or is_count(value), "a number of steps or None"),
     "optimizer": (is_optimizer, "an optimizer's state"),
-    "loader": (lambda v: are_named(is_setting)(v) and is_count(v.get("position")), "a data loader's state"),
+    "loader": (lambda v: are_settings(v) and is_count(v.get("position")), "a data loader's state"),
     "rng": (lambda v: is_tensor(v) and (v.dtype, v.shape) == RANDOM_STATE, "torch's random state"),
-    "train_config": (are_named(is_setting), "settings by name"),
+    "train_config": (are_settings, "settings by name"),
     "elapsed_s": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
     "health": (are_named(is_number, HEALTH), f"numbers named {', '.join(sorted(HEALTH))}"),
     "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
@@ -80,8 +76,7 @@ ENTRIES = {
 
 
 def check_checkpoint(content: Any) -> dict:
-    """The checkpoint, with all fields of GPTConfig in its config. ValueError, naming the entry, if one is not
-    of its kind, if the config makes no model, or if the weights are not those of the model."""
+    """The checkpoint, with all fields of GPTConfig in its config. ValueError names an entry that is wrong."""
     check_nesting(content)
     if not isinstance(content, dict):
         raise ValueError(f"it holds {show(content)}, not a checkpoint's dictionary")

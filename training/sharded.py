@@ -87,8 +87,8 @@ class Saver:
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part of a checkpoint to the host (a single process does not copy); commit() then
-        writes it to the folder `path`. Raises NotFiniteError, or torch's error if memory is short."""
+        """Copy this rank's part to the host; commit() writes it to the folder `path`. A single process does
+        not copy. NotFiniteError; OSError if memory is short."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
@@ -103,8 +103,7 @@ class Saver:
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait for all ranks, rename the folder; returns its path. If any rank fails, all
-        raise OSError, and the parts are removed, which frees the space on a full disk."""
+        """Write the parts; when all ranks have, the folder gets its name. OSError: the parts are removed."""
         tensors, rest, writer, path = staged
         temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
@@ -135,7 +134,6 @@ class Saver:
         return result
 
     def _gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks."""
         if self.group is None:
             return [value]
         values = [None] * dist.get_world_size(self.group)

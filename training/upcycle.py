@@ -13,8 +13,8 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     """A Mixture-of-Experts in which every expert is a copy of the dense model's MLP: equal logits (to 1e-5).
     If the weights of the chosen K experts sum to 1, the router starts as in any new model. If they do not
     (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and the
-    copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md
-    counts idle experts), so prefer K = 2. ValueError if the model has experts, or an MLP of another size."""
+    copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md),
+    so prefer K = 2. ValueError if the model has experts, or an MLP of another size."""
     if dense.config.use_moe:
         raise ValueError("init_from: the model has experts already; upcycling needs a dense one")
     if (number := config.num_shared_experts) > 0:
