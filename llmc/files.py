@@ -159,8 +159,8 @@ def read_sizes(path: Path) -> tuple[Sizes, int]:
     if length < HEADER_BYTES or numbers[0] != KINDS["model"]:
         known = {number: f"a {name}" for name, number in KINDS.items()} | {20240520: "a data shard"}
         found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        found = f"{found}, {length:,} bytes long"
-        raise ValueError(f"{path}: no model of llm.c (magic {KINDS['model']}), but {found}; give a model")
+        problem = f"no model of llm.c (magic {KINDS['model']}), but {found}, {length:,} bytes long"
+        raise ValueError(f"{path}: {problem}; give a model")
     version, sizes = numbers[1], Sizes(*numbers[2:8])
     if version not in TYPES:
         raise ValueError(f"{path}: version {version} of a model; only 3 and 5 can be read; get a new one")

@@ -112,8 +112,7 @@ def check_format(path: Path, content: Any) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch has no exception type for that on a CPU, only two messages."""
     messages = "DefaultCPUAllocator|Storage size calculation overflowed"
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or re.search(messages, str(error)) is not None
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(re.search(messages, str(error)))
 
 
 @contextlib.contextmanager

@@ -122,10 +122,9 @@ class CheckpointWriter:
             self.say(f"step {step}: saved {path} ({size / 1e6:.0f} MB in {took})")
 
     def _accept(self, path: Path) -> None:
-        """On rank 0: point `latest` at a new folder; read the checkpoint back before old ones are deleted."""
-        if self.rank == 0 and self.saver is not None:
+        if self.rank == 0 and self.saver is not None:  # save_checkpoint has done it for a file
             write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
-        if self.rank == 0 and self.keep_last > 0:
+        if self.rank == 0 and self.keep_last > 0:  # read it back before old ones are deleted
             ckpt.verify_checkpoint(path)
             ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 

@@ -186,8 +186,8 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
 
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
-    """Copy the checkpoint's settings into a resumed run's config, except `given`, which flags have set.
-    CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
+    """Copy the checkpoint's settings into config, except `given`, which flags have set. ValueError for a flag
+    that a resumed run cannot change, and a checkpoint without a run."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
         lacks = f"cannot be resumed: it lacks {', '.join(sorted(missing))}"
@@ -319,8 +319,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model, in evaluation mode on the CPU, from a checkpoint, or what from_pretrained knows. ValueError,
-    FileNotFoundError; transformers' errors for a bad folder."""
+    """A model, in evaluation mode on the CPU, from a checkpoint, folder or hub name. ValueError, OSError."""
     path, source = Path(source), str(source)  # Path drops a slash at the end
     is_folder = os.path.isdir(source)
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))

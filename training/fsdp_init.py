@@ -19,8 +19,7 @@ OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 
 class Recorder(TorchDispatchMode):
-    """Records operators that write to fake tensors, and draws their random numbers. RuntimeError for what
-    cannot be repeated: a write to a part of a tensor, torch.randn."""
+    """Records writes to fake tensors, and draws their random numbers. RuntimeError: not repeatable."""
 
     def __init__(self):
         super().__init__()

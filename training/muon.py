@@ -125,7 +125,6 @@ class MuonAdamW(torch.optim.Optimizer):
         return update.bfloat16() if in_bf16 else update
 
     def _adamw_step(self, group: dict) -> None:
-        """AdamW by torch's function, for the parameters that have a gradient."""
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in params:
             if not self.state[parameter]:

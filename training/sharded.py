@@ -87,8 +87,7 @@ class Saver:
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part to the host; commit() writes it to the folder `path`. A single process does
-        not copy. NotFiniteError; OSError if memory is short."""
+        """Copy this rank's part to the host, for commit() to write to `path`. NotFiniteError; OSError."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
@@ -98,7 +97,7 @@ class Saver:
             tensors, rest = extract_tensors(checkpoint)
             archives.check_finite(f"step {checkpoint['step']} is not saved", tensors)
             # dcp.async_save would hang: if one rank had no memory for its copy, the others would wait for it.
-            return tensors if self.group is None else writer.stage(tensors), rest
+            return tensors if self.group is None else writer.stage(tensors), rest  # one process need not copy
 
         return *self.together(copy), writer, path
 

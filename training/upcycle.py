@@ -34,9 +34,8 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
             stacked = name.removesuffix(".weight").replace(".", "_")  # c_fc, c_fc_bias, ...
             experts = target[f"{prefix}experts.{stacked}"]
             if experts.shape[1:] != tensor.shape:
-                H = dense.config.mlp_hidden_size or 4 * dense.config.n_embd
-                problem = f"expert_hidden_size={config.expert_hidden_size}: the MLP that experts copy has {H}"
-                raise ValueError(f"{problem}; use --expert_hidden_size {H}")
+                size, H = config.expert_hidden_size, dense.config.mlp_hidden_size or 4 * dense.config.n_embd
+                raise ValueError(f"expert_hidden_size={size}: the MLP has {H}; use --expert_hidden_size {H}")
             experts.copy_(tensor * (scale if name.startswith("c_proj") else 1.0))  # (E, ...) from (...)
         target[f"{prefix}gate.weight"].mul_(router_scale)
     for name, tensor in source.items():
