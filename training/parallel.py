@@ -93,7 +93,7 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda":  # for Triton
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
-        missing = f"use_compile=True needs {' or '.join(names)}, which is not installed"
+        missing = f"use_compile=True: torch.compile needs {' or '.join(names)}, which is not installed"
         raise ValueError(f"{missing}; install it, or --use_compile False")
 
 
