@@ -1,17 +1,12 @@
 """Read and write llm.c's binary files: models, debug states, tokenizers. (fineweb.py writes data shards.)
 
-    python -m llmc export --checkpoint log/model_19073.pt --out llmc_files           # for llm.c's trainers
-    python -m llmc state --checkpoint log/model_19073.pt --data shard.bin --B 4 --T 64 --out llmc_files
-    python -m llmc import --model model_00001000.bin --out my_model                  # from llm.c's trainers
-
-docs/formats.md has the names of the files, their headers and the offset of each tensor. import makes a folder
-that GPTLMHeadModel.from_pretrained and --init_from take. Exit codes: 0 done, 2 something given is wrong.
-
-References: llm.c, github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and train_gpt2.cu
-read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers.
-"""
+docs/huggingface.md has the commands, docs/formats.md the names of the files, their headers and the offset of
+each tensor. import makes a folder that GPTLMHeadModel.from_pretrained and --init_from take.
+Reference: github.com/karpathy/llm.c: train_gpt2.py writes these files, train_gpt2.c and .cu read and write
+models, test_gpt2.c reads debug states, llmc/tokenizer.h reads tokenizers."""
 
 import argparse
+import contextlib
 import math
 import shlex
 import shutil
@@ -34,15 +29,12 @@ from tokens.shards import read_shard
 from training.checkpoints import load_model
 
 HEADER_BYTES = 1024
-# kind of file: magic number, versions that are read
-KINDS = {"model": (20240326, (3, 5)), "debug state": (20240327, (2,)), "tokenizer": (20240328, (2,))}
+KINDS = {"model": 20240326, "debug state": 20240327, "tokenizer": 20240328}  # magic numbers
 # version of a model: its type in torch, and in numpy, which has no bf16 and sees integers there
 TYPES = {3: (torch.float32, "<f4"), 5: (torch.bfloat16, "<i2")}
 VERSIONS = {"float32": 3, "bfloat16": 5}
-FILES = {
-    "float32": "gpt2_{}.bin", "bfloat16": "gpt2_{}_bf16.bin", "state": "gpt2_{}_debug_state.bin",
-    "tokenizer": "gpt2_tokenizer.bin",
-}  # fmt: skip
+FILES = {"float32": "gpt2_{}.bin", "bfloat16": "gpt2_{}_bf16.bin"}
+FILES |= {"state": "gpt2_{}_debug_state.bin", "tokenizer": "gpt2_tokenizer.bin"}
 LABELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
 TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and the shape, in the file's order
@@ -56,10 +48,8 @@ TENSORS = {  # llm.c's name: ours (after "transformer.", layer i in h.{i}) and t
     "lnfw": ("ln_f.weight", "C"), "lnfb": ("ln_f.bias", "C"),
 }  # fmt: skip
 
-# -----------------------------------------------------------------------------
-# Which models can be written, and what their sizes are
 
-
+# ---------------------------------------------------------------------------- SIZES
 class Sizes(NamedTuple):
     """The sizes of a model, in the order of the header."""
 
@@ -75,10 +65,6 @@ class Sizes(NamedTuple):
         letters = self._asdict() | {"3C": 3 * self.C, "4C": 4 * self.C}
         return {name: tuple(letters[s] for s in shape.split()) for name, (_, shape) in TENSORS.items()}
 
-    def num_stored(self) -> int:
-        """How many numbers the tensors have, including padding."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
-
 
 def padded(vocabulary: int) -> int:
     """The next multiple of 128."""
@@ -86,11 +72,8 @@ def padded(vocabulary: int) -> int:
 
 
 def sizes_of(config: GPTConfig) -> Sizes:
-    """Sizes of a model to be written; ValueError, naming the field, if llm.c has no such model.
-
-    Rows that only pad the embedding do not count: those from encoding_size on, or, where that is not set,
-    those beyond GPT-2's 50,257 in a vocabulary of 50,304.
-    """
+    """Sizes of a model to be written; ValueError, naming the field, if llm.c has no such model. V excludes
+    rows that only pad the embedding: those from encoding_size on, or from 50,257 on in GPT-2's 50,304."""
     only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
     only["mlp_hidden_size"] = (4 * config.n_embd, None)
     if config.mlp_hidden_size is None:  # then dense layers, too, have expert_hidden_size
@@ -110,10 +93,8 @@ def encoding_of(config: GPTConfig) -> tiktoken.Encoding:
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
-        # The message of get_encoding names a flag of fineweb.py.
-        problem = f"tiktoken cannot fetch the files of encoding={config.encoding!r} ({error.__cause__})"
-        remedy = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them"
-        raise ValueError(f"no tokenizer can be written: {problem}; {remedy}") from error
+        problem = str(error).removesuffix(", or use --encoding bytes")  # a flag of fineweb.py
+        raise ValueError(f"no tokenizer can be written: {problem}") from error
 
 
 def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
@@ -130,10 +111,7 @@ def dense_model(sizes: Sizes, state: dict[str, torch.Tensor]) -> GPTLMHeadModel:
     return model.eval()
 
 
-# -----------------------------------------------------------------------------
-# Reading and writing: bytes, models, debug states, tokenizers
-
-
+# ---------------------------------------------------------------------------- READ AND WRITE
 def our_names(name: str, layers: int) -> list[str]:
     """The names of our parameters that form one of llm.c's tensors: one per layer, or a single one."""
     ours = f"transformer.{TENSORS[name][0]}"
@@ -143,34 +121,8 @@ def our_names(name: str, layers: int) -> list[str]:
 def header(kind: str, version: int, *fields: int) -> bytes:
     """The 1024 bytes at the beginning of a file."""
     numbers = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    numbers[: 2 + len(fields)] = (KINDS[kind][0], version, *fields)
+    numbers[: 2 + len(fields)] = (KINDS[kind], version, *fields)
     return numbers.tobytes()
-
-
-def read_header(path: Path, kind: str) -> list[int]:
-    """The 256 numbers at the beginning of a file; ValueError unless it is of this kind."""
-    if not path.is_file():
-        export = f"python -m llmc export --checkpoint log/latest --out {shlex.quote(str(path.parent))}"
-        raise FileNotFoundError(f"{path}: no such file; make one with: {export}")
-    numbers = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4).tolist()
-    magic, versions = KINDS[kind]
-    if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
-        known = {number: f"a {name}" for name, (number, _) in KINDS.items()} | {20240520: "a data shard"}
-        found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
-        size = f"{path.stat().st_size:,} bytes long"
-        raise ValueError(f"{path}: no {kind} of llm.c (magic {magic}), but {found}, {size}; give a {kind}")
-    if numbers[1] not in versions:
-        known = " and ".join(map(str, versions))
-        raise ValueError(f"{path}: version {numbers[1]} of a {kind}; only {known} can be read; get a new one")
-    return numbers
-
-
-def check_length(path: Path, promised: int) -> None:
-    """ValueError unless the file has as many bytes as the sizes in its header promise."""
-    length = path.stat().st_size
-    if length != promised:
-        problem = "cut short" if length < promised else "too long"
-        raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")
 
 
 def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], version: int) -> None:
@@ -184,11 +136,6 @@ def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], 
                 tensor = torch.cat([tensor[: sizes.V], padding])  # (Vp, C)
             bits = tensor.contiguous().view(torch.int16 if version == 5 else torch.float32)
             file.write(bits.numpy().astype(stored, copy=False))
-
-
-def take(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The next numbers of a file."""
-    return np.fromfile(file, dtype=dtype, count=math.prod(shape)).reshape(shape)
 
 
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
@@ -206,40 +153,50 @@ def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
 
 def read_sizes(path: Path) -> tuple[Sizes, int]:
     """Sizes and version of a model file. FileNotFoundError; ValueError if it is none or is damaged."""
-    numbers = read_header(path, "model")
-    sizes, version = Sizes(*numbers[2:8]), numbers[1]
+    if not path.is_file():
+        export = f"python -m llmc export --checkpoint log/latest --out {shlex.quote(str(path.parent))}"
+        raise FileNotFoundError(f"{path}: no such file; make one with: {export}")
+    numbers, length = np.fromfile(path, "<i4", HEADER_BYTES // 4).tolist(), path.stat().st_size
+    if length < HEADER_BYTES or numbers[0] != KINDS["model"]:
+        known = {number: f"a {name}" for name, number in KINDS.items()} | {20240520: "a data shard"}
+        found = known.get(numbers[0], f"begins with {numbers[0]}") if numbers else "empty"
+        problem = f"no model of llm.c (magic {KINDS['model']}), but {found}, {length:,} bytes long"
+        raise ValueError(f"{path}: {problem}; give a model")
+    version, sizes = numbers[1], Sizes(*numbers[2:8])
+    if version not in TYPES:
+        raise ValueError(f"{path}: version {version} of a model; only 3 and 5 can be read; get a new one")
     if min(sizes) < 1 or sizes.C % sizes.nh != 0 or sizes.Vp != padded(sizes.V):
         raise ValueError(f"{path}: damaged, no GPT-2 has these sizes: {sizes}; get it again")
-    check_length(path, HEADER_BYTES + np.dtype(TYPES[version][1]).itemsize * sizes.num_stored())
+    stored = sum(map(math.prod, sizes.shapes().values()))
+    promised = HEADER_BYTES + TYPES[version][0].itemsize * stored
+    if length != promised:
+        problem = "cut short" if length < promised else "too long"
+        raise ValueError(f"{path}: {problem}: {length:,} bytes, its header says {promised:,}; get it again")
     return sizes, version
 
 
 def read_model(path: Path) -> GPTLMHeadModel:
-    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU, with V rows of embeddings.
-    FileNotFoundError; ValueError, naming the file, if it is no model or is damaged."""
+    """The model in a file of llm.c, in fp32, in evaluation mode, on the CPU. Errors as read_sizes."""
     sizes, version = read_sizes(path)
     (dtype, stored), state = TYPES[version], {}
     with open(path, "rb") as file:
         file.seek(HEADER_BYTES)
         for name, shape in sizes.shapes().items():
-            tensor = torch.from_numpy(take(file, stored, shape)).view(dtype)
+            numbers = np.fromfile(file, dtype=stored, count=math.prod(shape)).reshape(shape)
+            tensor = torch.from_numpy(numbers).view(dtype)
             if name == "wte":
                 if tensor[sizes.V :].any():
                     warnings.warn(f"{printable(path)}: its padding of wte is not zero; dropped", stacklevel=2)
                 tensor = tensor[: sizes.V]
-            names = our_names(name, sizes.L)
             parts = tensor if "L" in TENSORS[name][1].split() else [tensor]
-            for ours, part in zip(names, parts, strict=True):
+            for ours, part in zip(our_names(name, sizes.L), parts, strict=True):
                 state[ours] = part.to(torch.float32, copy=True)  # a copy, not a view
     return dense_model(sizes, state)
 
 
 def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) -> None:
-    """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give.
-
-    All is computed in fp32 on the model's device, without dropout. The model's mode and .grad and the random
-    state do not change. ValueError as sizes_of, and for ids or a T that the model does not have.
-    """
+    """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give, in
+    fp32, without dropout; the model stays as it is. ValueError as sizes_of; for ids or a T it cannot take."""
     sizes = sizes_of(model.config)
     if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}: both must be (B, T)")
@@ -247,8 +204,8 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
         raise ValueError(f"T={x.size(1)} is longer than the model's block_size={sizes.P}; take a shorter T")
     for name, ids in (("x", x), ("y", y)):
         if ids.min() < 0 or ids.max() >= sizes.V:
-            found = f"{name} has ids from {ids.min()} to {ids.max()}, this model only 0 to {sizes.V - 1}"
-            raise ValueError(f"{found}; take data of its encoding")
+            found = f"{name} has ids from {ids.min()} to {ids.max()}"
+            raise ValueError(f"{found}, the model only 0 to {sizes.V - 1}; take data of its encoding")
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: sizes.V]
     reference = dense_model(sizes, state)
@@ -277,43 +234,35 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
         raise ValueError(f"encoding {encoding.name!r} has no <|endoftext|>; use gpt2")
     parts = [header("tokenizer", 2, encoding.n_vocab, encoding.eot_token)]
     for token in range(encoding.n_vocab):
-        try:
+        text = b""
+        with contextlib.suppress(KeyError):
             text = encoding.decode_single_token_bytes(token)
-        except KeyError:
-            text = b""
         if not 1 <= len(text) <= 255:
-            size = f"token {token} has {len(text)} bytes, but llm.c's have 1 to 255"
+            size = f"token {token} has {len(text)} bytes, not 1 to 255"
             raise ValueError(f"encoding {encoding.name!r}: {size}; use gpt2")
         parts.append(bytes([len(text)]) + text)
     write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
 
 
-# -----------------------------------------------------------------------------
-# Sets of files, and the command line
-
-
-def write_all(
-    model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path, names: str = "d12",
-    c_names: bool = False, parts: tuple[str, ...] = tuple(FILES),
-) -> list[Path]:  # fmt: skip
-    """What llm.c's train_gpt2.py writes before its first step, or some `parts` (keys of FILES) of it.
-
-    names: a model's name, such as "d12" (gpt2_d12.bin) or "gpt2-medium" (gpt2_355M.bin); c_names adds copies
-    with 124M's names. x, y (B, T): for the debug state. Returns paths; ValueError before anything is written.
-    """
+# ---------------------------------------------------------------------------- COMMANDS
+def write_all(model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder: str | Path,
+              names: str = "d12", c_names: bool = False,
+              parts: tuple[str, ...] = tuple(FILES)) -> list[Path]:  # fmt: skip
+    """Write what llm.c's train_gpt2.py writes at its start, or some `parts` (keys of FILES) of it; returns
+    the paths. names: such as "d12" (gpt2_d12.bin), "gpt2-medium" (gpt2_355M.bin); c_names adds copies with
+    124M's names. x, y (B, T): for the debug state. ValueError before anything is written."""
     sizes_of(model.config)
     encoding = encoding_of(model.config) if "tokenizer" in parts else None
-    writers = {
-        "float32": lambda path: write_model(model, path, "float32"),
-        "bfloat16": lambda path: write_model(model, path, "bfloat16"),
-        "state": lambda path: write_state(model, x, y, path),
-        "tokenizer": lambda path: write_tokenizer(encoding, path),
-    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     labels, written = [LABELS.get(names, names)] + ["124M"] * c_names, []
     for part in parts:
         first, *copies = dict.fromkeys(Path(folder, FILES[part].format(label)) for label in labels)
-        writers[part](first)
+        if part == "state":
+            write_state(model, x, y, first)
+        elif part == "tokenizer":
+            write_tokenizer(encoding, first)
+        else:
+            write_model(model, first, part)
         for copy in copies:
             with open(first, "rb") as source:
                 write_atomically(copy, lambda file, source=source: shutil.copyfileobj(source, file))
@@ -332,14 +281,15 @@ def run(options: argparse.Namespace) -> list[Path]:
         return [options.out]
     x = y = None
     if options.command == "state":
-        N = options.B * options.T
-        if min(options.B, options.T) < 1:
-            raise ValueError(f"--B {options.B} --T {options.T}: both must be at least 1")
-        tokens = torch.from_numpy(read_shard(options.data)[: N + 1].astype(np.int64))
-        if len(tokens) <= N:
-            raise ValueError(f"{options.data}: {len(tokens)} tokens, --B and --T need {N + 1}; lower them")
-        x, y = tokens[:-1].view(options.B, options.T), tokens[1:].view(options.B, options.T)
-        parts = ("state",)
+        B, T, parts = options.B, options.T, ("state",)
+        if min(B, T) < 1:
+            raise ValueError(f"--B {B} --T {T}: both must be at least 1")
+        tokens = torch.from_numpy(read_shard(options.data)[: B * T + 1].astype(np.int64))
+        if len(tokens) <= B * T:
+            raise ValueError(
+                f"{options.data}: {len(tokens)} tokens, --B and --T need {B * T + 1}; lower them"
+            )
+        x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)
     else:
         parts = (options.dtype, "tokenizer") if options.dtype else ("float32", "bfloat16", "tokenizer")
     model = load_model(options.checkpoint)

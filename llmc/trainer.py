@@ -1,15 +1,9 @@
 """llm.c's defaults, model names, files and forward-only run, for train_gpt_moe.py.
 
-train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py. --preset llmc sets its defaults. Differences:
-    --warmup_iters of --num_iterations or more, --learning_rate_decay_frac above 1, --zero_stage 2, 3 (and 1
-        without torchrun) are refused;
-    --grad_clip 0 means no clipping, not gradients of 0;
-    --val_loss_every 0 evaluates at the end; the loss is the mean of all ranks', not the first one's;
-    --output_dir is log if none is given; --write_tensors writes there, and with --inference_only nothing;
-    --dtype also applies on a CPU; sampling chooses among 50 tokens, not 40; new weights have another seed.
+train_gpt_moe.py accepts the flags of llm.c's train_gpt2.py, and --preset llmc sets its defaults.
+docs/huggingface.md lists what differs.
 
-Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py
-"""
+Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py"""
 
 import time
 from dataclasses import dataclass
@@ -35,11 +29,9 @@ class Flags:
 
 
 # --model NAME: pretrained weights, or new weights of these sizes. Both are dense unless a flag adds experts.
-MODELS = {name: dict(init_from=name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-MODELS |= {
-    f"d{layers}": dict(n_layer=layers, n_head=heads, n_embd=width, block_size=1024)
-    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))
-}
+MODELS = {name: dict(init_from=name) for name in files.LABELS}
+SIZES = ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))  # layers, heads, channels
+MODELS |= {f"d{L}": dict(n_layer=L, n_head=nh, n_embd=C, block_size=1024) for L, nh, C in SIZES}
 PRESET = dict(  # --preset llmc: the defaults of llm.c's train_gpt2.py
     use_moe=False, model="gpt2", B=4, T=64, block_size=1024, vocab_size=-1, total_batch_size=256,
     shuffle=False, overfit_single_batch=True, max_steps=10, max_lr=1e-4, learning_rate_decay_frac=1.0,
@@ -81,8 +73,8 @@ def write_files(run: Any) -> None:
     config, model = run.config, run.model
     if run.resumed or not writes_files(config) or not run.layout.world.is_master:
         return
-    shards = run.train_loader.files
-    x, y = DistributedDataLoader(shards, config.B, config.T, shuffle=False).next_batch()  # (B, T) each
+    data = DistributedDataLoader(run.train_loader.files, config.B, config.T, shuffle=False)
+    x, y = data.next_batch()  # (B, T), (B, T)
     sized = {name for name, value in MODELS.get(config.model, {}).items() if getattr(config, name) != value}
     label = config.model if config.model and not sized else f"d{model.config.n_layer}"
     for path in files.write_all(model, x, y, config.log_dir, label, config.c_names):

@@ -19,10 +19,7 @@ SKIPPED_FOLDERS = set("test tests idlelib lib2to3 turtledemo site-packages dist-
 
 
 def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes") -> dict:
-    """Write the demo corpus as two shards, unless any Python version has written them; return meta.json.
-
-    Hashes choose a twentieth of the text for validation. Raises ValueError if the folder has other data.
-    """
+    """Write the demo corpus as two shards, if they are missing; return meta.json. ValueError: other data."""
     folder, corpus = os.fspath(folder), "demo corpus of Python"
     for meta in load_metas(folder).values():
         made = meta.get("source", "").startswith(corpus) and meta.get("encoding") == encoding
@@ -30,7 +27,7 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
             return meta
     writer = ShardWriter(folder, {"source": f"{corpus} {sys.version.split()[0]}", "encoding": encoding})
     documents = list(demo_documents())
-    held_out, room = set(), sum(map(len, documents)) // 20
+    held_out, room = set(), sum(map(len, documents)) // 20  # for validation, chosen by hash
     for text in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if room > 0:
             held_out.add(text)
@@ -43,10 +40,8 @@ def prepare_demo(folder: str | os.PathLike = "demo_data", encoding: str = "bytes
 
 
 def demo_documents() -> Iterator[str]:
-    """The language's help topics and the docstrings of each module of the standard library.
-
-    Repeated paragraphs are left out, so that training has no copy of validation. Raises FileNotFoundError.
-    """
+    """The language's help topics and the docstrings of each module of the standard library. Repeated
+    paragraphs are left out, so that training has no copy of validation. Raises FileNotFoundError."""
     library = sysconfig.get_paths()["stdlib"]
     seen: set[tuple[str, ...]] = set()
     for folder, folders, names in os.walk(library):

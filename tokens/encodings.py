@@ -1,9 +1,7 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
 An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files) or a name
-that tiktoken knows, such as "gpt2". A function imports tiktoken by name, because exported model folders have
-a copy of this file, and transformers refuses code with an import of a package that is not installed.
-"""
+that tiktoken knows, such as "gpt2"."""
 
 import difflib
 import functools
@@ -25,6 +23,7 @@ UP_TO_PLACE = re.compile(r".*(?:[^\W_](?=[\W_])|[A-Za-z](?=\d)|\S(?=[ \t\r\n]))"
 
 def load_encoding(name: str) -> Any:
     """The tiktoken.Encoding of that name. Raises ValueError if it is unknown, OSError without its files."""
+    # Exported models have a copy of this file. transformers refuses an `import` of what is not installed.
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":
         lines, ranks = r"[^\n]*\n|[^\n]+", {bytes([i]): i for i in range(256)}  # every split gives these ids
@@ -33,8 +32,8 @@ def load_encoding(name: str) -> Any:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        choices = f"use one of {', '.join(known)} (a model's config.json sets its encoding)"
-        raise ValueError(f"encoding={name!r} is unknown{hint}; {choices}")
+        choices = f"{', '.join(known)} (a model's config.json sets its encoding)"
+        raise ValueError(f"encoding={name!r} is unknown{hint}; use one of {choices}")
     return tiktoken.get_encoding(name)
 
 
@@ -54,11 +53,8 @@ def get_encoding(name: str) -> Any:
 
 
 def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
-    """Cut a text into parts of at most `most` characters, which together have the tokens of the whole text.
-
-    The tokens differ only around a cut in a run of more than `most` letters (such as DNA), or of as many
-    digits, punctuation marks or spaces, because GPT-2's regular expression does not split there.
-    """
+    """Cut a text into parts of at most `most` characters, which together have the tokens of the whole text,
+    except around a cut in a run of more than `most` letters (such as DNA), digits, marks or spaces."""
     start = 0
     while len(text) - start > most:
         place = UP_TO_PLACE.match(text, start, start + most)
@@ -69,10 +65,7 @@ def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
 
 
 def encode(encoding: Any, text: str) -> np.ndarray:
-    """Token ids of `text`, uint16. encoding: from get_encoding. Special tokens in the text are plain text.
-
-    Raises ValueError where tiktoken panics.
-    """
+    """Token ids, uint16; special tokens in `text` are plain text. Raises ValueError where tiktoken panics."""
     try:
         parts = (encoding.encode_to_numpy(part, disallowed_special=()) for part in split_text(text))
         return np.concatenate([part.astype(np.uint16) for part in parts])

@@ -1,8 +1,6 @@
-"""Are these still the same files? A fingerprint tells a file from another of the same name and size.
+"""Are these still the same files? A fingerprint, made from a few blocks, tells files of the same size apart.
 
-Checkpoints keep the fingerprints of shards (tokens/shards.py), meta.json those of sources (shard_writer.py).
-A fingerprint reads a few blocks only. `python fineweb.py --verify --out FOLDER` compares every token.
-"""
+Checkpoints keep the fingerprints of shards (shards.py), meta.json those of sources (shard_writer.py)."""
 
 import contextlib
 import glob
@@ -22,11 +20,9 @@ DIGITS = 8  # of a fingerprint
 DEFAULTS = dict(split="train", text_field="text", shard_size=100_000_000, num_parts=1, part=0)  # fineweb.py's
 
 
-def fingerprint(file: BinaryIO, start: int, size: int, files: int) -> str:
+def fingerprint(file: BinaryIO, start: int, size: int, files: int = ALL_BLOCKS) -> str:
     """Digits of the SHA-256 of `size` and of blocks spread evenly over the `size` bytes from `start` on.
-
-    files: how many files the data has; with more than 32, fewer than 64 blocks of each are read.
-    """
+    files: how many files the data has; with more than 32, fewer than 64 blocks of each are read."""
     blocks = min(MOST_BLOCKS, max(FEWEST_BLOCKS, ALL_BLOCKS // files))
     digest = hashlib.sha256(str(size).encode())
     for at in range(0, size, max(BLOCK, size // blocks)):
@@ -40,15 +36,8 @@ def check_fingerprints(files: Sequence[str], here: str, saved: object) -> None:
     for i, file in enumerate([*files, "a shard that is missing here"]):
         now, was = (str(joined)[i * DIGITS : (i + 1) * DIGITS] for joined in (here, saved))
         if now != was:
-            wrong = (
-                f"{file} is another shard: sha256={now!r} of some of its blocks, {was!r} when it was saved"
-            )
+            wrong = f"{file} is another shard: sha256={now!r} of some blocks, not {was!r}"
             raise ValueError(f"the data loader cannot continue: {wrong}; use the data of the saved run")
-
-
-def sample_shard(tokens: BinaryIO, start: int, size: int) -> str:
-    """The fingerprint of a shard's tokens from few blocks, cheap enough for each start of a run."""
-    return fingerprint(tokens, start, size, files=ALL_BLOCKS)
 
 
 def describe_sources(source: str, files: Sequence[str]) -> dict[str, str]:
@@ -64,19 +53,16 @@ def describe_sources(source: str, files: Sequence[str]) -> dict[str, str]:
 
 
 def first_difference(now: dict, before: dict) -> tuple[str, object, object] | None:
-    """(name, value now, value before) of the first setting or source file that differs; None if all agree.
-
-    A copy of a source, with another time of change, agrees. Older meta.json do not describe source files.
-    """
-    pairs = []
+    """(name, now, before) of the first setting or source file that differs; None. Times may differ."""
+    found = []
     for name, value in now.items():
         if name != "files":
-            pairs.append((name, value, before.get(name)))
-        elif name in before:
+            found.append((name, value, before.get(name)))
+        elif name in before:  # older meta.json do not describe source files
             ours, theirs = ({k: v.rpartition(", ")[0] for k, v in s[name].items()} for s in (now, before))
-            for path in [*ours, *theirs]:
-                pairs.append((f"source file {path!r}", *(s.get(path, "missing") for s in (ours, theirs))))
-    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+            for path in ours | theirs:
+                found.append((f"source file {path!r}", *(s.get(path, "missing") for s in (ours, theirs))))
+    return next((triple for triple in found if triple[1] != triple[2]), None)
 
 
 def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
@@ -94,10 +80,7 @@ def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
 
 
 def load_metas(folder: str) -> dict[str, dict]:
-    """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json).
-
-    Raises ValueError if one is damaged, or if two were made from different sources or settings.
-    """
+    """meta.json of a folder, or all machines' (meta_p0000.json), by path. ValueError: damaged, or unlike."""
     metas, base = {}, os.path.join(glob.escape(folder), "meta")
     for path in sorted(glob.glob(f"{base}.json") + glob.glob(f"{base}_p[0-9]*.json")):
         try:
@@ -105,17 +88,15 @@ def load_metas(folder: str) -> dict[str, dict]:
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            again = f"`python fineweb.py --out {shlex.quote(folder)}` with the settings it was made with"
+            again = f"`python fineweb.py --out {shlex.quote(folder)}` with its settings"
             cure = f"delete it, and run {again}"
             raise ValueError(f"{path} is damaged ({repr(error)[:200]}); {cure}") from error
     for path, meta in metas.items():
-        first, *_ = metas
+        first = next(iter(metas))
         if found := first_difference(_common(metas[first]), _common(meta)):
-            name, ours, theirs = found
-            cure = (
-                "parts need the same sources and settings; delete the wrong one with its shards and remake it"
-            )
-            raise ValueError(f"{name} is {ours!r:.99} in {first} but {theirs!r:.99} in {path}: {cure}")
+            wrong = f"{found[0]} is {found[1]!r:.99} in {first} but {found[2]!r:.99} in {path}"
+            cure = "delete the wrong one with its shards and remake it"
+            raise ValueError(f"{wrong}: parts need the same sources and settings; {cure}")
     return metas
 
 
@@ -129,7 +110,7 @@ def _check_meta(meta: dict) -> None:
     """Raises one of the errors that load_metas catches if an entry of a meta.json is of the wrong kind."""
     kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
     optional = dict(source=str, settings=dict, checksums=dict, samples=dict, places=dict)
-    for name, kind in {**kinds, **{name: optional[name] for name in optional if name in meta}}.items():
+    for name, kind in [*kinds.items(), *((name, optional[name]) for name in optional if name in meta)]:
         if type(meta[name]) is not kind:
             raise TypeError(f"{name} is {meta[name]!r}")
     counts = [*meta["tokens"].values(), *meta["shards"].values()]

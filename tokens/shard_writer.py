@@ -1,11 +1,6 @@
-"""Write tokens into shards. After a kill, the complete shards stay, and writing continues after them.
+"""Write tokens into shards. After a kill, the complete shards stay, and writing continues after them."""
 
-writer = ShardWriter("my_data", {"source": "book.txt", "encoding": "gpt2"})
-position, skip = writer.resume(val_tokens=100_000, shard_size=100_000_000)
-writer.add(tokens, position, skip)  # read from `position` on; shards already have the first `skip`
-meta = writer.finish(position, "book.txt")
-"""
-
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +14,7 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import remove_temporaries, write_atomically
-from tokens.identity import fineweb_command, first_difference, load_metas, sample_shard
+from tokens.identity import fineweb_command, fingerprint, first_difference, load_metas
 from tokens.printable import printable
 from tokens.shards import Shard, shard_header
 from tokens.sources import START_POSITION
@@ -27,10 +22,9 @@ from tokens.sources import START_POSITION
 
 def count_tokens(path: str) -> int:
     """Tokens in a shard; 0 if it is missing or damaged."""
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return len(Shard(path))
-    except (FileNotFoundError, ValueError):
-        return 0
+    return 0
 
 
 def is_complete(folder: str, meta: dict) -> bool:
@@ -47,10 +41,7 @@ def describe(encoding: Any, shards: dict[str, int], complete: bool) -> dict:
 
 
 def verify(folder: str) -> list[str]:
-    """Compare all tokens of a folder with meta.json; print what was compared. Returns a line per problem.
-
-    Raises FileNotFoundError without meta.json, ValueError if it is damaged.
-    """
+    """Compare all tokens with meta.json; a line per problem. FileNotFoundError; ValueError: bad meta.json."""
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
     again = f"run `{fineweb_command(folder)}`"
@@ -77,13 +68,10 @@ def verify(folder: str) -> list[str]:
 
 class ShardWriter:
     """Cuts a stream of tokens into shards, and notes in meta.json where in the source each of them begins.
-
     Before shard n gets its name, meta.json has the positions of n and n + 1, so that the position of the next
     shard is known after any kill. Without meta.json the source is read again, and must give the same shards.
     A shard is written only when more tokens follow, so that a source that is too small writes no file.
-    settings: all that decides the tokens, at least "source" and "encoding"; meta.json keeps them.
-    Raises ValueError if the folder holds other data.
-    """
+    settings: all that decides the tokens, at least "source" and "encoding". ValueError for other data."""
 
     def __init__(self, folder: str, settings: dict):
         self.folder, self.settings, self.encoding = folder, settings, get_encoding(settings["encoding"])
@@ -110,10 +98,10 @@ class ShardWriter:
         for path, meta in metas.items():
             before = meta | meta.get("settings", {}) | ({} if path == self.meta_path else {"part": self.part})
             if found := first_difference(self.settings, before):
-                name, value, other = found
+                name, now, was = found
+                wrong = f"{self.folder} was made with {name}={was!r:.99} ({path}), but now {name}={now!r:.99}"
                 cure = "give the settings it was made with, or another --out, or delete the folder"
-                was = f"{self.folder} was made with {name}={other!r:.99} ({path})"
-                raise ValueError(f"{was}, but now {name}={value!r:.99}: {cure}")
+                raise ValueError(f"{wrong}: {cure}")
         return metas
 
     def path(self, n: int) -> str:
@@ -131,7 +119,7 @@ class ShardWriter:
         return self.waiting.tell() // 2
 
     def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
-        """(position, tokens to skip there) of the first shard that is missing or damaged."""
+        """(position, tokens to skip there) of the first shard that is missing or damaged: read from there."""
         self.val_tokens, self.shard_size = val_tokens, shard_size
         self.val_shards = int(self.part == 0 and val_tokens > 0)
         starts = self.old.get("places", {})
@@ -140,11 +128,8 @@ class ShardWriter:
         if str(self.n) not in starts:
             self.n = 0
         self.done = {os.path.basename(self.path(n)): self.size(n) for n in range(self.n)}  # tokens by name
-        # meta.json of an older version has neither.
-        self.checksums, self.samples = (
-            {name: digits for name, digits in self.old.get(key, {}).items() if name in self.done}
-            for key in ("checksums", "samples")
-        )
+        kept = [self.old.get(key, {}) for key in ("checksums", "samples")]  # an older version has neither
+        self.checksums, self.samples = ({name: d[name] for name in self.done if name in d} for d in kept)
         self.start = starts.get(str(self.n), [dict(START_POSITION), 0])
         return dict(self.start[0]), self.start[1]
 
@@ -160,11 +145,10 @@ class ShardWriter:
     def finish(self, position: dict, source: str) -> dict:
         """Write the last shard and the final meta.json; return it. Raises ValueError for too little text."""
         if self.n == 0 and (self.val_shards or not self.filled):
-            need = (
-                f"validation takes val_tokens={self.val_tokens}, pass less" if self.val_shards else "no text"
-            )
             small = f"source={source!r} is too small (part {self.part} of {self.num_parts})"
-            raise ValueError(f"{small}: {position['documents']} documents, {self.filled} tokens; {need}")
+            need = f"validation takes val_tokens={self.val_tokens}, pass less"
+            found = f"{position['documents']} documents, {self.filled} tokens"
+            raise ValueError(f"{small}: {found}; {need if self.val_shards else 'no text'}")
         self._flush(None)
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)
@@ -181,7 +165,7 @@ class ShardWriter:
             raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
         name = os.path.basename(path)
         self.checksums[name] = digest
-        self.samples[name] = sample_shard(self.waiting, 0, 2 * size)
+        self.samples[name] = fingerprint(self.waiting, 0, 2 * size)
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         self.waiting.seek(0)
@@ -193,8 +177,7 @@ class ShardWriter:
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
         meta |= {"source": self.settings["source"], "checksums": self.checksums, "samples": self.samples}
-        meta |= more
-        meta["settings"] = self.settings
+        meta |= more | {"settings": self.settings}
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))
         return meta

@@ -3,8 +3,7 @@
     loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
     x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
-A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16.
-"""
+A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import re
 import reprlib
 import shlex
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas, sample_shard
+from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas
 from tokens.printable import printable
 
 if TYPE_CHECKING:
@@ -69,10 +68,8 @@ class Shard:
         return hashlib.file_digest(self.file, "sha256").hexdigest()
 
     def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
-        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.
-
-        A memory map is no faster, and when the file has been cut the system kills a process that reads it.
-        """
+        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails. (A
+        memory map is no faster, and when the file has been cut the system kills the process.)"""
         left, why = tokens.nbytes, "the file became shorter while it was in use"
         try:
             self.file.seek(self.start + 2 * first)
@@ -106,8 +103,7 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
     if head.startswith(b"\x93NUMPY"):
         start, count = _read_npy_header(path, file)
     elif magic == MAGIC and size >= 4 * HEADER_INTS:
-        version, count = np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        start = 4 * HEADER_INTS
+        start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
         if version != VERSION:
             raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
     else:
@@ -115,11 +111,9 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
         start, count = 0, size // 2
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
-    need = start + 2 * count
-    if size != need:
-        wrong = "truncated" if size < need else "padded"
-        sizes = f"header and {count} tokens take {need} bytes, it has {size}"
-        raise ValueError(f"{path} is {wrong}: {sizes}; {_rebuild(path)}")
+    if size != (need := start + 2 * count):
+        wrong = f"{'truncated' if size < need else 'padded'}: {count} tokens take {need} bytes, it has {size}"
+        raise ValueError(f"{path} is {wrong}; {_rebuild(path)}")
     return start, count
 
 
@@ -141,7 +135,7 @@ def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]
 
 
 def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
-    """Raise ValueError if a file without a header holds anything except tokens."""
+    """ValueError if a file without a header holds anything except tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
     if magic == MAGIC:
@@ -177,11 +171,8 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
 
 
 def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
-    """meta.json of a data folder, or of the folder of the first shard that matches `pattern`, if given.
-
-    Token counts of several machines are added. Without meta.json it assumes GPT-2's tokens, and prints a
-    warning. Raises FileNotFoundError, or ValueError for damaged or contradictory files.
-    """
+    """meta.json of a data folder, or of the first shard that matches `pattern`; several machines' counts are
+    added. Without meta.json it warns, and assumes GPT-2's tokens. Raises FileNotFoundError, ValueError."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `{fineweb_command(folder)}`")
@@ -192,26 +183,24 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
         if os.path.exists(path := os.path.join(folder, name)):
             shard = Shard(path)
-            if sample_shard(shard.file, shard.start, 2 * len(shard)) != noted:
+            if fingerprint(shard.file, shard.start, 2 * len(shard)) != noted:
                 compare = f"`python fineweb.py --verify --out {shlex.quote(folder)}` compares all tokens"
                 raise ValueError(f"{path}: its tokens are not those that meta.json notes; {compare}")
-    meta, *others = metas.values()
-    for other in others:
-        counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
-        meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
-    if not meta["complete"]:
+    counts = Counter()
+    for meta in metas.values():
+        counts.update(meta["tokens"])
+    complete = all(meta["complete"] for meta in metas.values())
+    if not complete:
         text = f"{folder} is unfinished; finish it: `{fineweb_command(folder)}`"
         warnings.warn(printable(text), stacklevel=2)
-    return meta
+    return {**next(iter(metas.values())), "tokens": dict(counts), "complete": complete}
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select.
-
-    It is a Feistel network with just enough bits for n, repeated until the result is below n (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser.
-    """
+    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select: a Feistel
+    network with just enough bits for n, repeated until the result is below n (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser."""
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
     x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -241,14 +230,12 @@ class DistributedDataLoader:
     vocab_size  every token read must be below it
     prefetch    number of batches that a background thread keeps ready, in the GPU's memory if device is CUDA
 
-    Raises ValueError for wrong arguments, a damaged shard or too little data; FileNotFoundError for no data.
-    """
+    Raises ValueError: wrong arguments, a damaged shard, too little data. FileNotFoundError: no data."""
 
-    def __init__(
-        self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0, world_size: int = 1,
-        shuffle: bool = True, seed: int = 1337, device: str | torch.device = "cpu",
-        vocab_size: int | None = None, prefetch: int = 2,
-    ):  # fmt: skip
+    def __init__(self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0,
+                 world_size: int = 1, shuffle: bool = True, seed: int = 1337,
+                 device: str | torch.device = "cpu", vocab_size: int | None = None,
+                 prefetch: int = 2):  # fmt: skip
         import torch
 
         for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
@@ -261,7 +248,6 @@ class DistributedDataLoader:
         self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-
         self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
@@ -278,17 +264,15 @@ class DistributedDataLoader:
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
-            folder, name = os.path.split(self.files[0])
-            mend = "lower --B or --T, or give more text to fineweb.py"
+            need = f"a batch of B={B} on world_size={world_size} ranks takes {group} samples of T={T}"
+            need += f", at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}"
+            have = f"{self.num_tokens} tokens, {self.samples_per_epoch} such samples"
+            have = f"the {len(lengths)} shard(s) from {self.files[0]} on have {have}"
+            mend, (folder, name) = "give more text to fineweb.py", os.path.split(self.files[0])
             if name.startswith("val"):
                 larger = fineweb_command(folder, out=f"{folder}_2", val_tokens=group * T + 1)
-                mend = f"lower --B or --T, or make a larger one, for --data_dir without --text: `{larger}`"
-            raise ValueError(
-                f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
-                f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
-                f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
-                f"{self.samples_per_epoch} such samples; {mend}"
-            )
+                mend = f"make a larger one, for --data_dir without --text: `{larger}`"
+            raise ValueError(f"too little data: {need}, but {have}; lower --B or --T, or {mend}")
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
         self._prints = {"fingerprints": (self.files, "".join(prints))}
@@ -323,9 +307,9 @@ class DistributedDataLoader:
         for row, file, start in zip(tokens, *self._locate(index), strict=True):
             self._open(self.files[file]).read(start, row)
             if self.vocab_size is not None and row.max() >= self.vocab_size:
-                at = int(np.argmax(row >= self.vocab_size))
-                path, why = self.files[file], "the shard is damaged, or its encoding is not the model's"
+                path, at = self.files[file], int(np.argmax(row >= self.vocab_size))
                 wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
+                why = "the shard is damaged, or its encoding is not the model's"
                 raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:]), dtype=np.int64))
         if self._upload is None:

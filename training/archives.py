@@ -1,13 +1,13 @@
 """Read torch.save's zip archives, which checkpoints consist of, without trust in their content.
 
-References: the zip format, https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only,
-https://docs.pytorch.org/docs/stable/notes/serialization.html
+References: https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only, torch's serialization notes
 """
 
 import contextlib
 import errno
 import io
 import os
+import re
 import shutil
 import zipfile
 import zlib
@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import torch
 
 from layers.sharding import local
-from tokens.files import check_regular  # noqa: F401 (training/sharded.py and checkpoints.py use it)
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
 
@@ -32,30 +31,17 @@ class NewerFormatError(CheckpointError):
 
 
 class NotFiniteError(CheckpointError):
-    """A tensor that was to be saved holds NaN or an infinite value."""
+    """A tensor holds NaN or an infinite value."""
 
 
-def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor with a NaN or infinite value; of a DTensor, this rank's part is looked at."""
+def check_finite(where: str, tensors: dict[str, torch.Tensor], mend: str = "") -> None:
+    """NotFiniteError, naming the first, for a tensor with a NaN or infinite value in this rank's part."""
     for name, tensor in tensors.items():
         tensor = local(tensor)
         if tensor.is_floating_point() and tensor.numel() > 0:
             smallest, largest = tensor.aminmax()  # NaN if any value is; isfinite() would allocate a mask
             if not (smallest.isfinite() and largest.isfinite()):
-                return name
-    return None
-
-
-def check_finite(step: int, tensors: dict[str, torch.Tensor]) -> None:
-    """NotFiniteError if a value that is to be saved is NaN or infinite."""
-    if name := find_not_finite(tensors):
-        raise NotFiniteError(f"step {step} is not saved: {name} is not finite")
-
-
-def check_loaded(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """CheckpointError if a value that was read is NaN or infinite."""
-    if name := find_not_finite(tensors):
-        raise CheckpointError(f"{path}: {name} has NaN or infinite values. Use an earlier checkpoint")
+                raise NotFiniteError(f"{where}: {name} is not finite{mend}")
 
 
 def remove(path: Path) -> None:
@@ -89,9 +75,8 @@ def check_archive(file: BinaryIO) -> None:
             # nothing; an entry that claims to be compressed could ask for any amount of memory.
             if entry.external_attr & 16 or entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"kind of {entry.filename!r} is wrong")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"checksum of {damaged!r} is wrong")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"checksum of {damaged!r} is wrong")
 
 
 def load_archive(file: BinaryIO) -> Any:
@@ -120,15 +105,14 @@ def check_format(path: Path, content: Any) -> None:
     if type(made) is not int or made < 1:
         raise ValueError("its format is no number from 1 on")
     if made > CHECKPOINT_FORMAT:
-        text = f"{path}: made by a newer version: its format is {made}"
-        raise NewerFormatError(f"{text}, this one reads up to {CHECKPOINT_FORMAT}; update the program")
+        what = f"its format is {made}, this one reads up to {CHECKPOINT_FORMAT}"
+        raise NewerFormatError(f"{path}: made by a newer version: {what}; update the program")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch has no exception type for that on a CPU, only two messages."""
-    messages = ("DefaultCPUAllocator", "Storage size calculation overflowed")
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(message in str(error) for message in messages)
+    messages = "DefaultCPUAllocator|Storage size calculation overflowed"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(re.search(messages, str(error)))
 
 
 @contextlib.contextmanager

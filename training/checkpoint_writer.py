@@ -19,17 +19,12 @@ from training.archives import NotFiniteError
 
 
 class CheckpointWriter:
-    """Saves checkpoints in a thread, so that training waits only while its state is copied.
+    """Saves checkpoints in a thread: training waits only while its state is copied. If a save fails (disk
+    full, no memory, a value not finite), the writer warns, and training continues. It verifies a checkpoint
+    before it deletes old ones. Without `savers`, rank 0 saves alone; otherwise all ranks save one folder."""
 
-    If a save fails (disk full, no memory, a value not finite), the writer prints a warning at once, and
-    training continues. The writer deletes old checkpoints only after it has read back and verified the new
-    one. Without `savers`, rank 0 saves alone. With a process group `savers`, all ranks save one folder.
-    """
-
-    def __init__(
-        self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
-        rank: int = 0, savers: Any = None, retry_s: float = 60,
-    ):  # fmt: skip
+    def __init__(self, folder: str | Path, keep_last: int = 0, keep_every: int = 0, say: Callable = print,
+                 rank: int = 0, savers: Any = None, retry_s: float = 60):  # fmt: skip
         self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
         self.rank, self.saver = rank, sharded.Saver(savers) if savers is not None else None
         self.path: Path | None = None  # the newest checkpoint that this object has written
@@ -45,22 +40,23 @@ class CheckpointWriter:
         self.wait()
         if self.saver is None and self.rank != 0:
             return 0.0
+        step = checkpoint["step"]
         try:
             if self.saver is not None:
-                path = ckpt.checkpoint_path(self.folder, checkpoint["step"], suffix="")
+                path = ckpt.checkpoint_path(self.folder, step, suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 used: dict[tuple, torch.Tensor] = {}
                 write = partial(ckpt.save_checkpoint, self._copy(checkpoint, used), self.folder)
                 self._buffers = used
         except Exception as error:  # handled like an error in the thread
-            self._report_failure(checkpoint["step"], error)
+            self._report_failure(step, error)
             return time.perf_counter() - begin
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
-        work = dict(target=self._write, args=(checkpoint["step"], write, before, pause))
-        self._thread = threading.Thread(**work, name="checkpoint")  # heartbeat.py waits for this name
+        # heartbeat.py waits for the thread of this name
+        self._thread = threading.Thread(None, self._write, "checkpoint", (step, write, before, pause))
         self._thread.start()
         return pause
 
@@ -93,13 +89,11 @@ class CheckpointWriter:
         return True
 
     def _copy(self, value: Any, used: dict) -> Any:
-        """`value` with its tensors copied to the host, into buffers of the last save if they fit.
-        Tensors that share memory (tied embeddings) share a copy, so the file holds them once."""
+        """`value` with tensors on the host, in the last save's buffers if they fit. Tied ones share one."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in used:
-                buffer = self._buffers.get(key)
-                cuda = value.is_cuda
+                buffer, cuda = self._buffers.get(key), value.is_cuda
                 if buffer is None:
                     buffer = torch.empty_like(value, device="cpu", pin_memory=cuda, requires_grad=False)
                 used[key] = buffer.copy_(value.detach(), non_blocking=cuda)
@@ -127,12 +121,9 @@ class CheckpointWriter:
             self.say(f"step {step}: saved {path} ({size / 1e6:.0f} MB in {took})")
 
     def _accept(self, path: Path) -> None:
-        """On rank 0: point `latest` at a new folder; read the checkpoint back before old ones are deleted."""
-        if self.rank != 0:
-            return
-        if self.saver is not None:
+        if self.rank == 0 and self.saver is not None:  # save_checkpoint has done it for a file
             write_atomically(self.folder / "latest", lambda file: file.write(path.name.encode()))
-        if self.keep_last > 0:
+        if self.rank == 0 and self.keep_last > 0:  # read it back before old ones are deleted
             ckpt.verify_checkpoint(path)
             ckpt.prune_checkpoints(self.folder, self.keep_last, self.keep_every)
 
@@ -159,15 +150,12 @@ class RunSaver:
         self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
 
     def remember(self, step: int, val_loss: float | None, val_loss_step: int | None) -> None:
-        """Store the parts of this step's checkpoint that are neither weights nor optimizer state.
-        val_loss was measured at val_loss_step: a step is saved before it is evaluated."""
+        """Store this step's checkpoint without weights and optimizer. val_loss: of an earlier step."""
         run = self.run
         run.updating = False
-        self.state = {
-            "step": step, "val_loss": val_loss, "val_loss_step": val_loss_step,
-            "loader": run.train_loader.state_dict(),
-            "health": run.health.state_dict(), "rng": torch.get_rng_state(),
-        }  # fmt: skip
+        self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)
+        self.state |= dict(loader=run.train_loader.state_dict(), health=run.health.state_dict())
+        self.state["rng"] = torch.get_rng_state()
         if run.health.in_a_row == 0:
             self.last_good_state = self.state
 
@@ -180,15 +168,12 @@ class RunSaver:
             self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
 
-    def _checkpoint(self) -> dict:
-        """The dictionary that docs/formats.md lists."""
+    def _checkpoint(self) -> dict:  # docs/formats.md lists its entries
         run = self.run
-        return {
-            **self.state, "model": run.model.state_dict(), "config": run.model.config.to_dict(),
-            "optimizer": parallel.optimizer_state(run.optimizer, run.layout),
-            "scaler": run.scaler.state_dict(), "train_config": dataclasses.asdict(run.config),
-            "elapsed_s": run.elapsed(), "world_size": run.layout.world.size,
-        }  # fmt: skip
+        more = dict(model=run.model.state_dict(), config=run.model.config.to_dict())
+        more |= dict(optimizer=parallel.optimizer_state(run.optimizer, run.layout))
+        more |= dict(scaler=run.scaler.state_dict(), train_config=dataclasses.asdict(run.config))
+        return self.state | more | dict(elapsed_s=run.elapsed(), world_size=run.layout.world.size)
 
     def is_urgent(self) -> bool:
         """Whether any rank has been told to stop, or to save while the newest step is not saved."""
@@ -196,7 +181,7 @@ class RunSaver:
         return self.run.layout.any(signals.stop_requested or (signals.save_requested and unsaved))
 
     def request_retry(self) -> None:
-        """If the last save failed some time ago, ask all ranks to save after this step."""
+        """If the last save failed some time ago, ask all ranks to save."""
         if self.writer.wants_retry():
             self.run.signals.request_save()
 
@@ -224,8 +209,7 @@ class RunSaver:
 
     @contextlib.contextmanager
     def saving_on_errors(self) -> Iterator[None]:
-        """If an error ends the block, rank 0 saves the last finished step, if it holds the whole model and
-        weights and optimizer state belong to that step. The block always ends the save in progress."""
+        """After an error rank 0 saves the last finished step, if it holds all of it. Waits for the save."""
         run = self.run
         try:
             yield

@@ -1,9 +1,8 @@
 """Training checkpoints: save, verify, find and load them; start or resume a run from them.
 
-A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model (--parallel fsdp, --ep_size,
-sharded.py), a folder log/model_XXXXX with the same content. docs/formats.md lists the content. Functions here
-accept both. They compare all checksums before they load anything, because torch.load ignores checksums.
-"""
+A checkpoint is a file log/model_XXXXX.pt or, where no rank holds the whole model, a folder log/model_XXXXX
+with the same content (sharded.py), which docs/formats.md lists. Functions here accept both. They compare all
+checksums before they load anything, because torch.load ignores checksums."""
 
 import dataclasses
 import inspect
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from model import GPTConfig, GPTLMHeadModel
-from tokens.files import write_atomically
+from tokens.files import check_regular, write_atomically
 from tokens.printable import one_line
 from training import archives, sharded
 from training.archives import CHECKPOINT_FORMAT, CheckpointError, NewerFormatError, is_out_of_memory, reading
@@ -29,13 +28,11 @@ from training.upcycle import upcycle
 
 CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the ending, a folder
 
+
 # ---------------------------------------------------------------------------- WRITE
-
-
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
-    """Write folder/model_XXXXX.pt, XXXXX the step, and point folder/latest at it; returns the path. OSError
-    if it cannot be written; NotFiniteError if a value in it is not finite."""
-    archives.check_finite(checkpoint["step"], dict(named_tensors(checkpoint)))
+    """Write folder/model_XXXXX.pt (the step); point folder/latest at it. OSError, NotFiniteError."""
+    archives.check_finite(f"step {checkpoint['step']} is not saved", dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))
@@ -53,29 +50,25 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete, and return, all but the newest `keep_last` (0: all stay), the multiples of `keep_every` and the
-    one with the lowest validation loss."""
+    """Delete all but the newest `keep_last` (0: all stay), multiples of `keep_every`, and the best."""
     old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
-    best = best_checkpoint(folder) if old else None
-    old = [path for path in old if not (path == best or (keep_every and step_of(path) % keep_every == 0))]
+    kept = {best_checkpoint(folder)} | {p for p in old if keep_every and step_of(p) % keep_every == 0}
+    old = [path for path in old if path not in kept]
     for path in old:
         archives.remove(path)
     return old
 
 
 # ---------------------------------------------------------------------------- READ
-
-
 def verify_checkpoint(path: str | Path) -> None:
-    """Read all of a checkpoint and compare it with its checksums. CheckpointError: it is damaged.
-    FileNotFoundError. After any other OSError (see `reading`) the checkpoint may be good."""
+    """Compare all of a checkpoint with its checksums. CheckpointError: damaged. Other errors: `reading`."""
     path = Path(path)
     if path.is_dir():
         return sharded.verify(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; `ls {path.parent}/model_*` lists all there are")
     with reading(path, "not a checkpoint, or damaged, or cut off"):
-        archives.check_regular(path)
+        check_regular(path)
         with open(path, "rb") as file:
             archives.check_archive(file)
 
@@ -104,9 +97,8 @@ def follow_latest(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False) -> dict:
-    """The checkpoint, verified, on the CPU; schema.py says what is in it. Errors as in verify_checkpoint.
-    whole=False: of a folder, all but weights and moments, which `restore` reads. trusted=True: another rank
-    has verified the folder."""
+    """The checkpoint, verified, on the CPU; errors as in verify_checkpoint. whole=False: of a folder, all but
+    the tensors, which `restore` reads. trusted=True: another rank has verified the folder."""
     path = follow_latest(path)
     if not (trusted and path.is_dir()):
         verify_checkpoint(path)
@@ -119,7 +111,7 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
         checkpoint = check_checkpoint(checkpoint)
         if without := [name for name, tensor in named_tensors(checkpoint) if tensor.is_meta]:
             raise ValueError(f"{without[0]} has no values")
-    archives.check_loaded(path, dict(named_tensors(checkpoint)))
+    archives.check_finite(f"{path}", dict(named_tensors(checkpoint)), ". Use an earlier checkpoint")
     return checkpoint
 
 
@@ -150,8 +142,7 @@ def best_checkpoint(folder: str | Path) -> Path | None:
 
 
 def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) -> tuple[Path, dict] | None:
-    """The newest undamaged checkpoint in the folder and its content, or None; warns of each damaged one.
-    NewerFormatError and OSError end the search, because the newest checkpoint may be good."""
+    """The newest undamaged checkpoint and its content, or None; warns of damaged ones. Raises if unsure."""
     for path in list_checkpoints(folder):
         try:
             return path, load_checkpoint(path, whole)
@@ -163,17 +154,14 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 
 # ---------------------------------------------------------------------------- RESUME
-
 # What an optimizer keeps of each parameter, by the method of the parameter's group.
 MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
-SETTINGS_NOT_KEPT = {"preset", "config", "run_name", "text", "log_dir", "resume", "init_from", "device"}
-SETTINGS_NOT_KEPT |= set(LAYOUT_SETTINGS)
+SETTINGS_NOT_KEPT = {*"preset config run_name text log_dir resume init_from device".split(), *LAYOUT_SETTINGS}
 # Fields of the architecture that may change, because no learned weight depends on them.
-MAY_CHANGE = {
-    "dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef", "router_bias_update_rate",
-}  # fmt: skip
+MAY_CHANGE = {"dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef"}
+MAY_CHANGE |= {"router_bias_update_rate"}
 # A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
 FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
@@ -195,8 +183,7 @@ def resume_command(config: Any, *more: str, resume: str | Path = "auto") -> str:
 
 
 def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to resume: config.resume, or if "auto" the newest one that rank 0
-    sees; (None, None) to start afresh. CheckpointError, FileNotFoundError."""
+    """(path, content) to resume: config.resume, or for "auto" the newest that rank 0 sees, or two None."""
     resume, log_dir = config.resume, config.log_dir
     if not resume:
         return None, None
@@ -205,11 +192,11 @@ def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, d
         return path, load_checkpoint(path, whole=False, trusted=not world.is_master)
     path, state = (load_newest(log_dir, say, whole=False) if world.is_master else None) or (None, None)
     if path is None and world.is_master:
-        others = sorted(
-            {str(p.parent) for p in Path().glob("log*/**/model_*") if CHECKPOINT_NAME.fullmatch(p.name)}
-        )
-        where = f"; checkpoints are in {', '.join(others[:9])}; continue the first with: " if others else ""
-        where += resume_command(dataclasses.replace(config, log_dir=others[0])) if others else ""
+        found = [p for p in Path().glob("log*/**/model_*") if CHECKPOINT_NAME.fullmatch(p.name)]
+        others, where = sorted({str(p.parent) for p in found}), ""
+        if others:
+            command = resume_command(dataclasses.replace(config, log_dir=others[0]))
+            where = f"; checkpoints are in {', '.join(others[:9])}; continue the first with: {command}"
         say(f"resume: no checkpoint in log_dir={log_dir}: a new run starts{where}")
     found = [step_of(path), path.is_dir()] if path else [0, 0]
     step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
@@ -220,12 +207,12 @@ def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, d
 
 
 def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Callable = print) -> None:
-    """Copy the checkpoint's settings into a resumed run's config, except `given`, which flags have set.
-    CheckpointError if the checkpoint holds no run; ValueError for a flag that a resumed run cannot change."""
+    """Copy the checkpoint's settings into config, except `given`, which flags have set. ValueError for a flag
+    that a resumed run cannot change, and a checkpoint without a run."""
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
-        lacks = f"{path}: no {', '.join(sorted(missing))} in it"
-        raise CheckpointError(f"{lacks}: it cannot be resumed; start a new run with --init_from {path}")
+        lacks = f"cannot be resumed: it lacks {', '.join(sorted(missing))}"
+        raise CheckpointError(f"{path} {lacks}; start a new run with --init_from {path}")
     saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
@@ -235,47 +222,43 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
             say(f"resume: {name} was {saved[name]!r} and is {now!r}; --{name} {saved[name]} would keep it")
     unlike = []
     for name in [f.name for f in dataclasses.fields(config) if f.name in saved.keys() - SETTINGS_NOT_KEPT]:
-        now = getattr(config, name)
+        now, before = getattr(config, name), saved[name]
         derived = name in ("block_size", "vocab_size") and now <= 0
         if name not in given or derived:
-            setattr(config, name, saved[name])
-            if now != saved[name] and name not in FIXED_SETTINGS:
-                unlike.append(f"{name}={saved[name]!r}")
-        elif now != saved[name] and name in FIXED_SETTINGS:
-            text = f"resume: {name}={saved[name]!r} in {path}, but --{name} {now!r} now; omit the flag"
+            setattr(config, name, before)
+            if now != before and name not in FIXED_SETTINGS:
+                unlike.append(f"{name}={before!r}")
+        elif now != before and name in FIXED_SETTINGS:
+            text = f"resume: {name}={before!r} in {path}, but --{name} {now!r} now; omit the flag"
             raise ValueError(f"{text}, or start another run from these weights (--init_from {path})")
-        elif now != saved[name]:
-            say(f"resume: {name} was {saved[name]!r} and is {now!r} from step {state['step']} on")
+        elif now != before:
+            say(f"resume: {name} was {before!r} and is {now!r} from step {state['step']} on")
     if unlike:
         say(f"resume: settings from the checkpoint: {', '.join(unlike)}; give a flag to change one")
-    if config.max_steps == state["step"]:
-        longer = resume_command(config, "--max_steps", str(max(2 * state["step"], 1)), resume=path)
-        say(f"resume: the run has done all max_steps={config.max_steps} steps; make it longer with: {longer}")
-    if config.max_steps < state["step"]:
-        done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
-        raise ValueError(f"{done}; give --max_steps {2 * state['step']}, or --resume an earlier checkpoint")
+    step, steps = state["step"], config.max_steps
+    if steps == step:
+        longer = resume_command(config, "--max_steps", str(max(2 * step, 1)), resume=path)
+        say(f"resume: the run has done all max_steps={steps} steps; make it longer with: {longer}")
+    if steps < step:
+        mend = f"give --max_steps {2 * step}, or --resume an earlier checkpoint"
+        raise ValueError(f"resume: {path} has done {step} steps already, but max_steps={steps}; {mend}")
 
 
 def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
     """Add the tensors to a folder's checkpoint that was read without them; of a DTensor, this rank's part."""
-    index = rest["index"]
     targets = {f"model.{name}": torch.empty_like(t).detach() for name, t in weights.items()}
     if rest["config"].get("tie_word_embeddings"):
         targets.pop("model.lm_head.weight")
-    for name, stored in index.metadata.state_dict_metadata.items():
+    for name, stored in rest["index"].metadata.state_dict_metadata.items():
         if name.startswith("optimizer."):
             parameter = parameters[int(name.split(".")[1])]
             targets[name] = torch.empty_like(parameter, dtype=stored.properties.dtype).detach()
-    sharded.load_tensors(index, targets)
-    return sharded.insert_tensors(targets, rest)
+    return sharded.fill(targets, rest)
 
 
-def restore(
-    state: dict, model: GPTLMHeadModel, optimizer: torch.optim.Optimizer, loader: Any, path: Path | str = ""
-) -> None:
-    """Restore weights, moments, routers' statistics, position in the data and random state, but not settings
-    such as weight decay. ValueError, naming the checkpoint's path and what differs, if the data or the
-    architecture is different."""
+def restore(state: dict, model: Any, optimizer: Any, loader: Any, path: Path | str = "") -> None:
+    """Restore weights, optimizer state (not its settings), position in the data and random state. ValueError,
+    naming path and difference, for other data or another architecture."""
     try:
         loader.load_state_dict(state["loader"])
     except ValueError as error:
@@ -293,8 +276,8 @@ def restore(
         }
         methods = [group.get("method", "adamw") for group in optimizer.param_groups for _ in group["params"]]
         for number, values in moments.items():
-            shapes = {name: parameters[number].shape for name in MOMENTS[methods[number]]}
-            shapes |= {"step": torch.Size()} if "step" in shapes else {}
+            whole, names = parameters[number].shape, MOMENTS[methods[number]]
+            shapes = {name: torch.Size() if name == "step" else whole for name in names}
             if shapes != {name: value.shape for name, value in values.items()}:
                 raise KeyError(f"state of parameter {number} of the optimizer")
         model.load_state_dict(weights)
@@ -309,40 +292,36 @@ def restore(
     if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer: the inner optimizer has this rank's share
         optimizer.state.clear()  # free a second copy of the moments
         optimizer = optimizer.optim
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group.get("fused") else ():
-            values = optimizer.state.get(parameter, {})
-            if "step" in values:  # ZeRO and unfused optimizers save it on the CPU; fused CUDA needs the GPU
-                values["step"] = values["step"].to(parameter.device)
+    fused = [parameter for g in optimizer.param_groups if g.get("fused") for parameter in g["params"]]
+    for parameter in fused:
+        values = optimizer.state.get(parameter, {})
+        if "step" in values:  # ZeRO and unfused optimizers save it on the CPU; fused CUDA needs the GPU
+            values["step"] = values["step"].to(parameter.device)
 
 
 # ---------------------------------------------------------------------------- MODELS
+# What a flag may set for a model that is upcycled.
+UPCYCLED = {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score", "norm_topk_prob"}
+UPCYCLED |= {"num_shared_experts", "expert_hidden_size"}
 
 
 def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHeadModel:
-    """A model to train, with the weights and the architecture of `init_from` (see load_model).
-
-    fields: the GPTConfig fields of a run without init_from; given: the names that flags have set. If a flag
-    sets use_moe=True, a dense model is upcycled. ValueError for a flag that contradicts the architecture:
-    only MAY_CHANGE, a shorter block_size and what upcycling needs may differ.
-    """
+    """A model to train, with the weights and architecture of `init_from`; use_moe=True upcycles a dense one.
+    fields: GPTConfig's without init_from; given: what flags have set. ValueError if they contradict it."""
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
-        remedy = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
+        mend = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
         if theirs.encoding == "unknown":
-            remedy = 'write the right one into its config.json, as "encoding"'
-        here = f"encoding={theirs.encoding!r} in init_from={init_from}"
-        raise ValueError(f"{here}, but {fields['encoding']!r} in the data; {remedy}")
+            mend = 'write the right one into its config.json, as "encoding"'
+        unlike = f"{theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data"
+        raise ValueError(f"encoding={unlike}; {mend}")
     upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe
-    may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"}
-    if upcycles:
-        may_differ |= {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score"}
-        may_differ |= {"norm_topk_prob", "num_shared_experts", "expert_hidden_size"}
+    may_differ = MAY_CHANGE | {"moe_loss", "moe_loss_type", "block_size"} | (UPCYCLED if upcycles else set())
     for name in sorted(given & fields.keys() - may_differ):
-        if fields[name] != getattr(theirs, name):
-            text = f"{name}={fields[name]!r}, but init_from={init_from} has {name}={getattr(theirs, name)!r}"
-            raise ValueError(f"{text}; omit the flag")
+        ours, has = fields[name], getattr(theirs, name)
+        if ours != has:
+            raise ValueError(f"{name}={ours!r}, but init_from={init_from} has {name}={has!r}; omit the flag")
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
     changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
@@ -352,52 +331,40 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
         model = upcycle(source, config)
     else:
         model = GPTLMHeadModel(config)
-        learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        state = source.state_dict()  # without the statistics of the other run's data
-        state = {name: state[name] for name in state if name in learned or name.endswith("router_bias")}
-        model.load_state_dict(state, strict=False)
+        learned = dict(model.named_parameters(remove_duplicate=False))
+        state = source.state_dict().items()  # without the statistics of the other run's data
+        kept = {name: value for name, value in state if name in learned or name.endswith("router_bias")}
+        model.load_state_dict(kept, strict=False)
     if "block_size" in given:
         model.crop_block_size(fields["block_size"])
     return model.train()
 
 
 def load_model(source: str | Path) -> GPTLMHeadModel:
-    """A model, in evaluation mode on the CPU, from a checkpoint, a folder or a hub name that from_pretrained
-    knows. CheckpointError, FileNotFoundError; transformers' errors for a bad folder."""
-    path = Path(source)  # drops a slash at the end
+    """A model, in evaluation mode on the CPU, from a checkpoint, folder or hub name. ValueError, OSError."""
+    path, source = Path(source), str(source)  # Path drops a slash at the end
+    is_folder = os.path.isdir(source)
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
-    if not (ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file()):
-        return load_pretrained(str(source))
-    checkpoint = load_checkpoint(source)
-    try:
-        model = GPTLMHeadModel(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        message = " ".join(str(error).split())
-        raise CheckpointError(f"its config and its weights do not fit this model.py: {message}") from error
-    return model.eval()
-
-
-def load_pretrained(source: str) -> GPTLMHeadModel:
-    """from_pretrained in evaluation mode. FileNotFoundError if there is neither a folder nor a download."""
-    if os.path.exists(source) and not os.path.isdir(source):
+    if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
+        checkpoint = load_checkpoint(source)
+        with reading(path, "its config and its weights do not fit this model.py"):
+            model = GPTLMHeadModel(checkpoint["config"])
+            model.load_state_dict(checkpoint["model"])
+        return model.eval()
+    if os.path.exists(source) and not is_folder:
         raise CheckpointError(f"{source}: it is no ordinary file")
     missing = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
-    if not os.path.isdir(source) and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII):
+    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII):
         raise FileNotFoundError(missing)  # it cannot be a name on the hub
     try:
         model = GPTLMHeadModel.from_pretrained(source)
-    except OSError as error:  # transformers raises it after a failed download
-        if os.path.exists(source):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{missing}, nor a model that can be downloaded: {reason}") from error
     except Exception as error:
-        if isinstance(error, ValueError) or is_out_of_memory(error):
+        if isinstance(error, OSError) and not is_folder:  # transformers raises it after a failed download
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(f"{missing}, nor a model that can be downloaded: {reason}") from error
+        if isinstance(error, ValueError | OSError) or is_out_of_memory(error):
             raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{source}: transformers cannot load it: {problem}") from error
-    archives.check_loaded(Path(source), model.state_dict())
+    archives.check_finite(source, model.state_dict(), ". Use an earlier checkpoint")
     return model.eval()

@@ -1,19 +1,13 @@
 """Expert parallelism: ranks share the experts of a layer, and send each other the rows of these experts.
 
-    moe.exchange = Exchange(group)      # parallel.py does it: --ep_size n
-
 Each of the W ranks of a group holds E/W experts of every layer, and has different tokens. Between the stages
 "dispatch" and "experts" of mixture_of_experts.py:
-
-    1. a small all-to-all exchanges the counts, then a large one sends each row to the rank of its expert
+    1. a small all-to-all exchanges the counts, then a large one sends each row to the rank of its expert;
+       meanwhile, in the backward pass too, the layer computes the shared experts
     2. each rank sorts the rows that it received by expert, and runs its experts on them
     3. a second all-to-all sends the results back, where they are weighted and added up
-
-While the first all-to-all is in flight, the layer computes the shared experts, in the backward pass too.
-
 References: GShard, arXiv 2006.16668; DeepSpeed-MoE, arXiv 2201.05596; dropless, MegaBlocks, arXiv 2211.15841.
-Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks.
-"""
+Letters as in mixture_of_experts.py: N tokens, R routed rows, C channels, E experts; W ranks."""
 
 from collections.abc import Callable
 
@@ -35,15 +29,13 @@ class AllToAll:
         send, receive = reversed(self.counts) if backward else self.counts
         self.sent = rows.contiguous()  # must stay in memory until it is sent
         self.received = rows.new_empty(sum(receive), rows.shape[1])
-        arguments = (self.received, self.sent, receive, send, self.group)
-        self.work = dist.all_to_all_single(*arguments, async_op=True)
+        self.work = dist.all_to_all_single(self.received, self.sent, receive, send, self.group, async_op=True)
         return self.received
 
     def wait(self) -> Tensor:
         """Wait for the all-to-all, and return the received rows."""
         self.work.wait()
-        received = self.received
-        del self.work, self.sent, self.received
+        received, self.work, self.sent, self.received = self.received, None, None, None
         return received
 
 

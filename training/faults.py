@@ -1,17 +1,13 @@
 """What a run does when something fails: signals, steps that are not finite, errors, exit codes.
 
-    SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal, lost ssh), SIGQUIT, SIGXCPU (limit of CPU time)
-                                finish the step, save, exit with 128 + the signal's number; a second SIGINT
-                                ends at once
+    SIGTERM, SIGINT, SIGHUP     finish the step, save, exit with 128 + the signal's number; a second SIGINT
+    SIGQUIT, SIGXCPU            ends at once
     SIGUSR1                     save after this step and continue
     loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
     lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
-torchrun passes SIGTERM, SIGINT, SIGHUP and SIGQUIT on (TORCHELASTIC_SIGNALS_TO_HANDLE names others). It sends
-SIGKILL 30 seconds later or, from torch 2.13 on, after --shutdown-timeout. If torchrun itself is killed,
-heartbeat.py notices it, and the run ends as after SIGTERM.
-"""
+docs/many_gpus.md says which signals torchrun passes on."""
 
 import contextlib
 import errno
@@ -32,7 +28,8 @@ import torch
 import torch.nn as nn
 
 from tokens.files import DataError
-from tokens.printable import one_line, printable
+from tokens.printable import one_line
+from training.heartbeat import shorten
 
 REPORT_DELAY = 3.0  # seconds that other ranks wait, so that only rank 0 prints an error that all ranks raise
 OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128 + its number
@@ -40,9 +37,8 @@ OK, FAILED, BAD_SETTINGS = 0, 1, 2  # exit codes; after a signal the code is 128
 BAD_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 BAD_ERRNO = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
+
 # ---------------------------------------------------------------------------- SIGNALS
-
-
 class Signals:
     """Signals as requests that the loop reads once a step, so that all ranks act at the same step.
 
@@ -50,10 +46,9 @@ class Signals:
             flags = all_reduce(signals.take(device))     # what this rank has received since the last take()
             signals.agree(flags.tolist())                # what any rank has received: exit_code, save_now
 
-    Python runs signal handlers between two Python instructions, but not while it waits in a collective. The C
-    part of the handler writes the signal's number to a socket at once (signal.set_wakeup_fd). A thread reads
-    the socket, so that a second SIGINT ends the process even during a collective.
-    """
+    Python runs no signal handler while it waits in a collective, but the C part of the handler writes the
+    signal's number to a socket at once (signal.set_wakeup_fd). A thread reads the socket, so that a second
+    SIGINT always ends the process."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1")  # all but the last end the run
 
@@ -105,18 +100,15 @@ class Signals:
         self._received.add("SIGUSR1")
 
     @property
-    def save_requested(self) -> bool:
-        """Whether this rank has been told to save and continue since the last take()."""
+    def save_requested(self) -> bool:  # since the last take(), on this rank
         return "SIGUSR1" in self._received
 
     @property
-    def stop_requested(self) -> bool:
-        """Whether this rank has been told to stop; the other ranks may not know yet."""
+    def stop_requested(self) -> bool:  # on this rank; the other ranks may not know yet
         return self.stops or bool(self._received - {"SIGUSR1"})
 
     @property
-    def stops(self) -> bool:
-        """Whether the run ends because of a signal; the same on all ranks."""
+    def stops(self) -> bool:  # whether the run ends because of a signal; the same on all ranks
         return self.exit_code is not None
 
     def take(self, device: torch.device) -> torch.Tensor:
@@ -148,17 +140,14 @@ def collector_paused() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------- BAD STEPS
-
-
 class Health:
     """Counts steps whose loss or gradient is not finite. Reports jumps: a loss more than SIGMAS standard
-    deviations above its running mean over about MEMORY steps. The first MEMORY steps report no jumps."""
+    deviations above its running mean over about MEMORY steps, but not in the first MEMORY steps."""
 
     SIGMAS, MEMORY = 6.0, 50
 
     def __init__(self, state: dict | None = None):
-        self.bad_steps = 0  # in the whole run
-        self.in_a_row = 0  # bad steps since the last good one
+        self.bad_steps, self.in_a_row = 0, 0  # in the whole run; since the last good step
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
         vars(self).update(state or {})
 
@@ -196,8 +185,7 @@ def discard_routing(model: nn.Module) -> None:
 
 
 def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) -> str:
-    """Name the parameters, gradients and samples that are not finite, after a bad step's backward passes.
-    micro_losses: this rank's losses, one per micro-step; their batches are the last ones of `loader`."""
+    """Names what is not finite after a bad step. micro_losses: this rank's, of the loader's last batches."""
     named = list(model.named_parameters())
     values = [name for name, p in named if not p.isfinite().all()]
     gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -206,22 +194,12 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
     first = begin + ((bad[0] if bad else 0) * loader.world_size + loader.rank) * loader.B
     places = ["{} at token {}".format(*loader.locate(sample)) for sample in range(first, first + loader.B)]
     what = f"micro-step {bad[0]} is the first whose loss is not finite" if bad else "all losses are finite"
-    return (
-        f"  parameters that are not finite: {shorten(values)}\n"
-        f"  parameters whose gradient is not finite: {shorten(gradients)} (of {len(named)})\n"
-        f"  rank {loader.rank}: {what}; batch: {shorten(places)}"
-    )
-
-
-def shorten(names: list[str], most: int = 6) -> str:
-    """The names, or the first few and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more if names else "none"
+    first = f"  parameters that are not finite: {shorten(values)}\n"
+    first += f"  parameters whose gradient is not finite: {shorten(gradients)} (of {len(named)})\n"
+    return f"{first}  rank {loader.rank}: {what}; batch: {shorten(places)}"
 
 
 # ---------------------------------------------------------------------------- ERRORS
-
-
 def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
     """loader.next_batch(); its errors for bad data become DataError."""
     try:
@@ -231,20 +209,17 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def report(error: Exception, config=None) -> int:
-    """Print an error in one line on stderr; returns the exit code. A machine's first rank prints at once. The
-    other ranks wait first; the launcher usually stops them before they print the same error. config: given
-    if memory ran out."""
+    """Print an error in one line on stderr; returns the exit code. All but a machine's first rank wait first:
+    the launcher usually stops them before they print the same error. config: given if memory ran out."""
     text, code = one_line(error), BAD_SETTINGS
     if config is not None:
         code = FAILED
         names = "B T n_layer n_embd num_experts expert_hidden_size mlp_hidden_size vocab_size block_size"
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
-        mend = (
-            "lower --B (the step stays the same, in more micro-steps), then --T, then --n_layer or --n_embd"
-        )
+        mend = "lower --B (same step, in more micro-steps), then --T, then --n_layer or --n_embd"
         text = f"out of memory with {sizes}: {mend}. {text}"
-    elif isinstance(error, OSError):
-        code = BAD_SETTINGS if isinstance(error, BAD_PATH) or error.errno in BAD_ERRNO else FAILED
+    elif isinstance(error, OSError) and not isinstance(error, BAD_PATH) and error.errno not in BAD_ERRNO:
+        code = FAILED
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints the text below its own traceback
         content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
         with contextlib.suppress(OSError):

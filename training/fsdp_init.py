@@ -1,13 +1,8 @@
 """Initial weights for FSDP, one tensor at a time, so that no process ever holds a whole model.
 
-    for name, tensor in initial_weights(config, seed): ...    # GPTLMHeadModel(config)'s, bit for bit
-
 The model's constructor runs once on fake tensors, which have a shape but no memory. A Recorder notes every
 operator that writes to a tensor, and the state of the random number generator before it. To make a tensor,
-its operators run again from these states, so the order of the modules does not matter.
-
-References: torch.utils._python_dispatch.TorchDispatchMode, torch._subclasses.fake_tensor.FakeTensorMode
-"""
+its operators run again from these states, so the order of the modules does not matter."""
 
 from collections.abc import Iterator
 
@@ -24,13 +19,11 @@ OVERWRITING = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators that write to fake tensors, and draws the random numbers that they would draw.
-    RuntimeError for what cannot be repeated: a write to a part of a tensor, torch.randn."""
+    """Records writes to fake tensors, and draws their random numbers. RuntimeError: not repeatable."""
 
     def __init__(self):
         super().__init__()
-        # storage's address -> [(tensor, generator state before, operator, its other arguments), ...]
-        self.writes: dict[int, list[tuple]] = {}
+        self.writes: dict[int, list[tuple]] = {}  # by storage: generator state before, operator, arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, draws = kwargs or {}, torch.Tag.nondeterministic_seeded in func.tags
@@ -40,7 +33,8 @@ class Recorder(TorchDispatchMode):
             if not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
                 raise RuntimeError(f"{func} writes to a part of a tensor; initialise whole tensors")
             past = [] if func in OVERWRITING else self.writes.get(storage._cdata, [])
-            self.writes[storage._cdata] = [*past, (tensor, torch.get_rng_state(), func, others, kwargs)]
+            # The tensor is in the list, so that no other tensor gets its storage's address.
+            self.writes[storage._cdata] = [*past, (torch.get_rng_state(), func, others, kwargs, tensor)]
             if draws:  # advances the generator as on the CPU
                 with unset_fake_temporarily():
                     func(torch.empty(tensor.shape, dtype=tensor.dtype), *others, **kwargs)
@@ -51,10 +45,10 @@ class Recorder(TorchDispatchMode):
     def repeat(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The parameter or buffer called `name` with its values, on the CPU. RuntimeError if it has none."""
         writes = self.writes.get(tensor.untyped_storage()._cdata, [])
-        if not writes or any(isinstance(argument, torch.Tensor) for write in writes for argument in write[3]):
+        if not writes or any(torch.is_tensor(argument) for write in writes for argument in write[2]):
             raise RuntimeError(f"{name}: no initialisation of it has been recorded that could be repeated")
         made = torch.empty(tensor.shape, dtype=tensor.dtype)
-        for _, state, func, args, kwargs in writes:
+        for state, func, args, kwargs, _ in writes:
             torch.set_rng_state(state)
             func(made, *args, **kwargs)
         return made

@@ -1,9 +1,8 @@
 """Heartbeats: if a rank is lost, the other ranks notice it, print its name and end instead of waiting.
 
-parallel.py uses this file. docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice.
-If torchrun is killed, its processes live on. They notice it here; the run saves and ends as after SIGTERM.
-Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore
-"""
+docs/many_gpus.md, "When a rank is lost", lists what gloo and NCCL notice. If torchrun is killed, its
+processes live on. They notice it here; the run saves and ends as after SIGTERM.
+Reference: the store, https://docs.pytorch.org/docs/stable/distributed.html#torch.distributed.TCPStore"""
 
 import contextlib
 import itertools
@@ -12,29 +11,31 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from tokens.printable import print_error
+from tokens.printable import print_error, printable
 
 INTERVAL = 1.0  # seconds between two heartbeats of a rank
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
 TIMEOUT_AFTER_ERROR = 5.0  # seconds without a heartbeat, once a collective has failed
 EXIT_TIMEOUT = 10.0  # seconds that a process has to end by itself once a rank is lost
-MOST_NAMED = 8  # how many lost ranks a message names
+
+
+def shorten(names: Sequence[object], most: int = 8) -> str:
+    """The names, or the first few and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more if names else "none"
 
 
 class Heartbeat:
     """This rank's heartbeat, and its check of other ranks' heartbeats.
-
-    One thread increases a counter in the store, over a separate connection, every INTERVAL seconds. On rank 0
-    it also reads the counters of all ranks and writes the names of lost ranks. On other ranks it reads these
-    names and rank 0's counter. A second thread notices when the store does not answer. Timeouts count checks,
-    not seconds, so that a suspended process does not report others as lost. Once a rank is lost, this process
-    has EXIT_TIMEOUT seconds to end. Then a thread waits for its last checkpoint and ends it.
-
-    launcher_has_store: the store ends with torchrun on the first machine, not with rank 0.
-    """
+    One thread increases a counter in the store every INTERVAL seconds. On rank 0 it also reads the counters
+    of all ranks and writes the names of lost ranks. On other ranks it reads these names and rank 0's counter.
+    A second thread notices when the store does not answer, and ends the process if it has not ended within
+    EXIT_TIMEOUT seconds of a loss. Timeouts count checks, not seconds, so that a suspended process does not
+    report others as lost. launcher_has_store: the store ends with torchrun, not with rank 0."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, launcher_has_store: bool = False):
         self.rank, self.store, self.launcher_has_store = rank, store, launcher_has_store
@@ -56,7 +57,7 @@ class Heartbeat:
             thread.start()
 
     def lost_after_error(self) -> str:
-        """After a collective has failed: a sentence that names the lost ranks, or "" if none is lost."""
+        """After a collective has failed: a sentence that names the lost ranks, or ""."""
         self.error_seen = True
         self.found.wait(2 * TIMEOUT_AFTER_ERROR + 3 * INTERVAL)
         if self.lost and self.rank == 0:
@@ -107,20 +108,19 @@ class Heartbeat:
         if most * INTERVAL <= timeout:
             return ""
         silent = [other for other in self.others if self.missed[other] >= most - 2]  # within two checks
-        processes = self.store.multi_get([f"process {other}" for other in silent[:MOST_NAMED]])
-        names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=False)]
-        names += [f"{len(silent) - MOST_NAMED} more"] if len(silent) > MOST_NAMED else []
-        self.store.set("lost", ", ".join(names))
-        return ", ".join(names)
+        processes = self.store.multi_get([f"process {other}" for other in silent])
+        names = [f"rank {other} ({name.decode()})" for other, name in zip(silent, processes, strict=True)]
+        self.store.set("lost", shorten(names))
+        return shorten(names)
 
     def _end_without_launcher(self) -> None:
         """Act as if torchrun had sent SIGTERM: the ranks are connected, so they can agree, save and end."""
         if self.launcher is None or signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             return  # it is done, or the run does not train: it may have saved and be about to end
-        text = f"rank {self.rank}: torchrun was killed; the run saves and ends, as after SIGTERM"
         self.launcher = None
+        text = "torchrun was killed; the run saves and ends, as after SIGTERM"
         with contextlib.suppress(OSError):
-            print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
+            print(f"train_gpt_moe.py: rank {self.rank}: {text}", file=sys.stderr, flush=True)
         signal.raise_signal(signal.SIGTERM)
 
     def _report(self, lost: str) -> None:

@@ -12,11 +12,8 @@ from mixture_of_experts import MoE
 
 @torch.no_grad()
 def idle_experts(layers: list[MoE]) -> list[list[int]]:
-    """For each layer, the experts without rows or gradients in the step that `update_routers` closed; the
-    same on all ranks. It is a collective if there are idle experts and ranks share the experts.
-
-    An expert may have a gradient but no counted row: tokens with ignored labels do not count in the usage.
-    """
+    """For each layer, the experts without rows and gradients in the step that `update_routers` closed; a
+    collective. An expert may have a gradient but no counted row: ignored labels do not count in the usage."""
     counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
     idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
     if not any(idle):
@@ -37,11 +34,8 @@ def idle_experts(layers: list[MoE]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def freeze_idle_experts(layers: list[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: keep idle experts unchanged. Yields their number.
-
-    AdamW would change them: weight decay shrinks them (by a tenth in 1,000 steps at the usual settings), and
-    old moments move them. This block saves their weights and moments, and restores them after the step.
-    """
+    """Around optimizer.step(), after `update_routers`: restore idle experts and their moments. Yields their
+    number. AdamW would shrink them (by a tenth in 1,000 steps, usually), and old moments would move them."""
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer wraps the real one
     kept, idle = [], idle_experts(layers)
     for layer, experts in zip(layers, idle, strict=True):

@@ -2,17 +2,11 @@
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
-
-Matrices: layers/roles.py says which parameters Muon updates, row_blocks() which matrices they stack.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Muon and AdamW thus share learning rate, schedule
-and weight decay (arXiv 2502.16982, section 2.2). Decay is decoupled, as in AdamW: w -= lr * weight_decay * w.
-Each process orthogonalises its share of the matrices (5 iterations of 4 r r c + 2 r r r FLOPs per matrix,
-r <= c), and an all-gather distributes the results.
-
-References: K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982;
-AdamW, arXiv 1711.05101.
-"""
+and weight decay (Moonlight, section 2.2). Each process orthogonalises its share of the matrices (5 iterations
+of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
+References: https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982; AdamW, 1711.05101."""
 
 import functools
 import math
@@ -66,19 +60,13 @@ def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with method="muon" or method="adamw"; every group has an lr and a weight_decay.
+    """Parameter groups with method="muon" or "adamw", lr and weight_decay. A Muon group also has row_blocks,
+    as row_blocks() returns them, and replicated: whether all processes hold the same parameters and share the
+    work. A matrix whose gradient is zero (an expert without tokens) stays unchanged: its momentum would move
+    it as far as a real gradient. ValueError unless there are 2 or 3 dimensions; for a replicated DTensor."""
 
-    A Muon group also has row_blocks, as row_blocks() returns them, and replicated: whether all processes hold
-    the same parameters and therefore share the work.
-    A matrix whose gradient is exactly zero (an expert without tokens) is left unchanged. Otherwise its
-    momentum, once orthogonalised, would move it as far as a real gradient does.
-    ValueError for Muon parameters that are not 2- or 3-dimensional, and for a replicated DTensor.
-    """
-
-    def __init__(
-        self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95), fused: bool = False,
-    ):  # fmt: skip
+    def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
+                 betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
         muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
         defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
         for group in param_groups:
@@ -99,9 +87,8 @@ class MuonAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
-        for group in self.param_groups:
-            if group["method"] == "adamw":
-                self._adamw_step(group)
+        for group in [group for group in self.param_groups if group["method"] == "adamw"]:
+            self._adamw_step(group)
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:
@@ -118,11 +105,11 @@ class MuonAdamW(torch.optim.Optimizer):
                     key = (*update.shape[1:], update.dtype, group["steps"], group["replicated"])
                     stacks.setdefault(key, []).append((weight, alive, update, group))
         for (_, columns, _, steps, replicated), stack in stacks.items():
-            updates = torch.cat([update for _, _, update, _ in stack])  # (n, r, c)
-            updates = (shared_newton_schulz if replicated else newton_schulz)(updates, steps)
-            updates *= ADAMW_RMS * math.sqrt(columns)
-            counts = [len(weight) for weight, *_ in stack]
-            for (weight, alive, _, group), update in zip(stack, updates.split(counts), strict=True):
+            weights, _, updates, _ = zip(*stack, strict=True)
+            orthogonalise = shared_newton_schulz if replicated else newton_schulz
+            updates = orthogonalise(torch.cat(updates), steps)  # (n, r, c)
+            updates = updates.mul_(ADAMW_RMS * math.sqrt(columns)).split([len(weight) for weight in weights])
+            for (weight, alive, _, group), update in zip(stack, updates, strict=True):
                 update = update if update.shape == weight.shape else update.mT
                 update = update.to(weight.dtype) + group["weight_decay"] * weight
                 weight.sub_(alive * update, alpha=group["lr"])
@@ -138,7 +125,6 @@ class MuonAdamW(torch.optim.Optimizer):
         return update.bfloat16() if in_bf16 else update
 
     def _adamw_step(self, group: dict) -> None:
-        """AdamW by torch's function, for the parameters that have a gradient."""
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in params:
             if not self.state[parameter]:
@@ -147,28 +133,24 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[parameter].update(step=step, **moments)
         states = [self.state[parameter] for parameter in params]
         averages, squares, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(
-            params, [parameter.grad for parameter in params], averages, squares, [], steps,
-            fused=group["fused"], amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
-            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        settings = {name: group[name] for name in ("fused", "lr", "eps", "weight_decay")}
+        settings |= dict(amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1])
+        adamw(params, [parameter.grad for parameter in params], averages, squares, [], steps, **settings)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's; ValueError for the state of another optimizer or of other parameter groups."""
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
         ours = [(group["method"], len(group["params"])) for group in self.param_groups]
         if theirs != ours:
-            problem = f"the saved optimizer has groups (method, parameters) {theirs}, this one {ours}"
-            raise ValueError(f"{problem}; resume with the same --optimizer, or start afresh with --init_from")
+            mend = "resume with the same --optimizer, or start afresh with --init_from"
+            raise ValueError(f"saved groups (method, parameters) are {theirs}, here {ours}; {mend}")
         super().load_state_dict(state_dict)
 
 
-def configure_muon(
-    model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
-    router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0, expert_parallel: bool = False,
-) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT. Arguments as in GPT.configure_optimizers; expert_parallel: processes hold
-    different experts, and each process orthogonalises its experts alone."""
+def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                   device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
+                   expert_parallel: bool = False) -> MuonAdamW:  # fmt: skip
+    """MuonAdamW for a GPT, as GPT.configure_optimizers. expert_parallel: processes hold different experts."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
@@ -185,8 +167,7 @@ def configure_muon(
 
 
 def row_blocks(name: str, parameter: torch.Tensor, config) -> list[int] | None:
-    """Row counts of the matrices that a parameter stacks along dimension -2: q, k, v; swiglu's gate and up.
-    None if it is one matrix."""
+    """Rows of the matrices that a parameter stacks in dimension -2 (q, k, v; gate, up); None: it is one."""
     if name.endswith("c_attn.weight"):
         kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
         return [config.n_embd, kv, kv]

@@ -1,10 +1,7 @@
 """Where a run computes: device, process group, layout of model and optimizer on the ranks; torch.compile.
 
-One process, or many: docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
-
-References: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html,
-https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; ZeRO, arXiv 1910.02054
-"""
+docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
+References: torch's DistributedDataParallel and distributed.fsdp.fully_shard; ZeRO, arXiv 1910.02054"""
 
 import atexit
 import gc
@@ -49,7 +46,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over all ranks, in place; the tensor itself in a single process."""
+        """The tensor summed over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -70,45 +67,39 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`, or with "" the best available: CUDA, then MPS, then CPU. ValueError if this
-    machine or this torch does not have the device."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device called `name`, or with "" the best of CUDA, MPS, CPU. ValueError if it is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(filter(available.get, available))
     try:
         device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("nothing can be trained there")
-    except RuntimeError as error:
+        here = available[device.type]
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"device={name!r} is no device: use cuda, cuda:N, mps or cpu") from error
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps', but this machine or this torch has no MPS; use --device cpu")
+    if not here:
+        missing = f"torch {torch.__version__} finds no {device.type.upper()} here"
+        raise ValueError(f"device={name!r}, but {missing}; use --device cpu")
     if device.type != "cuda":
         return device
-    if not torch.cuda.is_available():
-        problem = f"device={name!r}, but torch {torch.__version__} finds no CUDA here"
-        raise ValueError(f"{problem}; use --device cpu")
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
-        problem = f"local rank {local_rank} wants GPU {index}, but there are {count}"
-        raise ValueError(f"{problem}; start at most one process per GPU of a machine (--nproc_per_node)")
+        mend = "start at most one process per GPU of a machine (--nproc_per_node)"
+        raise ValueError(f"local rank {local_rank} wants GPU {index}, but there are {count}; {mend}")
     return torch.device("cuda", index)
 
 
 def check_compiler(device: torch.device) -> None:
     """ValueError if the compiler that torch.compile needs for this device is not installed."""
+    names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if device.type == "cuda":  # for Triton
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    else:
-        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     if not any(map(shutil.which, names)):
-        problem = f"use_compile=True, but torch.compile needs {' or '.join(names)}, which is not installed"
-        raise ValueError(f"{problem}; install it, or --use_compile False")
+        missing = f"use_compile=True: torch.compile needs {' or '.join(names)}, which is not installed"
+        raise ValueError(f"{missing}; install it, or --use_compile False")
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
-    """Choose the device, join the process group, if there is one, and start the heartbeats. ValueError for
-    wrong environment variables, ranks that cannot connect, several processes with parallel="none", and
-    `settings` that differ between ranks; only the number of the device may differ."""
+    """Choose the device; as one of several processes join the group and start the heartbeats. ValueError:
+    wrong environment, no connection, parallel="none", `settings` that differ (but for a device's number)."""
     rank, local_rank, size, address, port = read_environment() or (0, 0, 1, "", 0)
     if parallel == "none" and size > 1:
         raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
@@ -118,24 +109,22 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
     if not address:
         return World(0, 0, 1, chosen)
     store, heartbeat = rendezvous(rank, size, address, port)
-    same = {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type}
-    check_equal(store, rank, size, "settings", same)  # ranks with different ones would wait for each other
-    # With a device_id NCCL connects now, and an unreachable rank fails here.
-    backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
-    members = dict(store=store, rank=rank, world_size=size)
+    world = World(rank, local_rank, size, chosen, heartbeat, store)
+    # Ranks with different settings would wait for each other.
+    world.check_equal("settings", {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type})
+    how = dict(backend="gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    if chosen.type == "cuda":  # with a device_id NCCL connects now, and an unreachable rank fails here
+        how |= dict(backend="nccl", device_id=chosen)
     with telling(lambda: f"rank {rank} waits for connections with the other ranks"):
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id, **members)
+        dist.init_process_group(**how)
     heartbeat.start()
     atexit.register(heartbeat.stop)
-    return World(rank, local_rank, size, chosen, heartbeat, store)
+    return world
 
 
 def stop(world: World | None = None) -> None:
-    """Leave the process group, if there is one, as a rank that has finished. First delete the DDP module.
-
-    gloo's threads end with their group. DDP, or a mesh in DTensor's caches, keeps the group in memory. If the
-    interpreter ends while a thread releases tensors, SIGABRT kills the process.
-    """
+    """Leave the process group, if there is one. First delete the DDP module, which keeps the group in memory:
+    if the interpreter ends while a gloo thread releases tensors, SIGABRT kills the process."""
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
     if dist.is_initialized():
@@ -145,15 +134,11 @@ def stop(world: World | None = None) -> None:
 
 
 # ---------------------------------------------------------------------------- LAYOUT
-
-
 @dataclass(frozen=True)
 class Layout:
     """Which part of model, gradients and optimizer each rank holds; docs/many_gpus.md has the bytes.
-
     All layouts compute the same numbers, except for rounding. A tensor that ranks share is a DTensor: `local`
-    returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks.
-    """
+    returns a rank's part. Ranks 0 .. ep_size - 1 share the experts, and so do the next ep_size ranks."""
 
     world: World
     parallel: str = "ddp"
@@ -180,26 +165,17 @@ class Layout:
 
 def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> Layout:
     """The layout of these settings, with its process groups. setup.check_layout must run first."""
-    device, all_ranks, mesh, savers = world.device.type, None, None, None
-    if parallel == "fsdp":
-        all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",))
-    if ep_size > 1:
-        shape = (world.size // ep_size, ep_size)
-        mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert"))
-    if parallel == "fsdp" or ep_size > 1:
-        savers = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    device, fsdp, shape = world.device.type, parallel == "fsdp", (world.size // ep_size, ep_size)
+    all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",)) if fsdp else None
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert")) if ep_size > 1 else None
+    savers = dist.new_group(backend="gloo", timeout=TIMEOUT) if fsdp or ep_size > 1 else None
     return Layout(world, parallel, zero_stage, ep_size, all_ranks, mesh, savers)
 
 
 # ---------------------------------------------------------------------------- MODEL
-
-
 def place(model: nn.Module, layout: Layout, dtype: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Put the model on this rank's device, in place: all of it, or the part that the layout gives this rank.
-
-    Call it before the optimizer is made. dtype: "float32" or "bfloat16", for matrix products. weights: (name,
-    whole tensor on the CPU) for a model on the meta device, one at a time; empty if they are loaded later.
-    """
+    """Put the model on this rank's device, in place: all of it, or the layout's part. dtype: of matrix
+    products. weights: (name, whole tensor on the CPU) for a model on the meta device; may be empty."""
     if layout.ep_size > 1:
         share_experts(model, layout)
     if layout.parallel == "fsdp":
@@ -242,35 +218,30 @@ def share_experts(model: nn.Module, layout: Layout) -> None:
 
 def shard(model: nn.Module, layout: Layout, dtype: str) -> None:
     """Cut all parameters into one part per rank (FSDP2). FSDP gathers a block's parameters when it runs.
-
     With bfloat16, FSDP gathers blocks in bf16 and reduces gradients in fp32. Routers stay fp32, because bf16
     would change their choices. Embeddings, head, last norm and activations between blocks stay fp32, too.
-    Experts are cut along dimension_to_shard(): along dimension 0, 16 ranks could not share 8 experts.
-    """
+    Experts are cut along dimension_to_shard(): along dimension 0, 16 ranks could not share 8 experts."""
     experts = {id(parameter) for moe in model.moe_layers() for parameter in moe.experts.parameters()}
     ranks = layout.world.size // layout.ep_size
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dimension_to_shard(local(parameter).shape, ranks) if id(parameter) in experts else 0)
 
-    policy = MixedPrecisionPolicy()
-    if dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    low = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(**(low if dtype == "bfloat16" else {}))
+    how = dict(mp_policy=policy, shard_placement_fn=placement)
     for block in model.transformer.h:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.gate, mesh=layout.all_ranks)
             if layout.ep_size > 1:  # share_experts() has cut them; FSDP cuts each part among the replicas
-                replica = layout.mesh["replica"]
-                fully_shard(block.mlp.experts, mesh=replica, mp_policy=policy, shard_placement_fn=placement)
-        fully_shard(block, mesh=layout.all_ranks, mp_policy=policy, shard_placement_fn=placement)
+                fully_shard(block.mlp.experts, mesh=layout.mesh["replica"], **how)
+        fully_shard(block, mesh=layout.all_ranks, **how)
     fully_shard(model, mesh=layout.all_ranks)
 
 
 def compile_blocks(model: nn.Module, layout: Layout) -> None:
     """Compile every block in place. All blocks share one graph. The whole model would take four times longer.
-
-    A block is one graph, unless FSDP gathers the router, or ranks exchange rows, inside the block.
-    """
+    A block is one graph, unless FSDP gathers the router, or ranks exchange rows, inside the block."""
     torch._dynamo.config.optimize_ddp = False  # do not split a block at DDP's buckets
     # Inductor recommends TF32. With bfloat16 only the routers' products are fp32, and they must stay exact.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
@@ -283,8 +254,7 @@ def compile_blocks(model: nn.Module, layout: Layout) -> None:
 
 
 def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
-    """The module whose forward the loop calls: the model itself, or DDP around it. Experts are stacked, so
-    every backward uses every parameter, and DDP need not search for unused parameters."""
+    """The module whose forward the loop calls: the model itself, or DDP around it."""
     if layout.world.size == 1 or layout.parallel == "fsdp":
         return model
     # DDP must ignore experts that differ between ranks: finish_gradients() reduces their gradients.
@@ -292,19 +262,16 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     model._ddp_params_and_buffers_to_ignore = [*model._ddp_params_and_buffers_to_ignore, *shared]
     # A broadcast of buffers would overwrite the statistics that each rank's routers have counted.
     newer_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    no_broadcast = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
+    options = {"forward_sync_buffers" if newer_name else "broadcast_buffers": False}
     # static_graph needs equal backward passes. With several micro-steps only the last one reduces gradients.
-    options = dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1, **no_broadcast)
+    options |= dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1)
     device = layout.world.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
 
 
 # ---------------------------------------------------------------------------- GRADIENTS AND OPTIMIZER
-
-
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Before a forward, set whether its backward reduces gradients over the ranks. A step's last one must
-    reduce them. Before that, FSDP keeps whole gradients."""
+    """Before a forward: whether its backward reduces gradients over the ranks, as a step's last must."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -312,16 +279,16 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def finish_gradients(model: nn.Module, layout: Layout) -> None:
-    """After a step's last backward, the gradients of shared experts are sums over the ranks of a group. Turn
-    them into means over all ranks, because DDP and FSDP do not."""
+    """After a step's last backward: gradients of shared experts, sums over a group, become means over all."""
     if layout.ep_size == 1:
         return
-    works, fsdp = [], layout.parallel == "fsdp"  # FSDP has taken the mean over the replicas
-    for parameter in (p for moe in model.moe_layers() for p in moe.experts.parameters()):
-        grad = local(parameter.grad).div_(layout.ep_size if fsdp else layout.world.size)
-        if not fsdp:
-            works.append(dist.all_reduce(grad, group=layout.mesh.get_group("replica"), async_op=True))
-    for work in works:
+    grads = [local(p.grad) for moe in model.moe_layers() for p in moe.experts.parameters()]
+    if layout.parallel == "fsdp":  # which has taken the mean over the replicas
+        torch._foreach_div_(grads, layout.ep_size)
+        return
+    torch._foreach_div_(grads, layout.world.size)
+    replicas = layout.mesh.get_group("replica")
+    for work in [dist.all_reduce(grad, group=replicas, async_op=True) for grad in grads]:
         work.wait()
 
 
@@ -355,8 +322,7 @@ def share_optimizer(optimizer: torch.optim.Optimizer, layout: Layout) -> torch.o
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, layout: Layout) -> dict:
-    """optimizer.state_dict(), in DTensors where ranks share parameters. With ZeRO-1 a collective: rank 0 gets
-    the whole state, the others get {}."""
+    """optimizer.state_dict(), in DTensors where ranks share it. ZeRO-1: a collective; {} except on rank 0."""
     if layout.zero_stage == 0:
         return optimizer.state_dict()
     optimizer.consolidate_state_dict(to=0)

@@ -1,8 +1,7 @@
 """What a run will need, printed before its first step: parameters, tokens, epochs, memory.
 
-The memory of the activations is an estimate; it may be wrong by a quarter. It counts what autograd keeps of
-each token in every block, and the logits, which cause the peak in small models. `size` is the bytes of a
-number in the dtype of matrix products; letters as in model.py. `config` is train_gpt_moe.py's TrainConfig."""
+The memory of the activations is an estimate, to a quarter: what autograd keeps of each token in every block,
+and the logits. `size`: bytes of a number in the dtype of matrix products. `config`: a TrainConfig."""
 
 import math
 import os
@@ -116,9 +115,8 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
-    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T).
-    Parameters, gradients and the two moments are fp32. FSDP divides all of them among the ranks, zero_stage=1
-    the moments, ep_size the experts. With inference_only there are no gradients and no moments."""
+    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T), in fp32. FSDP divides
+    all but activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
     moments = 8 * held * trains // (world_size if config.zero_stage else 1)
     activations = activation_bytes(model, config, dtype)
@@ -159,13 +157,12 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")
     ranks = world.size // config.ep_size
     shapes = split(shapes_by_part(model)["experts"], config.ep_size) if config.parallel == "fsdp" else []
-    uncut = [shape[0] for shape in shapes if dimension_to_shard(shape, ranks) == 0 and shape[0] < ranks]
-    if uncut:
-        text = f"{ranks} processes share {uncut[0]} experts: some get no expert, but send and hold as much"
+    if uncut := [s[0] for s in shapes if dimension_to_shard(s, ranks) == 0 and s[0] < ranks]:
+        text = f"{ranks} processes share {uncut[0]} experts: some get none, but send and hold as much"
         mend = "take a number of processes that divides num_experts, n_embd or expert_hidden_size"
-        warnings.append(f"{text} as the others: {mend}")
+        warnings.append(f"{text}: {mend}")
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
-        text = f"read the {val_tokens:,} tokens of validation more than once; lower val_steps"
+        text = f"reads the {val_tokens:,} tokens of validation more than once; lower it"
         warnings.append(f"val_steps={config.val_steps} {text}")
     if epochs > REPEATS_THAT_HURT:
         text = f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little"

@@ -1,7 +1,6 @@
 """How the ranks of a run find each other, and the check that all of them have the same settings and data.
 
-Reference: the variables that torchrun sets, https://docs.pytorch.org/docs/stable/elastic/run.html
-"""
+Reference: the variables that torchrun sets, https://docs.pytorch.org/docs/stable/elastic/run.html"""
 
 import contextlib
 import functools
@@ -19,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from training.heartbeat import MOST_NAMED, Heartbeat
+from training.heartbeat import Heartbeat, shorten
 
 TIMEOUT = timedelta(minutes=10)  # of collectives, and of the wait for all ranks at the start
 WAIT_MESSAGE_S = 10.0  # seconds between two lines that say for which ranks the start waits
@@ -27,40 +26,29 @@ MOST_RANKS = 65_536  # faults.dropout_seed's
 
 
 def read_environment() -> tuple[int, int, int, str, int] | None:
-    """(rank, local rank, number of ranks, address and port of rank 0); None without such variables, which
-    means one process. ValueError, naming the variable, for a value that cannot be."""
+    """(rank, local rank, ranks, rank 0's address, port); None: one process. ValueError names a variable."""
     most = MOST_RANKS - 1
     limits = dict(RANK=(0, most), LOCAL_RANK=(0, most), WORLD_SIZE=(1, MOST_RANKS), MASTER_PORT=(1, 65535))
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = [*limits, "MASTER_ADDR"]
     given, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:
         return None
     if missing:
-        state = f"{', '.join(given)} set in the environment, but not {', '.join(missing)}"
-        raise ValueError(f"{state}; set all of them, or none")
-    rank, local_rank, size, port = (whole_number(name, *limits[name]) for name in limits)
+        raise ValueError(f"{', '.join(given)} set, but not {', '.join(missing)}; set all of them, or none")
+    *texts, address = (os.environ[name] for name in names)
+    for (name, (least, most)), text in zip(limits.items(), texts, strict=True):
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:  # int() takes 1_0 and more
+            given = f"{name}={reprlib.repr(text)} in the environment"
+            raise ValueError(f"{given}: must be a whole number from {least} to {most}")
+    rank, local_rank, size, port = map(int, texts)
     if rank >= size:
         raise ValueError(f"RANK={rank} must lie in 0..WORLD_SIZE-1={size - 1}")
-    return rank, local_rank, size, check_address(os.environ["MASTER_ADDR"], port), port
-
-
-def whole_number(name: str, least: int, most: int) -> int:
-    """The value of an environment variable; ValueError, naming it, unless it is a number least .. most."""
-    text = os.environ[name]
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:  # int() takes 1_0 and more
-        problem = f"must be a whole number from {least} to {most}"
-        raise ValueError(f"{name}={reprlib.repr(text)} in the environment: {problem}")
-    return int(text)
-
-
-def check_address(address: str, port: int) -> str:
-    """The address; ValueError if this machine does not know it. TCPStore would try it for minutes."""
     try:
-        socket.getaddrinfo(address, port)
+        socket.getaddrinfo(address, port)  # TCPStore would try an unknown address for minutes
     except (OSError, UnicodeError) as error:
         problem = f"MASTER_ADDR={reprlib.repr(address)} in the environment is not known here ({error})"
         raise ValueError(f"{problem}; give the name or the IP address of rank 0's machine") from error
-    return address
+    return rank, local_rank, size, address, port
 
 
 @contextlib.contextmanager
@@ -70,8 +58,8 @@ def telling(waits: Callable[[], str]) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(WAIT_MESSAGE_S):
-            passed = f"{time.monotonic() - begin:.0f} s so far"
-            print(f"train_gpt_moe.py: {waits()} ({passed})", file=sys.stderr, flush=True)
+            text = f"{waits()} ({time.monotonic() - begin:.0f} s so far)"
+            print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
 
     threading.Thread(target=tell, daemon=True).start()
     try:
@@ -83,23 +71,26 @@ def telling(waits: Callable[[], str]) -> Iterator[None]:
 def name_ranks(ranks: Iterable[int]) -> str:
     """The first ranks, and how many more there are."""
     ranks = sorted(ranks)
-    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:MOST_NAMED]))}{more}"
+    return f"rank{'s' * (len(ranks) > 1)} {shorten(ranks)}"
+
+
+def wait_for_ranks(size: int, what: str, has_come: Callable[[int], bool]) -> None:
+    """On rank 0: wait for has_come(rank) of all others; ValueError after TIMEOUT. what: {} for the ranks."""
+    missing, end = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    with telling(lambda: f"rank 0 waits for {what.format(name_ranks(missing))}"):
+        while missing := {rank for rank in missing if not has_come(rank)}:
+            if time.monotonic() > end:
+                problem = "did not start, or stopped; start as many processes"
+                raise ValueError(f"{name_ranks(missing)} of WORLD_SIZE={size} {problem}")
+            time.sleep(0.01)
 
 
 def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) -> None:
-    """ValueError on all ranks if `mine` differs between ranks, naming the entries, ranks and values.
-
-    All ranks put `mine` into the store. Rank 0 compares, and puts its verdict there.
-    """
+    """ValueError on all ranks if `mine` differs between ranks, naming entries, ranks and values."""
     keys = [f"{what} of {other}" for other in range(size)]
     store.set(keys[rank], json.dumps({name: repr(value) for name, value in mine.items()}))
     if rank == 0:
-        missing = set(range(1, size))
-        with telling(lambda: f"rank 0 waits for the {what} of {name_ranks(missing)}"):
-            while missing:
-                missing -= {other for other in missing if store.check([keys[other]])}
-                time.sleep(0.01)
+        wait_for_ranks(size, f"the {what} of {{}}", lambda other: store.check([keys[other]]))
         values = list(map(json.loads, store.multi_get(keys)))
         store.set(f"verdict on {what}", "; ".join(differences(values)))
     verdict = store.get(f"verdict on {what}").decode()  # waits for rank 0
@@ -109,8 +100,7 @@ def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) 
 
 
 def differences(values: list[dict]) -> Iterator[str]:
-    """For each entry that is not equal in all dictionaries (one per rank): its value on rank 0, the first
-    other value, and the ranks whose value is not rank 0's."""
+    """For each entry that differs between the ranks' dictionaries: its value on rank 0, and on others."""
     for name in dict.fromkeys(name for entries in values for name in entries):
         texts = [entries.get(name, "nothing") for entries in values]
         unlike = [rank for rank, text in enumerate(texts) if text != texts[0]]
@@ -120,13 +110,10 @@ def differences(values: list[dict]) -> Iterator[str]:
 
 def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Store, Heartbeat]:
     """The store at address:port, under a prefix that only the processes of this start know, and a Heartbeat.
-
     torchrun --max-restarts keeps its store, which holds addresses of dead processes. A process that reads one
     hangs (https://github.com/pytorch/pytorch/issues/135712). Each rank therefore announces a random token,
-    rank 0 answers it with a new prefix, and the rank acknowledges that prefix. Rank 0 may also answer the
-    token of a dead process, but it continues only when every rank has acknowledged.
-    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT.
-    """
+    rank 0 answers each with a new prefix, and continues when every rank has acknowledged that prefix.
+    ValueError if the store cannot be reached, or a rank does not start within TIMEOUT."""
     launcher_has_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     token = prefix = uuid.uuid4().hex
     connect = functools.partial(dist.TCPStore, address, port, size, timeout=TIMEOUT, wait_for_workers=False)
@@ -143,20 +130,14 @@ def rendezvous(rank: int, size: int, address: str, port: int) -> tuple[dist.Stor
         if rank > 0:
             store.set(f"{prefix} acknowledged by {rank}", "")
     except dist.DistError as error:
-        raise ValueError(
-            f"rank {rank} cannot reach rank 0 at {where}; is it the same "
-            f"everywhere, free on rank 0's machine, and open? {str(error).splitlines()[0]}"
-        ) from error
-    missing, end = set(range(1, size)) if rank == 0 else set(), time.monotonic() + TIMEOUT.total_seconds()
-    with telling(lambda: f"rank 0 waits for {name_ranks(missing)} of WORLD_SIZE={size}"):
-        while missing:
-            if time.monotonic() > end:
-                absent = name_ranks(missing)
-                raise ValueError(f"{absent} of WORLD_SIZE={size} did not start; start as many processes")
-            for other in sorted(missing):
-                if store.check([f"token of {other}"]):
-                    store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
-                if store.check([f"{prefix} acknowledged by {other}"]):
-                    missing.remove(other)
-            time.sleep(0.01)
+        ask = f"is it the same everywhere, free on rank 0's machine, and open? {str(error).splitlines()[0]}"
+        raise ValueError(f"rank {rank} cannot reach rank 0 at {where}; {ask}") from error
+
+    def has_acknowledged(other: int) -> bool:
+        if store.check([f"token of {other}"]):
+            store.set(f"prefix for {store.get(f'token of {other}').decode()}", prefix)
+        return store.check([f"{prefix} acknowledged by {other}"])
+
+    if rank == 0:
+        wait_for_ranks(size, f"{{}} of WORLD_SIZE={size}", has_acknowledged)
     return dist.PrefixStore(prefix, store), heartbeat

@@ -1,7 +1,6 @@
 """What a checkpoint may hold. check_checkpoint() looks at all that was read, before anything uses it.
 
-docs/formats.md says what each entry means. Tensors may lie on the meta device, without values.
-"""
+docs/formats.md says what each entry means. Tensors may lie on the meta device, without values."""
 
 import inspect
 from collections.abc import Callable
@@ -15,9 +14,7 @@ from model import GPTConfig, GPTLMHeadModel
 DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
 HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's
-
-
-# ---------------------------------------------------------------------------- KINDS
+RANDOM_STATE = (torch.uint8, torch.get_rng_state().shape)
 
 
 def is_count(value: Any) -> bool:
@@ -30,21 +27,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
-def is_setting(value: Any) -> bool:
-    """Whether a settings class may have it as a value. Its own limits are checked where it is used."""
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def is_tensor(value: Any) -> bool:
     """Whether it is an ordinary tensor, whose storage holds as many elements as its shape says."""
     if not torch.is_tensor(value) or value.layout != torch.strided or value.is_quantized:
         return False
     return value.is_meta or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-
-def is_random_state(value: Any) -> bool:
-    """Whether it looks like torch.get_rng_state()."""
-    return is_tensor(value) and value.dtype == torch.uint8 and value.shape == torch.get_rng_state().shape
 
 
 def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
@@ -58,23 +45,18 @@ def are_named(kind: Callable, names: set[str] | None = None) -> Callable:
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether it is {"param_groups": [{"params": numbers, ...}], "state": {number: {name: tensor}}}, as torch
-    makes it, where the numbers count the parameters from 0."""
-    if not isinstance(value, dict) or not {"param_groups", "state"} <= value.keys():
-        return False
-    groups, state = value["param_groups"], value["state"]
+    """Whether it is {"param_groups": [{"params": numbers from 0 on}], "state": {number: {name: tensor}}}."""
+    groups, state = map(value.get, ("param_groups", "state")) if isinstance(value, dict) else (None, None)
     if not isinstance(groups, list) or not isinstance(state, dict):
         return False
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
         return False
     numbers = [number for group in groups for number in group["params"]]
-    if not all(map(is_count, [*numbers, *state])) or sorted(numbers) != list(range(len(numbers))):
-        return False
-    return state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
+    counts = all(map(is_count, [*numbers, *state])) and sorted(numbers) == list(range(len(numbers)))
+    return counts and state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
 
 
-# ---------------------------------------------------------------------------- ENTRIES
-
+are_settings = are_named(lambda value: value is None or type(value) in (bool, int, float, str))
 # name: (kind of the value, its words). The first three are in every checkpoint, the others in those of a run.
 ENTRIES = {
     "model": (are_named(is_tensor), "tensors by name"),
@@ -83,9 +65,9 @@ ENTRIES = {
     "val_loss": (lambda value: value is None or type(value) is float or is_number(value), "a number or None"),
     "val_loss_step": (lambda value: value is None or is_count(value), "a number of steps or None"),
     "optimizer": (is_optimizer, "an optimizer's state"),
-    "loader": (lambda v: are_named(is_setting)(v) and is_count(v.get("position")), "a data loader's state"),
-    "rng": (is_random_state, "torch's random state"),
-    "train_config": (are_named(is_setting), "settings by name"),
+    "loader": (lambda v: are_settings(v) and is_count(v.get("position")), "a data loader's state"),
+    "rng": (lambda v: is_tensor(v) and (v.dtype, v.shape) == RANDOM_STATE, "torch's random state"),
+    "train_config": (are_settings, "settings by name"),
     "elapsed_s": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
     "health": (are_named(is_number, HEALTH), f"numbers named {', '.join(sorted(HEALTH))}"),
     "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
@@ -94,8 +76,7 @@ ENTRIES = {
 
 
 def check_checkpoint(content: Any) -> dict:
-    """The checkpoint, with all fields of GPTConfig in its config. ValueError, naming the entry, if one is not
-    of its kind, if the config makes no model, or if the weights are not those of the model."""
+    """The checkpoint, with all fields of GPTConfig in its config. ValueError names an entry that is wrong."""
     check_nesting(content)
     if not isinstance(content, dict):
         raise ValueError(f"it holds {show(content)}, not a checkpoint's dictionary")
@@ -104,8 +85,12 @@ def check_checkpoint(content: Any) -> dict:
     for name, (is_kind, words) in ENTRIES.items():
         if name in content and not is_kind(content[name]):
             raise ValueError(f"{name} is {show(content[name])}, not {words}")
-    config = check_config(content["config"], content["model"])
-    check_weights(config, content["model"])
+    found, weights, names = content["config"], content["model"], set(inspect.get_annotations(GPTConfig))
+    if unknown := found.keys() - names - OTHER_NAMES - GPTConfig().to_dict().keys():
+        raise ValueError(f"config has an unknown field {show(min(unknown))}; a newer version may know it")
+    fields = {name: found[name] for name in names & found.keys()}
+    config = build_config(GPTConfig, fields, {name: tensor.shape for name, tensor in weights.items()})
+    check_weights(config, weights)
     known = {name: content[name] for name in (*ENTRIES, "format") if name in content}
     return known | {"config": config.to_dict()}
 
@@ -124,15 +109,6 @@ def check_nesting(content: Any) -> None:
         parts += [(value, depth + 1) for value in inner]
 
 
-def check_config(config: dict, weights: dict[str, torch.Tensor]) -> GPTConfig:
-    """The model's settings. ValueError for an unknown name and for values that GPTConfig refuses."""
-    names = set(inspect.get_annotations(GPTConfig))
-    if unknown := config.keys() - names - OTHER_NAMES - GPTConfig().to_dict().keys():
-        raise ValueError(f"config has an unknown field {show(min(unknown))}; a newer version may know it")
-    fields = {name: config[name] for name in names & config.keys()}
-    return build_config(GPTConfig, fields, {name: tensor.shape for name, tensor in weights.items()})
-
-
 def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     """ValueError, naming the first, for a weight that is missing, unknown, or of another shape."""
     try:
@@ -141,11 +117,10 @@ def check_weights(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     except (RuntimeError, TypeError, OverflowError) as error:  # a size that torch cannot count
         raise ValueError(f"config makes no model: {str(error).splitlines()[0]}") from error
     if unlike := sorted(expected.keys() ^ weights.keys()):
-        name = unlike[0]
-        problem = "is missing" if name in expected else "is no weight of such a model"
-        raise ValueError(f"model: {name[:99]} {problem}")
+        problem = "is missing" if unlike[0] in expected else "is no weight of such a model"
+        raise ValueError(f"model: {unlike[0][:99]} {problem}")
     for name, tensor in expected.items():
-        ours, theirs = ((t.shape, t.is_floating_point()) for t in (tensor, weights[name]))
-        if ours != theirs:
-            problem = f"{weights[name].dtype} of shape {list(weights[name].shape)}"
-            raise ValueError(f"model: {name} is {problem}, not of shape {list(tensor.shape)} as config says")
+        found = weights[name]
+        if (found.shape, found.is_floating_point()) != (tensor.shape, tensor.is_floating_point()):
+            problem = f"{found.dtype} of shape {list(found.shape)}, not of shape {list(tensor.shape)}"
+            raise ValueError(f"model: {name} is {problem} as config says")

@@ -1,10 +1,8 @@
 """Checkpoints as folders, for models that no rank holds whole: every rank writes its part.
 
-docs/formats.md lists the files of a folder. torch.distributed.checkpoint (DCP) writes the parts, and plans
-which parts a rank reads. Any number of ranks, in any layout, can read a folder on a disk that they share.
-
-Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
-"""
+docs/formats.md lists the files. torch.distributed.checkpoint (DCP) writes the parts, and plans which parts a
+rank reads. Any number of ranks, in any layout, can read a folder on a disk that they share.
+Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html"""
 
 import json
 import math
@@ -23,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from tokens.files import root_error, sync_folder, write_atomically
+from tokens.files import check_regular, root_error, sync_folder, write_atomically
 from training import archives
-from training.archives import CheckpointError, NotFiniteError, reading, size_and_checksum
+from training.archives import CheckpointError, reading, size_and_checksum
 from training.schema import check_checkpoint
 
 INDEX_FILE, REST_FILE = "index.json", "rest.pt"
@@ -34,8 +32,8 @@ DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype
 
 
 def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors, named model.NAME and optimizer.NUMBER.NAME, and the checkpoint without them. Scalars such
-    as AdamW's step stay in the checkpoint. Tied embeddings are one tensor."""
+    """(tensors by model.NAME and optimizer.NUMBER.NAME, the checkpoint without them). Scalars such as AdamW's
+    step stay in the checkpoint. Tied embeddings are one tensor."""
     rest = {**checkpoint, "model": {}}
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     if checkpoint["config"].get("tie_word_embeddings"):
@@ -43,12 +41,12 @@ def extract_tensors(checkpoint: dict) -> tuple[dict[str, torch.Tensor], dict]:
     if "optimizer" in checkpoint:
         rest["optimizer"] = {**checkpoint["optimizer"], "state": {}}
         for number, values in checkpoint["optimizer"]["state"].items():
-            scalars = rest["optimizer"]["state"][number] = dict(values)
+            scalars = rest["optimizer"]["state"][number] = {}
             for name, value in values.items():
                 if torch.is_tensor(value) and value.dim() > 0:
-                    tensors[f"optimizer.{number}.{name}"] = scalars.pop(name)
-                elif torch.is_tensor(value):
-                    scalars[name] = value.detach().to("cpu", copy=True)
+                    tensors[f"optimizer.{number}.{name}"] = value
+                else:
+                    scalars[name] = value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
     return tensors, rest
 
 
@@ -59,11 +57,11 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
         state = {number: dict(scalars) for number, scalars in rest["optimizer"]["state"].items()}
         checkpoint["optimizer"] = {**rest["optimizer"], "state": state}
     for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
+        kind, name = key.split(".", 1)
         if kind == "model":
             checkpoint["model"][name] = tensor
         else:
-            number, _, moment = name.partition(".")
+            number, moment = name.split(".", 1)
             checkpoint[kind]["state"][int(number)][moment] = tensor
     if rest["config"].get("tie_word_embeddings"):
         checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
@@ -71,8 +69,6 @@ def insert_tensors(tensors: dict[str, Any], rest: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------- WRITE
-
-
 class PartWriter(dcp.FileSystemWriter):
     """DCP's writer of files, which reports a full disk as OSError."""
 
@@ -85,15 +81,13 @@ class PartWriter(dcp.FileSystemWriter):
 
 
 class Saver:
-    """Saves checkpoints together with the other ranks of a group. If one rank fails, all ranks raise.
-    group: a gloo group for this object only; None: a single process."""
+    """Saves checkpoints together with all ranks. group: gloo, for this object only; None: one process."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self.rank = group, 0 if group is None else dist.get_rank(group)
 
     def stage(self, checkpoint: dict, path: Path) -> tuple:
-        """Copy this rank's part of a checkpoint to the host; commit() then writes it to the folder `path`. A
-        single process does not copy. Raises NotFiniteError, or torch's error if memory is short."""
+        """Copy this rank's part to the host, for commit() to write to `path`. NotFiniteError; OSError."""
         writer = PartWriter(path.with_name(f".{path.name}.unfinished"))
 
         def copy() -> tuple[dict, dict]:
@@ -101,15 +95,14 @@ class Saver:
                 for leftover in [writer.path] if self.group is None else path.parent.glob(".model_*.*ed"):
                     shutil.rmtree(leftover, ignore_errors=True)
             tensors, rest = extract_tensors(checkpoint)
-            archives.check_finite(checkpoint["step"], tensors)
+            archives.check_finite(f"step {checkpoint['step']} is not saved", tensors)
             # dcp.async_save would hang: if one rank had no memory for its copy, the others would wait for it.
-            return tensors if self.group is None else writer.stage(tensors), rest
+            return tensors if self.group is None else writer.stage(tensors), rest  # one process need not copy
 
         return *self.together(copy), writer, path
 
     def commit(self, staged: tuple) -> Path:
-        """Write the parts, wait for all ranks, rename the folder; returns its path. If any rank fails, it
-        removes the parts, which frees the space on a full disk, and raises OSError."""
+        """Write the parts; when all ranks have, the folder gets its name. OSError: the parts are removed."""
         tensors, rest, writer, path = staged
         temporary, alone, own = writer.path, self.group is None, writer.path / f"__{self.rank}_0.distcp"
         try:
@@ -117,6 +110,7 @@ class Saver:
             checksums = self._gather(self.together(lambda: size_and_checksum(own) if own.exists() else None))
             files = {f"__{rank}_0.distcp": found for rank, found in enumerate(checksums) if found}
             self.together(lambda: self.rank > 0 or publish(temporary, path, files, metadata, rest))
+            return path
         except BaseException as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -124,7 +118,6 @@ class Saver:
                 rank, (reason, _) = next(iter(error.failures.items()))
                 raise OSError(f"{temporary}: rank {rank}: {str(reason) or repr(reason)}") from error
             raise
-        return path
 
     def together(self, work: Callable) -> Any:
         """Return work(). All ranks must call this; if work() fails on any rank, all ranks raise."""
@@ -133,16 +126,13 @@ class Saver:
             result = work()
         except Exception as problem:
             error = problem
-        kind = next((kind for kind in (NotFiniteError, CheckpointError) if isinstance(error, kind)), OSError)
+        kind = type(error) if isinstance(error, CheckpointError) else OSError
         for rank, other in enumerate(self._gather(error and (kind, str(error) or repr(error)))):
-            if other and error is None:
-                error = other[0](f"rank {rank}: {other[1]}")
-        if error is not None:
-            raise error
+            if other:
+                raise error or other[0](f"rank {rank}: {other[1]}")
         return result
 
     def _gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks."""
         if self.group is None:
             return [value]
         values = [None] * dist.get_world_size(self.group)
@@ -152,20 +142,19 @@ class Saver:
 
 def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: dict) -> None:
     """Write rest.pt and index.json beside the parts, and give the folder its name."""
-    rest = {**rest, "format": archives.CHECKPOINT_FORMAT}
-    write_atomically(temporary / REST_FILE, lambda file: torch.save(rest, file))
-    files = files | {REST_FILE: size_and_checksum(temporary / REST_FILE)}
     for name in files:
         if not (temporary / name).is_file():
             raise OSError(f"{temporary}: no {name} here: log_dir must be on a disk that all ranks share")
+    rest = {**rest, "format": archives.CHECKPOINT_FORMAT}
+    write_atomically(temporary / REST_FILE, lambda file: torch.save(rest, file))
+    files = files | {REST_FILE: size_and_checksum(temporary / REST_FILE)}
     tensors: dict[str, dict] = {}
     for name, stored in metadata.state_dict_metadata.items():
-        parts = []
+        dtype = str(stored.properties.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": (parts := [])}
         for chunk in stored.chunks:
             at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             parts.append([list(chunk.offsets), list(chunk.sizes), at.relative_path, at.offset, at.length])
-        dtype = str(stored.properties.dtype).removeprefix("torch.")
-        tensors[name] = {"dtype": dtype, "shape": list(stored.size), "parts": parts}
     index = json.dumps({"format": archives.CHECKPOINT_FORMAT, "files": files, "tensors": tensors})
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX_FILE, lambda file: file.write(text.encode()))
@@ -184,11 +173,8 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------- READ
-
-
 class Index(NamedTuple):
-    """What index.json says: [size, CRC-32] of each file, and the metadata from which DCP plans what to read.
-    The metadata's storage_data are the arguments of archives.load_tensor for each part."""
+    """index.json: [size, CRC-32] of each file; DCP's metadata, whose storage_data load_tensor takes."""
 
     path: Path
     files: dict[str, list[int]]
@@ -203,7 +189,7 @@ class Index(NamedTuple):
 def read_index(path: Path) -> Index:
     """The index of a folder, compared with its files' sizes. CheckpointError; OSError as in `reading`."""
     with reading(path / INDEX_FILE, "not a checkpoint, or damaged"):
-        archives.check_regular(path / INDEX_FILE)
+        check_regular(path / INDEX_FILE)
         outer = json.loads((path / INDEX_FILE).read_bytes())
         if zlib.crc32(outer["index"].encode()) != outer["crc32"]:
             raise ValueError("its checksum is wrong")
@@ -213,7 +199,7 @@ def read_index(path: Path) -> Index:
             if name not in index["files"] or not FILE_NAME.fullmatch(name):  # such as ../../etc/passwd
                 raise ValueError(f"{name[:40]!r} is missing or is no file of a checkpoint")
             with reading(path / name, "the checkpoint is damaged"):
-                archives.check_regular(path / name, index["files"][name][0])
+                check_regular(path / name, index["files"][name][0])
         for name, stored in index["tensors"].items():
             shape, dtype, chunks = torch.Size(stored["shape"]), DTYPES.get(stored["dtype"]), []
             if dtype is None:
@@ -235,7 +221,7 @@ def read_index(path: Path) -> Index:
 
 def check_grid(name: str, shape: torch.Size, chunks: list) -> None:
     """ValueError unless the chunks are the cells of a grid that fills the shape. All layouts make one."""
-    cells, fills = 1, all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks)
+    cells, fills = 1, all(len(c.offsets) == len(c.sizes) == len(shape) for c in chunks)
     boxes = [tuple((o, o + s) for o, s in zip(c.offsets, c.sizes, strict=False)) for c in chunks]
     for dim, size in enumerate(shape) if fills else ():
         ranges = sorted({box[dim] for box in boxes})  # each must begin where the previous one ends
@@ -267,17 +253,15 @@ def read_rest(path: Path) -> dict:
 def load(path: Path) -> dict:
     """The whole checkpoint, as if read from a single file, on the CPU. Errors as in read_index."""
     rest = read_rest(path)
-    index = rest.pop("index")
     with reading(path, "cannot make tensors of these shapes"):
-        tensors = index.tensors()
-    load_tensors(index, tensors)
-    return insert_tensors(tensors, rest)
+        tensors = rest["index"].tensors()
+    return fill(tensors, rest)
 
 
-def load_tensors(index: Index, targets: dict[str, torch.Tensor]) -> None:
-    """Fill the targets (of a DTensor, this rank's part) with the stored tensors of the same names. No rank
-    waits for another. CheckpointError, with the name, if one is missing, misshapen or not finite."""
-    path, metadata = index.path, index.metadata
+def fill(targets: dict[str, torch.Tensor], rest: dict) -> dict:
+    """What read_rest returned, and its tensors, read into the targets of their names (of a DTensor, this
+    rank's part). CheckpointError, with the name, if one is missing, misshapen or not finite."""
+    path, _, metadata = rest.pop("index")
     for name, target in targets.items():
         stored = metadata.state_dict_metadata.get(name)
         shape = "nothing" if stored is None else list(stored.size)
@@ -286,7 +270,8 @@ def load_tensors(index: Index, targets: dict[str, torch.Tensor]) -> None:
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner(targets, metadata)
     for item in planner.create_local_plan().items:  # an item copies a box of a stored part to a target
-        box = [slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True)]
+        box = tuple(slice(o, o + size) for o, size in zip(item.storage_offsets, item.lengths, strict=True))
         part = archives.load_tensor(*metadata.storage_data[item.storage_index])
-        planner.resolve_tensor(item).copy_(part[tuple(box)])
-    archives.check_loaded(path, targets)
+        planner.resolve_tensor(item).copy_(part[box])
+    archives.check_finite(f"{path}", targets, ". Use an earlier checkpoint")
+    return insert_tensors(targets, rest)

@@ -1,7 +1,6 @@
 """Turn a dense model into a Mixture-of-Experts: --init_from gpt2 --use_moe True (docs/huggingface.md).
 
-Reference: Sparse Upcycling, arXiv 2212.05055
-"""
+Reference: Sparse Upcycling, arXiv 2212.05055"""
 
 import torch
 
@@ -12,18 +11,14 @@ from model import GPTConfig, GPTLMHeadModel
 @torch.no_grad()
 def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
     """A Mixture-of-Experts in which every expert is a copy of the dense model's MLP: equal logits (to 1e-5).
-
     If the weights of the chosen K experts sum to 1, the router starts as in any new model. If they do not
     (K = 1, or norm_topk_prob=False), all scores must be equal: the router's weights are almost zero, and the
-    copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md
-    counts idle experts), so prefer K = 2. The copies become different because they see different tokens.
-    ValueError for a model that has experts, or an expert size that is not the MLP's.
-    """
+    copies are scaled by the inverse of the sum. Such a router spreads tokens slowly (docs/measurements.md),
+    so prefer K = 2. ValueError if the model has experts, or an MLP of another size."""
     if dense.config.use_moe:
         raise ValueError("init_from: the model has experts already; upcycling needs a dense one")
-    if config.num_shared_experts > 0:
-        problem = "a shared expert would add to the dense output; upcycle with 0"
-        raise ValueError(f"num_shared_experts={config.num_shared_experts}: {problem}")
+    if (number := config.num_shared_experts) > 0:
+        raise ValueError(f"num_shared_experts={number}: it would add to the dense output; upcycle with 0")
     model = GPTLMHeadModel(config)
     source, target = dense.state_dict(), model.state_dict()
     K, scale, router_scale = config.num_experts_per_tok, 1.0, 1.0
@@ -31,10 +26,7 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
         score, _ = ROUTER_SCORES[config.router_score]
         equal = score(torch.zeros(config.num_experts, dtype=torch.float64))[0].item()
         scale, router_scale = 1 / (K * equal), 1e-7 / 0.02
-    for layer, block in enumerate(model.transformer.h):
-        if not isinstance(block.mlp, MoE):
-            continue
-        prefix = f"transformer.h.{layer}.mlp."
+    for prefix in [f"{name}." for name, module in model.named_modules() if isinstance(module, MoE)]:
         for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"):
             if prefix + name not in source:
                 continue
@@ -42,9 +34,8 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
             stacked = name.removesuffix(".weight").replace(".", "_")  # c_fc, c_fc_bias, ...
             experts = target[f"{prefix}experts.{stacked}"]
             if experts.shape[1:] != tensor.shape:
-                problem = f"experts {tuple(experts.shape[1:])} cannot copy an MLP {tuple(tensor.shape)}"
-                name, H = "expert_hidden_size", dense.config.mlp_hidden_size or 4 * dense.config.n_embd
-                raise ValueError(f"{name}={config.expert_hidden_size}: {problem}; use --{name} {H}")
+                size, H = config.expert_hidden_size, dense.config.mlp_hidden_size or 4 * dense.config.n_embd
+                raise ValueError(f"expert_hidden_size={size}: the MLP has {H}; use --expert_hidden_size {H}")
             experts.copy_(tensor * (scale if name.startswith("c_proj") else 1.0))  # (E, ...) from (...)
         target[f"{prefix}gate.weight"].mul_(router_scale)
     for name, tensor in source.items():
