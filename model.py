@@ -130,13 +130,11 @@ class GPTConfig(CheckedConfig):
         if nkv is not None and nh % nkv != 0:
             raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={nkv}")
         if self.position == "rope" and C // nh % 2 != 0:
-            what = f"n_embd={C} / n_head={nh} gives heads of an odd size, {C // nh}"
-            raise ValueError(f"position='rope' turns pairs of channels, but {what}")
+            raise ValueError(f"position='rope': n_embd={C} / n_head={nh} gives heads of odd size, {C // nh}")
         if self.use_moe and K > E:
             raise ValueError(f"num_experts_per_tok={K} is more than num_experts={E}")
         if self.use_moe and self.moe_every > self.n_layer:
-            problem = f"is more than n_layer={self.n_layer}; only the last block would have experts"
-            raise ValueError(f"moe_every={self.moe_every} {problem}")
+            raise ValueError(f"moe_every={self.moe_every} is more than n_layer={self.n_layer}")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:
@@ -155,14 +153,11 @@ class GPTConfig(CheckedConfig):
         return self.use_moe and (self.n_layer - 1 - layer) % self.moe_every == 0
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """Layer normalisation with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self.eps = eps
+        super().__init__(ndim, eps, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -171,13 +166,8 @@ class LayerNorm(nn.Module):
         return F.layer_norm(input, weight.shape, weight, bias, self.eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
-
-    def __init__(self, ndim: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
@@ -193,8 +183,8 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
 
-    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them. transformers
-    loads a model on the meta device, and afterwards a buffer outside the state dict would hold garbage.
+    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them: a buffer
+    outside the state dict would hold garbage after transformers has loaded a model on the meta device.
     """
     channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
@@ -284,12 +274,11 @@ class Block(GradientCheckpointingLayer):
         token_mask: Tensor | None = None, num_tokens: Tensor | int | None = None, past_key_values=None,
         output_attentions: bool = False, return_auxiliary: bool = False,
     ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
-        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
+        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's report.
 
-        token_mask (B, T), num_tokens: as in MoE. The weights are None unless output_attentions. Only an MoE
-        in training has a report. It is the fields of a RouterAuxiliary one by one, because reentrant
-        checkpointing gives gradients to plain tensors only. The caller must accumulate() it, because
-        checkpointing runs this forward twice.
+        token_mask (B, T), num_tokens: as in MoE. Only an MoE in training has a report. It is the fields of a
+        RouterAuxiliary one by one, because reentrant checkpointing gives gradients to plain tensors only. The
+        caller must accumulate() it, because checkpointing runs this forward twice.
         """
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
@@ -334,11 +323,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)).
-
-        With init="zero_proj" these projections start at zero, so that every block starts as the identity.
-        transformers calls this method for every module that holds parameters or buffers.
-        """
+        """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)), or
+        zero with init="zero_proj". transformers calls it for every module with parameters or buffers."""
         residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=residual_std if hasattr(module, "into_residual") else 0.02)
@@ -385,10 +371,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def estimate_mfu(
         self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None = None, length: int | None = None
     ) -> float | None:
-        """Model FLOPs utilisation, 0..1, of fwdbwd_per_iter sequences of `length` (block_size) in dt seconds.
-
-        It is relative to the device's bf16 peak (PEAK_FLOPS); None if the peak is unknown (CPU, other GPUs).
-        """
+        """Model FLOPs utilisation, 0..1, of fwdbwd_per_iter sequences of `length` (block_size) in dt seconds,
+        relative to the device's bf16 peak (PEAK_FLOPS); None if the peak is unknown (CPU, other GPUs)."""
         if peak_flops is None and self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
             known = (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
@@ -424,23 +408,19 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
         labels: torch.LongTensor | None = None,  # (B, T), unshifted, -100 is ignored
         targets: torch.LongTensor | None = None,  # (B, T), shifted, -1 is ignored
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: Tensor | int | None = None,
         cache=None,  # another name of past_key_values
-    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
 
-        With labels or targets both classes return logits and the loss (with targets as nanoGPT's pair, unless
+        With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
         logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
-        loss is then this part's share. The routers' losses also count only tokens with a target, and divide
-        by the same number, so that the sum over the parts does not depend on how the step is cut.
-        ValueError for a sequence longer than block_size, and for incompatible arguments.
+        losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
+        not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments.
         """
         config = self.config
         if cache is not None and past_key_values is not None:
@@ -459,15 +439,14 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        in_parts = targets is not None and num_items_in_batch is not None
 
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        cache = past_key_values if cache is None else cache
+        in_parts = targets is not None and num_items_in_batch is not None
+        part = (targets != ignore_index, num_items_in_batch) if in_parts else (None, None)
         hidden, extras, reports = self._transform(
-            x, attention_mask, position_ids, past_key_values if cache is None else cache,
-            use_cache, output_attentions, output_hidden_states,
-            counted=targets != ignore_index if in_parts else None,
-            num_tokens=num_items_in_batch if in_parts else None,
-        )  # fmt: skip
+            x, attention_mask, position_ids, cache, use_cache, output_attentions, output_hidden_states, *part
+        )
         if targets is None and not self._gives_logits:
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, **extras)
         else:
@@ -544,22 +523,15 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
-        """The loss on targets (B, T) and, in training, its parts.
-
-        Cross-entropy in nats, from logits (B, T, V), or if they are None from hidden (B, T, C): the mean over
-        the targets; with num_items their sum, divided by num_items. reports: of the routers.
-        """
+        """The loss on targets (B, T) and, in training, its parts. Cross-entropy, nats, from logits (B, T, V)
+        or, if they are None, hidden (B, T, C): the mean over the targets, or their sum / num_items."""
         config = self.config
         if logits is None:
-            loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, targets, ignore_index, num_items,
-                config.logit_softcap, self.loss_chunk,
-            )  # fmt: skip
+            head, cap = self.lm_head.weight, config.logit_softcap
+            loss = linear_cross_entropy(hidden, head, targets, ignore_index, num_items, cap, self.loss_chunk)
         else:
-            loss = F.cross_entropy(
-                upcast(logits).view(-1, logits.size(-1)), targets.reshape(-1),
-                ignore_index=ignore_index, reduction="mean" if num_items is None else "sum",
-            )  # fmt: skip
+            how = dict(ignore_index=ignore_index, reduction="mean" if num_items is None else "sum")
+            loss = F.cross_entropy(upcast(logits).flatten(0, -2), targets.flatten(), **how)
             loss = loss if num_items is None else loss / num_items
         losses = {"loss": loss, "cross_entropy": loss} if self.training else {"loss": loss}
         if reports:
@@ -570,22 +542,13 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return losses
 
     def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple[float, float],
-        device_type: str,
-        router_lr_mult: float = 1.0,
-        expert_lr_mult: float = 1.0,
-    ) -> torch.optim.AdamW:
-        """AdamW with weight decay for matrices and embeddings, and no decay for biases and norms.
-
-        layers/roles.py finds each parameter's role by its name, and describes the groups. AdamW runs as one
-        fused kernel if torch has one.
-        """
-        groups = parameter_groups(
-            self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult
-        )
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
+        router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
+    ) -> torch.optim.AdamW:  # fmt: skip
+        """AdamW, fused, with weight decay for matrices and embeddings, not for biases and norms: see
+        layers/roles.py."""
+        rates = learning_rate, router_lr_mult, expert_lr_mult
+        groups = parameter_groups(self.named_parameters(), weight_decay, *rates)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 

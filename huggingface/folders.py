@@ -2,10 +2,7 @@
 
 transformers' from_pretrained follows many names in a folder (pickles, adapters, indexes that leave it), and
 makes up random numbers for missing weights. So this file opens config.json, generation_config.json and the
-safetensors files, nothing else, and transformers gets their content.
-
-Reference: https://huggingface.co/docs/safetensors (the header lists the tensors, and must fit the file)
-"""
+safetensors files, nothing else, and transformers gets their content."""
 
 import contextlib
 import json
@@ -77,11 +74,10 @@ def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig
     if path is None:
         return None
     found = read_json(path)
-    for key, value in found.items():
-        numbers = value if isinstance(value, list) and "token" in key else [value]
-        are_numbers = all(item is None or isinstance(item, bool | int | float) for item in numbers)
-        if not are_numbers and key not in ("transformers_version", "cache_implementation", "early_stopping"):
-            raise ValueError(f"{path}: {key} is {show(value)}, not a number or token ids")
+    for key in found.keys() - {"transformers_version", "cache_implementation", "early_stopping"}:
+        numbers = found[key] if isinstance(found[key], list) and "token" in key else [found[key]]
+        if not all(isinstance(item, bool | int | float | None) for item in numbers):
+            raise ValueError(f"{path}: {key} is {show(found[key])}, not a number or token ids")
     return construct(GenerationConfig, found, str(path))
 
 
@@ -92,14 +88,14 @@ def find_weights(name: str | Path, where: dict[str, Any]) -> list[Path]:
     if (index := find_file(name, INDEX, where)) is None:
         problem = f"there is no {WEIGHTS} (pickles such as pytorch_model.bin are not read)"
         raise ValueError(f"{problem}; save it again with transformers: model.save_pretrained(FOLDER)")
-    files = read_json(index).get("weight_map")
-    files = set(map(str, files.values())) if isinstance(files, dict) else {show(files)}
-    for file in sorted(files):
+    names = read_json(index).get("weight_map")
+    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [show(names)]
+    for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"weight_map in {INDEX} names {show(file)}, no safetensors file of this folder")
-    paths = [find_file(name, file, where) for file in sorted(files)]
+    paths = [find_file(name, file, where) for file in files]
     if None in paths:
-        raise ValueError(f"{sorted(files)[paths.index(None)]}, which {INDEX} names, is missing")
+        raise ValueError(f"{files[paths.index(None)]}, which {INDEX} names, is missing")
     return paths
 
 
@@ -107,11 +103,8 @@ def read_model(
     name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
     config: PreTrainedConfig | dict[str, Any],
 ) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:  # fmt: skip
-    """The configuration, if it was a dictionary, and all weights by name. ValueError if they do not fit.
-
-    The sizes are compared with the files' headers before anything is built: a short config.json can describe
-    a model that fills all memory.
-    """
+    """The configuration and all weights by name. ValueError if they do not fit: the files' headers are read
+    before anything is built, because a short config.json can describe a model that fills all memory."""
     shapes, weights = {}, {}
     try:
         files = find_weights(name, where)
@@ -132,8 +125,7 @@ def read_model(
 
 
 def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: int) -> None:
-    """ValueError if the model has more than twice as many numbers as the files hold: a few may be missing or
-    tied, which is told after loading."""
+    """ValueError if the model has more than twice as many numbers as the files hold (some may be tied)."""
     try:
         with torch.device("meta"):
             model = model_class(config)
@@ -149,17 +141,14 @@ def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> Non
 
     info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes.
     """
+    shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    # A new head may be missing, and the statistics of routers, which older folders lack.
     missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]
-    shapes = [
-        f"{key} {list(found)}, not {list(expected)}" for key, found, expected in info["mismatched_keys"]
-    ]
-    # The statistics of routers are not weights. Older folders lack some of them.
     missing = [key for key in missing if not key.endswith(("_counts", "_entropy", "_totals"))]
-    unexpected = info["unexpected_keys"]
-    problems = {"lack the weights": missing, "hold weights that the model lacks:": unexpected}
-    if not new_sizes:
-        problems["hold weights of another shape:"] = shapes
-    for problem, keys in problems.items():
+    for problem, keys in (
+        ("lack the weights", missing), ("hold weights that the model lacks:", info["unexpected_keys"]),
+        ("hold weights of another shape:", [] if new_sizes else shapes),
+    ):  # fmt: skip
         if keys:
             more = f" and {len(keys) - 9} more" if len(keys) > 9 else ""
             shown = ", ".join(key[:99] for key in sorted(keys)[:9])
@@ -169,12 +158,13 @@ def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> Non
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report of many lines; check_loaded gives one line."""
-    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(max(level, transformers.logging.ERROR))
-    transformers.logging.disable_progress_bar()
+    logging = transformers.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(level, logging.ERROR))
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bar:
-            transformers.logging.enable_progress_bar()
+            logging.enable_progress_bar()
