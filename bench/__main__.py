@@ -4,8 +4,7 @@
     python -m bench train --size d12 --nanogpt DIR    # in turns with nanoGPT's model, from a checkout in DIR
     python -m bench --help                # all commands; COMMAND --help: a command's options
 
-docs/measurements.md has results with their commands, and explains the columns.
-"""
+docs/measurements.md has results with their commands, and explains the columns."""
 
 import argparse
 import importlib
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 STEPS = dict(device="", rounds=15)
-LAYERS = dict(device="", dtype="float32", rounds=15)
+LAYERS = STEPS | dict(dtype="float32")
 MODELS = LAYERS | dict(compile=0, vocab_size=50304)
 EVERYWHERE = dict(threads=0, csv="")
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
@@ -23,14 +22,11 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
         MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, nanogpt="")),
     "ladder": ("ladder", "the optimisation ladder, rung by rung", STEPS | dict(compile=0, B=0, T=0)),
     "head": ("layer", "the loss head: all logits at once, and in chunks", LAYERS | dict(tokens=0)),
-    "hellaswag": ("models", "HellaSwag: the plain method against ours",
-        LAYERS | dict(size="d12", data="", limit=30)),
+    "hellaswag": ("models", "HellaSwag, plain and ours", LAYERS | dict(size="d12", data="", limit=30)),
     "checkpoint": ("loop", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
     "loop": ("loop", "how much of a step's time the loop takes", MODELS | dict(size="", B=16, T=128)),
-    "time_to_loss": ("recipes", "loss against seconds, beside nanoGPT",
-        dict(text="", nanogpt="", steps=2000, png="")),
-    "moe_pays": ("recipes", "8 experts top-2 against an equally active dense model",
-        dict(text="", steps=500, seeds=3)),
+    "time_to_loss": ("recipes", "loss against time", dict(text="", nanogpt="", steps=2000, png="")),
+    "moe_pays": ("recipes", "the loss with experts, and dense", dict(text="", steps=500, seeds=3)),
     "scale": ("traffic", "a forecast of a step on up to 1,024 ranks",
         LAYERS | dict(size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
             micro_ms=0.0, update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
@@ -96,12 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"bench.{COMMANDS[options.command][0]}")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        options.device = device = choose_device(getattr(options, "device", "cpu") or default, 0)
-        on_cuda = device.type == "cuda"
-        shown = [f"torch {torch.__version__}"]
-        shown += [torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"]
-        shown += [f"{name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options]
-        print(f"{', '.join(shown)}\n")
+        options.device = choose_device(getattr(options, "device", "cpu") or default, 0)
+        machine = f"{torch.get_num_threads()} CPU threads"
+        if options.device.type == "cuda":
+            machine = torch.cuda.get_device_name(options.device)
+        how = "".join(f", {name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options)
+        print(f"torch {torch.__version__}, {machine}{how}\n")
         print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
     except (ValueError, OSError) as error:
         print(f"bench: {one_line(error)}", file=sys.stderr)

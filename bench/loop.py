@@ -5,18 +5,18 @@
 
 Whenever the loop asks for a step, train_step is called twice, each time directly after another train_step.
 The first call's time, plus the loop's time since the previous call, is a step of the loop. The second call's
-time is a step without the loop.
-"""
+time is a step without the loop."""
 
 import contextlib
 import io
 import tempfile
 import time
-from collections import defaultdict
+from functools import partial
 from statistics import median
 
 import torch
 
+from bench.measure import alternate
 from bench.models import size_of
 from layers.attention import prefer_backend, synchronize
 from model import GPTConfig, GPTLMHeadModel
@@ -45,10 +45,8 @@ def bench_loop(options) -> list[dict]:
         flags += ["--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"]
         steps = time_run(flags, options.device)[SKIPPED:]
     whole, alone, passes = (median(seconds) for seconds in zip(*steps, strict=True))
-    parts = {
-        "a step of the loop": whole, "train_step alone": alone, "forward and backward alone": passes,
-        "the loop's own": median(step[0] - step[1] for step in steps),
-    }  # fmt: skip
+    parts = {"a step of the loop": whole, "train_step alone": alone, "forward and backward alone": passes,
+             "the loop's own": median(step[0] - step[1] for step in steps)}  # fmt: skip
     return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
 
 
@@ -93,19 +91,19 @@ def bench_checkpoint(options) -> list[dict]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments
     state = dict(model=model.state_dict(), config=model.config.to_dict(), optimizer=optimizer.state_dict())
+    pauses, writing = [], []
     with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be in memory
         writer = CheckpointWriter(folder, keep_last=1, say=lambda line: None)
-        seconds: dict[str, list[float]] = defaultdict(list)
         for step in range(options.rounds + 1):
-            pause = writer.save(state | {"step": step})
+            pauses.append(writer.save(state | {"step": step}))
             if error := writer.wait():
                 raise error
-            seconds["pause of training" if step else "first pause"].append(pause)
-            seconds["writing and reading back, in the background"].append(writer.seconds)
-            for part, read in (("verifying", verify_checkpoint), ("verifying and loading", load_checkpoint)):
-                begin = time.perf_counter()
-                read(writer.path)
-                seconds[part].append(time.perf_counter() - begin)
+            writing.append(writer.seconds)
+        reads = {"verifying": verify_checkpoint, "verifying and loading": load_checkpoint}
+        reads = {part: partial(read, writer.path) for part, read in reads.items()}
+        seconds = alternate(reads, options.device, options.rounds, warmup=0)
         gigabytes = writer.path.stat().st_size / 1e9
-    times = {part: 1e3 * median(taken) for part, taken in seconds.items()}
-    return [{"part": p, "GB": gigabytes, "ms": ms, "ms per GB": ms / gigabytes} for p, ms in times.items()]
+    seconds = {"first pause": pauses[0], "pause of training": median(pauses[1:]),
+               "writing and reading back, in the background": median(writing)} | seconds  # fmt: skip
+    return [{"part": part, "GB": gigabytes, "ms": 1e3 * s, "ms per GB": 1e3 * s / gigabytes}
+            for part, s in seconds.items()]  # fmt: skip

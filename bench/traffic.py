@@ -60,7 +60,7 @@ class Collective:
     """All calls of one kind and purpose in a step."""
 
     kind: str
-    size: float  # S: bytes of all calls together
+    size: float  # bytes of all calls together
     ranks: int  # W of the group
     stride: int = 1  # from one rank of the group to the next
     calls: int = 1
@@ -85,8 +85,6 @@ class Links:
     def seconds(self, collective: Collective) -> float:
         """Time of all calls of a collective, one after the other."""
         ranks, sent = collective.ranks, collective.sent
-        if ranks == 1:
-            return 0.0
         hops = collective.calls * self.latency * math.ceil(math.log2(ranks))
         neighbours = min(ranks, max(1, self.per_machine // collective.stride))
         if ranks <= neighbours:
@@ -162,24 +160,19 @@ def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, 
         late[collective.behind] += seconds * collective.late
 
     def exposed(phase: float, *names: str) -> float:
-        total = sum(took[name] for name in names)
-        return max(sum(late[name] for name in names), total - phase)
+        return max(sum(late[name] for name in names), sum(took[name] for name in names) - phase)
 
     waits = took[""] + a * exposed(micro / 3, "forward")
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    kept = preflight.parameters_held(model, plan, plan.ranks)
-    updated = kept / whole / (plan.ranks if plan.zero_stage else 1)
+    kept = preflight.parameters_held(model, plan, plan.ranks) / (plan.ranks if plan.zero_stage else 1)
+    updated = kept / model.get_num_params(non_embedding=False)
     return a * micro + update * updated + waits, communication, waits
 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
     part, config = shapes_by_part(model), model.config
-    count = preflight.parameters_held(model, plan, plan.ranks)
-    moments = 8 * count / (plan.ranks if plan.zero_stage else 1)
-    activations = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"]
-    uses = dict(parameters=4 * count, gradients=4 * count, moments=moments, activations=activations)
+    uses = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer

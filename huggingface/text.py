@@ -1,7 +1,6 @@
 """Prompts, and tokenizer files for transformers.
 
-Sources: byte pair encoding, arXiv 1508.07909; characters for bytes, github.com/openai/gpt-2, src/encoder.py.
-"""
+Sources: byte pair encoding, arXiv 1508.07909; characters for bytes, openai/gpt-2 on GitHub, src/encoder.py"""
 
 import itertools
 
@@ -25,9 +24,7 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
-
-    It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings.
-    """
+    It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings."""
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
@@ -38,9 +35,8 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
         known = "tokenizer files can be written for bytes, gpt2 and r50k_base only"
         raise ValueError(f"encoding={encoding!r}: {known}; export with --no-tokenizer")
     shown = byte_characters()
-    vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()} | {EOT: end}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
-    vocab[EOT] = end
     return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
 
 
