@@ -5,8 +5,7 @@ python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense
 python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
 python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
 python checkpoint.py list log                                            # step, date, size, validation loss
-python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
-"""
+python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back"""
 
 import argparse
 import sys

@@ -66,9 +66,7 @@ PEAK_FLOPS = {
 @strict
 class GPTConfig(CheckedConfig):
     """Every setting of the architecture. Types are checked at every assignment, limits at construction.
-
-    Raises ValueError, naming field and value, for impossible combinations and for unknown names.
-    """
+    Raises ValueError, naming field and value, for impossible combinations and for unknown names."""
 
     model_type = "gpt_moe"
     code = __file__  # save_pretrained copies this file and those that it imports
@@ -182,10 +180,8 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
 
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
-
     position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them: a buffer
-    outside the state dict would hold garbage after transformers has loaded a model on the meta device.
-    """
+    outside the state dict would hold garbage after transformers has loaded a model on the meta device."""
     channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
     angle = position_ids[:, None, :, None].float() * frequency  # (B, 1, T, hs/2)
@@ -204,10 +200,8 @@ def build_masks(
     config: GPTConfig, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
 ) -> dict[str, Tensor | BlockMask | None]:
     """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
-
     attention_mask: 2-d (B, S), 0 = padding; 4-d; or generate()'s dictionary for static caches, which is
-    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask.
-    """
+    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask."""
     if isinstance(attention_mask, dict):
         return attention_mask
     special = attention_mask is not None or past_key_values is not None or position_ids is not None
@@ -275,11 +269,9 @@ class Block(GradientCheckpointingLayer):
         output_attentions: bool = False, return_auxiliary: bool = False,
     ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
         """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's report.
-
         token_mask (B, T), num_tokens: as in MoE. Only an MoE in training has a report. It is the fields of a
         RouterAuxiliary one by one, because reentrant checkpointing gives gradients to plain tensors only. The
-        caller must accumulate() it, because checkpointing runs this forward twice.
-        """
+        caller must accumulate() it, because checkpointing runs this forward twice."""
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
         x = x + y
@@ -293,9 +285,7 @@ class Block(GradientCheckpointingLayer):
 
 class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     """The transformer with its (tied) head. `forward` returns hidden states; with targets, logits and loss.
-
-    `config` is a GPTConfig, or a plain dictionary of its fields, as in training checkpoints.
-    """
+    `config` is a GPTConfig, or a plain dictionary of its fields, as in training checkpoints."""
 
     config_class = GPTConfig
     # How many rows of logits the loss computes at a time, to save memory; -1: automatic, 0: all at once.
@@ -359,10 +349,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
 
     def flops_per_token(self, length: int | None = None) -> float:
         """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
-
         T is `length` or block_size; in a layer with a window it is the window. N counts active parameters.
-        Masked positions count, too, as in nanoGPT and llm.c, so that their figures can be compared.
-        """
+        Masked positions count, too, as in nanoGPT and llm.c, so that their figures can be compared."""
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
         spans = [window if kind == "sliding_attention" else length for kind in config.layer_types]
@@ -414,14 +402,12 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         cache=None,  # another name of past_key_values
     ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
-
         With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
         logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
         losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
-        not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments.
-        """
+        not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments."""
         config = self.config
         if cache is not None and past_key_values is not None:
             raise ValueError("give past_key_values or cache (two names of one argument), not both")
@@ -469,7 +455,6 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         output_hidden_states, counted, num_tokens,
     ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
         """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
-
         counted (B, T) or None: tokens that count in the routers' losses and statistics; padding never counts.
         """
         config, T = self.config, x.size(1)

@@ -138,9 +138,7 @@ def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, hel
 
 def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> None:
     """ValueError, naming them, if weights of a model are missing, unexpected or of another shape.
-
-    info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes.
-    """
+    info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes."""
     shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     # A new head may be missing, and the statistics of routers, which older folders lack.
     missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]

@@ -41,11 +41,9 @@ class GPTGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
-
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
         ValueError for a string that the model's vocabulary or encoding cannot hold; FloatingPointError if the
-        model gives logits that are not finite.
-        """
+        model gives logits that are not finite."""
         # accelerate may have bound the forward to this model, and it then reads the flag of this model.
         self._gives_logits, gave = True, self._gives_logits
         try:
@@ -68,10 +66,8 @@ class GPTGenerationMixin(GenerationMixin):
             self._gives_logits = gave
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens.
-
-        The cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it.
-        """
+        """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens. The
+        cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it."""
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() passes them for stop_strings
             kwargs.pop(name, None)
         block_size, cache = self.config.block_size, kwargs.get(CACHE)

@@ -3,8 +3,7 @@
     GPTLMHeadModel.from_pretrained("gpt2")            # or a folder with a GPT2LMHeadModel
     export_folder(model, "my_gpt2", format="gpt2")    # from a dense model with GPT-2's options
 
-Source: names and shapes of transformers, models/gpt2/modeling_gpt2.py.
-"""
+Source: names and shapes of transformers, models/gpt2/modeling_gpt2.py."""
 
 from typing import Any
 

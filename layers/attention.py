@@ -1,8 +1,7 @@
 """Attention of queries, keys and values: a plain version, fused kernels, and the choice of the kernel.
 
 Letters: see model.py.
-Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
-"""
+Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html"""
 
 import contextlib
 import functools
@@ -30,9 +29,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by plain products: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and weights (B, nh, T, S).
-
-    q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
-    """
+    q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive."""
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, nh, S, hs)
     score = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, nh, T, S)
@@ -83,9 +80,7 @@ def window_block_mask(T: int, window: int, device: torch.device, block: int = 12
 
 def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
     """The mask for training layers with a window by flex_attention, or None if its kernels cannot.
-
-    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout.
-    """
+    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout."""
     size = config.n_embd // config.n_head
     new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     able = new_enough and config.dropout == 0 and size >= 16 and size & (size - 1) == 0
@@ -124,9 +119,7 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
 
 def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> str:
     """The name in BACKENDS of the attention to train with at (B, T); "" without CUDA or with eager attention.
-
-    name: one of them, or "auto" for the fastest as measured here. ValueError for another name.
-    """
+    name: one of them, or "auto" for the fastest as measured here. ValueError for another name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     if device.type != "cuda" or config._attn_implementation == "eager":

@@ -10,8 +10,7 @@ files share only a `Routing`, in which tokens may have different numbers of rows
 Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
 
 References: MegaBlocks (arXiv 2211.15841);
-https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html
-"""
+https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html"""
 
 import zlib
 from typing import NamedTuple
@@ -41,9 +40,7 @@ NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32
 
 class Routing(NamedTuple):
     """Which experts compute which tokens: one row for each token and each of its experts, sorted by expert.
-
-    A slot is a row's place before sorting, when the rows are in the order of the tokens.
-    """
+    A slot is a row's place before sorting, when the rows are in the order of the tokens."""
 
     token: Tensor  # (R,) int64, the token of each row
     weight: Tensor  # (R,) fp32, the factor of each row in its token's output; differentiable
@@ -97,11 +94,8 @@ class TakeRows(torch.autograd.Function):
 
 
 def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | None = None) -> Routing:
-    """Sort the routed rows by expert.
-
-    expert and weight (N, K) give each token K rows. If the number varies, expert, weight and token are (R,),
-    token by token.
-    """
+    """Sort the routed rows by expert. expert and weight (N, K) give each token K rows. If the number varies,
+    expert, weight and token are (R,), token by token."""
     K = expert.shape[1] if token is None else None
     expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # three times faster than int64
     experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
@@ -117,9 +111,7 @@ def take_rows(x: Tensor, routing: Routing) -> Tensor:
 
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
     """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights.
-
-    If every token has K rows, it sums an (N, K, D) view over K.
-    """
+    If every token has K rows, it sums an (N, K, D) view over K."""
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
@@ -137,9 +129,7 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
 
 def _spans(ends: Tensor) -> tuple[list[slice], int]:
     """The rows of every expert, and the largest number of them.
-
-    Reads `ends` on the host: free on a CPU, a synchronisation on any other device.
-    """
+    Reads `ends` on the host: free on a CPU, a synchronisation on any other device."""
     stops = ends.tolist()
     spans = [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
     return spans, max(span.stop - span.start for span in spans)
@@ -161,8 +151,7 @@ def expert_mlp(
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
     It is one operator, so that torch.compile sees no shape that depends on data. It gathers every expert's
     rows into the same buffers, which stay in the cache. It stores nothing of size (R, C), because on a CPU
-    writing to fresh memory costs more than gathering.
-    """
+    writing to fresh memory costs more than gathering."""
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
     hidden = x.new_empty(token.shape[0], parameters[0].shape[1])  # (R, H) or (R, 2H)
@@ -298,8 +287,7 @@ class Experts(nn.Module):
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
     All other cases on CUDA (fp32, fp16, another capability, other sizes, more experts) use the loop. It waits
     for the device once per layer in the forward pass and once in the backward pass. Weights are cast as under
-    autocast: expert by expert, except in "grouped_mm", which needs all experts.
-    """
+    autocast: expert by expert, except in "grouped_mm", which needs all experts."""
 
     def __init__(self, config):
         super().__init__()

@@ -6,8 +6,7 @@
 Only the table `ACTIVATIONS` defines activations. Experts, Muon, the memory estimate and GPTConfig read it, so
 a new activation needs one new row.
 
-References: GELU, arXiv 1606.08415; squared ReLU (Primer), 2109.08668; SwiGLU, 2002.05202.
-"""
+References: GELU, arXiv 1606.08415; squared ReLU (Primer), 2109.08668; SwiGLU, 2002.05202."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,9 +20,7 @@ aten = torch.ops.aten
 
 class Activation(NamedTuple):
     """The non-linearity between the projections c_fc and c_proj. c_proj reads H hidden values.
-
-    parts is 1, or 2 for a gated activation: c_fc then holds two matrices of H rows, first gate, then up.
-    """
+    parts is 1, or 2 for a gated activation: c_fc then holds two matrices of H rows, first gate, then up."""
 
     parts: int  # h has parts * H channels
     forward: Callable  # h (..., parts*H) -> (..., H), differentiable
