@@ -26,17 +26,15 @@ def print_list(folder: Path) -> None:
     FileNotFoundError if there is none."""
     losses, found = validation_losses(folder), list_checkpoints(folder)
     if not found:
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint is there; `ls -d log*/model_* log/*/model_*` finds some"
-        )
+        raise FileNotFoundError(f"{folder}: no checkpoint; `ls -d log*/model_* log/*/model_*` finds some")
     print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
         changed = max((file.st_mtime for file in files), default=0)  # a pipe or a device has no files
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-        size, loss = sum(file.st_size for file in files) / 1e6, losses.get(step_of(path))
-        val_loss = "-" if loss is None else f"{loss:.4f}"
-        print(f"{step_of(path):8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")
+        size, step = sum(file.st_size for file in files) / 1e6, step_of(path)
+        val_loss = f"{losses[step]:.4f}" if step in losses else "-"
+        print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", help="folder to write: new, empty, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
-    flag = argparse.BooleanOptionalAction
-    export.add_argument("--tokenizer", action=flag, default=True, help="add a tokenizer's files")
-    verify = commands.add_parser("verify", help="compare every byte with its checksum")
-    verify.add_argument("checkpoint")
+    export.add_argument("--tokenizer", action=argparse.BooleanOptionalAction, default=True,
+                        help="add a tokenizer's files")  # fmt: skip
+    commands.add_parser("verify", help="compare every byte with its checksum").add_argument("checkpoint")
     listing = commands.add_parser("list", help="show the checkpoints of a run, newest first")
     listing.add_argument("folder", help="log_dir of the run")
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")

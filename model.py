@@ -44,14 +44,9 @@ from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
 from layers.roles import parameter_groups
-from mixture_of_experts import (
-    BALANCE_LOSSES,
-    ROUTER_SCORES,
-    ExpertUsage,
-    MoE,
-    RouterAuxiliary,
-    expert_usage,
-    update_routers,
+
+from mixture_of_experts import (  # isort: skip
+    BALANCE_LOSSES, ROUTER_SCORES, ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 )  # fmt: skip
 
 # Peak dense bf16 FLOP/s from NVIDIA's data sheets, without sparsity. A key is a part of the name from
@@ -59,8 +54,7 @@ from mixture_of_experts import (
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-    "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+    "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 
 
 @strict
@@ -72,8 +66,7 @@ class GPTConfig(CheckedConfig):
     code = __file__  # save_pretrained copies this file and those that it imports
     attribute_map = {  # noqa: RUF012 (names that transformers, lm_eval and PEFT look for)
         "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size",
-    }  # fmt: skip
+        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size"}  # fmt: skip
 
     block_size: int = setting(1024, least=1)  # longest sequence
     vocab_size: int = setting(50257, least=1)

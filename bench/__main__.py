@@ -30,8 +30,7 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
     "scale": ("traffic", "a forecast of a step on up to 1,024 ranks",
         LAYERS | dict(size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
             micro_ms=0.0, update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
-            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep")),
-}  # fmt: skip
+            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep"))}  # fmt: skip
 HELP = {
     "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "dtype of matrix products",
     "compile": "1 = with torch.compile; step and train: 2 = with and without",
@@ -51,8 +50,7 @@ HELP = {
     "ranks": "numbers of ranks, separated by commas",
     "layouts": "some of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
     "threads": "CPU threads; 0 = torch's choice", "csv": "write the table to this file as well",
-    "png": "draw loss against seconds into this file (.png, .svg or .pdf)",
-}  # fmt: skip
+    "png": "draw loss against seconds into this file (.png, .svg or .pdf)"}  # fmt: skip
 CHOICES = {"dtype": ("float32", "bfloat16"), "compile": (0, 1, 2)}
 
 

@@ -3,12 +3,10 @@
     python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
     python -m bench moe_pays --text input.txt
 Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
-count training only. docs/measurements.md describes the data and the recipes. nanoGPT's are in its README and
-config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT)."""
+count training only. docs/measurements.md describes the data and the recipes."""
 
 import contextlib
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 SIZE = dict(n_layer=4, n_head=4, n_embd=128, T=64)
+# The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
 NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
@@ -155,9 +154,8 @@ def bench_time_to_loss(options) -> list[dict]:
         raise ValueError("time_to_loss needs a text to train on: give --text FILE")
     train, val = split_text(options.text)
     windows = draw_windows(val, WINDOWS, SIZE["T"], torch.Generator().manual_seed(0))
-    build = {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
-    if options.nanogpt:
-        build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} | build
+    build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} if options.nanogpt else {}
+    build |= {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
     first, steps = next(iter(build)), options.steps
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
     contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
@@ -225,7 +223,7 @@ def bench_moe_pays(options) -> list[dict]:
         tokens = one.config.max_steps * one.config.B * one.config.T
         row = {"model": one.name, "parameters": f"{one.model.get_num_params():,}",
                "active": f"{one.model.get_num_active_params():,}", "steps": one.done, "tokens": f"{tokens:,}",
-               "s": statistics.fmean(pair[number].seconds for pair in races)}  # fmt: skip
+               "s": sum(pair[number].seconds for pair in races) / len(races)}  # fmt: skip
         for column, corpus in enumerate([*corpora, "mean"]):
             dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
             row |= {corpus: mean_and_spread(this), f"{corpus}: below dense": mean_and_spread(dense - this)}
@@ -235,5 +233,4 @@ def bench_moe_pays(options) -> list[dict]:
 
 def mean_and_spread(values) -> str:
     """Mean and standard deviation over the seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"

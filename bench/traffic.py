@@ -3,16 +3,8 @@
     python -m bench scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16
     python -m bench scale --size d12 --dtype bfloat16          # from a micro-step measured on this machine
 
-Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters as in model.py):
-
-    ddp     all-reduce of 4 P bytes of gradients
-    zero    as ddp; then broadcasts of 4 P bytes of parameters in all
-    fsdp    a times: all-gather of all parameters, and again of the blocks'; reduce-scatter of 4 P bytes
-    ep      a times and per MoE layer: 4 all-to-alls of R C elements among ep ranks; all-reduce of
-            4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
-    all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
-
-docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references."""
+docs/many_gpus.md, "How the forecast is made", has the formulas, their explanation and the references. W is
+the number of ranks, `a` the number of micro-steps; other letters as in model.py."""
 
 import math
 from collections import defaultdict

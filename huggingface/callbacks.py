@@ -15,11 +15,6 @@ from transformers import TrainerCallback
 from mixture_of_experts import MoE, update_routers
 
 
-def find_moe_layers(model: torch.nn.Module) -> list[MoE]:
-    """All MoE layers in the order of the blocks; DDP, FSDP or compile may have wrapped the model."""
-    return [module for module in model.modules() if isinstance(module, MoE)]
-
-
 class MoEUsageCallback(TrainerCallback):
     """Base class of both callbacks: ends the routers' steps, and sums counts over all ranks for _report."""
 
@@ -29,17 +24,21 @@ class MoEUsageCallback(TrainerCallback):
         self.log_interval = log_interval
         self._counts: list[torch.Tensor] = []  # (E,) int64 per layer since the last report, on its device
 
+    def _get_moe_layers(self, model) -> list[MoE]:
+        """All MoE layers in the order of the blocks; DDP, FSDP or compile may have wrapped the model."""
+        return [module for module in model.modules() if isinstance(module, MoE)]
+
     def _report_counts(self, model, state) -> None:
         """Report the steps since the last report, if any, on the master. Then set the counts to zero."""
         counts, self._counts = [count.cpu() for count in self._counts], []
-        for layer in find_moe_layers(model) if counts else ():
+        for layer in self._get_moe_layers(model) if counts else ():
             layer.reset_usage_counts()
         if counts and state.is_world_process_zero:
             self._report(counts, state.global_step)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """From now on routing statistics cover whole optimizer steps."""
-        layers, smoothing = find_moe_layers(model), getattr(args, "label_smoothing_factor", 0)
+        layers, smoothing = self._get_moe_layers(model), getattr(args, "label_smoothing_factor", 0)
         if layers and smoothing > 0:
             problem = "Trainer then leaves out the experts' balance losses; leave it at 0"
             raise ValueError(f"label_smoothing_factor={smoothing}: {problem}")
@@ -49,7 +48,7 @@ class MoEUsageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Every rank closes the optimizer step; at the interval the master reports."""
-        layers = find_moe_layers(model)
+        layers = self._get_moe_layers(model)
         update_routers(layers)
         # The sum is kept here, because another callback may reset the sums in the layers.
         counts = [layer.last_step_counts() for layer in layers]

@@ -23,8 +23,7 @@ MOST_BYTES = 50_000_000  # of a JSON file
 # Fields of config.json by which transformers would choose other code or files, or make a list of labels.
 NOT_OF_A_FOLDER = {
     "attn_implementation", "_attn_implementation", "auto_map", "experts_implementation", "fusion_config",
-    "num_labels", "transformers_weights",
-}  # fmt: skip
+    "num_labels", "transformers_weights"}  # fmt: skip
 
 
 def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None:

@@ -1,7 +1,5 @@
 """Attention of queries, keys and values: a plain version, fused kernels, and the choice of the kernel.
-
-Letters: see model.py.
-Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html"""
+FlexAttention: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html; letters: model.py."""
 
 import contextlib
 import functools
@@ -14,12 +12,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math" uses ordinary
-# products. It can compute every shape and mask, and always comes last.
+# Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math", ordinary
+# products for every shape and mask, always comes last.
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -54,9 +51,7 @@ def fused_attention(q, k, v, mask: torch.Tensor | BlockMask | None, dropout: flo
     causal = mask is None
     if q.size(2) == 1:  # one query sees all keys; an `if`, because a compiled `T > 1` is not a bool
         causal = False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 @functools.cache  # a function, because torch.compile imports the whole compiler
@@ -143,5 +138,4 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
     choose_for_the_first_time(device)
-    order = dict.fromkeys([name, *BACKENDS])
-    return sdpa_kernel([BACKENDS[backend] for backend in order], set_priority=True)
+    return sdpa_kernel([BACKENDS[n] for n in dict.fromkeys([name, *BACKENDS])], set_priority=True)

@@ -8,9 +8,7 @@ mixture_of_experts.py decides which experts compute a token. This file computes 
 files share only a `Routing`, in which tokens may have different numbers of rows.
 
 Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
-
-References: MegaBlocks (arXiv 2211.15841);
-https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html"""
+References: MegaBlocks (arXiv 2211.15841); torch.nn.functional.grouped_mm in torch's documentation."""
 
 import zlib
 from typing import NamedTuple
@@ -22,16 +20,15 @@ from torch import Tensor, nn
 from layers.mlp import get_activation
 from layers.sharding import local
 
-# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers it
-# computes the activation again, which costs less than writing to fresh memory.
+# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers computing
+# it again costs less than writing to fresh memory.
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 
-# Namespace of the operators. An exported folder has a copy of this file, and a process may import both. The
-# copy registers its operators under another name. Under the same name torch would free the first operators,
-# and calling them would read freed memory.
+# Namespace of the operators. An exported folder has a copy of this file, and a process may import both. Under
+# the same name torch would free the first operators, and calling them would read freed memory.
 NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
 # -----------------------------------------------------------------------------
@@ -293,8 +290,7 @@ class Experts(nn.Module):
         super().__init__()
         E, C, H = config.num_experts, config.n_embd, config.expert_hidden_size or 4 * config.n_embd
         packed = get_activation(config.activation).parts * H
-        self.activation = config.activation
-        self.engine = "auto"
+        self.activation, self.engine = config.activation, "auto"
         self.c_fc = nn.Parameter(torch.empty(E, packed, C))
         self.c_proj = nn.Parameter(torch.empty(E, C, H))
         self.c_fc_bias = nn.Parameter(torch.empty(E, packed)) if config.bias else None

@@ -28,8 +28,7 @@ ROLES = (
     Role(r"\.attn\.",      "attention",  "rest",    True,   True),
     Role(r"\.mlp\.",       "dense MLP",  "rest",    True,   True),
     Role(r"^lm_head",      "head",       "rest",    True,   False),
-    Role(r"",              "embeddings", "rest",    True,   False),
-)  # fmt: skip
+    Role(r"",              "embeddings", "rest",    True,   False))  # fmt: skip
 
 
 def role_of(name: str) -> Role:
