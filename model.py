@@ -222,10 +222,9 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
-        past_key_values=None, output_attentions: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
+                rotary: tuple[Tensor, Tensor] | None = None, past_key_values=None,
+                output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
         B, T, C = x.shape
         parts = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
@@ -256,11 +255,10 @@ class Block(GradientCheckpointingLayer):
         dense_size = config.mlp_hidden_size or 4 * config.n_embd
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
-        token_mask: Tensor | None = None, num_tokens: Tensor | int | None = None, past_key_values=None,
-        output_attentions: bool = False, return_auxiliary: bool = False,
-    ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
+                rotary: tuple[Tensor, Tensor] | None = None, token_mask: Tensor | None = None,
+                num_tokens: Tensor | int | None = None, past_key_values=None, output_attentions: bool = False,
+                return_auxiliary: bool = False) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
         """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's report.
         token_mask (B, T), num_tokens: as in MoE. Only an MoE in training has a report. It is the fields of a
         RouterAuxiliary one by one, because reentrant checkpointing gives gradients to plain tensors only. The
@@ -368,8 +366,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
     def update_routers(self, process_group=None) -> None:
-        """Tell the routers that an optimizer step is over. Call it before training and after every step. It
-        adds up the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
+        """Tell the routers that an optimizer step is over; call it before training, too. One collective."""
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
@@ -443,13 +440,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         as_dict = config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _transform(
-        self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
-        output_hidden_states, counted, num_tokens,
-    ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
+    def _transform(self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
+                   output_hidden_states, counted, num_tokens) -> tuple[Tensor, dict, list]:  # fmt: skip
         """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
-        counted (B, T) or None: tokens that count in the routers' losses and statistics; padding never counts.
-        """
+        counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does."""
         config, T = self.config, x.size(1)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -519,12 +513,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             losses |= {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss}
         return losses
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str,
-        router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-    ) -> torch.optim.AdamW:  # fmt: skip
-        """AdamW, fused, with weight decay for matrices and embeddings, not for biases and norms: see
-        layers/roles.py."""
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, router_lr_mult: float = 1.0,
+                             expert_lr_mult: float = 1.0) -> torch.optim.AdamW:  # fmt: skip
+        """Fused AdamW with weight decay for matrices and embeddings, as layers/roles.py says."""
         rates = learning_rate, router_lr_mult, expert_lr_mult
         groups = parameter_groups(self.named_parameters(), weight_decay, *rates)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))

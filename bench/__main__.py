@@ -61,9 +61,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     layout = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for command, (_, purpose, options) in COMMANDS.items():
         one = commands.add_parser(command, help=purpose, description=purpose, **layout)
-        for name, default in (options | EVERYWHERE).items():
-            more = dict(choices=CHOICES.get(name), help=HELP[name])
-            one.add_argument(f"--{name}", type=type(default), default=default, **more)
+        for name, value in (options | EVERYWHERE).items():
+            more = dict(default=value, choices=CHOICES.get(name), help=HELP[name])
+            one.add_argument(f"--{name}", type=type(value), **more)
     options = parser.parse_args(arguments)
     for name, default in (COMMANDS[options.command][2] | EVERYWHERE).items():
         value = getattr(options, name)
@@ -91,9 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         options.device = choose_device(getattr(options, "device", "cpu") or default, 0)
-        machine = f"{torch.get_num_threads()} CPU threads"
-        if options.device.type == "cuda":
-            machine = torch.cuda.get_device_name(options.device)
+        on_cuda, threads = options.device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
+        machine = torch.cuda.get_device_name(options.device) if on_cuda else threads
         how = "".join(f", {name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options)
         print(f"torch {torch.__version__}, {machine}{how}\n")
         print_table(getattr(module, f"bench_{options.command}")(options), options.csv)

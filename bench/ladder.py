@@ -31,8 +31,7 @@ RUNGS = {
     "micro-batch twice as large": dict(times_B=2), "prefetched batches": dict(prefetch=2),
     "8 experts top-2, same active FLOPs": dict(moe=True)}  # fmt: skip
 CUDA_ONLY = ("TF32", "cuDNN attention")
-# n_layer, n_head, n_embd, and the defaults of B and T
-SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}
+SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}  # n_layer, n_head, C; defaults of B, T
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
@@ -59,9 +58,8 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     model = GPTLMHeadModel(config).to(device)
     model.loss_chunk = settings["loss_chunk"]
     if settings["compile"]:
-        backend = torch._dynamo.lookup_backend("inductor")
-        if device.type == "cuda":  # a rung's own, so that rungs share no graph: it keeps its attention kernel
-            backend = partial(backend)
+        # Each rung has its own backend: rungs must share no graph, because a graph keeps its attention kernel.
+        backend = partial(torch._dynamo.lookup_backend("inductor"))
         for block in model.transformer.h:
             block.compile(fullgraph=True, backend=backend)
     loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])

@@ -20,13 +20,12 @@ from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
 from training.parallel import compile_blocks
 
+D12 = dict(n_layer=12, n_head=12, n_embd=768)
 MODEL_SIZES = {
     "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU
     "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
-    "d12": dict(n_layer=12, n_head=12, n_embd=768, use_moe=False),
-    "d12-moe8x2": dict(  # as many active FLOPs as d12
-        n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
-    "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False)}  # fmt: skip
+    "d12": D12 | dict(use_moe=False), "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
+    "d12-moe8x2": D12 | dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536)}  # fmt: skip
 
 
 def size_of(name: str) -> dict:

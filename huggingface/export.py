@@ -27,10 +27,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "export.json"
 
 
-def export_folder(
-    model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
-    max_shard_size: str = "5GB",
-) -> None:  # fmt: skip
+def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
+                  max_shard_size: str = "5GB") -> None:  # fmt: skip
     """Write a folder that transformers can load. After an error no part of it remains.
     model: a GPT or GPTLMHeadModel. format: "gpt_moe" or a name in FOREIGN. tokenizer: add the files of the
     model's encoding, and use its <|endoftext|> as end of text unless the configuration names another token.

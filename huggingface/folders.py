@@ -142,10 +142,9 @@ def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> Non
     # A new head may be missing, and the statistics of routers, which older folders lack.
     missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]
     missing = [key for key in missing if not key.endswith(("_counts", "_entropy", "_totals"))]
-    for problem, keys in (
-        ("lack the weights", missing), ("hold weights that the model lacks:", info["unexpected_keys"]),
-        ("hold weights of another shape:", [] if new_sizes else shapes),
-    ):  # fmt: skip
+    problems = {"lack the weights": missing, "hold weights that the model lacks:": info["unexpected_keys"],
+                "hold weights of another shape:": [] if new_sizes else shapes}  # fmt: skip
+    for problem, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 9} more" if len(keys) > 9 else ""
             shown = ", ".join(key[:99] for key in sorted(keys)[:9])

@@ -25,8 +25,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class FiniteLogits(LogitsProcessor):
-    """FloatingPointError if the next token's logits (B, V) are not finite: torch.multinomial would end the
-    process on a GPU."""
+    """FloatingPointError if the next token's logits (B, V) are not finite; CUDA's sampling would abort."""
 
     def __call__(self, input_ids, scores):
         if not scores.amax(-1).isfinite().all():  # NaN wins the maximum; -inf alone rules a token out
@@ -42,8 +41,7 @@ class GPTGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
-        ValueError for a string that the model's vocabulary or encoding cannot hold; FloatingPointError if the
-        model gives logits that are not finite."""
+        ValueError for a string that the vocabulary cannot hold, FloatingPointError for logits not finite."""
         # accelerate may have bound the forward to this model, and it then reads the flag of this model.
         self._gives_logits, gave = True, self._gives_logits
         try:

@@ -56,10 +56,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args, config: Any = None,
-        output_loading_info: bool = False, **kwargs,
-    ):  # fmt: skip
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, config: Any = None,
+                        output_loading_info: bool = False, **kwargs):  # fmt: skip
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or a folder of FOREIGN.
         Settings of GPTConfig may be given too (dropout=0.1). Only safetensors files are read (folders.py).
         ValueError for another architecture, for weights that are missing, unexpected or do not fit the

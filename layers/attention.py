@@ -89,8 +89,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.device, dtype) -> float:
-    """Seconds of one layer's causal attention, forward and backward: the best of three after two warm-ups;
-    infinite if the backend cannot compute it."""
+    """Seconds of one layer's causal attention, forward and backward, best of three; inf if it cannot run."""
     nh, nkv, hs = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
     # As in CausalSelfAttention: parts of one tensor, with the heads inside.
     packed = torch.randn(B, T, (nh + 2 * nkv) * hs, device=device, dtype=dtype).requires_grad_()
@@ -100,7 +99,7 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
     try:
         with sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns why a backend cannot run
-            for _ in range(5):
+            for _ in range(5):  # two are for warm-up
                 synchronize(device)
                 start = time.perf_counter()
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=nkv != nh)

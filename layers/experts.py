@@ -31,8 +31,7 @@ MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 # the same name torch would free the first operators, and calling them would read freed memory.
 NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
-# -----------------------------------------------------------------------------
-# Dispatch and combine: from tokens to rows, sorted by expert, and back
+# ----------------------------- Dispatch and combine: from tokens to rows, sorted by expert, and back
 
 
 class Routing(NamedTuple):
@@ -107,8 +106,7 @@ def take_rows(x: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
-    """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights.
-    If every token has K rows, it sums an (N, K, D) view over K."""
+    """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights."""
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
@@ -120,13 +118,11 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
     return torch.bmm(weight.to(rows.dtype), rows)[:, 0]
 
 
-# -----------------------------------------------------------------------------
-# The engine for every device: a loop over experts inside one operator
+# ----------------------------- The engine for every device: a loop over experts inside one operator
 
 
 def _spans(ends: Tensor) -> tuple[list[slice], int]:
-    """The rows of every expert, and the largest number of them.
-    Reads `ends` on the host: free on a CPU, a synchronisation on any other device."""
+    """The rows of every expert, and the largest number of them. Synchronises, except on a CPU."""
     stops = ends.tolist()
     spans = [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
     return spans, max(span.stop - span.start for span in spans)
@@ -146,9 +142,8 @@ def expert_mlp(
 
     x (N, C); weight, token and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
-    It is one operator, so that torch.compile sees no shape that depends on data. It gathers every expert's
-    rows into the same buffers, which stay in the cache. It stores nothing of size (R, C), because on a CPU
-    writing to fresh memory costs more than gathering."""
+    It is one operator, so that torch.compile sees no shape that depends on data. Every expert's rows go into
+    the same buffers: on a CPU, writing (R, C) to fresh memory costs more than gathering."""
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
     hidden = x.new_empty(token.shape[0], parameters[0].shape[1])  # (R, H) or (R, 2H)
@@ -181,10 +176,8 @@ def _(x, weight, token, ends, parameters, activation):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor, acts: Tensor,
-    parameters: list[Tensor], activation: str,
-) -> list[Tensor]:  # fmt: skip
+def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor,
+                        acts: Tensor, parameters: list[Tensor], activation: str) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight and every parameter, given the output's; hidden, acts: `expert_mlp`'s."""
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, grad_rows = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
@@ -242,8 +235,7 @@ def _run_backward(ctx, grad, *_):
 
 expert_mlp.register_autograd(_run_backward, setup_context=_save_for_backward)
 
-# -----------------------------------------------------------------------------
-# Experts, and the engines for a GPU
+# ----------------------------- Experts, and the engines for a GPU
 
 
 @torch.compiler.assume_constant_result

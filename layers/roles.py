@@ -37,14 +37,12 @@ def role_of(name: str) -> Role:
     return role._replace(decays=False, is_matrix=False) if name.endswith("bias") else role
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, learning_rate: float,
-    router_lr_mult: float, expert_lr_mult: float, details: Callable | None = None,
-) -> list[dict]:  # fmt: skip
-    """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order. A
-    schedule multiplies its rate by a group's "lr_mult". details(name, parameter, role) -> (end of the group's
-    name, further settings) splits the groups further. A saved optimizer state numbers parameters in this
-    order, so another order could not read old checkpoints."""
+def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float,
+                     learning_rate: float, router_lr_mult: float, expert_lr_mult: float,
+                     details: Callable | None = None) -> list[dict]:  # fmt: skip
+    """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order,
+    which numbers them in saved optimizer states. A schedule multiplies its rate by a group's "lr_mult".
+    details(name, parameter, role) -> (end of the group's name, further settings) splits the groups."""
     lr_mults = {"router": router_lr_mult, "experts": expert_lr_mult, "rest": 1.0}
     groups: dict[tuple, dict] = {}
     for name, parameter in named_parameters:
