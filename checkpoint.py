@@ -1,8 +1,7 @@
 """Work with training checkpoints (docs/formats.md): verify, list, convert between file and folder, export.
 
 python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
-python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
-python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
+python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # a stock GPT-2; more: --help
 python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
 python checkpoint.py list log                                            # step, date, size, validation loss
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back"""

@@ -322,9 +322,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
-    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward; it
-    must answer alike on all ranks, and True gives the result None. HellaSwagUnavailable, ValueError.
-    FloatingPointError if the model gives NaN."""
+    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, alike
+    on all ranks; True gives None. Raises HellaSwagUnavailable, ValueError, and FloatingPointError for NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:

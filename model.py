@@ -114,12 +114,11 @@ class GPTConfig(CheckedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        C, nh, nkv = self.n_embd, self.n_head, self.n_kv_head
-        K, E = self.num_experts_per_tok, self.num_experts
+        C, nh, K, E = self.n_embd, self.n_head, self.num_experts_per_tok, self.num_experts
         if C % nh != 0:
             raise ValueError(f"n_embd={C} does not divide into n_head={nh} heads")
-        if nkv is not None and nh % nkv != 0:
-            raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={nkv}")
+        if self.n_kv_head is not None and nh % self.n_kv_head != 0:
+            raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and C // nh % 2 != 0:
             raise ValueError(f"position='rope': n_embd={C} / n_head={nh} gives heads of odd size, {C // nh}")
         if self.use_moe and K > E:
@@ -297,9 +296,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if name.endswith("c_proj"):
                 module.into_residual = True  # _init_weights does not know the name
         # DDP would overwrite each rank's counts with rank 0's; update_routers() adds up the counts.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
-        ]
+        ignored = [name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)]
+        self._ddp_params_and_buffers_to_ignore = ignored
         self._suppress_padding()
         self.post_init()
 
@@ -339,9 +337,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return count
 
     def flops_per_token(self, length: int | None = None) -> float:
-        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
-        T is `length` or block_size; in a layer with a window it is the window. N counts active parameters.
-        Masked positions count, too, as in nanoGPT and llm.c, so that their figures can be compared."""
+        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2), N: active
+        parameters, T: `length` or block_size, or a layer's window. Masked positions count, as in nanoGPT."""
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
         spans = [window if kind == "sliding_attention" else length for kind in config.layer_types]
@@ -469,11 +466,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         x = self.transformer.drop(x)
 
         hidden_states, attentions, reports = [x], [], []
+        kw = dict(past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True)
         for block, kind in zip(self.transformer.h, config.layer_types, strict=True):
-            x, weight, *report = block(
-                x, masks[kind], rotary, counted, num_tokens,
-                past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True,
-            )  # fmt: skip
+            x, weight, *report = block(x, masks[kind], rotary, counted, num_tokens, **kw)
             if output_hidden_states:
                 hidden_states.append(x)
             attentions.append(weight)

@@ -58,16 +58,15 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     model = GPTLMHeadModel(config).to(device)
     model.loss_chunk = settings["loss_chunk"]
     if settings["compile"]:
-        # Each rung has its own backend: rungs must share no graph, because a graph keeps its attention kernel.
+        # Each rung has its own backend. Rungs must share no graph, because a graph keeps an attention kernel.
         backend = partial(torch._dynamo.lookup_backend("inductor"))
         for block in model.transformer.h:
             block.compile(fullgraph=True, backend=backend)
     loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
     run = make_run(model, loader, dtype=settings["dtype"])
     if not settings["fused"]:
-        kept = ("params", "weight_decay", "lr_mult")
-        groups = [{name: group[name] for name in kept} for group in run.optimizer.param_groups]
-        run.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+        for group in run.optimizer.param_groups:
+            group["fused"] = None  # torch's default: one call per operation and group
 
     def step():
         torch.set_float32_matmul_precision("high" if settings["tf32"] else "highest")

@@ -42,15 +42,6 @@ class MaskLoop(nn.Module):
         return y.view_as(x)
 
 
-def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
-    """transformers' Qwen3 MoE block. It has three matrices (SwiGLU), so 2/3 H gives it the same FLOPs."""
-    sizes = dict(hidden_size=C, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=2 * H // 3)
-    layer = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(norm_topk_prob=True, **sizes))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return layer
-
-
 def bench_moe(options) -> list[dict]:
     """A row per MoE layer and size, relative to a dense MLP of equal active FLOPs."""
     return [row for sizes in MOE_SIZES for row in compare_moe(options, *sizes)]
@@ -60,9 +51,13 @@ def compare_moe(options, N: int, C: int, E: int, K: int, H: int) -> list[dict]:
     """bench_moe's rows of one size."""
     N, device = options.tokens or N, options.device
     config = GPTConfig(n_embd=C, n_head=1, num_experts=E, num_experts_per_tok=K, expert_hidden_size=H)
+    # Qwen3's experts have three matrices (SwiGLU), so 2/3 H gives them the same FLOPs.
+    sizes = dict(hidden_size=C, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=2 * H // 3)
+    qwen3 = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(norm_topk_prob=True, **sizes))
+    for parameter in qwen3.parameters():
+        nn.init.normal_(parameter, std=0.02)
     layers = {"dense": MLP(config, K * H), "ours": MoE(config), "ours, grouped_mm": MoE(config),
-              "mask loop": MaskLoop(C, E, K, H),
-              "transformers, its loop": huggingface_layer(C, E, K, H)}  # fmt: skip
+              "mask loop": MaskLoop(C, E, K, H), "transformers, its loop": qwen3}  # fmt: skip
     layers["ours, grouped_mm"].experts.engine = "grouped_mm"
     if options.compile and options.dtype == "float32":
         del layers["ours, grouped_mm"]  # it compiles in bf16 only

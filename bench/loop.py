@@ -11,6 +11,7 @@ import io
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -39,36 +40,28 @@ def bench_loop(options) -> list[dict]:
     if options.size:
         fields = size_of(options.size) | dict(vocab_size=options.vocab_size)
         flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        prepare_demo(f"{folder}/data")
-        flags += ["--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"]
-        steps = time_run(flags, options.device)[SKIPPED:]
-    whole, alone = (median(seconds) for seconds in zip(*steps, strict=True))
-    own = median(step[0] - step[1] for step in steps)
-    parts = {"a step of the loop": whole, "train_step alone": alone, "the loop's own": own}
-    return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
+    ends = []  # of the first and the second train_step, in seconds, for each step of the loop
 
-
-def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float]]:
-    """For each step: seconds of a step of the loop, and of train_step."""
-    config, given = parse_config(flags)
-    run = set_up(config, given, World(0, 0, 1, device))
-    open_log(run)
-    found, now, last = [], time.perf_counter, time.perf_counter()
-
-    def timed_steps(run: Run, step: int) -> dict:
-        nonlocal last
+    def train_twice(run: Run, step: int) -> dict:
         record = train_step(run, step)  # waits for the device once, before the update
-        first = now()
+        first = time.perf_counter()
         train_step(run, step)
-        found.append((first - last, now() - first))
-        last = now()
+        ends.append((first, time.perf_counter()))
         return record
 
-    with prefer_backend(config.attention_backend, device):
-        if train(run, timed_steps) != faults.OK:
-            raise ValueError("the run of the loop failed")
-    return found
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        prepare_demo(f"{folder}/data")
+        config, given = parse_config([*flags, "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"])
+        run = set_up(config, given, World(0, 0, 1, options.device))
+        open_log(run)
+        with prefer_backend(config.attention_backend, options.device):
+            if train(run, train_twice) != faults.OK:
+                raise ValueError("the run of the loop failed")
+    steps = [(first - before, second - first) for (_, before), (first, second) in pairwise(ends)]
+    whole, alone = (median(seconds[SKIPPED - 1 :]) for seconds in zip(*steps, strict=True))
+    own = median(step[0] - step[1] for step in steps[SKIPPED - 1 :])
+    parts = {"a step of the loop": whole, "train_step alone": alone, "the loop's own": own}
+    return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
 
 
 def bench_checkpoint(options) -> list[dict]:

@@ -76,6 +76,4 @@ def print_table(rows: list[dict], csv_path: str = "") -> None:
         print("| " + " | ".join(values) + " |")
     if csv_path:
         with open(csv_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file).writerows([names, *(row.values() for row in rows)])

@@ -148,8 +148,7 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
 
 
 def bench_time_to_loss(options) -> list[dict]:
-    """A row per recipe: the loss it reaches, and in how many seconds.
-    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock."""
+    """A row per recipe: the loss it reaches, and in how many seconds. Modern's schedule follows the clock."""
     if not options.text:
         raise ValueError("time_to_loss needs a text to train on: give --text FILE")
     train, val = split_text(options.text)
@@ -204,8 +203,7 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
 
 
 def bench_moe_pays(options) -> list[dict]:
-    """A row per model: validation losses on each corpus, mean and standard deviation over seeds.
-    Both models train on all corpora together, with the same seeds and batches."""
+    """A row per model: validation losses on each corpus, mean and standard deviation over seeds."""
     corpora = {"embedded corpus": split_demo()}
     if options.text:
         corpora[Path(options.text).name] = split_text(options.text)

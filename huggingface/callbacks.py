@@ -40,8 +40,7 @@ class MoEUsageCallback(TrainerCallback):
         """From now on routing statistics cover whole optimizer steps."""
         layers, smoothing = self._get_moe_layers(model), getattr(args, "label_smoothing_factor", 0)
         if layers and smoothing > 0:
-            problem = "Trainer then leaves out the experts' balance losses; leave it at 0"
-            raise ValueError(f"label_smoothing_factor={smoothing}: {problem}")
+            raise ValueError(f"label_smoothing_factor={smoothing}: Trainer then omits balance losses; use 0")
         update_routers(layers)
         resumed = state.global_step > 0  # then the layers hold counts that are not reported yet
         self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []

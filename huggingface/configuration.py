@@ -39,11 +39,10 @@ def setting(default: Any, **limits: Any) -> Any:
 
 
 def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """ValueError, naming setting and value, for a float that is not finite or a value outside its limits.
-    None is a default that depends on other settings."""
+    """ValueError, naming setting and value, for a float that is not finite or a value outside its limits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: must be a finite number")
-    for limit, bound in limits.items() if value is not None else ():
+    for limit, bound in limits.items() if value is not None else ():  # None: other settings decide
         if limit == "choices" and value not in bound:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, bound))}")
         if limit in LIMITS and not LIMITS[limit][0](value, bound):

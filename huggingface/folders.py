@@ -98,10 +98,8 @@ def find_weights(name: str | Path, where: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def read_model(
-    name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
-    config: PreTrainedConfig | dict[str, Any],
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:  # fmt: skip
+def read_model(name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
+               config: PreTrainedConfig | dict) -> tuple[PreTrainedConfig, dict[str, Any]]:  # fmt: skip
     """The configuration and all weights by name. ValueError if they do not fit: the files' headers are read
     before anything is built, because a short config.json can describe a model that fills all memory."""
     shapes, weights = {}, {}

@@ -111,15 +111,14 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     normed = kind == "mixtral" or config.norm_topk_prob
     if normed and config.num_experts_per_tok == 1:
-        only = "only norm_topk_prob=False can be loaded then"
-        raise ValueError(f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; {only}")
+        given = f"this {kind} has num_experts_per_tok=1 and divides its weight by itself"
+        raise ValueError(f"{given}; only norm_topk_prob=False can be loaded then")
     fields = dict(use_moe=True, router_score="softmax", norm_topk_prob=normed, num_experts=config.num_experts,
                   num_experts_per_tok=config.num_experts_per_tok)  # fmt: skip
     if kind == "mixtral":
         return fields | dict(expert_hidden_size=config.intermediate_size)
     step, dense = config.decoder_sparse_step, config.mlp_only_layers
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
-    every = period(sparse, start=layers - 1)
+    every = period([i not in dense and (i + 1) % step == 0 for i in range(layers)], start=layers - 1)
     if every is None:
         only = "only experts in every k-th layer, counted from the last, can be loaded"
         raise ValueError(f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; {only}")
@@ -142,15 +141,14 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
     vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express."""
     refuse_inexpressible(model, kind)
-    name = FAMILY[kind]
-    config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).to(model.dtype)
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    theirs = getattr(transformers, f"{FAMILY[kind]}ForCausalLM")
+    theirs = theirs(theirs.config_class(**llama_arguments(model.config, kind, vocab_size))).to(model.dtype)
+    rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
     names, weights = stacked_names(model.config.n_layer), {}
     for name, tensor in model.state_dict().items():
         if name in names:  # routers' statistics are not
             tensor = tensor[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
-            weights |= zip(names[name], tensor.split([shapes[part][0] for part in names[name]]), strict=True)
+            weights |= zip(names[name], tensor.split([rows[part] for part in names[name]]), strict=True)
     theirs.load_state_dict(weights)
     return theirs.eval()
 

@@ -19,9 +19,7 @@ from huggingface.llama import FAMILY, from_llama
 FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
 
 # Arguments of from_pretrained that say where files lie.
-HUB_OPTIONS = {
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-}  # fmt: skip
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 # Trainer shifts the labels that it smooths only for the models in this list of transformers.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"

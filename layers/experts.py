@@ -274,9 +274,8 @@ class Experts(nn.Module):
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
-    All other cases on CUDA (fp32, fp16, another capability, other sizes, more experts) use the loop. It waits
-    for the device once per layer in the forward pass and once in the backward pass. Weights are cast as under
-    autocast: expert by expert, except in "grouped_mm", which needs all experts."""
+    All other cases on CUDA use the loop, which waits for the device once per layer in each pass. Weights are
+    cast as under autocast: expert by expert, except in "grouped_mm", which needs all experts."""
 
     def __init__(self, config):
         super().__init__()
