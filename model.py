@@ -143,11 +143,14 @@ class GPTConfig(CheckedConfig):
         return self.use_moe and (self.n_layer - 1 - layer) % self.moe_every == 0
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(nn.Module):
     """Layer normalisation with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
-        super().__init__(ndim, eps, bias=bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias

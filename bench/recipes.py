@@ -37,8 +37,7 @@ MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
-# moe_pays: 64 wide, so small that more parameters help. With a hidden size of 261 the dense feed-forward
-# layers have as many parameters as two experts, their second bias and the router.
+# So small that parameters help. 261 gives the dense layers as many parameters as two experts and a router.
 PAYS = MODERN | dict(n_embd=64, T=128, B=12)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip

@@ -2,9 +2,8 @@
 
     export_code("my_model", Path("model.py"))       # model.py and all files of ours that it imports, flat
 
-transformers loads such code with trust_remote_code=True (https://huggingface.co/docs/transformers/custom_models).
-It takes only files that lie side by side and import each other relatively, so `from layers.experts import
-Experts` becomes `from .experts import Experts`."""
+transformers (docs/transformers/custom_models) loads such code with trust_remote_code=True. It takes only
+files side by side that import each other relatively: `from layers.x import y` becomes `from .x import y`."""
 
 import ast
 from pathlib import Path

@@ -73,7 +73,7 @@ def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig
     if path is None:
         return None
     found = read_json(path)
-    for key in found.keys() - {"transformers_version", "cache_implementation", "early_stopping"}:
+    for key in sorted(found.keys() - {"transformers_version", "cache_implementation", "early_stopping"}):
         numbers = found[key] if isinstance(found[key], list) and "token" in key else [found[key]]
         if not all(isinstance(item, bool | int | float | None) for item in numbers):
             raise ValueError(f"{path}: {key} is {show(found[key])}, not a number or token ids")

@@ -141,8 +141,8 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
     vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express."""
     refuse_inexpressible(model, kind)
-    theirs = getattr(transformers, f"{FAMILY[kind]}ForCausalLM")
-    theirs = theirs(theirs.config_class(**llama_arguments(model.config, kind, vocab_size))).to(model.dtype)
+    stock = getattr(transformers, f"{FAMILY[kind]}ForCausalLM")
+    theirs = stock(stock.config_class(**llama_arguments(model.config, kind, vocab_size))).to(model.dtype)
     rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
     names, weights = stacked_names(model.config.n_layer), {}
     for name, tensor in model.state_dict().items():
@@ -165,7 +165,7 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
         only |= {"moe_every": (1,), "norm_topk_prob": (True,)}
         only["num_experts_per_tok"] = tuple(range(2, config.num_experts + 1)) or (2,)
     this, mend = f"{FAMILY[kind]} cannot express", "export with format='gpt_moe'"
-    refuse(this, config, only, f", only {{!r}}; {mend}")
+    refuse(this, config, only, ", only {!r}; " + mend)
     if any(layer.router_bias.any() for layer in model.moe_layers()):
         rate = f"router_bias_update_rate={config.router_bias_update_rate!r}"
         raise ValueError(f"{this} the biases of the routers that {rate} has made; {mend}")
