@@ -6,6 +6,7 @@ python checkpoint.py verify log/model_19073.pt                           # compa
 python checkpoint.py list log                                            # step, date, size, validation loss
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back"""
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import sys
 import time
@@ -15,25 +16,25 @@ import torch
 
 from huggingface.export import export_folder
 from tokens.files import write_atomically
-from tokens.printable import one_line, printable
+from tokens.printable import print_error, printable
 from training import sharded
 from training.checkpoints import list_checkpoints, load_checkpoint, load_model, step_of, validation_losses
 
 
 def print_list(folder: Path) -> None:
-    """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt.
-    FileNotFoundError if there is none."""
-    losses, found = validation_losses(folder), list_checkpoints(folder)
+    """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt, in nats
+    per token and in bits per byte. FileNotFoundError if there is none."""
+    losses, found = [validation_losses(folder, word) for word in ("val", "val_bpb")], list_checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"{folder}: no checkpoint; `ls -d log*/model_* log/*/model_*` finds some")
-    print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  checkpoint")
+    print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  {'bits/byte':>9}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
         changed = max((file.st_mtime for file in files), default=0)  # a pipe or a device has no files
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
         size, step = sum(file.st_size for file in files) / 1e6, step_of(path)
-        val_loss = f"{losses[step]:.4f}" if step in losses else "-"
-        print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {printable(path)}")
+        val_loss, bits = (f"{known[step]:.4f}" if step in known else "-" for known in losses)
+        print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {bits:>9}  {printable(path)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,12 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
                 write_atomically(to, lambda file: torch.save(checkpoint, file))
             else:
                 sharded.save(checkpoint, to)
-            print(f"wrote {to}")
+            print(f"wrote {printable(to)}")
         else:
             export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
-            print(f"wrote {options.folder}")
+            print(f"wrote {printable(options.folder)}")
     except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {one_line(error)}", file=sys.stderr)
+        print_error("checkpoint.py", error)
         return 2
     return 0
 

@@ -14,6 +14,7 @@ was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes s
 
 from __future__ import annotations
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import contextlib
 import glob
@@ -21,6 +22,7 @@ import multiprocessing.connection
 import os
 import queue
 import re
+import shlex
 import signal
 import sys
 from collections import deque
@@ -36,7 +38,7 @@ from tokens import sources
 from tokens.demo import prepare_demo
 from tokens.encodings import encode_pieces
 from tokens.identity import describe_sources
-from tokens.printable import one_line
+from tokens.printable import print_error, printable
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
 
@@ -174,7 +176,7 @@ def build(config: DataConfig) -> dict:
         settings |= {"source": name, "files": content, "source_files": len(files), "source_bytes": total}
     writer = ShardWriter(config.out, settings)
     if is_complete(config.out, writer.old):
-        print(f"{config.out} is complete already")
+        print(f"{printable(config.out)} is complete already")
         return writer.old
     position, skip = writer.resume(config.val_tokens, config.shard_size)
     if local:
@@ -242,28 +244,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = {"action": "store_true"} if each.type == "bool" else kind
         parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
     config = DataConfig(**vars(parser.parse_args(argv)))
+    out = config.out or ("demo_data" if config.demo else "edu_fineweb10B")
+    is_new = not os.path.lexists(out)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    go_on = "run the same command again; it continues after the last complete shard"
+    again = shlex.join(["python", "fineweb.py", *(sys.argv[1:] if argv is None else argv)])
+    go_on = f"continue after the last complete shard with: {again}"
     try:
         if config.verify:
-            problems = verify(config.out or ("demo_data" if config.demo else "edu_fineweb10B"))
+            problems = verify(out)
             for problem in problems:
-                print(f"error: {problem}", file=sys.stderr)
+                print_error("fineweb.py", problem)
             return 2 if problems else 0
         if config.demo:
-            prepare_demo(config.out or "demo_data", config.encoding or "bytes")
+            prepare_demo(out, config.encoding or "bytes")
         else:
             build(config)
         return 0
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error("fineweb.py", error)
         return 2
-    except MemoryError as error:
-        cure = "lower --workers or --shard_size, then"
-        print(f"out of memory ({str(error) or 'MemoryError'}): {cure} {go_on}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"stopped by {error!r}; {go_on}", file=sys.stderr)
+    except (MemoryError, OSError) as error:
+        cure = "lower --workers or --shard_size, then " if isinstance(error, MemoryError) else ""
+        print_error("fineweb.py", f"stopped by {error!r}; {cure}{go_on}")
         return 1
     except (KeyboardInterrupt, RuntimeError) as error:
         # A signal that comes while tqdm takes its lock becomes a RuntimeError about the lock.
@@ -272,10 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cause.code
         if not isinstance(cause, KeyboardInterrupt):
             raise
-        print(f"stopped; {go_on}", file=sys.stderr)
+        print(printable(f"stopped; {go_on}"), file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(out)  # if it is empty: nothing was made
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ logits only where a token is scored.
 References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import contextlib
 import functools
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from huggingface.generation import evaluating
 from tokens.encodings import encode_text, load_encoding
 from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
-from tokens.printable import one_line
+from tokens.printable import print_error
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # about two thirds of the tokens get logits
 Pairs = list[tuple[list[int], list[int]]]  # tokens of a context, tokens of an ending
@@ -238,15 +239,18 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
 
 def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
                   rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
-                  interrupted: Callable[[], bool] = lambda: False) -> torch.Tensor | None:  # fmt: skip
+                  interrupted: Callable[[], bool] = lambda: False,
+                  progress: Callable = lambda done, n: None) -> torch.Tensor | None:  # fmt: skip
     """The losses of score_one_by_one; None as soon as interrupted() is true. The top of this file says how.
     All ranks run the same number of forwards, with the same T, because a sharded model needs that."""
     model = unwrap(model)
     device, shared = torch.device(device or model.device), model.config.model_type == "gpt_moe"
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     rows, losses = pack_rows(questions, shared), torch.zeros(4 * len(questions), device=device)
+    num_rows = len(rows)
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # torch would compile for each shape
         while rows:
+            progress(len(questions) * (num_rows - len(rows)) // num_rows, len(questions))
             if interrupted():
                 return None
             T = round_length(row_size(rows[0]))
@@ -318,12 +322,14 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
              style: str = "completion", encoding: str | None = None, tokens_per_batch: int | None = None,
              rank: int = 0, world_size: int = 1, device: torch.device | str | None = None,
              autocast: torch.dtype | None = None,
-             interrupted: Callable[[], bool] = lambda: False) -> HellaSwagResult | None:  # fmt: skip
+             interrupted: Callable[[], bool] = lambda: False,
+             progress: Callable = lambda done, n: None) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
     and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, alike
-    on all ranks; True gives None. Raises HellaSwagUnavailable, ValueError, and FloatingPointError for NaN."""
+    on all ranks; True gives None. progress: called there with the numbers of questions: scored, all.
+    Raises HellaSwagUnavailable, ValueError, and FloatingPointError for NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:
@@ -343,7 +349,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     if style == "harness" and rank == 0 and any(question.joined for question in questions):
         warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
     with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
-        losses = score_batched(model, questions, tokens_per_batch, rank, world_size, device, interrupted)
+        more = rank, world_size, device, interrupted, progress
+        losses = score_batched(model, questions, tokens_per_batch, *more)
     if losses is not None and losses.isnan().any():
         raise FloatingPointError("the model's probabilities are NaN")
     return None if losses is None else tally(questions, losses)
@@ -375,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
             speed = result.n / (time.perf_counter() - began)
             print(f"HellaSwag ({options.style}): {result}, {speed:.1f} questions per second")
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"hellaswag.py: {one_line(error)}", file=sys.stderr)
+        print_error("hellaswag.py", error)
         return 2
     finally:
         stop()

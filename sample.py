@@ -5,6 +5,7 @@ python sample.py --model gpt2 --prompt "The answer is"            # a hub name o
 python sample.py --checkpoint log/latest --temperature 0          # the newest checkpoint; 0 = greedy
 """
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import contextlib
 import os
@@ -13,7 +14,7 @@ import sys
 import torch
 
 from model import GPTLMHeadModel
-from tokens.printable import one_line, printable
+from tokens.printable import print_error, printable
 from training.checkpoints import load_model
 from training.parallel import choose_device
 
@@ -58,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(printable(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, FloatingPointError) as error:  # no such model, or nothing it can continue
-        print(f"sample.py: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:  # transformers raises all of them
+        print_error("sample.py", error)
         return 2
     return 0
 

@@ -10,7 +10,7 @@
     python train_gpt_moe.py --use_moe False --B 8 --max_steps 100 --warmup_steps 10
 
 Edit the constants below, or give any of them as a flag (--help lists them). Under log_dir a run writes
-log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (the settings, then one object per
+run.json (the settings), log.txt (STEP train LOSS, STEP val LOSS, STEP hella ACC), metrics.jsonl (a row per
 step), main.log (llm.c's log), tb/ (TensorBoard), training.png and checkpoints model_XXXXX.pt.
 Exit codes: 0 done, 2 bad settings or data, 1 any other failure, 128 + n stopped by signal n after saving.
 
@@ -24,12 +24,15 @@ its numbers: https://github.com/karpathy/build-nanogpt
 import sys
 
 if __name__ == "__main__":  # --help and mistyped flags need not wait for torch
+    import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
+
     from training.quick_help import answer
 
     answer(__file__, sys.argv[1:])
 
 import contextlib
 import gc
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,17 +43,18 @@ from layers.attention import BACKENDS, prefer_backend
 from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
-from tokens.printable import one_line
+from tokens.printable import print_error, printable
 from training import faults, parallel
 from training.archives import is_out_of_memory
 from training.checkpoint_writer import RunSaver
+from training.checkpoints import resume_command
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.setup import Run, open_log, set_up
-from training.terminal import Terminal, resume_command
+from training.terminal import Terminal
 
 # ---------------------------------------------------------------------------- CONSTANTS
 
@@ -180,8 +184,8 @@ PRESETS = {
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, num_experts=8,
         num_experts_per_tok=2, expert_hidden_size=256, B=16, T=128, total_batch_size=2048, max_steps=500,
-        warmup_steps=40, infer_step=250, val_steps=40, sample_tokens=100, log_every=25, prompt="Return the ",
-        use_compile=False,
+        warmup_steps=40, infer_step=50, val_steps=40, sample_every=250, sample_tokens=100, log_every=25,
+        prompt="Return the ", use_compile=False,
     ),
 }  # fmt: skip
 
@@ -311,7 +315,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 saver.save_before_bad_steps()
                 break
             step += 1
-    return finish(run, step, val_loss, saver, terminal)
+    return finish(run, step, saver, terminal)
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -344,33 +348,34 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
     return record
 
 
-def finish(run: Run, step: int, val_loss: float | None, saver: RunSaver, terminal: Terminal) -> int:
+def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
     """After the last step: draw the picture, print the results, return the exit code."""
     run.layout.world.barrier()  # a launcher stops all processes as soon as one has ended
     is_master, newest = run.layout.world.is_master, saver.newest()
+    go_on = "start it again" if newest == "none" else f"continue with: {resume_command(run.config)}"
     if is_master and run.config.plot:
-        problem = run.log.draw(wait=True)
-        hint = f"WARNING: no picture: {problem}; draw it with: python plot_log.py {run.config.log_dir}"
+        problem, command = run.log.draw(wait=True), shlex.join(["python", "plot_log.py", run.config.log_dir])
+        hint = f"WARNING: no picture: {problem}; draw it with: {command}"
         terminal.say(hint if problem else f"picture         {run.config.log_dir}/training.png")
     if run.diagnosis:
         text = (
             f"stopped at step {step}: {run.health.in_a_row} steps in a row without a finite loss and gradient"
         )
-        text = f"train_gpt_moe.py: {text}; the newest checkpoint is {newest}{saver.describe_best()}"
-        text += f"\n{run.diagnosis}"
-        print(text if is_master else run.diagnosis.splitlines()[-1], file=sys.stderr, flush=True)
+        text = f"train_gpt_moe.py: error: {text}; the newest checkpoint is {newest}{saver.describe_best()}"
+        text += f"; {go_on}\n{run.diagnosis}"
+        text = text if is_master else run.diagnosis.splitlines()[-1]
+        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
         return faults.FAILED
     if saver.failed:
         why = f": {saver.writer.error}" if saver.writer.error else ""
-        text = f"train_gpt_moe.py: some files could not be written{why}; the newest checkpoint is {newest}"
-        print(one_line(text), file=sys.stderr)
+        text = f"some files could not be written{why}; the newest checkpoint is {newest}; {go_on}"
+        print_error("train_gpt_moe.py", text)
         return faults.FAILED
     if run.signals.stops:
-        terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}")
-        terminal.say(f"continue with: {resume_command(run.config.log_dir)}")
+        terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}\n{go_on}")
         return run.signals.exit_code
     if is_master:
-        terminal.summary(run.model, peak_memory(run.layout.world.device), val_loss, newest)
+        terminal.summary(peak_memory(run.layout.world.device), newest)
     return faults.OK
 
 
@@ -391,19 +396,17 @@ def main(arguments: list[str] | None = None) -> int:
         in_training = True
         with prefer_backend(config.attention_backend, world.device):
             code = train(run, train_step if run.trains else llmc.forward_step)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return faults.report(error, config)
     except (ValueError, OSError) as error:
         if in_training and not isinstance(error, faults.DataError):
             raise  # an error in training does not come from a setting
         return faults.report(error)
-    except RuntimeError as error:  # gloo, NCCL and torch's CPU allocator raise this type
+    except (RuntimeError, MemoryError) as error:  # gloo, NCCL and torch's allocators raise RuntimeError
         if is_out_of_memory(error):
             return faults.report(error, config)
         lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise
-        print(f"train_gpt_moe.py: {lost}", file=sys.stderr, flush=True)
+        print_error("train_gpt_moe.py", lost)
         return faults.FAILED
     run = None  # DDP must be freed before its process group
     parallel.stop(world)

@@ -6,6 +6,7 @@
 
 docs/measurements.md has results with their commands, and explains the columns."""
 
+import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import importlib
 import sys
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch  # after the options, so that --help and mistakes need not wait for it
 
     from bench.measure import print_table
-    from tokens.printable import one_line
+    from tokens.printable import print_error
     from training.parallel import choose_device
 
     if options.threads:
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torch {torch.__version__}, {machine}{how}\n")
         print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
     except (ValueError, OSError) as error:
-        print(f"bench: {one_line(error)}", file=sys.stderr)
+        print_error("python -m bench", error)
         return 2
     return 0
 

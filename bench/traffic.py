@@ -179,7 +179,8 @@ def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
 
 
 def bench_scale(options) -> list[dict]:
-    """A row per layout and number of ranks. A step has total_batch_size tokens, or a micro-step per rank."""
+    """A row per layout and number of ranks. A step has total_batch_size tokens, or a micro-step per rank.
+    Efficiency: the time of the layout's own computation (fsdp, zero: a share of the update) / the step's."""
     names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
@@ -204,13 +205,12 @@ def bench_scale(options) -> list[dict]:
         plan = Plan(W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
         step, communication, waits = step_seconds(model, plan, links, micro, update)
         tokens = W * steps * B * T
-        alone = B * T * steps / (steps * micro + update)  # tokens/s of one rank by itself
         shape = f" {W // plan.ep_size} x {plan.ep_size}" if "ep" in name else ""
         rows.append({
             "layout": name + shape, "ranks": W,
             "tokens/step": tokens, "GB sent": sum(c.sent for c in step_traffic(model, plan)) / 1e9,
             "communication ms": 1e3 * communication, "exposed ms": 1e3 * waits, "ms": 1e3 * step,
-            "tokens/s": round(tokens / step), "efficiency %": 100 * tokens / step / (W * alone),
+            "tokens/s": round(tokens / step), "efficiency %": 100 * (step - waits) / step,
             "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30})  # fmt: skip
     return rows
 

@@ -85,6 +85,12 @@ class GPTGenerationMixin(GenerationMixin):
         processors.insert(0, FiniteLogits())
         return processors
 
+    def _get_stopping_criteria(self, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            criterion.max_position_embeddings = None  # no warning beyond block_size, where texts are cropped
+        return criteria
+
     def _assisted_decoding(self, *args, **kwargs):
         """transformers' decoding for assistant_model and prompt_lookup_num_tokens. It must keep the cache."""
         length, block_size = kwargs["generation_config"].max_length, self.config.block_size

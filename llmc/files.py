@@ -13,8 +13,8 @@ read and write models, test_gpt2.c reads debug states, llmc/tokenizer.h reads to
 
 import argparse
 import math
+import shlex
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -29,7 +29,7 @@ from huggingface.gpt2 import gpt2_features
 from model import GPT, GPTConfig, GPTLMHeadModel
 from tokens.encodings import get_encoding
 from tokens.files import write_atomically
-from tokens.printable import one_line
+from tokens.printable import print_error, printable
 from tokens.shards import read_shard
 from training.checkpoints import load_model
 
@@ -150,7 +150,8 @@ def header(kind: str, version: int, *fields: int) -> bytes:
 def read_header(path: Path, kind: str) -> list[int]:
     """The 256 numbers at the beginning of a file; ValueError unless it is of this kind."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; make one with python -m llmc export")
+        export = f"python -m llmc export --checkpoint log/latest --out {shlex.quote(str(path.parent))}"
+        raise FileNotFoundError(f"{path}: no such file; make one with: {export}")
     numbers = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4).tolist()
     magic, versions = KINDS[kind]
     if len(numbers) < HEADER_BYTES // 4 or numbers[0] != magic:
@@ -224,7 +225,7 @@ def read_model(path: Path) -> GPTLMHeadModel:
             tensor = torch.from_numpy(take(file, stored, shape)).view(dtype)
             if name == "wte":
                 if tensor[sizes.V :].any():
-                    warnings.warn(f"{path}: its padding of wte is not zero; dropped", stacklevel=2)
+                    warnings.warn(f"{printable(path)}: its padding of wte is not zero; dropped", stacklevel=2)
                 tensor = tensor[: sizes.V]
             names = our_names(name, sizes.L)
             parts = tensor if "L" in TENSORS[name][1].split() else [tensor]
@@ -364,8 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     reading.add_argument("--out", type=Path, required=True, help="folder to make; it must not exist yet")
     try:
         for path in run(parser.parse_args(arguments)):
-            print(f"wrote {path}")
+            print(f"wrote {printable(path)}")
     except (ValueError, OSError) as error:
-        print(f"llmc: {one_line(error)}", file=sys.stderr)
+        print_error("python -m llmc", error)
         return 2
     return 0

@@ -134,10 +134,9 @@ def outcome(folder: Path) -> dict[str, Any]:
         found |= leaves(torch.load(folder / "loaded.pt", weights_only=True), "loaded")
     if not (folder / "log").exists():
         return found
+    found |= leaves(json.loads((folder / "log" / "run.json").read_text())["config"], "header")
     for line in (folder / "log" / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "run" in record:  # a resumed run has two of these, and the last one counts
-            found |= leaves(record["run"]["config"], "header")
         for key in [key for key in record if "step" in record and key not in CLOCK]:
             found.setdefault(f"metrics.{key}", {})[record["step"]] = record[key]
     whole, newest = folder / "whole.pt", (folder / "log" / "latest").read_text().strip()

@@ -231,7 +231,7 @@ def test_full_disk_is_reported_and_gone_on_from(main, tmp_path, capsys):
     make = command(write_source(tmp_path / "a.jsonl", DOCUMENTS * 40), tmp_path / "out", shard_size=3000)[2:]
     with full_disk(4000):
         assert main(*make) == 1
-    assert "run the same command again" in capsys.readouterr().err
+    assert f"shard with: python fineweb.py {make[0]}" in capsys.readouterr().err
     assert sorted(content(tmp_path / "out")) == ["meta.json", "val_000000.bin"]
     assert main(*make) == 0 and stream_of(tmp_path / "out") == TOKENS * 40
 

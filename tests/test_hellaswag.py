@@ -125,6 +125,9 @@ def test_accuracies_and_standard_errors(write):
 def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write):
     model, path = make_model(), write(make_examples(9))
     every, three, one = (evaluate(model, path, limit=limit) for limit in (None, 3, 1))
+    seen: list[tuple[int, int]] = []  # (questions scored, all) before each forward
+    evaluate(model, path, tokens_per_batch=200, progress=lambda *counts: seen.append(counts))
+    assert seen == sorted(seen) and len(set(seen)) > 2 and seen[0] == (0, every.n) and seen[-1][0] < every.n
     assert three.n == 3 and torch.equal(three.losses, every.losses[:3])
     assert one.n == 1 and one.acc in (0.0, 1.0) and one.acc_stderr != one.acc_stderr  # not a number
     assert evaluate(model, write(make_examples(5, seed=1)), limit=1).losses.ne(one.losses).all()
@@ -384,4 +387,4 @@ def test_script(tmp_path, write, capsys):
     ):  # fmt: skip
         code, printed = run(source, data)
         last = printed.err.splitlines()[-1]  # after transformers' bar
-        assert code == 2 and last.startswith("hellaswag.py: ") and words in last
+        assert code == 2 and last.startswith("hellaswag.py: error: ") and words in last

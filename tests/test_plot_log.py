@@ -6,6 +6,8 @@ Run: python -m pytest tests/test_plot_log.py
 import json
 import math
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,6 @@ from conftest import ROOT
 from processes import full_disk
 
 import plot_log
-from training.metrics import METRICS, Metric
 
 BATCH = 524288  # tokens of a step
 
@@ -35,6 +36,8 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
     """A log like a real run's; expert 2 of layer 1 starves half-way. No experts: a dense model."""
     rng = np.random.default_rng(0)
     config = dict(total_batch_size=BATCH, vocab_size=vocab, n_layer=4, n_embd=768)
+    lr = 1e-3 if experts else 2e-3
+    config |= dict(log_dir=folder.name, max_lr=lr, min_lr=lr / 10)
     config |= dict(use_moe=experts > 0, num_experts=experts, num_experts_per_tok=2)
     records = [{"run": {"config": config, "git": "0123abc"}}]
     for step in range(steps + 1):
@@ -50,6 +53,9 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
                 share[1, 2] *= 1e-3 if done > 0.5 else 1
                 share /= share.sum(1, keepdims=True)
                 record |= dict(expert_load=share.tolist(), max_load=float(share.max() * experts), z_loss=0.02)
+                record |= dict(
+                    starved=float((share * experts < 0.1).mean()), router_entropy=1, balance_loss=4
+                )
         records.append(record)
     return write_log(folder, records)
 
@@ -76,7 +82,7 @@ def moe(tmp_path) -> Path:
 
 def points(ax, label: str = "") -> np.ndarray:
     """x and y (n, 2) of the line with this label, by default of the first."""
-    return next(line for line in ax.lines if label in ("", line.get_label())).get_xydata()
+    return next(line for line in ax.lines if str(line.get_label()).startswith(label)).get_xydata()
 
 
 def by_label(fig, label: str):
@@ -124,28 +130,40 @@ sys.exit(code)"""
 
 
 def test_a_folder_without_a_log_and_wrong_arguments(moe, tmp_path, capsys):
-    assert plot_log.main([str(moe), str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path}: no metrics.jsonl" in error and f"--log_dir {tmp_path}" in error
-    assert error.count("\n") == 1 and os.listdir(moe) == ["metrics.jsonl"]
-    with pytest.raises(ValueError, match=r"'a\.jpg'.*\.png, \.svg or \.pdf"):
-        plot_log.plot_runs([str(moe)], "a.jpg")
-    with pytest.raises(ValueError, match=r"x='epochs'.*step, tokens or time"):
-        plot_log.plot_runs([str(moe)], "a.png", x="epochs")
+    (tmp_path / "none").mkdir()
+    for given in ([tmp_path / "none"], [moe, tmp_path / "nowhere"], [moe, tmp_path / "no*match"]):
+        assert plot_log.main([str(path) for path in given]) == 2
+        error = capsys.readouterr().err
+        assert f"{given[-1]}: no metrics.jsonl" in error
+        assert f"--log_dir {shlex.quote(str(given[-1]))}" in error
+        assert error.count("\n") == 1 and os.listdir(moe) == ["metrics.jsonl"]
+
+
+def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
+    runs = [str(write_log(tmp_path / name, [{"step": 0, "loss": 3.0}])) for name in ("lr_1", "lr_2", "x")]
+    (tmp_path / "data").mkdir()  # a shell expands a pattern to everything
+    (tmp_path / "runs.png").touch()
+    every, pattern = sorted(str(path) for path in tmp_path.iterdir()), f"{tmp_path}/lr_*"
+    cases = ([str(tmp_path)], runs), ([pattern], runs[:2]), (every, runs), ([runs[1], pattern], runs[1::-1])
+    for given, found in cases:
+        assert plot_log.find_runs(given)[0] == found, given
+    assert plot_log.main(every) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/runs.png"
 
 
 def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
     axes, fig = draw(moe)
-    assert [title for title in axes if title] == [
-        "Loss", "HellaSwag", "Learning rate and gradient norm", "Throughput", "Expert balance",
+    assert list(axes) == [
+        "Loss", "HellaSwag", "", "Optimizer", "Throughput", "Expert balance", "Router",
         "Expert load at step 400", "Expert load over time, a row per expert",
     ]  # fmt: skip
     labels = {"learning rate", "gradient norm", "tokens/s", "MFU", "max / mean load", "starved experts"}
+    labels |= {"acc_norm", "acc", "entropy", "balance loss", "z-loss"}
     assert labels <= {ax.get_ylabel() for ax in fig.axes}
-    for text in ("moe", "8 experts, 2 active", "step 400", "HellaSwag 3"):
+    for text in ("moe", "num_experts 8", "step 400", "HellaSwag 3"):
         assert text in fig.get_suptitle()
     axes, _ = draw(fake_log(tmp_path, steps=40, experts=0))
-    assert list(axes) == ["Loss", "HellaSwag", "Learning rate and gradient norm", "", "Throughput"]
+    assert list(axes) == ["Loss", "HellaSwag", "", "Optimizer", "Throughput"]
     write_log(tmp_path, [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0}])
     assert list(draw(tmp_path)[0]) == ["Loss"]
 
@@ -168,22 +186,14 @@ def test_curves_are_the_logs_numbers(moe, draw):
 
 def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe, draw):
     axes, fig = draw(moe)
-    now, history = axes["Expert load at step 400"], axes["Expert load over time, a row per expert"]
+    now = axes["Expert load at step 400"]
     shares = np.array(read_log(moe)[-1]["expert_load"])
     np.testing.assert_allclose(now.collections[0].get_array().reshape(4, 8), shares * 8)
-    for cross in now.lines:
-        assert cross.get_xydata().tolist() == [[2.5, 1.5]]  # expert 2 of layer 1, middle of its cell
-    assert "starved" in now.get_xlabel() and len(now.texts) == 32
-    assert [line.get_ydata() for line in history.lines] == [[1 * 8 + 2]]
-    starved = points(by_label(fig, "starved experts"))[:, 1]  # computed, as this log has expert_load alone
+    crosses = [text.get_position() for text in now.texts if text.get_text() == "x"]
+    assert crosses == [(2.5, 1.5)] and len(now.texts) == 32  # expert 2 of layer 1, middle of its cell
+    assert len([ax for ax in fig.axes if ax.get_label() == "<colorbar>"]) == 1
+    starved = points(by_label(fig, "starved experts"))[:, 1]
     assert starved[-1] == 1 / 32 and starved[len(starved) // 2 - 2] == 0
-
-
-def test_a_row_of_the_table_is_a_curve(tmp_path, draw, monkeypatch):
-    rows = Metric("ms", "ms a step", panel="Time"), Metric("z_loss", "router z-loss", panel="Expert balance")
-    monkeypatch.setattr(plot_log, "METRICS", (*METRICS, *rows))
-    axes, fig = draw(fake_log(tmp_path, steps=40))
-    assert len(points(axes["Time"])) == 40 and len(points(by_label(fig, "router z-loss"))) == 21
 
 
 def test_other_axes(moe, draw):
@@ -194,12 +204,39 @@ def test_other_axes(moe, draw):
         assert loss.get_xlabel() == label and loss.xaxis.get_major_formatter()(2.5e9, 0) == "2.5B"
 
 
-def test_smoothing_against_a_plain_loop():
+def test_smoothing_against_a_plain_loop(tmp_path, draw):
     y = np.random.default_rng(0).normal(size=700)
     half = [min(i // 6, 1 + 700 // 60) for i in range(700)]
-    means = [y[i - half[i] : i + half[i] + 1].mean() for i in range(700)]
-    np.testing.assert_allclose(plot_log.smooth(y), means, atol=1e-12)
-    assert plot_log.smooth(np.array([])).shape == (0,) and plot_log.smooth(np.array([2.0])) == [2.0]
+    medians = [np.median(y[i - half[i] : i + half[i] + 1]) for i in range(700)]
+    write_log(tmp_path, [{"step": step, "loss": loss} for step, loss in enumerate(y)])
+    line = points(draw(tmp_path)[0]["Loss"], "training (light")
+    np.testing.assert_array_equal(line, list(enumerate(medians)))
+
+
+def test_a_spike_is_no_plateau_and_is_marked_and_few_validation_losses_are_markers(tmp_path, draw):
+    losses = [3.5 - step / 1000 for step in range(300)]
+    losses[200:202] = 11.3, 7.9
+    for every, style in ((100, "None"), (10, "-")):
+        rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+        rows += [{"step": step, "val_loss": 3.4} for step in range(0, 300, every)]
+        loss = draw(write_log(tmp_path, rows))[0]["Loss"]
+        assert 3.5 < loss.get_ylim()[1] < 3.7 and points(loss, "training")[:, 1].max() <= 3.5
+        assert points(loss, "beyond the axis")[:, 0].tolist() == [200] and len(points(loss)) == 300
+        assert next(line for line in loss.lines if line.get_label() == "validation").get_linestyle() == style
+
+
+def test_the_ceilings_of_the_largest_load_and_of_the_entropy(moe, tmp_path, draw):
+    """Settings come from run.json, and from the first line of older logs."""
+    few = fake_log(tmp_path / "few", steps=40, experts=4)
+    (few / "run.json").write_text(json.dumps({"config": {"use_moe": True, "num_experts": 16}}))
+    both = [moe, few]
+    cases = ([moe], "entropy", ["2.08"]), (both, "max / mean load", ["16", "4"]), (both, "entropy", [])
+    for folders, label, values in cases:
+        ax = by_label(draw(*folders)[1], label)
+        assert sorted(text.get_text().split(" = ")[1] for text in ax.texts) == values
+        assert all(ax.get_ylim()[1] > float(value) for value in values)
+    (few / "run.json").write_text('{"config": [')  # damaged
+    assert plot_log.read_run(str(few)).config["num_experts"] == 4
 
 
 @pytest.mark.parametrize("vocabularies, compared", [
@@ -230,7 +267,7 @@ def test_every_panel_has_room(tmp_path, draw):
         fig.draw_without_rendering()
         for ax in axes.values():
             box = ax.get_position()
-            assert (box.width > 0.2 and box.height > 0.08) or ax.get_label() == "<colorbar>", ax
+            assert (box.width > 0.15 and box.height > 0.03) or ax.get_label() == "<colorbar>", ax
             assert box.x0 > 0.02 and box.x1 <= 1 and box.y0 > 0.02 and box.y1 < 0.98
 
 
@@ -246,19 +283,22 @@ def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, d
     folders.append(fake_log(tmp_path / "dense", steps=20, experts=0))
     axes, fig = draw(*folders)
     names = [text.get_text().split("·")[0].strip() for text in fig.legends[0].texts]
-    twins = [str(tmp_path / folder / r"c\$d\$") for folder in "xy"]  # told apart by their paths
+    twins = [str(tmp_path / folder / "c$d$") for folder in "xy"]  # told apart by their paths
     assert names == ["a", "_b", *twins, "dense"]
+    what_differs = "dense  ·  max_lr 0.002  ·  num_experts 0  ·  use_moe False"  # no result differs
+    assert fig.legends[0].texts[-1].get_text() == what_differs
     maps = [title for title in axes if title.endswith("at step 20")]
     assert maps == [f"{name} at step 20" for name in names[:4]]
-    looks = [(line.get_color(), line.get_linestyle()) for line in axes["HellaSwag"].lines[:8:2]]
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes["HellaSwag"].lines[:4]]
     assert len({colour for colour, _ in looks}) == len({style for _, style in looks}) == 4
-    keys = draw(*folders[-1:] * 20)[1].legends[0].legend_handles
+    copies = [shutil.copytree(folders[-1], tmp_path / f"copy{i}") for i in range(20)]
+    keys = draw(*copies)[1].legends[0].legend_handles
     assert len({(key.get_color(), key.get_linestyle(), key.get_marker()) for key in keys}) == 20
 
 
 def one_warning(capsys) -> str:
     said = capsys.readouterr().err
-    assert said.startswith("plot_log: warning: ") and said.count("\n") == 1, said
+    assert said.startswith("plot_log.py: warning: ") and said.count("\n") == 1, said
     return said
 
 
@@ -272,7 +312,7 @@ def test_garbage_and_a_cut_last_line(tmp_path, draw, capsys):
     (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
     axes, _ = draw(folder)
     warning = one_warning(capsys)
-    assert str(folder) in warning and "7 unreadable line(s) skipped (line 11, 21, 31, 41, 42, ...)" in warning
+    assert str(folder) in warning and "7 unreadable line(s) skipped, first line 11" in warning
     assert len(points(axes["Loss"])) == 100 - 6  # line 1 is the run's, the cut line had no loss
 
 
@@ -312,8 +352,8 @@ def test_a_single_step_and_rows_of_oddities_can_be_drawn(tmp_path, draw):
 def test_log_txt_alone_and_behind_an_empty_metrics_file(tmp_path, draw, capsys):
     (tmp_path / "log.txt").write_text("0 val 10.9500\n0 hella 0.2463\n0 train 10.952377\n1 train 9.5\n\n2 tr")
     axes, _ = draw(tmp_path)
-    assert "log.txt: 1 unreadable line(s) skipped (line 6)" in one_warning(capsys)
-    assert list(axes) == ["Loss", "HellaSwag"] and axes["HellaSwag"].get_ylabel() == "accuracy"
+    assert "log.txt: 1 unreadable line(s) skipped, first line 6" in one_warning(capsys)
+    assert list(axes) == ["Loss", "HellaSwag"] and axes["HellaSwag"].get_ylabel() == "acc_norm"
     assert points(axes["Loss"]).tolist() == [[0, 10.952377], [1, 9.5]]
     (tmp_path / "metrics.jsonl").write_text("")
     assert list(draw(tmp_path)[0]) == ["Loss", "HellaSwag"]
@@ -325,16 +365,6 @@ def test_a_run_that_cannot_be_placed_is_named(moe, tmp_path, draw, capsys):
     axes, _ = draw(tmp_path, moe, x="tokens")
     warning = one_warning(capsys)
     assert "over tokens" in warning and "total_batch_size" in warning and "--x step" in warning
-    assert len(points(axes["Loss"])) == 0 and len(axes["Loss"].lines[2].get_xdata()) == 400
+    assert len(points(axes["Loss"])) == 0 and len(axes["Loss"].lines[3].get_xdata()) == 400
     with pytest.raises(ValueError, match=r"elapsed_s.*--x step"):  # not an empty picture
         draw(tmp_path, x="time")
-
-
-def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
-    rows = [{"step": step, "loss": 1.0, "val_loss": 9.0} for step in range(10)]
-    first = [{"run": {"config": {"vocab_size": 257}}}, *rows]
-    again = [{"run": {"config": {"vocab_size": 259}}}, *({"step": s, "loss": 2.0} for s in (6, 7))]
-    run = plot_log.read_run(str(write_log(tmp_path, first + again)))
-    assert [row["step"] for row in run.rows] == list(range(8)) and run.config["vocab_size"] == 259
-    assert run.rows[6] == {"step": 6, "loss": 2.0, "val_loss": 9.0}  # evaluated before the stop
-    assert run.rows[7] == {"step": 7, "loss": 2.0} and not run.problems

@@ -39,8 +39,9 @@ COMMANDS = list(dict.fromkeys(
 
 # Commands that no test here runs, by their beginnings, and why. The files named test the same thing offline.
 LISTED = {
-    "python3 -m venv": "the reader's environment", "pip install torch ": "network",
-    "pip install accelerate": "network", "pip install lm_eval": "network",
+    "python3 -m venv": "the reader's environment", 'pip install "torch': "network",
+    'pip install "accelerate': "network", "pip install lm_eval": "network",
+    "pip install -r requirements.txt$": "network",
     "lm_eval ": "not installed; test_export.py", "python fineweb.py$": "network; test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",
     "torchrun ": "GPUs; test_resume.py, test_parallel.py, test_nodes.py", "RANK=": "GPUs; test_nodes.py",
@@ -224,6 +225,15 @@ def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
     said = capsys.readouterr().out
     assert "usage" in said or "python train_gpt_moe.py" in said
+
+
+def test_pip_lines_have_the_limits_of_the_requirements():
+    """A package of requirements*.txt stands in quotes, as it stands there."""
+    pages = "\n".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
+    limits = dict(re.findall(r"^(\w+)([<>=][^\s#]*)", pages, re.MULTILINE))
+    found = re.findall(r'pip install "?(\w+)([^\s"]*)', TEXT + pages)
+    assert {"torch", "accelerate"} <= limits.keys() & dict(found).keys()
+    assert all(limits.get(name, wanted) == wanted for name, wanted in found), found
 
 
 def test_readme_is_short_and_counts_the_lines_of_the_reading_path():

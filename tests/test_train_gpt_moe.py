@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from processes import finish, flags, losses, start_ranks
 
+import plot_log
 import sample
 import train_gpt_moe
 from model import GPT, GPTLMHeadModel
@@ -24,24 +25,31 @@ from training.setup import check_config
 
 def test_log_files_have_every_step_once(straight):
     lines = [line.split()[:2] for line in (straight / "log.txt").read_text().splitlines()]
-    order = "0v 0t 1t 2t 3t 4v 4t 5t 6t 7t 8v 8t 9t 10t 11t 12v".split()
+    order = "0v 0v 0t 1t 2t 3t 4v 4v 4t 5t 6t 7t 8v 8v 8t 9t 10t 11t 12v 12v".split()
     assert [step + kind[0] for step, kind in lines] == order and losses(straight)[-1] < losses(straight)[0]
-    first, *records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert first["run"]["config"]["n_embd"] == 32 and first["run"]["config"]["B"] == 4
-    assert first["run"]["versions"]["torch"] == torch.__version__ and "git" in first["run"]
-    assert first["run"]["world_size"] == 1 and first["run"]["first_step"] == 0
-    assert [record["step"] for record in records] == list(range(13))
+    run = json.loads((straight / "run.json").read_text())
+    assert run["config"]["n_embd"] == 32 and run["config"]["B"] == 4 and "git" in run
+    assert run["versions"]["torch"] == torch.__version__ and "earlier" not in run
+    assert run["world_size"] == 1 and run["first_step"] == 0
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(12))
+    assert {type(x) for record in records for x in record.values()} <= {int, float, list, type(None)}
+    assert plot_log.read_run(str(straight)).config == run["config"]
     numbers = "loss lr norm ms tok_per_s elapsed_s balance_loss z_loss max_load starved router_entropy"
-    for record in records[:-1]:
+    for record in records:
         assert all(math.isfinite(record[name]) for name in numbers.split()), record
         assert [(len(layer), sum(layer)) for layer in record["expert_load"]] == [(4, pytest.approx(1))] * 2
-    assert [record["step"] for record in records if "val_loss" in record] == [0, 4, 8, 12]
+    evaluated = [record for record in records if "eval_step" in record]
+    assert [r["step"] for r in evaluated] == [0, 4, 8, 11]  # the last evaluation has joined the last row
+    assert [r["eval_step"] for r in evaluated] == [0, 4, 8, 12]
+    for kind, name in (("val", "val_loss"), ("val_bpb", "val_bpb")):
+        assert losses(straight, kind) == pytest.approx([r[name] for r in evaluated], abs=1e-6)
     assert [record["elapsed_s"] for record in records] == sorted(record["elapsed_s"] for record in records)
 
 
 def test_the_loss_that_is_logged_is_the_cross_entropy_alone(straight):
     """A fresh model's cross-entropy is about log V; the balance losses of two layers would add 0.02 to it."""
-    record = json.loads((straight / "metrics.jsonl").read_text().splitlines()[1])
+    record = json.loads((straight / "metrics.jsonl").read_text().splitlines()[0])
     model_loss = record["loss"] + 0.01 * record["balance_loss"]
     assert record["balance_loss"] == pytest.approx(2.0, abs=1e-3)  # no reference yet: perfect, in each layer
     assert abs(record["loss"] - record["val_loss"]) < abs(model_loss - record["val_loss"])
@@ -62,8 +70,8 @@ def test_checkpoint_is_plain_and_loads_as_documented(straight):
 def test_what_a_finished_run_prints(straight):
     printed = (straight.parent / "printed").read_text()
     command = f"python sample.py --checkpoint {straight}/model_00012.pt"
-    for text in ("step    11/12 | loss", "tok/s", "validation loss", "MoE layer  1", command):
-        assert text in printed
+    once = ("step    11/12 | loss", " bits per byte, after 12 steps", "step 12: MoE layer  1 |", command)
+    assert [printed.count(text) for text in once] == [1] * 4 and "iters avg" not in printed
 
 
 def test_sampling_from_the_checkpoint_is_reproducible(straight, capsys):
@@ -80,25 +88,25 @@ def test_sampling_a_model_that_is_not_there(straight, tmp_path, monkeypatch, cap
     for name in ("nope", "log/nope", "gpt2"):
         assert sample.main(["--checkpoint", name]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"sample.py: {name}: no such file") and "`ls -d log/model_*`" in error
+        assert error.startswith(f"sample.py: error: {name}: no such file") and "`ls -d log/model_*`" in error
         assert error.count("\n") == 1
     assert sample.main(["--checkpoint", str(straight / "model_00099.pt")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err
 
 
 def test_two_processes_give_the_losses_of_one_and_say_everything_once(data, tmp_path):
-    """One process has the batch in one piece, two have it in four. They validate on other batches."""
+    """One process has the batch in one piece, two have it in four. They validate on the same samples."""
     more = ["--dropout", 0, "--max_steps", 5]  # other cuts of a batch draw other dropout
     assert train_gpt_moe.main(flags(data, tmp_path / "one", *more, "--B", 8)) == 0
-    ranks = start_ranks(2, flags(data, tmp_path / "two", *more, "--B", 2), tmp_path / "output")
+    two = flags(data, tmp_path / "two", *more, "--B", 2, "--val_steps", 4)
+    ranks = start_ranks(2, two, tmp_path / "output")
     codes, said = [finish(rank) for rank in ranks], (tmp_path / "output").read_text()
     assert codes == [0, 0] and "warn" not in said.lower(), said
-    for text in "parameters  |step 0: validation loss|step     0/5|step 5: saved|final 4 iters avg".split(
-        "|"
-    ):
+    for text in "parameters  |step 0: validation loss|step     0/5|step 5: saved|speed  ".split("|"):
         assert sum(line.startswith(text) for line in said.splitlines()) == 1, text
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    assert losses(tmp_path / "two", "val") == pytest.approx(losses(tmp_path / "one", "val"), rel=0.02)
+    for kind in ("val", "val_bpb"):
+        assert losses(tmp_path / "two", kind) == pytest.approx(losses(tmp_path / "one", kind), rel=1e-4)
 
 
 def test_defaults_are_those_of_the_124m_recipe():

@@ -100,6 +100,16 @@ def encode_text(text: str, name: str) -> list[int]:
     return [token for part in split_text(text) for token in encoding.encode_ordinary(part)]
 
 
+def token_bytes(name: str) -> np.ndarray:
+    """The number of bytes that each token id stands for, (n_vocab,) int64; 0 for special tokens and unused
+    ids. Raises as load_encoding does."""
+    encoding = load_encoding(name)
+    sizes = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for text in encoding.token_byte_values():  # special tokens are not among them
+        sizes[encoding.encode_single_token(text)] = len(text)
+    return sizes
+
+
 def decode_tokens(ids: list[int], name: str) -> str:
     """Text of token ids. Invalid UTF-8 becomes U+FFFD; special and unknown tokens are left out."""
     if name == "bytes":

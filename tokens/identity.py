@@ -4,10 +4,12 @@ Checkpoints keep the fingerprints of shards (tokens/shards.py), meta.json those 
 A fingerprint reads a few blocks only. `python fineweb.py --verify --out FOLDER` compares every token.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,7 @@ from tokens.files import check_regular
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
 DIGITS = 8  # of a fingerprint
+DEFAULTS = dict(split="train", text_field="text", shard_size=100_000_000, num_parts=1, part=0)  # fineweb.py's
 
 
 def fingerprint(file: BinaryIO, start: int, size: int, files: int) -> str:
@@ -76,6 +79,20 @@ def first_difference(now: dict, before: dict) -> tuple[str, object, object] | No
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
+def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
+    """The fineweb.py command that makes a folder again, by the settings in its meta.json. It names a source
+    without its folder, as meta.json does. out, changes: another folder, other values of its flags."""
+    flags: dict = {}
+    with contextlib.suppress(ValueError, OSError):
+        flags = next(iter(load_metas(folder).values()), {}).get("settings", {})
+    is_demo = str(flags.get("source")).startswith("demo corpus")
+    flags = ({} if is_demo else flags) | changes
+    flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}
+    words = [f"--{k}={v}" for k, v in flags.items() if v not in (None, DEFAULTS.get(k))]
+    words += ["--demo"] if is_demo and not changes else []
+    return shlex.join(["python", "fineweb.py", *words, "--out", out or folder])
+
+
 def load_metas(folder: str) -> dict[str, dict]:
     """Content by path of a folder's meta.json, or of every machine's (meta_p0000.json).
 
@@ -88,7 +105,8 @@ def load_metas(folder: str) -> dict[str, dict]:
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            cure = f"delete it, and run `python fineweb.py --out {folder}` with the settings it was made with"
+            again = f"`python fineweb.py --out {shlex.quote(folder)}` with the settings it was made with"
+            cure = f"delete it, and run {again}"
             raise ValueError(f"{path} is damaged ({repr(error)[:200]}); {cure}") from error
     for path, meta in metas.items():
         first, *_ = metas

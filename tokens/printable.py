@@ -1,6 +1,7 @@
 """Show texts of others on a terminal: file names, values, messages, samples. They must not control it."""
 
 import re
+import sys
 
 # Control characters (ESC begins the terminal's commands), line separators, marks that change the direction of
 # text, and lone surrogates, which no terminal can print.
@@ -16,3 +17,8 @@ def one_line(error: object) -> str:
     """The message of an error as one printable line; the middle of a very long one is left out."""
     text = printable(str(error).strip())
     return text if len(text) <= 550 else f"{text[:400]} ... {text[-140:]}"
+
+
+def print_error(script: str, error: object) -> None:
+    """Print an error on stderr in one line, as argparse does: SCRIPT: error: MESSAGE."""
+    print(f"{script}: error: {one_line(error)}", file=sys.stderr, flush=True)

@@ -7,10 +7,11 @@ meta = writer.finish(position, "book.txt")
 """
 
 import hashlib
-import io
 import json
 import os
 import re
+from shutil import copyfileobj
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from tokens.encodings import get_encoding
 from tokens.files import remove_temporaries, write_atomically
-from tokens.identity import first_difference, load_metas, sample_shard
-from tokens.shards import Shard, read_shard, write_shard
+from tokens.identity import fineweb_command, first_difference, load_metas, sample_shard
+from tokens.printable import printable
+from tokens.shards import Shard, shard_header
 from tokens.sources import START_POSITION
 
 
@@ -51,7 +53,7 @@ def verify(folder: str) -> list[str]:
     """
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
-    again = "run the same fineweb.py command again"
+    again = f"run `{fineweb_command(folder)}`"
     problems = [f"{path}: unfinished; {again}" for path, meta in metas.items() if not meta["complete"]]
     shards = {name: count for meta in metas.values() for name, count in meta["shards"].items()}
     known = {name: digest for meta in metas.values() for name, digest in meta.get("checksums", {}).items()}
@@ -59,8 +61,7 @@ def verify(folder: str) -> list[str]:
         path = os.path.join(folder, name)
         try:
             shard = Shard(path)
-            shard.file.seek(shard.start)
-            digest = hashlib.file_digest(shard.file, "sha256").hexdigest()
+            digest = shard.checksum()
             if (len(shard), digest) != (shards[name], known.get(name, digest)):
                 problems.append(f"{path}: its tokens are not those noted in meta.json; delete it and {again}")
         except (OSError, ValueError) as error:
@@ -68,7 +69,7 @@ def verify(folder: str) -> list[str]:
     found = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))}
     others = sorted(found - shards.keys() - known.keys())
     problems += [f"{folder}: {name!r} is not noted in meta.json; move it away" for name in others]
-    print(f"{folder}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
+    print(f"{printable(folder)}: compared {len(shards)} shards, {sum(shards.values()):,} tokens")
     if older := len(shards.keys() - known.keys()):
         print(f"{older} of them have no checksum (an older fineweb.py made them): only sizes were compared")
     return problems
@@ -101,7 +102,7 @@ class ShardWriter:
             tqdm.write("source files have other times of change, but equal fingerprints: taken for copies")
         meta_name = re.escape(os.path.basename(self.meta_path))
         remove_temporaries(folder, rf"(train|val)_{self.prefix}\d{{6}}\.bin|{meta_name}")
-        self.n, self.filled = 0, 0  # number of the current shard, tokens that it has so far
+        self.n, self.waiting = 0, TemporaryFile(dir=folder)  # of the current shard: number, its tokens so far
 
     def _load_metas(self) -> dict[str, dict]:
         """meta.json of all parts in the folder. ValueError if one was made from other data."""
@@ -124,11 +125,15 @@ class ShardWriter:
         """Tokens of the n-th shard, unless it is the last."""
         return self.val_tokens if n < self.val_shards else self.shard_size
 
+    @property
+    def filled(self) -> int:
+        """Tokens that the current shard has so far."""
+        return self.waiting.tell() // 2
+
     def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
         """(position, tokens to skip there) of the first shard that is missing or damaged."""
         self.val_tokens, self.shard_size = val_tokens, shard_size
         self.val_shards = int(self.part == 0 and val_tokens > 0)
-        self.buffer = np.empty(max(self.size(0), shard_size), dtype=np.uint16)
         starts = self.old.get("places", {})
         while count_tokens(self.path(self.n)) == self.size(self.n):
             self.n += 1
@@ -149,8 +154,8 @@ class ShardWriter:
             if self.filled == self.size(self.n):
                 self._flush([position, used])
             count = min(len(tokens) - used, self.size(self.n) - self.filled)
-            self.buffer[self.filled : self.filled + count] = tokens[used : used + count]
-            self.filled, used = self.filled + count, used + count
+            self.waiting.write(tokens[used : used + count].astype("<u2", copy=False))
+            used += count
 
     def finish(self, position: dict, source: str) -> dict:
         """Write the last shard and the final meta.json; return it. Raises ValueError for too little text."""
@@ -164,23 +169,26 @@ class ShardWriter:
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)
         tokens = ", ".join(f"{n:,} {split} tokens" for split, n in meta["tokens"].items())
-        print(f"{self.folder}: {tokens}; " + ", ".join(f"{name}: {n:,}" for name, n in counts.items()))
+        texts = ", ".join(f"{name}: {n:,}" for name, n in counts.items())
+        print(f"{printable(self.folder)}: {tokens}; {texts}")
         return meta
 
     def _flush(self, following: list | None) -> None:
-        path, tokens = self.path(self.n), self.buffer[: self.filled]
-        if not self.old and count_tokens(path) and not np.array_equal(read_shard(path), tokens):
+        path, size = self.path(self.n), self.filled
+        self.waiting.seek(0)
+        digest = hashlib.file_digest(self.waiting, "sha256").hexdigest()
+        if not self.old and count_tokens(path) and digest != Shard(path).checksum():
             raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
         name = os.path.basename(path)
-        content = tokens.astype("<u2", copy=False).tobytes()
-        self.checksums[name] = hashlib.sha256(content).hexdigest()
-        self.samples[name] = sample_shard(io.BytesIO(content), 0, len(content))
+        self.checksums[name] = digest
+        self.samples[name] = sample_shard(self.waiting, 0, 2 * size)
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
-        write_shard(path, tokens)
-        tqdm.write(f"{path}: {self.filled:,} tokens")
-        self.done[name] = self.filled
-        self.n, self.filled, self.start = self.n + 1, 0, following
+        self.waiting.seek(0)
+        write_atomically(path, lambda file: (file.write(shard_header(size)), copyfileobj(self.waiting, file)))
+        tqdm.write(f"{printable(path)}: {size:,} tokens")
+        self.done[name] = size
+        self.n, self.waiting, self.start = self.n + 1, TemporaryFile(dir=self.folder), following
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)

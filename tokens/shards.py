@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import reprlib
+import shlex
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fingerprint, load_metas, sample_shard
+from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas, sample_shard
+from tokens.printable import printable
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
@@ -36,15 +38,20 @@ FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 
 # -------------------------------------------------------------------------------------------------- SHARDS
+def shard_header(count: int) -> bytes:
+    """The bytes before the tokens of an llm.c shard of so many tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header.tobytes()
+
+
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
         kind = f"{tokens.dtype} of shape {tokens.shape}"
         raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 tokens, not {kind}")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
     data = np.ascontiguousarray(tokens, dtype="<u2").data
-    write_atomically(path, lambda file: file.writelines((header.tobytes(), data)))
+    write_atomically(path, lambda file: file.writelines((shard_header(len(tokens)), data)))
 
 
 class Shard:
@@ -55,6 +62,11 @@ class Shard:
             raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
         self.path, self.file = path, open(path, "rb", buffering=0)
         self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
+
+    def checksum(self) -> str:
+        """SHA-256 of its tokens, in hexadecimal digits. Raises OSError."""
+        self.file.seek(self.start)
+        return hashlib.file_digest(self.file, "sha256").hexdigest()
 
     def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
         """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails.
@@ -112,8 +124,7 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
 
 
 def _rebuild(path: str | os.PathLike) -> str:
-    folder = os.path.dirname(path) or "."
-    return f"rebuild it: `python fineweb.py --out {folder}` with the other settings it was made with"
+    return f"rebuild it: `{fineweb_command(os.path.dirname(path) or '.')}`"
 
 
 def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
@@ -142,7 +153,7 @@ def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
             if len(head) >= 256 or codecs.getincrementaldecoder("utf-8")().decode(head):
-                why = f"it is text (shards of it: `python fineweb.py --source {path} --out FOLDER`)"
+                why = f"it is text (shards of it: `{fineweb_command(f'{path}_shards', source=path)}`)"
     if why:
         raise ValueError(f"{path} is not a shard of tokens: {why}; {_rebuild(path)}")
 
@@ -153,13 +164,13 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
     if not os.path.isdir(where):
         paths = sorted(path for path in glob.glob(where) if os.path.isfile(path))
         if not paths:
-            make = "`python fineweb.py --out FOLDER`; without network `python fineweb.py --demo --out FOLDER`"
+            make = "`python fineweb.py`, or without network `python fineweb.py --demo`"
             raise FileNotFoundError(f"no data: {where} is neither a folder nor a file; make some: {make}")
         return paths
     names = sorted(name for name in os.listdir(where) if name.endswith((".bin", ".npy")))
     paths = [os.path.join(where, name) for name in names if split in re.split(r"[_.-]", name)]
     if not paths:
-        make = f"`python fineweb.py --out {where}`; --val_tokens says how many tokens validation gets"
+        make = f"`{fineweb_command(where)}`; --val_tokens says how many tokens validation gets"
         missing = f"no {split} shard ({split}_*.bin) among the {len(names)} shards in {where}"
         raise FileNotFoundError(f"{missing}; make them: {make}")
     return paths
@@ -173,23 +184,24 @@ def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
     """
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no data folder {folder}; make it: `python fineweb.py --out {folder}`")
+        raise FileNotFoundError(f"no data folder {folder}; make it: `{fineweb_command(folder)}`")
     metas = load_metas(folder)
     if not metas:
-        warnings.warn(f"no meta.json in {folder}: assuming GPT-2's tokens", stacklevel=2)
+        warnings.warn(printable(f"no meta.json in {folder}: assuming GPT-2's tokens"), stacklevel=2)
         return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
     for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
         if os.path.exists(path := os.path.join(folder, name)):
             shard = Shard(path)
             if sample_shard(shard.file, shard.start, 2 * len(shard)) != noted:
-                compare = f"`python fineweb.py --verify --out {folder}` compares all tokens"
+                compare = f"`python fineweb.py --verify --out {shlex.quote(folder)}` compares all tokens"
                 raise ValueError(f"{path}: its tokens are not those that meta.json notes; {compare}")
     meta, *others = metas.values()
     for other in others:
         counts = {split: meta["tokens"].get(split, 0) + n for split, n in other["tokens"].items()}
         meta = {**meta, "tokens": counts, "complete": meta["complete"] and other["complete"]}
     if not meta["complete"]:
-        warnings.warn(f"{folder} is unfinished; run the same fineweb.py command again", stacklevel=2)
+        text = f"{folder} is unfinished; finish it: `{fineweb_command(folder)}`"
+        warnings.warn(printable(text), stacklevel=2)
     return meta
 
 
@@ -266,11 +278,16 @@ class DistributedDataLoader:
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
+            folder, name = os.path.split(self.files[0])
+            mend = "lower --B or --T, or give more text to fineweb.py"
+            if name.startswith("val"):
+                larger = fineweb_command(folder, out=f"{folder}_2", val_tokens=group * T + 1)
+                mend = f"lower --B or --T, or make a larger one, for --data_dir without --text: `{larger}`"
             raise ValueError(
                 f"too little data: a batch of B={B} on world_size={world_size} ranks takes {group} samples "
                 f"of T={T}, at least {group * T + 1} tokens{'' if shuffle else ' in one shard'}, but the "
                 f"{len(lengths)} shard(s) from {self.files[0]} on have {self.num_tokens} tokens, "
-                f"{self.samples_per_epoch} such samples; lower B or T, or make more: `python fineweb.py`"
+                f"{self.samples_per_epoch} such samples; {mend}"
             )
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
         self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})

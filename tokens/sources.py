@@ -172,18 +172,23 @@ def read_parquet(path: str, at: int, field: str) -> Pieces:
     import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as table:
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:  # no whole columns
         text_of(dict.fromkeys(table.schema_arrow.names), field, path)
         kind = table.schema_arrow.field(field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if kind not in (pyarrow.string(), pyarrow.large_string()):
             raise ValueError(f"{path}: the field {field!r} is not text")
-        size, batches = os.path.getsize(path), table.iter_batches(1000, columns=[field])
+        size, rows = os.path.getsize(path), max(1, table.metadata.num_rows)
+        groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+        most = (
+            8 * TASK_CHARS * rows // max(1, sum(group.total_byte_size for group in groups))
+        )  # rows in 4 MiB
+        batches = table.iter_batches(min(1000, max(1, most)), columns=[field], use_threads=False)
         # pyarrow casts a dictionary's values only to text. Bytes, because the text may be invalid UTF-8.
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
         for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
             if row > at:
-                yield True, decode(raw or b""), {"at": row, "read": size * row // table.metadata.num_rows}
+                yield True, decode(raw or b""), {"at": row, "read": size * row // rows}
 
 
 def text_of(record: object, field: str, where: str) -> str:
@@ -278,9 +283,15 @@ def read_files(
 def read_hub(config: Any, position: dict) -> tuple[Pieces, int | None, Any]:
     """(documents of a Hub dataset, their number if known, config for select). Raises OSError, ValueError."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # no lines about its retries
     which = dict(split=config.split, revision=config.revision)
-    data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    try:
+        data = datasets.load_dataset(config.source, config.subset, **which, streaming=True)
+    except ConnectionError as error:
+        cure = "without network use `python fineweb.py --demo`, or a file of yours as --source"
+        raise FileNotFoundError(f"source={config.source!r} cannot be reached: {error}; {cure}") from error
     total = getattr((data.info.splits or {}).get(config.split), "num_examples", None)
     if config.num_parts > 1 and data.num_shards >= config.num_parts:  # each part downloads only its files
         data = data.shard(config.num_parts, config.part)

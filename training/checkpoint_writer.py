@@ -16,7 +16,6 @@ from tokens.files import write_atomically
 from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError
-from training.terminal import resume_command
 
 
 class CheckpointWriter:
@@ -237,7 +236,7 @@ class RunSaver:
                 faults.discard_routing(run.model)
                 self.say(f"step {step}: an error; saving the steps before it")
                 self.writer.save(self._checkpoint(), run.log.sync)
-                self.say(f"when the cause is gone, continue with: {resume_command(run.config.log_dir)}")
+                self.say(f"when the cause is gone, continue with: {ckpt.resume_command(run.config)}")
             raise
         finally:
             self.failed = self.writer.wait() is not None

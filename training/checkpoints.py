@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,12 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def validation_losses(folder: str | Path) -> dict[int, float]:
-    """The validation loss of each evaluated step, from the folder's log.txt; {} if there is none."""
+def validation_losses(folder: str | Path, word: str = "val") -> dict[int, float]:
+    """The validation loss (word val_bpb: in bits per byte) of each evaluated step, from the folder's log.txt;
+    {} if there is none."""
     path = Path(folder, "log.txt")
     text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.findall(r"^(\d{1,18}) val (-?\d+\.\d+|nan|-?inf)$", text, re.MULTILINE | re.ASCII)
+    found = re.findall(rf"^(\d{{1,18}}) {word} (-?\d+\.\d+|nan|-?inf)$", text, re.MULTILINE | re.ASCII)
     return {int(step): float(loss) for step, loss in found}
 
 
@@ -176,9 +178,26 @@ MAY_CHANGE = {
 FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 
-def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
-    """(path, content) of the checkpoint to resume: `resume`, or if "auto" the newest one that rank 0 sees;
-    (None, None) to start afresh. CheckpointError, FileNotFoundError."""
+def resume_command(config: Any, *more: str, resume: str | Path = "auto") -> str:
+    """The command that continues a run of `config` (TrainConfig), with what no checkpoint brings: launcher,
+    device, layout. It is for the machine on which this process runs. more: further flags."""
+    launcher, names = ["python"], {"nproc_per_node": "LOCAL_WORLD_SIZE"}  # which torchrun sets
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several machines
+        names |= {"nnodes": "GROUP_WORLD_SIZE", "node_rank": "GROUP_RANK"}
+        names |= {"master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT"}
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", *(f"--{flag}={os.environ.get(name)}" for flag, name in names.items())]
+    words = [*launcher, "train_gpt_moe.py", "--log_dir", config.log_dir, "--resume", str(resume)]
+    for name in ("device", *LAYOUT_SETTINGS):
+        if (value := getattr(config, name)) != getattr(type(config), name):
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, *more])
+
+
+def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, dict | None]:
+    """(path, content) of the checkpoint to resume: config.resume, or if "auto" the newest one that rank 0
+    sees; (None, None) to start afresh. CheckpointError, FileNotFoundError."""
+    resume, log_dir = config.resume, config.log_dir
     if not resume:
         return None, None
     if resume != "auto":
@@ -189,7 +208,8 @@ def find_resumed(resume: str, log_dir: str, world: Any, say: Callable) -> tuple[
         others = sorted(
             {str(p.parent) for p in Path().glob("log*/**/model_*") if CHECKPOINT_NAME.fullmatch(p.name)}
         )
-        where = f"; checkpoints are in: {', '.join(others[:9])} (--log_dir)" if others else ""
+        where = f"; checkpoints are in {', '.join(others[:9])}; continue the first with: " if others else ""
+        where += resume_command(dataclasses.replace(config, log_dir=others[0])) if others else ""
         say(f"resume: no checkpoint in log_dir={log_dir}: a new run starts{where}")
     found = [step_of(path), path.is_dir()] if path else [0, 0]
     step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
@@ -205,7 +225,7 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     missing = {"optimizer", "loader", "rng", "train_config", "val_loss", "elapsed_s", "health"} - state.keys()
     if missing:
         lacks = f"{path}: no {', '.join(sorted(missing))} in it"
-        raise CheckpointError(f"{lacks}: it cannot be resumed; start a new run with --init_from")
+        raise CheckpointError(f"{lacks}: it cannot be resumed; start a new run with --init_from {path}")
     saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
@@ -229,10 +249,11 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     if unlike:
         say(f"resume: settings from the checkpoint: {', '.join(unlike)}; give a flag to change one")
     if config.max_steps == state["step"]:
-        say(f"resume: the run has done all max_steps={config.max_steps} steps; --max_steps N makes it longer")
+        longer = resume_command(config, "--max_steps", str(max(2 * state["step"], 1)), resume=path)
+        say(f"resume: the run has done all max_steps={config.max_steps} steps; make it longer with: {longer}")
     if config.max_steps < state["step"]:
         done = f"resume: {path} has done {state['step']} steps already, but max_steps={config.max_steps}"
-        raise ValueError(f"{done}; give more, or --resume an earlier checkpoint")
+        raise ValueError(f"{done}; give --max_steps {2 * state['step']}, or --resume an earlier checkpoint")
 
 
 def load_shards(rest: dict, weights: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> dict:
@@ -308,7 +329,7 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     source = load_model(init_from)
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
-        remedy = f"tokenise the text again with `python fineweb.py --encoding {theirs.encoding}`"
+        remedy = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
         if theirs.encoding == "unknown":
             remedy = 'write the right one into its config.json, as "encoding"'
         here = f"encoding={theirs.encoding!r} in init_from={init_from}"

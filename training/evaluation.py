@@ -4,6 +4,7 @@ All ranks take part. The model runs uncompiled and unwrapped here, so that torch
 graph. `run` is training/setup.py's Run throughout.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,23 +13,27 @@ import torch
 from hellaswag import evaluate as score_hellaswag
 from huggingface.text import encode_prompt
 from model import GPTLMHeadModel
+from tokens.encodings import token_bytes
 from training import faults
 
 
 def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """val_loss, hella_acc, hella_acc_norm if `measures` and the run has them; a "sample" if `samples`. None
-    as soon as interrupted() is true (on all ranks alike), because the run must then save and stop."""
-    measured = {}
-    with torch.compiler.set_stance("force_eager"):
+    """val_loss, val_bpb, hella_acc, hella_acc_norm if `measures` and the run has them, and "eval_step"; a
+    "sample" if `samples`. `terminal` shows them. None as soon as interrupted() is true (on all ranks alike),
+    because the run must then save and stop."""
+    if not (measures or samples):
+        return {}
+    measured: dict[str, Any] = {}
+    with torch.compiler.set_stance("force_eager"), terminal.during("evaluating"):
         if measures and run.val_loader is not None:
-            if (loss := validate(run, interrupted)) is None:
+            if (losses := validate(run, interrupted)) is None:
                 return None
-            measured["val_loss"] = loss
-            terminal.say(f"step {step}: validation loss {loss:.4f}")
-            if run.trains:
-                terminal.experts(step, run.model)
+            measured |= losses
+            terminal.evaluation(step, losses)
+        if measures and run.trains:
+            terminal.experts(step, run.model)
         if samples and run.samples:
             try:
                 measured["sample"] = sample(run, step)
@@ -37,10 +42,10 @@ def evaluate(
             except FloatingPointError as error:  # the run diverges
                 terminal.say(f"step {step}: no sample: {error}")
         if measures and run.hellaswag:
-            if (accuracies := hellaswag(run, terminal.say, interrupted)) is None:
+            if (accuracies := hellaswag(run, terminal, interrupted)) is None:
                 return None
             measured |= accuracies
-    return measured
+    return measured | ({"eval_step": step} if measured.keys() - {"sample"} else {})
 
 
 def evaluates_at(step: int, config: Any) -> bool:
@@ -55,19 +60,42 @@ def samples_at(step: int, config: Any) -> bool:
 
 
 @torch.no_grad()
-def validate(run: Any, interrupted: Callable[[], bool]) -> float | None:
-    """Mean cross-entropy, nats per token, of every rank's first val_steps batches; None if interrupted()."""
+def validate(run: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+    """val_loss and val_bpb of all ranks' first val_steps batches; None if interrupted().
+
+    val_loss: sum of the targets' cross-entropies / number of targets, in nats per token.
+    val_bpb: sum of the targets' cross-entropies / (ln 2 * bytes of text that the targets stand for), in bits
+    per byte. <|endoftext|> stands for 0 bytes, but its cross-entropy counts: models must also predict the end
+    of a text (nanochat's loss_eval.py leaves it out). There is none without run.token_bytes.
+    """
     model, loader, world, steps = run.model, run.val_loader, run.layout.world, run.config.val_steps
     model.eval()
     loader.reset()
     total = torch.zeros((), device=world.device)  # sum of the batches' losses
+    text = torch.zeros((), device=world.device, dtype=torch.long)  # bytes
     for _ in range(steps):
         if interrupted():
             return None
         x, y = faults.next_batch(loader)  # (B, T), (B, T)
         with run.autocast():
             total += model(x, targets=y, return_dict=True).loss
-    return world.sum(total).item() / (steps * world.size)
+        if run.token_bytes is not None:
+            text += run.token_bytes[y].sum()
+    batches, text_bytes = steps * world.size, world.sum(text).item()
+    loss = world.sum(total).item() / batches
+    if not text_bytes:
+        return {"val_loss": loss}
+    return {"val_loss": loss, "val_bpb": loss * batches * y.numel() / (math.log(2) * text_bytes)}
+
+
+def table_of_bytes(meta: dict, layout: Any) -> torch.Tensor | None:
+    """Bytes by token id, (vocabulary,), of data with this meta.json; None if a rank does not know them."""
+    try:
+        table = torch.from_numpy(token_bytes(meta["encoding"])).to(layout.world.device)
+    except (ValueError, OSError):  # no such name; no network, and no earlier download
+        table = None
+    unknown = table is None or len(table) < meta["vocab_size"]
+    return None if layout.any(unknown) else table
 
 
 def sample(run: Any, step: int) -> str:
@@ -89,15 +117,16 @@ def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
     return ""
 
 
-def hellaswag(run: Any, say: Callable, interrupted: Callable) -> dict[str, float] | None:
+def hellaswag(run: Any, terminal: Any, interrupted: Callable) -> dict[str, float] | None:
     """Accuracies over all ranks; None if interrupted(); {} if the model gives NaN, or without the questions,
     and then there is no later try."""
-    config, world = run.config, run.layout.world
+    config, world, say = run.config, run.layout.world, terminal.say
     try:
         result = score_hellaswag(
             run.model, config.hellaswag_data or None, limit=config.hellaswag_limit or None, rank=world.rank,
             world_size=world.size, autocast=None if run.dtype == "float32" else getattr(torch, run.dtype),
             interrupted=interrupted,
+            progress=lambda done, n: terminal.show(f"HellaSwag {done:,}/{n:,}"),
         )  # fmt: skip
     except FloatingPointError as error:
         say(f"no HellaSwag at this step: {error}")

@@ -251,5 +251,5 @@ def report(error: Exception, config=None) -> int:
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": content}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(REPORT_DELAY)
-    print(f"train_gpt_moe.py: {text}", file=sys.stderr, flush=True)
+    print(f"train_gpt_moe.py: error: {text}", file=sys.stderr, flush=True)
     return code

@@ -111,9 +111,9 @@ def write_out_numbers(whole: set[str], arguments: list[str]) -> list[str]:
 
 def read_settings(file: str, names: set[str]) -> dict:
     """The settings in a JSON or YAML file, {name: value} or a run.json. ValueError, FileNotFoundError."""
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"config={file!r}: there is no such file; a run writes log_dir/run.json")
     try:
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"config={file!r}: there is no such file; a run writes log_dir/run.json")
         with open(file, encoding="utf-8") as text:
             if file.endswith((".yaml", ".yml")):
                 import yaml  # transformers needs it, too
@@ -123,8 +123,6 @@ def read_settings(file: str, names: set[str]) -> dict:
                 settings = json.load(text)
         settings = settings.get("config", settings)
         settings = {name: value for name, value in settings.items() if name not in ("config", "resume")}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # no text, no JSON, not a dictionary, nested too deeply
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"config={file!r}: not a file of settings by name: {reason}") from error

@@ -15,6 +15,8 @@ import threading
 
 import torch.distributed as dist
 
+from tokens.printable import print_error
+
 INTERVAL = 1.0  # seconds between two heartbeats of a rank
 HEARTBEAT_TIMEOUT = 60.0  # seconds without a heartbeat after which a rank is lost
 TIMEOUT_AFTER_ERROR = 5.0  # seconds without a heartbeat, once a collective has failed
@@ -136,5 +138,5 @@ class Heartbeat:
         for thread in threading.enumerate():
             if thread.name == "checkpoint":  # checkpoint_writer.py's
                 thread.join(10 * HEARTBEAT_TIMEOUT)
-        print(f"{self.lost}. Rank {self.rank} ends instead of waiting", file=sys.stderr, flush=True)
+        print_error("train_gpt_moe.py", f"{self.lost}. Rank {self.rank} ends instead of waiting")
         os._exit(1)

@@ -69,8 +69,14 @@ class RunLog:
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints also calls sync()
         self.lost = False  # whether files had to be written again, because the folder was deleted
+        for path in (folder / "latest", folder / "run.json"):
+            if path.is_dir():
+                raise FileExistsError(errno.EEXIST, "it is a folder; move it away", str(path))
         for name in LOG_FILES:
             open_own(folder / name).close()  # an error for a link or a pipe, before anything reads it
+        # What the run will not measure again, for the row of first_step.
+        self.measured = {} if evaluates_first else read_evaluation(folder / "metrics.jsonl", first_step)
+        for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open_own(folder / name)
         self.wandb: Any = self._try_wandb(start_wandb, folder, resumed is not None) if wandb else None
@@ -80,16 +86,12 @@ class RunLog:
 
             threading.excepthook = print_thread_error
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            for line in (folder / "metrics.jsonl").read_bytes().splitlines() if not evaluates_first else ():
-                record = read_record(line)
-                if record.get("step") == first_step:  # purge_step hides the last evaluation's points
-                    self._add_points(record)
 
     def record(self, values: dict) -> None:
-        """Write one object of metrics.jsonl. If it has a step, its numbers also go to the curves."""
+        """Write a step's row of metrics.jsonl; its numbers also go to the curves."""
+        values, self.measured = self.measured | values, {}
         self._append("metrics.jsonl", json.dumps(json_safe(values), allow_nan=False))
-        if "step" in values:
-            self._add_points(values)
+        self._add_points(values)
 
     def step(self, record: dict) -> None:
         """Write the record of a training step into all files."""
@@ -100,7 +102,7 @@ class RunLog:
                    elapsed_s: float | None = None) -> None:  # fmt: skip
         """Write what was measured between two steps: numbers, and perhaps a "sample", which it pops.
         expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
-        last step, and the numbers then get a separate record. At other steps the caller records them."""
+        last step, and the numbers then join the row of that step. At other steps the caller records them."""
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
             self._tensorboard("add_text", "sample", markdown, step)
@@ -113,7 +115,26 @@ class RunLog:
             if np.isfinite(fair).all():
                 self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
         if measured and elapsed_s is not None:
-            self.record({"step": step, "elapsed_s": elapsed_s, **measured})
+            self._add_to_last_row(step, measured | {"elapsed_s": elapsed_s})
+
+    def _add_to_last_row(self, step: int, measured: dict) -> None:
+        """Add what was measured after `step` steps to the row of step - 1. If there is none, write a row."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            self.sync()  # the file then has all rows
+            lines = path.read_bytes().splitlines(keepends=True)
+            rows = [read_record(line) for line in lines[-100:]]  # users may have added lines
+            found = [i - len(rows) for i, row in enumerate(rows) if row.get("step") == step - 1]
+            if not found:
+                return self.record({"step": step, **measured})
+            row = json.dumps(json_safe(rows[found[-1]] | measured), allow_nan=False)
+            lines[found[-1]] = row.encode() + b"\n"
+            with self.writing:
+                write_atomically(path, lambda file: file.writelines(lines))
+                self.files[path.name] = open_own(path)
+        except OSError as error:
+            self.say(f"WARNING: {path} lacks the last evaluation: {error}; log.txt has it")
+        self._add_points({"step": step, **measured})
 
     def measurement(self, step: int, word: str, value: float) -> None:
         """Write a number's line in log.txt and main.log. word: its `log_word`."""
@@ -137,9 +158,9 @@ class RunLog:
             return str(error)
         lines = self.drawing.communicate()[1].splitlines() if wait else []
         if code := self.drawing.returncode:
-            return lines[-1].removeprefix("plot_log: error: ") if lines else f"exit code {code}"
+            return lines[-1].removeprefix("plot_log.py: error: ") if lines else f"exit code {code}"
         for line in lines:
-            if line.startswith("plot_log: "):
+            if line.startswith("plot_log.py: "):
                 self.say(line)
         return ""
 
@@ -319,14 +340,21 @@ def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = Tru
         return False  # cut off by a kill, or damaged by a crash of the machine
     if found := LOG_LINE.fullmatch(text):
         step, is_evaluation = int(found[1]), found[2] not in ("train", "trl")
-    else:
+        return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
+    record = read_record(line)
+    run = record.get("run")  # of older runs
+    step = record.get("step", run.get("first_step") if isinstance(run, dict) else None)
+    return type(step) is not int or step < first_step
+
+
+def read_evaluation(path: Path, step: int) -> dict:
+    """What metrics.jsonl has of an evaluation after `step` steps, with "eval_step"; {} if there was none."""
+    for line in reversed(path.read_bytes().splitlines()):
         record = read_record(line)
-        run = record.get("run")
-        step = record.get("step", run.get("first_step") if isinstance(run, dict) else None)
-        is_evaluation = "step" in record and "loss" not in record
-        if type(step) is not int:
-            return True
-    return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
+        values = {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
+        if values and record.get("eval_step", record.get("step")) == step:
+            return values | {"eval_step": step}
+    return {}
 
 
 def read_record(line: bytes) -> dict:
@@ -353,11 +381,23 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_run_file(path: Path, record: dict, resumes: bool) -> None:
+    """Write run.json: the run_record. If the run resumes, "earlier" has those of its starts before."""
+    old = read_record(path.read_bytes()) if resumes and path.is_file() else {}
+    earlier = old.pop("earlier", [])
+    if old and isinstance(earlier, list):
+        record["earlier"] = [*earlier, {k: old[k] for k in record.keys() & old.keys() - {"config", "model"}}]
+    write_atomically(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
 def run_record(config, model, world, first_step: int) -> dict:
     """A run's settings, git revision, versions and machine; no environment variables."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    # `git describe --dirty` would write to the repository.
+    git = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        status = subprocess.run(git, cwd=PLOT_LOG.parent, capture_output=True, text=True, timeout=10).stdout
+        revision = re.match(r"# branch.oid (\w{12})|", status)[1]
+        revision = revision and revision + ("-dirty" if re.search(r"\n[^#]", status) else "")
     except (OSError, subprocess.TimeoutExpired):
         revision = None
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()

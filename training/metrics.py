@@ -14,17 +14,17 @@ class Metric:
     name: str  # key in metrics.jsonl
     label: str  # what it is, or its unit; the picture's axis shows it
     curve: str = ""  # name in TensorBoard and Weights & Biases; the part before the slash is the page
-    live: str = ""  # format in the terminal's live line
+    live: str = ""  # format in the terminal's live line; it may name another number of the record
     line: str = ""  # format in the terminal's step line
     hidden: float | None = None  # the terminal does not show this value
-    evaluated: bool = False  # measured by evaluations: the live line shows the newest value
+    evaluated: bool = False  # measured by evaluations, when `eval_step` steps were done
     log_word: str = ""  # its lines in log.txt are `STEP WORD VALUE`
     llmc_word: str = ""  # its lines in main.log, llm.c's format, are `s:STEP WORD:VALUE`
     panel: str = ""  # title of its panel in the picture; panels and their curves stand in the order of rows
     drawn: str = "smoothed"  # or matplotlib's drawstyle: "default" (lines), "steps-post"
-    log_scale: bool = False
+    log_scale: bool = False  # if the values span more than a factor of 5
     percent: bool = False  # the axis shows 0.5 as 50%
-    axis_low: float = 0.0  # where the axis begins
+    axis_low: float = 0.0  # the axis begins here, or at a lower value
     axis_high: float = 0.0  # the axis reaches at least this value
 
     def is_shown(self, record: dict) -> bool:
@@ -32,28 +32,30 @@ class Metric:
         return record.get(self.name) not in (None, self.hidden)
 
 
-SCHEDULE, SPEED, BALANCE = "Learning rate and gradient norm", "Throughput", "Expert balance"
+OPTIMIZER, SPEED, BALANCE, ROUTER = "Optimizer", "Throughput", "Expert balance", "Router"
 
 METRICS = (
     Metric("loss", "nats per token", "loss/train", "loss {:.3f}", "loss {:.4f}",
            log_word="train", llmc_word="trl", panel="Loss"),
-    Metric("val_loss", "nats per token", "loss/val", "val {:.3f}",
+    Metric("val_loss", "nats per token", "loss/val", "val {:.3f} at {eval_step}",
            evaluated=True, log_word="val", llmc_word="tel", panel="Loss"),
-    Metric("hella_acc_norm", "accuracy", "hellaswag",
-           evaluated=True, log_word="hella", llmc_word="eval", panel="HellaSwag"),
-    Metric("hella_acc", "accuracy", "hellaswag_plain", evaluated=True, panel="HellaSwag"),
-    Metric("balance_loss", "balance loss, sum of layers", "loss/balance"),
-    Metric("z_loss", "router z-loss, sum of layers", "loss/z"),
-    Metric("lr", "learning rate", "lr", line="lr {:.3e}", panel=SCHEDULE, drawn="default"),
-    Metric("norm", "gradient norm", "norm", line="norm {:.3f}", panel=SCHEDULE, log_scale=True),
+    Metric("val_bpb", "bits per byte", "loss/val_bpb", evaluated=True, log_word="val_bpb"),
+    Metric("hella_acc_norm", "acc_norm", "hellaswag", evaluated=True, log_word="hella", llmc_word="eval",
+           panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
+    Metric("hella_acc", "acc", "hellaswag_plain", evaluated=True,
+           panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
+    Metric("lr", "learning rate", "lr", line="lr {:.3e}", panel=OPTIMIZER, drawn="default"),
+    Metric("norm", "gradient norm", "norm", line="norm {:.3f}", panel=OPTIMIZER, log_scale=True),
     Metric("ms", "milliseconds", line="{:.1f} ms"),
     Metric("tok_per_s", "tokens/s", "tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
     Metric("mfu", "MFU", "mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
     Metric("max_load", "max / mean load", "max_load", "max load {:.2f}",
-           panel=BALANCE, axis_low=1, axis_high=1),
+           panel=BALANCE, log_scale=True, axis_low=1, axis_high=1),
     Metric("starved", "starved experts", "starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
-    Metric("router_entropy", "nats", "router_entropy"),
+    Metric("router_entropy", "entropy", "router_entropy", panel=ROUTER),  # nats, mean over tokens and layers
+    Metric("balance_loss", "balance loss", "loss/balance", panel=ROUTER),  # sum over layers
+    Metric("z_loss", "z-loss", "loss/z", panel=ROUTER),  # sum over layers
     Metric("memory", "GiB at most", "memory_gib"),
     Metric("elapsed_s", "seconds since the start"),
     Metric("bad_steps", "steps without an update so far", live="bad steps {}", hidden=0),

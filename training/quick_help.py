@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         answer(__file__, sys.argv[1:])
 
-Importing torch takes seconds. So this file imports the standard library only, and reads the settings from the
+Importing torch takes seconds. So this file imports nothing that needs torch, and reads the settings from the
 source text of the script. training/flags.py parses the flags.
 """
 
@@ -16,6 +16,8 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
+
+from tokens.printable import print_error
 
 # What users of nanoGPT, nanochat, llm.c and Hugging Face type: our flag, and how it differs.
 SYNONYMS = {
@@ -109,5 +111,5 @@ def answer(script: str, arguments: list[str]) -> None:
     flags = read_flags(script)
     names = {flag.name for flag in flags} | {alias[2:] for flag in flags for alias in flag.aliases}
     if wrong := unknown_flag(arguments, names):
-        print(f"{Path(script).name}: {wrong}", file=sys.stderr)
+        print_error(Path(script).name, wrong)
         sys.exit(2)

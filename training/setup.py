@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -22,14 +21,13 @@ from fineweb import DataConfig, build
 from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
-from tokens.files import write_atomically
 from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
 from training import faults, parallel
-from training.evaluation import cannot_sample, evaluates_at
+from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
-from training.log import RunLog, run_record
+from training.log import RunLog, run_record, write_run_file
 from training.optimizers import build_optimizer, check_optimizer
 from training.preflight import preflight
 from training.terminal import tell
@@ -52,6 +50,7 @@ class Run:
     log: RunLog | None = None  # on the master only
     hellaswag: bool = False  # whether HellaSwag is scored
     samples: bool = False  # whether text is sampled
+    token_bytes: torch.Tensor | None = None  # (vocabulary,) bytes that a token stands for; None if unknown
     trains: bool = True  # False: llm.c's --inference_only
     updating: bool = False  # True while weights and optimizer state belong to different steps
     micro_losses: list[torch.Tensor] = field(default_factory=list)  # of the last step on this rank
@@ -97,7 +96,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         transformers.logging.set_verbosity_error()
     if config.resume not in ("", "auto") and "log_dir" not in given:
         config.log_dir = str(Path(config.resume).parent)
-    path, state = ckpt.find_resumed(config.resume, config.log_dir, world, print0)
+    path, state = ckpt.find_resumed(config, world, print0)
     if state:
         ckpt.keep_settings(config, given, state, path, print0)
     accumulation = check_config(config, world, None if state else given, print0)
@@ -136,7 +135,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     return Run(
         config, layout, model, optimizer, train_loader, accumulation, dtype, val_loader, resumed, path,
         hellaswag=config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data)),
-        samples=samples,
+        samples=samples, token_bytes=table_of_bytes(meta, layout) if val_loader else None,
     )  # fmt: skip
 
 
@@ -149,10 +148,7 @@ def open_log(run: Run) -> None:
         files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb
         run.log = RunLog(*files, evaluates_first=evaluates_at(first_step, config), say=tell)
         record = run_record(config, model, world, first_step)
-        run.log.record({"run": record})
-        write_atomically(
-            Path(config.log_dir, "run.json"), lambda file: file.write(json.dumps(record, indent=1).encode())
-        )
+        write_run_file(Path(config.log_dir, "run.json"), record, resumes=bool(run.resumed))
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
         table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
@@ -190,7 +186,7 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
         raise ValueError(
             f"total_batch_size={config.total_batch_size} is not a multiple of B * T * processes = "
             f"{config.B} * {config.T} * {world.size} = {per_micro_step}; the nearest that is: "
-            f"{max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
+            f"--total_batch_size {max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
         )
     return config.total_batch_size // per_micro_step
 
@@ -214,9 +210,8 @@ def check_layout(config, world: parallel.World) -> None:
     fsdp, zero, ep_size = config.parallel == "fsdp", config.zero_stage > 0, config.ep_size
     if (fsdp or zero) and not dist.is_initialized():
         what = "parallel=fsdp" if fsdp else "zero_stage=1"
-        raise ValueError(
-            f"{what} needs processes: start with torchrun --nproc_per_node=N train_gpt_moe.py (N may be 1)"
-        )
+        more = "type `torchrun --nproc_per_node=1` (or more) in place of `python`"
+        raise ValueError(f"{what} needs processes: {more}")
     if zero and config.parallel != "ddp":
         raise ValueError(
             f"zero_stage=1 works with --parallel ddp only, but parallel={config.parallel}"

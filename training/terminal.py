@@ -2,15 +2,17 @@
 
 Only the master rank prints. training/metrics.py says which numbers are shown, and how."""
 
+import contextlib
 import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from layers.usage import STARVED_BELOW
 from tokens.printable import printable
@@ -21,23 +23,16 @@ PLAIN_LEVELS = " .:-=+*#@"  # the same in ASCII
 WARMUP, MEASURED = 3, 10  # steps: the first ones compile and are skipped, the next ones are timed for the ETA
 
 
-def tell(text: str, write: Callable = print) -> None:
+def tell(text: str) -> None:
     """Print lines. A failure is ignored, because the log files have the same numbers."""
     try:
-        write(printable(text, keep="\n\t"))
+        print(printable(text, keep="\n\t"))
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended: Ctrl-C also ends the tee of `... | tee out`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
     except OSError:  # stdout is a file on a full disk
         pass
-
-
-def resume_command(log_dir: str) -> str:
-    """The command that continues the run in log_dir, from the machine on which this process runs."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun sets it
-    launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*launcher, "train_gpt_moe.py", "--log_dir", log_dir, "--resume", "auto"])
 
 
 class Terminal:
@@ -47,72 +42,130 @@ class Terminal:
         self.config, self.is_master = config, is_master
         # If stdout or stderr is a file, it should get all lines, so there is no live line.
         self.watched = is_master and all(s is not None and s.isatty() for s in (sys.stdout, sys.stderr))
-        self.bar = tqdm(total=config.max_steps, initial=first_step, disable=not self.watched, smoothing=0.05,
-                        bar_format="{desc} {bar:10} ETA {remaining}", dynamic_ncols=True)  # fmt: skip
+        self.newest: dict[str, Any] = {"step": first_step - 1}  # the newest step's record
+        self.evaluated: dict[str, Any] = {}  # what the newest evaluation measured, and its "eval_step"
+        self.state = "compiling (about a minute)" if config.use_compile else ""  # what the user waits for
+        self.eta = ""
         self.ms: list[float] = []  # of every step
-        self.evaluated: dict[str, float] = {}  # the newest values that evaluations measured
+        self.began = 0.0  # when the first WARMUP steps were done
+        self.lock = threading.RLock()  # the thread that saves checkpoints also prints
 
     def __enter__(self) -> "Terminal":
+        self.draw()
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
+        self.draw()
+        self._put("\n")
+        self.watched = False
 
     def say(self, text: str) -> None:
         """Print a separate line on the master's stdout."""
         if self.is_master:
-            tell(text, self.bar.write if self.watched else print)
+            with self.lock:
+                self._put("\r" + " " * (columns() - 1) + "\r")
+                tell(text)
+                self.draw()
+
+    def show(self, state: str) -> None:
+        """Show in the live line what the user waits for; "" for training."""
+        self.state = state
+        self.draw()
+
+    @contextlib.contextmanager
+    def during(self, state: str) -> Iterator[None]:
+        """Show `state` in the live line during this block."""
+        before = self.state
+        self.show(state)
+        yield
+        self.show(before)
+
+    def draw(self) -> None:
+        """Draw the live line again, in the width that the terminal has now."""
+        width = columns() - 1  # a character in the last column may begin a new row
+        text = live_line(self.newest | self.evaluated, self.config.max_steps, width, self.state, self.eta)
+        self._put("\r" + text.ljust(width))
+
+    def _put(self, text: str) -> None:
+        if self.watched:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (OSError, ValueError):  # the terminal was closed
+                self.watched = False
 
     def step(self, record: dict) -> None:
         """Show the record of a step: in the live line, or every log_every steps in a separate line."""
-        config, step = self.config, record["step"]
+        config, step, now = self.config, record["step"], time.perf_counter()
+        left = config.max_steps - 1 - step
+        self.newest = record
         self.ms.append(record["ms"])
-        self.evaluated |= {m.name: record[m.name] for m in METRICS if m.evaluated and m.name in record}
-        self.bar.set_description_str(live_line(self.evaluated | record, config.max_steps), refresh=False)
-        self.bar.update()
-        if not self.watched and (step % config.log_every == 0 or step == config.max_steps - 1):
+        timed = len(self.ms) - WARMUP
+        if timed <= 0:
+            self.began = now
+        else:  # at the mean speed so far, evaluations and saves between the steps included
+            self.eta = f"ETA {duration(left * (now - self.began) / timed)}"
+        self.show("")
+        if not self.watched and (step % config.log_every == 0 or left == 0):
             self.say(step_line(record, config.max_steps))
-        if len(self.ms) == WARMUP + MEASURED and step < config.max_steps - 1:
+        if not self.watched and timed == MEASURED and left > 0:
             ms = statistics.median(self.ms[WARMUP:])
-            left = duration((config.max_steps - 1 - step) * ms / 1000)
-            self.say(f"step {step}: about {left} to go at {ms:.1f} ms a step, evaluations not counted")
+            text = f"about {duration(left * ms / 1000)} to go at {ms:.1f} ms a step, evaluations not counted"
+            self.say(f"step {step}: {text}")
+
+    def evaluation(self, step: int, measured: dict) -> None:
+        """Print val_loss and val_bpb, measured after `step` steps. The live line shows them from now on."""
+        self.evaluated = measured | {"eval_step": step}
+        self.say(f"step {step}: validation loss {loss_text(measured)}")
 
     def experts(self, step: int, model: Any) -> None:
         """Show how the last optimizer step used the experts; nothing before the first step."""
-        if self.is_master and step > 0 and model.moe_layers() and not self.config.inference_only:
+        if self.is_master and step > 0 and model.moe_layers():
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
-    def summary(self, model: Any, memory: int, val_loss: float | None, checkpoint: Any) -> None:
+    def summary(self, memory: int, checkpoint: Any) -> None:
         """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none"."""
-        config, lines = self.config, []
-        if model.moe_layers() and config.max_steps > 0 and not config.inference_only:
-            lines.append(f"how the last step used the experts (even: {100 / model.config.num_experts:.1f}%)")
-            for layer, moe in enumerate(model.moe_layers()):
-                counts = moe.last_step_counts().cpu()
-                share = counts / counts.sum().clamp(min=1)
-                cells = " ".join(f"{100 * s:5.1f}%" for s in share.tolist())
-                lines.append(f"  MoE layer {layer:2d}: {cells}   max/mean {share.max() * len(share):.2f}")
-        lines.append("final {} iters avg: {:.3f}ms".format(*self.average_ms()))
-        lines.append(f"peak memory consumption: {memory // 2**20} MiB")
-        if val_loss is not None:
-            lines.append(f"validation loss {val_loss:.4f} nats per token after {config.max_steps} steps")
+        config, mib = self.config, memory // 2**20
+        lines = [f"memory          {mib:,} MiB at most"]
+        if config.preset == "llmc":  # as train_gpt2.py: at most 19 steps, without the first, which compiles
+            last = self.ms[1:][-19:] or self.ms or [0.0]
+            lines = [f"final {len(last)} iters avg: {statistics.fmean(last):.3f}ms"]
+            lines.append(f"peak memory consumption: {mib} MiB")
+        elif self.ms:
+            lines.append(f"speed           {statistics.median(self.ms):.1f} ms a step (median)")
+        if self.evaluated.get("eval_step") == config.max_steps:
+            lines.append(f"validation loss {loss_text(self.evaluated)}, after {config.max_steps} steps")
         if str(checkpoint) != "none":
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
             lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
         self.say("\n".join(lines))
 
-    def average_ms(self) -> tuple[int, float]:
-        """(number, mean milliseconds) of the last steps, as in llm.c's train_gpt2.py: at most 19. The first
-        step, which compiles, counts only if it is the only one."""
-        last = self.ms[1:][-19:] or self.ms
-        return len(last), statistics.fmean(last) if last else 0.0
+
+def columns() -> int:
+    """Width of the terminal now; 80 if it is unknown, 1000 for a file."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, AttributeError):
+        return 1000
 
 
-def live_line(record: dict, max_steps: int) -> str:
-    """The live line: progress, and the numbers that are known."""
-    words = [m.live.format(record[m.name]) for m in METRICS if m.live and m.is_shown(record)]
-    return " | ".join([f"{record['step'] + 1}/{max_steps}", *words])
+def loss_text(measured: dict) -> str:
+    """The validation loss in nats per token and, if it is known, in bits per byte."""
+    bits = f", {measured['val_bpb']:.4f} bits per byte" if "val_bpb" in measured else ""
+    return f"{measured['val_loss']:.4f} nats per token{bits}"
+
+
+def live_line(record: dict, max_steps: int, width: int, state: str = "", eta: str = "") -> str:
+    """The live line in at most `width` columns. If there is little space, the words that stand first in this
+    order stay: state, progress, ETA, the record's numbers."""
+    words = [word for word in (state, f"{record['step'] + 1}/{max_steps}", eta) if word]
+    words += [m.live.format(record[m.name], **record) for m in METRICS if m.live and m.is_shown(record)]
+    while len(" | ".join(words)) > width and len(words) > 1:
+        words.pop()
+    first = 1 + bool(eta)  # progress and ETA stand before the state
+    words = words[1 : 1 + first] + words[:1] + words[1 + first :] if state else words
+    return " | ".join(words)[:width]
 
 
 def step_line(record: dict, max_steps: int) -> str:
@@ -122,7 +175,8 @@ def step_line(record: dict, max_steps: int) -> str:
 
 
 def heat_map(counts: torch.Tensor) -> list[str]:
-    """Routed rows (MoE layers, E) as one line per layer, with one bar per expert. High bar: many rows."""
+    """Routed rows (MoE layers, E) as one line per layer, with one bar per expert (none if the terminal is too
+    narrow for them). High bar: many rows."""
     levels = LEVELS
     try:
         levels.encode(getattr(sys.stdout, "encoding", None) or "ascii")
@@ -135,7 +189,8 @@ def heat_map(counts: torch.Tensor) -> list[str]:
         cells = "".join(levels[min(len(levels) - 1, round(4 * share))] for share in row)
         starved = sum(share < STARVED_BELOW for share in row)
         tail = f", {starved} starved" if starved else ""
-        lines.append(f"MoE layer {layer:2d} |{cells}| max/mean {max(row):.2f}{tail}")
+        bars = f"|{cells}| " if len(row) < columns() - 50 else ""
+        lines.append(f"MoE layer {layer:2d} {bars}max/mean {max(row):.2f}{tail}")
     return lines
 
 

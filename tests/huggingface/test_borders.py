@@ -138,6 +138,14 @@ def test_every_command_gives_one_line_and_code_2(saved, data, tmp_path, capsys):
         assert "transformer.ln_f" in line and "NaN" in line and str(folder) in line
 
 
+@pytest.mark.parametrize("values", [{"num_beams": 10**12}, {"num_beams": 2, "top_k": -5}])
+def test_generation_settings_that_fail_while_sampling(saved, tmp_path, capsys, values):
+    folder = shutil.copytree(saved / "ours", tmp_path / "ours")
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    assert sample.main(["--model", str(folder), "--device=cpu", "--top_k=0", "--max_new_tokens=2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 class WithNewHead(GPTLMHeadModel):
     """A model with a part that no folder has."""
 

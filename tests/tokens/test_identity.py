@@ -28,7 +28,7 @@ def build(source: Path, out: Path, *more) -> int:
 
 def error_line(capsys) -> str:
     """The only message on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error", "train_gpt"))]
+    lines = [line for line in capsys.readouterr().err.splitlines() if ".py: error: " in line]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -43,10 +43,10 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def killed(corpus, tmp_path, monkeypatch) -> Path:
-    """The folder of a fineweb.py that was killed after three shards."""
-    left = [write_shard] * 3
+    """The folder of a fineweb.py that was killed after three shards: before each it writes meta.json."""
+    left = [shard_writer.write_atomically] * 7
     with monkeypatch.context() as patch, pytest.raises(IndexError):
-        patch.setattr(shard_writer, "write_shard", lambda *shard: left.pop()(*shard))
+        patch.setattr(shard_writer, "write_atomically", lambda *file: left.pop()(*file))
         build(corpus, tmp_path / "out")
     return tmp_path / "out"
 

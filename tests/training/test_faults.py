@@ -359,7 +359,7 @@ def test_exit_codes(capsys):
     for code, errors in (2, (*settings, faults.DataError("x"))), (1, failures):
         for error in errors:
             assert faults.report(error) == code, error
-            assert capsys.readouterr().err.startswith("train_gpt_moe.py: ")
+            assert capsys.readouterr().err.startswith("train_gpt_moe.py: error: ")
 
 
 def test_the_first_rank_reports_at_once_and_the_others_wait(monkeypatch):

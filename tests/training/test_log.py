@@ -4,14 +4,17 @@ Run: python -m pytest tests/training/test_log.py
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from processes import flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,9 +69,11 @@ def test_tensorboard_curves_are_the_metrics(finished):
         "loss/train": "loss", "loss/val": "val_loss", "loss/balance": "balance_loss", "loss/z": "z_loss",
         "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
         "memory_gib": "memory", "starved": "starved", "router_entropy": "router_entropy",
+        "loss/val_bpb": "val_bpb",
     }  # fmt: skip
     for curve, name in names.items():
-        expected = {record["step"]: record[name] for record in finished.records if name in record}
+        steps = "eval_step" if name.startswith("val") else "step"
+        expected = {record[steps]: record[name] for record in finished.records if name in record}
         assert expected and points(finished.events, curve) == pytest.approx(expected, rel=1e-6), curve
     assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
 
@@ -111,7 +116,7 @@ def test_the_last_picture_is_waited_for_and_a_failure_is_told(tmp_path, monkeypa
     opened.step({"step": 1, "loss": 5.0})
     assert opened.close()
     assert opened.draw(wait=True) == "" and (tmp_path / "training.png").stat().st_size > 500
-    assert said[-1].startswith("plot_log: warning: ") and "1 of 2 steps" in said[-1]
+    assert said[-1].startswith("plot_log.py: warning: ") and "1 of 2 steps" in said[-1]
     shutil.rmtree(tmp_path)
     assert opened.draw(wait=True).startswith(f"{tmp_path}: no metrics.jsonl and no log.txt")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no_python"))
@@ -127,12 +132,12 @@ def test_a_new_run_moves_the_old_one_aside(straight, tmp_path):
     assert (old / "log.txt").read_text() == (straight / "log.txt").read_text()
 
 
-MEASURED = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_bpb": 1.125}
+MEASURED = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_new": 1.125}
 
 
 def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
-    """Lines and histograms before a step; after the last step a record, too. A new row has a curve."""
-    row = Metric("val_bpb", "bits per byte", curve="loss/bpb", evaluated=True, log_word="bpb")
+    """Lines and histograms before a step; after the last step its row gets more. A new metric has a curve."""
+    row = Metric("val_new", "unit", curve="loss/new", evaluated=True, log_word="new")
     monkeypatch.setattr(log, "METRICS", (*METRICS, row))
     opened = RunLog(tmp_path, None, 0, tensorboard=True)
     opened.evaluation(0, {}, expert_load=[[0.5, 0.5]], elapsed_s=0.5)  # nothing was measured
@@ -141,14 +146,14 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     opened.step({"step": 2, "loss": 3.5})
     opened.evaluation(3, dict(MEASURED), elapsed_s=9.5)
     assert opened.close()
-    kinds = {"val": "3.250000", "hella": "0.500000", "bpb": "1.125000"}
+    kinds = {"val": "3.250000", "hella": "0.500000", "new": "1.125000"}
     lines = [f"{step} {word} {value}" for step in (2, 3) for word, value in kinds.items()]
     assert (tmp_path / "log.txt").read_text().splitlines() == [*lines[:3], "2 train 3.500000", *lines[3:]]
     text = "s:2 tel:3.250000\ns:2 eval:0.500000\ns:2 trl:3.500000\ns:3 tel:3.250000\ns:3 eval:0.500000\n"
     assert (tmp_path / "main.log").read_text() == text
-    assert read_records(tmp_path) == [{"step": 2, "loss": 3.5}, {"step": 3, "elapsed_s": 9.5, **MEASURED}]
+    assert read_records(tmp_path) == [{"step": 2, "loss": 3.5, **MEASURED, "elapsed_s": 9.5}]
     events = read_events(tmp_path)
-    assert points(events, "loss/bpb") == {3: 1.125}
+    assert points(events, "loss/new") == {3: 1.125}
     assert [event.step for event in events.Histograms("expert_load/layer_0")] == [2]
     assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
@@ -170,7 +175,7 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
         file.write("s:4 tr")
     second = resumed(tmp_path, 1, tensorboard=True)
     second.step({"step": 1, "loss": 2.5})
-    second.evaluation(2, dict(MEASURED), elapsed_s=9.5)
+    second.evaluation(2, MEASURED | {"eval_step": 2}, elapsed_s=9.5)
     assert second.close()
     third = resumed(tmp_path, 2, tensorboard=True, evaluates_first=False)
     third.step({"step": 2, "loss": 1.5})
@@ -181,6 +186,15 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
     assert points(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
     for curve, value in {"loss/val": 3.25, "hellaswag": 0.5, "hellaswag_plain": 0.25}.items():
         assert points(events, curve) == {2: value}, curve
+
+
+def test_the_last_evaluation_of_an_older_run_joins_the_next_row(tmp_path):
+    first = '{"run": {"first_step": 0}}\n{"step": 0, "loss": 3.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(first + '{"step": 1, "elapsed_s": 9.5, "val_loss": 3.25}\n')
+    continued = resumed(tmp_path, 1, evaluates_first=False)
+    continued.step({"step": 1, "loss": 2.5})
+    joined = {"step": 1, "loss": 2.5, "val_loss": 3.25, "eval_step": 1}
+    assert continued.close() and read_records(tmp_path) == [{"step": 0, "loss": 3.5}, joined]
 
 
 # ---------------------------------------------------------------------------- Weights & Biases
@@ -222,3 +236,14 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb=True.*pip install wandb"):
         RunLog(tmp_path, None, 0, tensorboard=False, wandb=True)
+
+
+def test_the_record_of_a_run_leaves_the_repository_as_it_is():
+    ask = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index"]
+    index = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not index:
+        pytest.skip("not a checkout of git")
+    os.utime(ROOT / "README.md")  # git would note the new time
+    before = os.stat(index).st_mtime_ns
+    record = log.run_record(train_gpt_moe.TrainConfig(), Mock(), Mock(), 0)
+    assert re.fullmatch("[0-9a-f]{12}(-dirty)?", record["git"]) and os.stat(index).st_mtime_ns == before

@@ -87,6 +87,12 @@ def test_a_log_file_that_is_a_link_or_a_pipe_is_refused(name, make, tmp_path):
     assert not (tmp_path / "victim").exists()
 
 
+def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(FileExistsError, match=r"is a folder; move it away: .*latest"):
+        RunLog(tmp_path, None, 0, tensorboard=False)
+
+
 def test_a_temporary_file_is_new_and_not_guessed(tmp_path, monkeypatch):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".a.00.tmp").symlink_to("victim")

@@ -180,21 +180,25 @@ def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopp
     state = ckpt.load_checkpoint(stopped / "model_00008.pt")
     assert max(group["weight_decay"] for group in state["optimizer"]["param_groups"]) == 0.2
     assert state["loader"]["position"] == (6 * 256 + 2 * 128) // 32
-    assert [record["step"] for record in metrics(stopped)] == list(range(9))
+    assert [record["step"] for record in metrics(stopped)] == list(range(8))
 
 
 def test_a_finished_run_is_made_longer(stopped, data, capsys):
-    """Step 7 ends the first run, with a validation loss that the longer run does not measure: it stays."""
+    """Step 7 ends the first run, with a validation loss that the longer run does not measure: it stays, and
+    the row of step 7 has it, too. No step has two rows."""
     on = ["auto", "--log_dir", stopped, "--data_dir", data]
     assert resume(*on, "--max_steps", 7) == 0
     final = [line for line in (stopped / "log.txt").read_text().splitlines() if line.startswith("7 ")]
-    assert len(final) == 1 and final[0].startswith("7 val ")
+    assert [line.split()[1] for line in final] == ["val", "val_bpb"]
     assert resume(*on, "--max_steps", 8) == 0
     assert "resume: max_steps was 7 and is 8 from step 7 on" in capsys.readouterr().out
     lines = (stopped / "log.txt").read_text().splitlines()
-    assert final[0] in lines and sum(line.startswith("7 train ") for line in lines) == 1
-    assert [r["step"] for r in metrics(stopped) if "loss" in r] == list(range(8))
-    assert {r["step"] for r in metrics(stopped) if "loss" not in r} == {7, 8}
+    assert set(final) < set(lines) and sum(line.startswith("7 train ") for line in lines) == 1
+    rows = metrics(stopped)
+    assert [(row["step"], "loss" in row) for row in rows] == [(step, True) for step in range(8)]
+    assert rows[6]["eval_step"] == 7 and rows[7]["eval_step"] == 8
+    starts = json.loads((stopped / "run.json").read_text())["earlier"]
+    assert [start["first_step"] for start in starts] == [0, 6] and starts[0]["versions"]
     for fewer in ("--max_steps", "5"), ("--preset", "llmc", "--max_steps", "5"):
         assert resume(*on, *fewer) == 2
         assert "has done 8 steps already, but max_steps=5" in capsys.readouterr().err
@@ -244,7 +248,7 @@ def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsy
     assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
     (old,) = tmp_path.glob("old_*")
     assert (old / "log.txt").read_text().endswith("1 tr") and "resumed" not in capsys.readouterr().out
-    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2]
 
 
 def test_a_finished_run_that_is_resumed_is_finished(straight, stopped):
@@ -308,9 +312,8 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
          [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"4 tra", b"\0\0\0\n",
           b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']),
         (False,
-         [b"3 val 1.500000\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b'{"step": 3, "val_loss": 1.5}\n',
-          b"3 val\n"],
-         [b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n",
+         [b"3 val 1.500000\n", b"3 val_bpb 1.5\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b"3 val\n"],
+         [b'{"step": 3, "val_loss": 1.5}\n', b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n",
           b'{"step": 3, "loss": 1.5}\n', b'{"run": {"first_step": 3}}\n']),
     ],
 )  # fmt: skip

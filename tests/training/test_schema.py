@@ -180,8 +180,9 @@ def test_list_and_retention_know_the_validation_losses(straight, tmp_path, capsy
     log = shutil.copytree(straight, tmp_path / "log")
     assert checkpoint.main(["list", str(log)]) == 0
     _, newest, *others = capsys.readouterr().out.splitlines()
-    losses = validation_losses(log)
+    losses, bits = validation_losses(log), validation_losses(log, "val_bpb")
     assert newest.split()[0] == "12" and f" {losses[12]:.4f} " in newest and len(others) == 3
+    assert newest.split()[5] == f"{bits[12]:.4f}" and others[0].split()[4:6] == ["-", "-"]
     assert load_checkpoint(log / "model_00009.pt")["val_loss_step"] == 8
     (log / "log.txt").write_text("3 val 2.5\n6 val nan\n9 val 4\n12 val 1000\n")  # a run that diverged
     prune_checkpoints(log, 1, 0)

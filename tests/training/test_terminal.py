@@ -3,9 +3,13 @@
 Run: python -m pytest tests/training/test_terminal.py
 """
 
+import fcntl
 import io
+import os
 import re
+import struct
 import sys
+import termios
 
 import pytest
 import torch
@@ -30,10 +34,13 @@ def record(step: int, **more) -> dict:
 
 
 def test_live_line_has_everything_that_is_known():
-    full = record(11, max_load=1.234, bad_steps=2)
-    text = "12/500 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46% | max load 1.23 | bad steps 2"
-    assert live_line(full | {"val_loss": 3.1, "hella_acc_norm": 0.25}, 500) == text
-    assert live_line(record(0, mfu=None), 500) == "1/500 | loss 3.250 | 4,096 tok/s"
+    full = record(11, max_load=1.234, bad_steps=2, val_loss=3.1, eval_step=10, hella_acc_norm=0.25)
+    words = "12/500 | loss 3.250 | val 3.100 at 10 | 4,096 tok/s | mfu 46% | max load 1.23 | bad steps 2"
+    assert live_line(full, 500, 200) == words
+    assert live_line(full, 500, 200, "evaluating", "ETA 9 s") == words.replace(
+        "12/500", "12/500 | ETA 9 s | evaluating"
+    )
+    assert live_line(record(0, mfu=None), 500, 200) == "1/500 | loss 3.250 | 4,096 tok/s"
 
 
 def test_step_line_has_everything_but_an_unknown_utilisation():
@@ -47,21 +54,47 @@ def test_step_line_has_everything_but_an_unknown_utilisation():
 def test_a_row_of_the_table_shows_another_number(monkeypatch):
     row = Metric("memory", "GiB at most", live="{:.1f} GiB", line="memory {:.2f} GiB")
     monkeypatch.setattr(terminal, "METRICS", (*METRICS, row))
-    assert live_line(record(11, memory=7.25), 500).endswith(" | mfu 46% | 7.2 GiB")
+    assert live_line(record(11, memory=7.25), 500, 200).endswith(" | mfu 46% | 7.2 GiB")
     assert step_line(record(11, memory=7.25), 500).endswith(" | mfu 45.6% | memory 7.25 GiB")
 
 
-def test_a_person_sees_one_line_that_is_redrawn_and_an_eta(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Screen())
-    monkeypatch.setattr(sys, "stdout", Screen())
-    with Terminal(TrainConfig(max_steps=40, log_every=1), 0, is_master=True) as shown:
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_the_live_line_fits_the_terminal_and_is_never_stale(width, monkeypatch):
+    """A run that compiles, evaluates, scores HellaSwag and trains; in the end its terminal gets narrower."""
+    master, slave = os.openpty()
+    resize = lambda columns: fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))  # noqa: E731
+
+    def rows() -> list[str]:
+        """Everything written since the last call, cut at line feeds and carriage returns."""
+        os.write(slave, b"\0")
+        written = b""
+        while not written.endswith(b"\0"):
+            written += os.read(master, 65536)
+        return [row for row in re.split("[\r\n]+", written.decode()[:-1]) if row.strip()]
+
+    resize(width)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, os.fdopen(os.dup(slave), "w", encoding="utf-8"))
+    with Terminal(TrainConfig(max_steps=500, use_compile=True), 0, is_master=True) as shown:
+        with shown.during("evaluating"):
+            assert "evaluating" in rows()[-1]
+            shown.evaluation(0, {"val_loss": 5.5, "val_bpb": 1.25})
+            said, line = rows()[-2:]
+            assert said == "step 0: validation loss 5.5000 nats per token, 1.2500 bits per byte"
+            assert width == 30 or "evaluating | val 5.500 at 0" in line  # at once
+            shown.show("HellaSwag 3,100/10,042")
+            assert "HellaSwag 3,100/10,042" in rows()[-1]
+        assert "compiling (about a minute)" in rows()[-1]
         for step in range(20):
-            shown.step(record(step, val_loss=3.1) if step == 5 else record(step))
-        shown.bar.refresh()
-        shown.say("step 20: validation loss 3.0")
-    drawn, text = sys.stderr.getvalue(), sys.stdout.getvalue()
-    assert "20/40 | loss 3.250 | val 3.100 | 4,096 tok/s | mfu 46%" in drawn and "ETA 00:0" in drawn
-    assert "step 20: validation loss 3.0\n" in text and "| lr " not in text  # no line per step
+            shown.step(record(step))
+        lines = rows()
+        assert len(lines) == 20 and {len(line) for line in lines} == {width - 1}
+        words, most = lines[-1].rstrip().split(" | "), {30: 3, 60: 4}.get(width, 6)
+        assert words[0] == "20/500" and words[1].startswith("ETA ") and len(words) == most
+        resize(30)
+        shown.draw()
+        assert len(rows()[-1]) == 29
+    os.close(master)
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
@@ -72,7 +105,6 @@ def test_a_file_gets_every_line_whatever_the_other_stream_is(name, monkeypatch, 
     shown = Terminal(TrainConfig(max_steps=3, log_every=1), 0, is_master=True)
     for step in range(3):
         shown.step(record(step))
-    shown.bar.close()
     text = capsys.readouterr().out if name == "stdout" else sys.stdout.getvalue()
     assert not shown.watched and text.count("| lr ") == 3
     assert name == "stderr" or sys.stderr.getvalue() == ""
@@ -93,14 +125,19 @@ def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
     assert told.startswith("step 12: about 7 s to go at 250.0 ms a step")
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 7, 19, 20, 21, 60])
-def test_the_average_is_llmcs(steps):
+@pytest.mark.parametrize("steps", [1, 2, 7, 19, 20, 21, 60])
+def test_the_average_is_llmcs_and_only_its_preset_prints_it(steps, capsys):
     """Of its train_gpt2.py: steps > 0 and > num_iterations - 20; of a run of one step, that step."""
-    shown = Terminal(TrainConfig(max_steps=steps, log_every=100), 0, is_master=False)
+    shown = Terminal(TrainConfig(max_steps=steps, log_every=100), 0, is_master=True)
     for step in range(steps):
         shown.step(record(step, ms=100.0 + step))
     timings = [100.0 + step for step in range(steps) if step > 0 and step > steps - 20] or [100.0] * steps
-    assert shown.average_ms() == (len(timings), pytest.approx(sum(timings) / max(steps and len(timings), 1)))
+    line = f"final {len(timings)} iters avg: {sum(timings) / len(timings):.3f}ms\npeak memory"
+    for preset in ("", "llmc"):
+        shown.config.preset = preset
+        shown.summary(7 << 20, "none")
+        said = capsys.readouterr().out
+        assert (line in said, "7 MiB at most" in said) == (bool(preset), not preset)
 
 
 def test_the_experts_have_a_row_per_layer_after_the_first_step_and_other_ranks_are_silent(capsys):
@@ -113,7 +150,6 @@ def test_the_experts_have_a_row_per_layer_after_the_first_step_and_other_ranks_a
         shown.experts(250, model)
         shown.say("text")
         shown.step(record(0))
-        shown.bar.close()
         said = capsys.readouterr()
         if is_master:
             lines = [line.split("|")[0].strip() for line in said.out.splitlines()]
@@ -128,6 +164,8 @@ def test_heat_map_shows_loads_in_fair_shares(monkeypatch, encoding, cells):
     even, uneven = heat_map(torch.tensor([[5, 5, 5], [100, 200, 0]]))
     assert even == f"MoE layer  0 |{cells[0] * 3}| max/mean 1.00"
     assert uneven == f"MoE layer  1 |{cells}| max/mean 2.00, 1 starved"
+    monkeypatch.setattr(terminal, "columns", lambda: 80)
+    assert heat_map(torch.ones(12, 64))[11] == "MoE layer 11 max/mean 1.00"  # 64 bars do not fit
 
 
 def test_levels_rise_with_the_load():

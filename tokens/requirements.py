@@ -1,0 +1,33 @@
+"""Imported first by every script: an old Python or a missing package gets one line, not a traceback.
+
+An old Python must be able to read this file and what the scripts have before it. So it is written for 3.8.
+"""
+
+import os
+import re
+import sys
+
+LIST = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "requirements.txt")
+
+
+def stop(problem):
+    """End the script with exit code 2, after one line on stderr that names the problem."""
+    folder, name = os.path.split(sys.argv[0])
+    script = "python -m " + os.path.basename(folder) if name == "__main__.py" else name
+    print(f"{script}: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain(kind, error, traceback):
+    """For sys.excepthook: one line if a package of requirements.txt is missing, otherwise the traceback."""
+    if kind is ModuleNotFoundError and not hasattr(sys, "ps1"):  # ps1: Python is interactive
+        with open(LIST, encoding="utf-8") as file:
+            packages = re.findall(r"^\w+", file.read(), re.MULTILINE)
+        if str(error.name).split(".")[0] in packages:
+            stop(f"{error.name} is not installed; install it with: pip install -r requirements.txt")
+    sys.__excepthook__(kind, error, traceback)
+
+
+if sys.version_info < (3, 11):  # noqa: UP036 (ruff believes that no older one gets here)
+    stop("this is Python {}.{}, but 3.11 or newer is needed".format(*sys.version_info))
+sys.excepthook = explain
