@@ -1,12 +1,10 @@
 """Work with training checkpoints (docs/formats.md): verify, list, convert between file and folder, export.
 
 python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
-python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # dense models: a stock GPT-2
-python checkpoint.py export log/model_19073.pt my_qwen3 --format qwen3_moe    # more: huggingface/llama.py
+python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # a stock GPT-2; more: --help
 python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
 python checkpoint.py list log                                            # step, date, size, validation loss
-python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back
-"""
+python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back"""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
@@ -28,9 +26,7 @@ def print_list(folder: Path) -> None:
     per token and in bits per byte. FileNotFoundError if there is none."""
     losses, found = [validation_losses(folder, word) for word in ("val", "val_bpb")], list_checkpoints(folder)
     if not found:
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint is there; `ls -d log*/model_* log/*/model_*` finds some"
-        )
+        raise FileNotFoundError(f"{folder}: no checkpoint; `ls -d log*/model_* log/*/model_*` finds some")
     print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  {'bits/byte':>9}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
@@ -50,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("folder", help="folder to write: new, empty, or an earlier export")
     formats = "gpt_moe (any model); stock: gpt2, llama, qwen3 (dense), mixtral, qwen3_moe (with experts)"
     export.add_argument("--format", default="gpt_moe", help=formats)
-    flag = argparse.BooleanOptionalAction
-    export.add_argument("--tokenizer", action=flag, default=True, help="add a tokenizer's files")
-    verify = commands.add_parser("verify", help="compare every byte with its checksum")
-    verify.add_argument("checkpoint")
+    export.add_argument("--tokenizer", action=argparse.BooleanOptionalAction, default=True,
+                        help="add a tokenizer's files")  # fmt: skip
+    commands.add_parser("verify", help="compare every byte with its checksum").add_argument("checkpoint")
     listing = commands.add_parser("list", help="show the checkpoints of a run, newest first")
     listing.add_argument("folder", help="log_dir of the run")
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")

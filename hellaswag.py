@@ -11,12 +11,11 @@ The model chooses the ending with the highest probability (acc), or the highest 
     --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
                          as in lm-evaluation-harness 0.4, zero-shot
-docs/huggingface.md has published results of both styles.
 
-The plain method, `score_one_by_one`, computes four padded rows for every question, and all their logits.
-`score_batched` computes the same numbers faster. A question is ONE row: its context, then the four endings. A
-mask hides the endings from each other, and positions restart for each. Rows of similar length share a batch,
-and the head computes logits only where a token is scored.
+`score_one_by_one` computes four padded rows for every question, and all their logits. `score_batched` gets
+the same numbers faster. A question is ONE row: its context, then the four endings. A mask hides the endings
+from each other, and positions restart for each. Rows of similar length share a batch, and the head computes
+logits only where a token is scored.
 
 References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
 github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
@@ -31,7 +30,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from huggingface.generation import evaluating
 from tokens.encodings import encode_text, load_encoding
 from tokens.hellaswag_files import HellaSwagUnavailable, download, iterate_examples
 from tokens.printable import print_error
@@ -143,23 +143,10 @@ def longest_input(config) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled code (torch would compile again for these shapes)."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in in_training:  # model.train() would also reach modules that were in eval mode
-            module.training = True
-
-
 def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> torch.Tensor:
     """The plain method. Returns every ending's loss, its -log-probability in nats: (n, 4) fp32 on the CPU."""
     model, losses = unwrap(model), []
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         for question in questions:
             tokens, mask = (x.to(model.device) for x in pad_rows(question.rows))  # (4, T)
             logits = model(tokens[:, :-1], use_cache=False).logits  # (4, T-1, V)
@@ -225,9 +212,8 @@ def build_batch(rows: Sequence[PackedRow], T: int) -> PackedBatch:
 
 
 def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.Tensor]:
-    """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers.
-    A token sees the tokens before it in the context and in its ending. A window counts positions in the text,
-    not in the row. Padding sees itself, so that no row of the mask is empty."""
+    """Boolean masks (B, 1, T, T), True = may look, for the two kinds of layers. A token sees those before it
+    in the context and its ending; a window counts positions of the text. Padding sees itself."""
     T, segments, positions = batch.tokens.size(1), batch.segments, batch.positions
     before = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
     visible = before & ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None]))  # (B, T, T)
@@ -245,13 +231,10 @@ def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> t
     masks = attention_masks(batch, model.config.sliding_window)
     inputs = dict(attention_mask=masks, position_ids=batch.positions, use_cache=False, return_dict=True)
     # The head gets (1, M, C) of (B, T, C).
-    hook = model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],))
-    try:
+    with model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],)):
         output = model(batch.tokens, **inputs)
         # GPT returns hidden states, GPTLMHeadModel logits.
         return (output.logits if "logits" in output else model._logits(output.last_hidden_state))[0]
-    finally:
-        hook.remove()
 
 
 def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_per_batch: int | None = None,
@@ -265,7 +248,7 @@ def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_
     budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
     rows, losses = pack_rows(questions, shared), torch.zeros(4 * len(questions), device=device)
     num_rows = len(rows)
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # torch would compile for each shape
         while rows:
             progress(len(questions) * (num_rows - len(rows)) // num_rows, len(questions))
             if interrupted():
@@ -344,9 +327,9 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
     encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
-    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward; it
-    must answer alike on all ranks, and True gives the result None. progress: called there with the numbers of
-    questions: scored, all. HellaSwagUnavailable, ValueError. FloatingPointError if the model gives NaN."""
+    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, alike
+    on all ranks; True gives None. progress: called there with the numbers of questions: scored, all.
+    Raises HellaSwagUnavailable, ValueError, and FloatingPointError for NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
     if encoding is None:

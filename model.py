@@ -44,14 +44,9 @@ from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
 from layers.roles import parameter_groups
-from mixture_of_experts import (
-    BALANCE_LOSSES,
-    ROUTER_SCORES,
-    ExpertUsage,
-    MoE,
-    RouterAuxiliary,
-    expert_usage,
-    update_routers,
+
+from mixture_of_experts import (  # isort: skip
+    BALANCE_LOSSES, ROUTER_SCORES, ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 )  # fmt: skip
 
 # Peak dense bf16 FLOP/s from NVIDIA's data sheets, without sparsity. A key is a part of the name from
@@ -59,23 +54,19 @@ from mixture_of_experts import (
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-    "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+    "A40": 150e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 
 
 @strict
 class GPTConfig(CheckedConfig):
     """Every setting of the architecture. Types are checked at every assignment, limits at construction.
-
-    Raises ValueError, naming field and value, for impossible combinations and for unknown names.
-    """
+    Raises ValueError, naming field and value, for impossible combinations and for unknown names."""
 
     model_type = "gpt_moe"
     code = __file__  # save_pretrained copies this file and those that it imports
     attribute_map = {  # noqa: RUF012 (names that transformers, lm_eval and PEFT look for)
         "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size",
-    }  # fmt: skip
+        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size"}  # fmt: skip
 
     block_size: int = setting(1024, least=1)  # longest sequence
     vocab_size: int = setting(50257, least=1)
@@ -123,20 +114,17 @@ class GPTConfig(CheckedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        C, nh, nkv = self.n_embd, self.n_head, self.n_kv_head
-        K, E = self.num_experts_per_tok, self.num_experts
+        C, nh, K, E = self.n_embd, self.n_head, self.num_experts_per_tok, self.num_experts
         if C % nh != 0:
             raise ValueError(f"n_embd={C} does not divide into n_head={nh} heads")
-        if nkv is not None and nh % nkv != 0:
-            raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={nkv}")
+        if self.n_kv_head is not None and nh % self.n_kv_head != 0:
+            raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={self.n_kv_head}")
         if self.position == "rope" and C // nh % 2 != 0:
-            what = f"n_embd={C} / n_head={nh} gives heads of an odd size, {C // nh}"
-            raise ValueError(f"position='rope' turns pairs of channels, but {what}")
+            raise ValueError(f"position='rope': n_embd={C} / n_head={nh} gives heads of odd size, {C // nh}")
         if self.use_moe and K > E:
             raise ValueError(f"num_experts_per_tok={K} is more than num_experts={E}")
         if self.use_moe and self.moe_every > self.n_layer:
-            problem = f"is more than n_layer={self.n_layer}; only the last block would have experts"
-            raise ValueError(f"moe_every={self.moe_every} {problem}")
+            raise ValueError(f"moe_every={self.moe_every} is more than n_layer={self.n_layer}")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:
@@ -171,13 +159,8 @@ class LayerNorm(nn.Module):
         return F.layer_norm(input, weight.shape, weight, bias, self.eps)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
-
-    def __init__(self, ndim: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
@@ -192,10 +175,8 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
 
 def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
-
-    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them. transformers
-    loads a model on the meta device, and afterwards a buffer outside the state dict would hold garbage.
-    """
+    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them: a buffer
+    outside the state dict would hold garbage after transformers has loaded a model on the meta device."""
     channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
     frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
     angle = position_ids[:, None, :, None].float() * frequency  # (B, 1, T, hs/2)
@@ -214,10 +195,8 @@ def build_masks(
     config: GPTConfig, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
 ) -> dict[str, Tensor | BlockMask | None]:
     """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
-
     attention_mask: 2-d (B, S), 0 = padding; 4-d; or generate()'s dictionary for static caches, which is
-    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask.
-    """
+    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask."""
     if isinstance(attention_mask, dict):
         return attention_mask
     special = attention_mask is not None or past_key_values is not None or position_ids is not None
@@ -245,10 +224,9 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
-        past_key_values=None, output_attentions: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
+                rotary: tuple[Tensor, Tensor] | None = None, past_key_values=None,
+                output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
         B, T, C = x.shape
         parts = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
@@ -279,18 +257,14 @@ class Block(GradientCheckpointingLayer):
         dense_size = config.mlp_hidden_size or 4 * config.n_embd
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | BlockMask | None = None, rotary: tuple[Tensor, Tensor] | None = None,
-        token_mask: Tensor | None = None, num_tokens: Tensor | int | None = None, past_key_values=None,
-        output_attentions: bool = False, return_auxiliary: bool = False,
-    ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
-        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights, and the router's report.
-
-        token_mask (B, T), num_tokens: as in MoE. The weights are None unless output_attentions. Only an MoE
-        in training has a report. It is the fields of a RouterAuxiliary one by one, because reentrant
-        checkpointing gives gradients to plain tensors only. The caller must accumulate() it, because
-        checkpointing runs this forward twice.
-        """
+    def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
+                rotary: tuple[Tensor, Tensor] | None = None, token_mask: Tensor | None = None,
+                num_tokens: Tensor | int | None = None, past_key_values=None, output_attentions: bool = False,
+                return_auxiliary: bool = False) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
+        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's report.
+        token_mask (B, T), num_tokens: as in MoE. Only an MoE in training has a report. It is the fields of a
+        RouterAuxiliary one by one, because reentrant checkpointing gives gradients to plain tensors only. The
+        caller must accumulate() it, because checkpointing runs this forward twice."""
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
         x = x + y
@@ -304,9 +278,7 @@ class Block(GradientCheckpointingLayer):
 
 class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     """The transformer with its (tied) head. `forward` returns hidden states; with targets, logits and loss.
-
-    `config` is a GPTConfig, or a plain dictionary of its fields, as in training checkpoints.
-    """
+    `config` is a GPTConfig, or a plain dictionary of its fields, as in training checkpoints."""
 
     config_class = GPTConfig
     # How many rows of logits the loss computes at a time, to save memory; -1: automatic, 0: all at once.
@@ -327,18 +299,14 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if name.endswith("c_proj"):
                 module.into_residual = True  # _init_weights does not know the name
         # DDP would overwrite each rank's counts with rank 0's; update_routers() adds up the counts.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)
-        ]
+        ignored = [name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)]
+        self._ddp_params_and_buffers_to_ignore = ignored
         self._suppress_padding()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)).
-
-        With init="zero_proj" these projections start at zero, so that every block starts as the identity.
-        transformers calls this method for every module that holds parameters or buffers.
-        """
+        """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)), or
+        zero with init="zero_proj". transformers calls it for every module with parameters or buffers."""
         residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=residual_std if hasattr(module, "into_residual") else 0.02)
@@ -372,11 +340,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return count
 
     def flops_per_token(self, length: int | None = None) -> float:
-        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2).
-
-        T is `length` or block_size; in a layer with a window it is the window. N counts active parameters.
-        Masked positions count, too, as in nanoGPT and llm.c, so that their figures can be compared.
-        """
+        """FLOPs of forward and backward per token: 6 N + 12 L C T (PaLM appendix B, eq. 2), N: active
+        parameters, T: `length` or block_size, or a layer's window. Masked positions count, as in nanoGPT."""
         config, length = self.config, length or self.config.block_size
         window = min(config.sliding_window or length, length)
         spans = [window if kind == "sliding_attention" else length for kind in config.layer_types]
@@ -385,10 +350,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def estimate_mfu(
         self, fwdbwd_per_iter: float, dt: float, peak_flops: float | None = None, length: int | None = None
     ) -> float | None:
-        """Model FLOPs utilisation, 0..1, of fwdbwd_per_iter sequences of `length` (block_size) in dt seconds.
-
-        It is relative to the device's bf16 peak (PEAK_FLOPS); None if the peak is unknown (CPU, other GPUs).
-        """
+        """Model FLOPs utilisation, 0..1, of fwdbwd_per_iter sequences of `length` (block_size) in dt seconds,
+        relative to the device's bf16 peak (PEAK_FLOPS); None if the peak is unknown (CPU, other GPUs)."""
         if peak_flops is None and self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
             known = (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device))
@@ -403,8 +366,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
     def update_routers(self, process_group=None) -> None:
-        """Tell the routers that an optimizer step is over. Call it before training and after every step. It
-        adds up the step's routing statistics over all ranks (one collective): see mixture_of_experts.py."""
+        """Tell the routers that an optimizer step is over; call it before training, too. One collective."""
         update_routers(self.moe_layers(), process_group)
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
@@ -424,24 +386,18 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,  # (B, T, C)
         labels: torch.LongTensor | None = None,  # (B, T), unshifted, -100 is ignored
         targets: torch.LongTensor | None = None,  # (B, T), shifted, -1 is ignored
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: Tensor | int | None = None,
         cache=None,  # another name of past_key_values
-    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
-
-        With labels or targets both classes return logits and the loss (with targets as nanoGPT's pair, unless
+        With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
         logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
-        loss is then this part's share. The routers' losses also count only tokens with a target, and divide
-        by the same number, so that the sum over the parts does not depend on how the step is cut.
-        ValueError for a sequence longer than block_size, and for incompatible arguments.
-        """
+        losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
+        not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments."""
         config = self.config
         if cache is not None and past_key_values is not None:
             raise ValueError("give past_key_values or cache (two names of one argument), not both")
@@ -459,15 +415,14 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        in_parts = targets is not None and num_items_in_batch is not None
 
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        cache = past_key_values if cache is None else cache
+        in_parts = targets is not None and num_items_in_batch is not None
+        part = (targets != ignore_index, num_items_in_batch) if in_parts else (None, None)
         hidden, extras, reports = self._transform(
-            x, attention_mask, position_ids, past_key_values if cache is None else cache,
-            use_cache, output_attentions, output_hidden_states,
-            counted=targets != ignore_index if in_parts else None,
-            num_tokens=num_items_in_batch if in_parts else None,
-        )  # fmt: skip
+            x, attention_mask, position_ids, cache, use_cache, output_attentions, output_hidden_states, *part
+        )
         if targets is None and not self._gives_logits:
             output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, **extras)
         else:
@@ -485,14 +440,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         as_dict = config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _transform(
-        self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
-        output_hidden_states, counted, num_tokens,
-    ) -> tuple[Tensor, dict, list[RouterAuxiliary]]:  # fmt: skip
+    def _transform(self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
+                   output_hidden_states, counted, num_tokens) -> tuple[Tensor, dict, list]:  # fmt: skip
         """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
-
-        counted (B, T) or None: tokens that count in the routers' losses and statistics; padding never counts.
-        """
+        counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does."""
         config, T = self.config, x.size(1)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -518,11 +469,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         x = self.transformer.drop(x)
 
         hidden_states, attentions, reports = [x], [], []
+        kw = dict(past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True)
         for block, kind in zip(self.transformer.h, config.layer_types, strict=True):
-            x, weight, *report = block(
-                x, masks[kind], rotary, counted, num_tokens,
-                past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True,
-            )  # fmt: skip
+            x, weight, *report = block(x, masks[kind], rotary, counted, num_tokens, **kw)
             if output_hidden_states:
                 hidden_states.append(x)
             attentions.append(weight)
@@ -544,22 +493,15 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
     def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
-        """The loss on targets (B, T) and, in training, its parts.
-
-        Cross-entropy in nats, from logits (B, T, V), or if they are None from hidden (B, T, C): the mean over
-        the targets; with num_items their sum, divided by num_items. reports: of the routers.
-        """
+        """The loss on targets (B, T) and, in training, its parts. Cross-entropy, nats, from logits (B, T, V)
+        or, if they are None, hidden (B, T, C): the mean over the targets, or their sum / num_items."""
         config = self.config
         if logits is None:
-            loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, targets, ignore_index, num_items,
-                config.logit_softcap, self.loss_chunk,
-            )  # fmt: skip
+            head, cap = self.lm_head.weight, config.logit_softcap
+            loss = linear_cross_entropy(hidden, head, targets, ignore_index, num_items, cap, self.loss_chunk)
         else:
-            loss = F.cross_entropy(
-                upcast(logits).view(-1, logits.size(-1)), targets.reshape(-1),
-                ignore_index=ignore_index, reduction="mean" if num_items is None else "sum",
-            )  # fmt: skip
+            how = dict(ignore_index=ignore_index, reduction="mean" if num_items is None else "sum")
+            loss = F.cross_entropy(upcast(logits).flatten(0, -2), targets.flatten(), **how)
             loss = loss if num_items is None else loss / num_items
         losses = {"loss": loss, "cross_entropy": loss} if self.training else {"loss": loss}
         if reports:
@@ -569,23 +511,12 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             losses |= {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss}
         return losses
 
-    def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple[float, float],
-        device_type: str,
-        router_lr_mult: float = 1.0,
-        expert_lr_mult: float = 1.0,
-    ) -> torch.optim.AdamW:
-        """AdamW with weight decay for matrices and embeddings, and no decay for biases and norms.
-
-        layers/roles.py finds each parameter's role by its name, and describes the groups. AdamW runs as one
-        fused kernel if torch has one.
-        """
-        groups = parameter_groups(
-            self.named_parameters(), weight_decay, learning_rate, router_lr_mult, expert_lr_mult
-        )
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+                             device_type: str, router_lr_mult: float = 1.0,
+                             expert_lr_mult: float = 1.0) -> torch.optim.AdamW:  # fmt: skip
+        """Fused AdamW with weight decay for matrices and embeddings, as layers/roles.py says."""
+        rates = learning_rate, router_lr_mult, expert_lr_mult
+        groups = parameter_groups(self.named_parameters(), weight_decay, *rates)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
 
 

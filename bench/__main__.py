@@ -4,8 +4,7 @@
     python -m bench train --size d12 --nanogpt DIR    # in turns with nanoGPT's model, from a checkout in DIR
     python -m bench --help                # all commands; COMMAND --help: a command's options
 
-docs/measurements.md has results with their commands, and explains the columns.
-"""
+docs/measurements.md has results with their commands, and explains the columns."""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 
 STEPS = dict(device="", rounds=15)
-LAYERS = dict(device="", dtype="float32", rounds=15)
+LAYERS = STEPS | dict(dtype="float32")
 MODELS = LAYERS | dict(compile=0, vocab_size=50304)
 EVERYWHERE = dict(threads=0, csv="")
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
@@ -24,19 +23,15 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
         MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, nanogpt="")),
     "ladder": ("ladder", "the optimisation ladder, rung by rung", STEPS | dict(compile=0, B=0, T=0)),
     "head": ("layer", "the loss head: all logits at once, and in chunks", LAYERS | dict(tokens=0)),
-    "hellaswag": ("models", "HellaSwag: the plain method against ours",
-        LAYERS | dict(size="d12", data="", limit=30)),
+    "hellaswag": ("models", "HellaSwag, plain and ours", LAYERS | dict(size="d12", data="", limit=30)),
     "checkpoint": ("loop", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
     "loop": ("loop", "how much of a step's time the loop takes", MODELS | dict(size="", B=16, T=128)),
-    "time_to_loss": ("recipes", "loss against seconds, beside nanoGPT",
-        dict(text="", nanogpt="", steps=2000, png="")),
-    "moe_pays": ("recipes", "8 experts top-2 against an equally active dense model",
-        dict(text="", steps=500, seeds=3)),
+    "time_to_loss": ("recipes", "loss against time", dict(text="", nanogpt="", steps=2000, png="")),
+    "moe_pays": ("recipes", "the loss with experts, and dense", dict(text="", steps=500, seeds=3)),
     "scale": ("traffic", "a forecast of a step on up to 1,024 ranks",
         LAYERS | dict(size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
             micro_ms=0.0, update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
-            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep")),
-}  # fmt: skip
+            ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep"))}  # fmt: skip
 HELP = {
     "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "dtype of matrix products",
     "compile": "1 = with torch.compile; step and train: 2 = with and without",
@@ -56,8 +51,7 @@ HELP = {
     "ranks": "numbers of ranks, separated by commas",
     "layouts": "some of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
     "threads": "CPU threads; 0 = torch's choice", "csv": "write the table to this file as well",
-    "png": "draw loss against seconds into this file (.png, .svg or .pdf)",
-}  # fmt: skip
+    "png": "draw loss against seconds into this file (.png, .svg or .pdf)"}  # fmt: skip
 CHOICES = {"dtype": ("float32", "bfloat16"), "compile": (0, 1, 2)}
 
 
@@ -68,9 +62,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     layout = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for command, (_, purpose, options) in COMMANDS.items():
         one = commands.add_parser(command, help=purpose, description=purpose, **layout)
-        for name, default in (options | EVERYWHERE).items():
-            more = dict(choices=CHOICES.get(name), help=HELP[name])
-            one.add_argument(f"--{name}", type=type(default), default=default, **more)
+        for name, value in (options | EVERYWHERE).items():
+            more = dict(default=value, choices=CHOICES.get(name), help=HELP[name])
+            one.add_argument(f"--{name}", type=type(value), **more)
     options = parser.parse_args(arguments)
     for name, default in (COMMANDS[options.command][2] | EVERYWHERE).items():
         value = getattr(options, name)
@@ -97,12 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"bench.{COMMANDS[options.command][0]}")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        options.device = device = choose_device(getattr(options, "device", "cpu") or default, 0)
-        on_cuda = device.type == "cuda"
-        shown = [f"torch {torch.__version__}"]
-        shown += [torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"]
-        shown += [f"{name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options]
-        print(f"{', '.join(shown)}\n")
+        options.device = choose_device(getattr(options, "device", "cpu") or default, 0)
+        on_cuda, threads = options.device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
+        machine = torch.cuda.get_device_name(options.device) if on_cuda else threads
+        how = "".join(f", {name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options)
+        print(f"torch {torch.__version__}, {machine}{how}\n")
         print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
     except (ValueError, OSError) as error:
         print_error("python -m bench", error)

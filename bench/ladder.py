@@ -4,12 +4,11 @@
     python -m bench ladder --device cpu --rounds 3     # CPU: a small model, without the rungs of CUDA
 
 Every rung keeps the changes of all earlier rungs, and takes turns with the rung before it. On a CPU only
---compile 1 compiles the blocks.
-Reference: A. Karpathy, "Let's reproduce GPT-2 (124M)", https://github.com/karpathy/build-nanogpt
-"""
+--compile 1 compiles the blocks. Reference: A. Karpathy, https://github.com/karpathy/build-nanogpt"""
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,46 +21,28 @@ from tokens.shards import DistributedDataLoader, write_shard
 from train_gpt_moe import train_step
 from training.muon import has_fast_bf16
 
-START = dict(
-    tf32=False, dtype="float32", compile=False, attention="written out", vocab_size=50257, fused=False,
-    loss_chunk=0, times_B=1, prefetch=0, moe=False,
-)  # fmt: skip
+START = dict(tf32=False, dtype="float32", compile=False, attention="written out", vocab_size=50257,
+             fused=False, loss_chunk=0, times_B=1, prefetch=0, moe=False)  # fmt: skip
 RUNGS = {
     "fp32, attention written out": {}, "TF32": dict(tf32=True), "bf16": dict(dtype="bfloat16"),
     "torch.compile": dict(compile=True), "flash attention": dict(attention="flash"),
     "vocabulary 50257 -> 50304": dict(vocab_size=50304), "fused AdamW": dict(fused=True),
     "chunked loss head": dict(loss_chunk=-1), "cuDNN attention": dict(attention="cudnn"),
     "micro-batch twice as large": dict(times_B=2), "prefetched batches": dict(prefetch=2),
-    "8 experts top-2, same active FLOPs": dict(moe=True),
-}  # fmt: skip
+    "8 experts top-2, same active FLOPs": dict(moe=True)}  # fmt: skip
 CUDA_ONLY = ("TF32", "cuDNN attention")
-# n_layer, n_head, n_embd, and the defaults of B and T
-SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}
+SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}  # n_layer, n_head, C; defaults of B, T
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
     """The settings of every rung that this device can run. compiled: include the rung with torch.compile."""
-    left_out = () if device.type == "cuda" else CUDA_ONLY
-    left_out += () if has_fast_bf16(device.type) else ("bf16",)
-    left_out += () if compiled else ("torch.compile",)
+    able = dict.fromkeys(CUDA_ONLY, device.type == "cuda")
+    able |= {"bf16": has_fast_bf16(device.type), "torch.compile": compiled}
     settings, rungs = START, {}
     for name, change in RUNGS.items():
-        if name not in left_out:
+        if able.get(name, True):
             settings = rungs[name] = settings | change
     return rungs
-
-
-def compile_apart(model: GPTLMHeadModel) -> None:
-    """torch.compile every block. On CUDA each model has a separate backend, so that rungs share no graph: a
-    graph keeps the attention kernel that was preferred when it was compiled."""
-    backend = inductor = torch._dynamo.lookup_backend("inductor")
-    if model.device.type == "cuda":
-
-        def backend(graph, inputs):
-            return inductor(graph, inputs)
-
-    for block in model.transformer.h:
-        block.compile(fullgraph=True, backend=backend)
 
 
 def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel, int]:
@@ -70,22 +51,22 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     n_layer, n_head, C, B, T = SHAPES["cuda" if device.type == "cuda" else "cpu"]
     B, T = (options.B or B) * settings["times_B"], options.T or T
     torch.manual_seed(0)
-    experts = dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=2 * C)
     config = GPTConfig(
         n_layer=n_layer, n_head=n_head, n_embd=C, block_size=T, vocab_size=settings["vocab_size"],
-        use_moe=settings["moe"], **experts if settings["moe"] else {},
-        attn_implementation="eager" if settings["attention"] == "written out" else "sdpa",
-    )  # fmt: skip
+        use_moe=settings["moe"], num_experts=8, num_experts_per_tok=2, expert_hidden_size=2 * C,
+        attn_implementation="eager" if settings["attention"] == "written out" else "sdpa")  # fmt: skip
     model = GPTLMHeadModel(config).to(device)
     model.loss_chunk = settings["loss_chunk"]
     if settings["compile"]:
-        compile_apart(model)
+        # Each rung has its own backend. Rungs must share no graph, because a graph keeps an attention kernel.
+        backend = partial(torch._dynamo.lookup_backend("inductor"))
+        for block in model.transformer.h:
+            block.compile(fullgraph=True, backend=backend)
     loader = DistributedDataLoader([shard], B, T, device=device, prefetch=settings["prefetch"])
     run = make_run(model, loader, dtype=settings["dtype"])
     if not settings["fused"]:
-        kept = ("params", "weight_decay", "lr_mult")
-        groups = [{name: group[name] for name in kept} for group in run.optimizer.param_groups]
-        run.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+        for group in run.optimizer.param_groups:
+            group["fused"] = None  # torch's default: one call per operation and group
 
     def step():
         torch.set_float32_matmul_precision("high" if settings["tf32"] else "highest")
@@ -113,10 +94,8 @@ def bench_ladder(options) -> list[dict]:
             mfu = model.estimate_mfu(tokens // model.config.block_size, seconds["now"])
             rows.append({
                 "rung": name, "tokens/s": round(speed), "ms": 1000 * seconds["now"],
-                "MFU %": "" if mfu is None else 100 * mfu,
-                "peak MiB": memory_bytes(step, device)[0] / 2**20, "x rung before": gain,
-                "x first": gain * (rows[-1]["x first"] if rows else 1.0),
-            })  # fmt: skip
+                "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": memory_bytes(step, device)[0] / 2**20,
+                "x rung before": gain, "x first": gain * (rows[-1]["x first"] if rows else 1.0)})  # fmt: skip
             print(f"{name}: {round(speed):,} tokens/s, {gain:.2f} x the rung before", flush=True)
             before = step, tokens
     torch.set_float32_matmul_precision(precision)

@@ -2,7 +2,6 @@
 
     python -m bench moe [--compile 1] [--dtype bfloat16]
     python -m bench head
-
 moe: the MoE layer, a dense MLP, a loop over masks, transformers' Qwen3 MoE block. head: the loss head."""
 
 from functools import partial
@@ -10,6 +9,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from bench.measure import alternate, memory_bytes
 from layers.linear_cross_entropy import linear_cross_entropy
@@ -41,18 +42,6 @@ class MaskLoop(nn.Module):
         return y.view_as(x)
 
 
-def huggingface_layer(C: int, E: int, K: int, H: int) -> nn.Module:
-    """transformers' Qwen3 MoE block. It has three matrices (SwiGLU), so 2/3 H gives it the same FLOPs."""
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
-    sizes = dict(hidden_size=C, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=2 * H // 3)
-    layer = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(norm_topk_prob=True, **sizes))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return layer
-
-
 def bench_moe(options) -> list[dict]:
     """A row per MoE layer and size, relative to a dense MLP of equal active FLOPs."""
     return [row for sizes in MOE_SIZES for row in compare_moe(options, *sizes)]
@@ -62,11 +51,16 @@ def compare_moe(options, N: int, C: int, E: int, K: int, H: int) -> list[dict]:
     """bench_moe's rows of one size."""
     N, device = options.tokens or N, options.device
     config = GPTConfig(n_embd=C, n_head=1, num_experts=E, num_experts_per_tok=K, expert_hidden_size=H)
-    layers = {"dense": MLP(config, K * H), "ours": MoE(config)}
-    if not (options.compile and options.dtype == "float32"):  # grouped_mm compiles in bf16 only
-        layers["ours, grouped_mm"] = MoE(config)
-        layers["ours, grouped_mm"].experts.engine = "grouped_mm"
-    layers |= {"mask loop": MaskLoop(C, E, K, H), "transformers, its loop": huggingface_layer(C, E, K, H)}
+    # Qwen3's experts have three matrices (SwiGLU), so 2/3 H gives them the same FLOPs.
+    sizes = dict(hidden_size=C, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=2 * H // 3)
+    qwen3 = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(norm_topk_prob=True, **sizes))
+    for parameter in qwen3.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    layers = {"dense": MLP(config, K * H), "ours": MoE(config), "ours, grouped_mm": MoE(config),
+              "mask loop": MaskLoop(C, E, K, H), "transformers, its loop": qwen3}  # fmt: skip
+    layers["ours, grouped_mm"].experts.engine = "grouped_mm"
+    if options.compile and options.dtype == "float32":
+        del layers["ours, grouped_mm"]  # it compiles in bf16 only
     torch.manual_seed(0)
     x, direction = torch.randn(2, 1, N, C, device=device)  # (1, N, C) each
 
@@ -79,9 +73,10 @@ def compare_moe(options, N: int, C: int, E: int, K: int, H: int) -> list[dict]:
         y.backward(direction.to(y.dtype))
         layer.zero_grad(set_to_none=True)
 
-    for name, layer in list(layers.items()):
+    for layer in layers.values():
         layer.to(device).train()
-        layers[name] = torch.compile(layer) if options.compile else layer
+        if options.compile:
+            layer.compile()
     runs = {name: partial(forward_and_backward, layer) for name, layer in layers.items()}
     seconds = alternate(runs, device, options.rounds)
     return [{"tokens,C,E,K,H": f"{N},{C},{E},{K},{H}", "layer": name, "ms": 1000 * seconds[name],
@@ -99,9 +94,8 @@ def compare_heads(options, N: int, C: int, V: int) -> list[dict]:
     """bench_head's rows of one size."""
     # Each method gives the mean cross-entropy of x (N, C), weight (V, C), targets (N,).
     methods = {"all logits": lambda x, weight, targets: F.cross_entropy(F.linear(x, weight).float(), targets)}
-    methods["ours, auto"] = partial(linear_cross_entropy, chunk=-1)
-    for rows in (128, 512, 1024):
-        methods[f"ours, {rows} rows"] = partial(linear_cross_entropy, chunk=rows)
+    for name, chunk in {"auto": -1, "128 rows": 128, "512 rows": 512, "1024 rows": 1024}.items():
+        methods[f"ours, {name}"] = partial(linear_cross_entropy, chunk=chunk)
     if hasattr(nn, "LinearCrossEntropyOptions"):
         settings = nn.LinearCrossEntropyOptions(batch_chunk_size=512)
         methods["torch's, 512 rows"] = partial(F.linear_cross_entropy, options=settings)

@@ -3,22 +3,22 @@
     python -m bench loop [--device cuda --size d12]
     python -m bench checkpoint --size d12
 
-Whenever the loop asks for a step, train_step is called twice, each time directly after another train_step.
-The first call's time, plus the loop's time since the previous call, is a step of the loop. The second call's
-time is a step without the loop.
-"""
+Whenever the loop asks for a step, train_step is called twice. The first call's time, plus the loop's time
+since the previous call, is a step of the loop. The second call's time is a step without the loop."""
 
 import contextlib
 import io
 import tempfile
 import time
-from collections import defaultdict
+from functools import partial
+from itertools import pairwise
 from statistics import median
 
 import torch
 
+from bench.measure import alternate
 from bench.models import size_of
-from layers.attention import prefer_backend, synchronize
+from layers.attention import prefer_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
 from train_gpt_moe import parse_config, train, train_step
@@ -40,49 +40,28 @@ def bench_loop(options) -> list[dict]:
     if options.size:
         fields = size_of(options.size) | dict(vocab_size=options.vocab_size)
         flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        prepare_demo(f"{folder}/data")
-        flags += ["--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"]
-        steps = time_run(flags, options.device)[SKIPPED:]
-    whole, alone, passes = (median(seconds) for seconds in zip(*steps, strict=True))
-    parts = {
-        "a step of the loop": whole, "train_step alone": alone, "forward and backward alone": passes,
-        "the loop's own": median(step[0] - step[1] for step in steps),
-    }  # fmt: skip
-    return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
+    ends = []  # of the first and the second train_step, in seconds, for each step of the loop
 
-
-def time_run(flags: list[str], device: torch.device) -> list[tuple[float, float, float]]:
-    """For each step: seconds of a step of the loop, of train_step, and of forward and backward."""
-    config, given = parse_config(flags)
-    run = set_up(config, given, World(0, 0, 1, device))
-    open_log(run)
-    found, now, last = [], time.perf_counter, time.perf_counter()
-
-    def timed_steps(run: Run, step: int) -> dict:
-        nonlocal last
+    def train_twice(run: Run, step: int) -> dict:
         record = train_step(run, step)  # waits for the device once, before the update
-        first = now()
+        first = time.perf_counter()
         train_step(run, step)
-        second = now()
-        synchronize(device)
-        begin = now()
-        x, y = run.train_loader.next_batch()  # (B, T), (B, T)
-        with run.autocast():
-            loss = run.parallel_model(x, targets=y, return_dict=True).loss
-        loss.backward()
-        synchronize(device)
-        faults.discard_routing(run.model)  # do not count these two passes
-        run.optimizer.zero_grad(set_to_none=True)
-        found.append((first - last, second - first, now() - begin))
-        train_step(run, step)  # keeps the device as busy as a normal loop does
-        last = now()
+        ends.append((first, time.perf_counter()))
         return record
 
-    with prefer_backend(config.attention_backend, device):
-        if train(run, timed_steps) != faults.OK:
-            raise ValueError("the run of the loop failed")
-    return found
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        prepare_demo(f"{folder}/data")
+        config, given = parse_config([*flags, "--data_dir", f"{folder}/data", "--log_dir", f"{folder}/log"])
+        run = set_up(config, given, World(0, 0, 1, options.device))
+        open_log(run)
+        with prefer_backend(config.attention_backend, options.device):
+            if train(run, train_twice) != faults.OK:
+                raise ValueError("the run of the loop failed")
+    steps = [(first - before, second - first) for (_, before), (first, second) in pairwise(ends)]
+    whole, alone = (median(seconds[SKIPPED - 1 :]) for seconds in zip(*steps, strict=True))
+    own = median(step[0] - step[1] for step in steps[SKIPPED - 1 :])
+    parts = {"a step of the loop": whole, "train_step alone": alone, "the loop's own": own}
+    return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
 
 
 def bench_checkpoint(options) -> list[dict]:
@@ -93,19 +72,19 @@ def bench_checkpoint(options) -> list[dict]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments
     state = dict(model=model.state_dict(), config=model.config.to_dict(), optimizer=optimizer.state_dict())
+    pauses, writing = [], []
     with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be in memory
         writer = CheckpointWriter(folder, keep_last=1, say=lambda line: None)
-        seconds: dict[str, list[float]] = defaultdict(list)
         for step in range(options.rounds + 1):
-            pause = writer.save(state | {"step": step})
+            pauses.append(writer.save(state | {"step": step}))
             if error := writer.wait():
                 raise error
-            seconds["pause of training" if step else "first pause"].append(pause)
-            seconds["writing and reading back, in the background"].append(writer.seconds)
-            for part, read in (("verifying", verify_checkpoint), ("verifying and loading", load_checkpoint)):
-                begin = time.perf_counter()
-                read(writer.path)
-                seconds[part].append(time.perf_counter() - begin)
+            writing.append(writer.seconds)
+        reads = {"verifying": verify_checkpoint, "verifying and loading": load_checkpoint}
+        reads = {part: partial(read, writer.path) for part, read in reads.items()}
+        seconds = alternate(reads, options.device, options.rounds, warmup=0)
         gigabytes = writer.path.stat().st_size / 1e9
-    times = {part: 1e3 * median(taken) for part, taken in seconds.items()}
-    return [{"part": p, "GB": gigabytes, "ms": ms, "ms per GB": ms / gigabytes} for p, ms in times.items()]
+    seconds = {"first pause": pauses[0], "pause of training": median(pauses[1:]),
+               "writing and reading back, in the background": median(writing)} | seconds  # fmt: skip
+    return [{"part": part, "GB": gigabytes, "ms": 1e3 * s, "ms per GB": 1e3 * s / gigabytes}
+            for part, s in seconds.items()]  # fmt: skip

@@ -42,8 +42,8 @@ def memory_bytes(call: Callable, device: torch.device) -> tuple[int, int]:
     # On a CPU torch's profiler counts the bytes. It makes the call slow.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()  # noqa: F841
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
     return max(live), live[-1]
 
 
@@ -58,14 +58,10 @@ class RandomBatch:
 
 def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
     """A run for train_step(run, step): by default AdamW, learning rate 1e-4, one process.
-
-    loader: any object with next_batch(). fields: fields of Run that replace the defaults.
-    """
-    defaults = dict(
-        config=TrainConfig(max_lr=1e-4, min_lr=1e-4, warmup_steps=0),
-        layout=Layout(World(0, 0, 1, model.device)),
-        optimizer=model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type),
-    )
+    loader: any object with next_batch(). fields: fields of Run that replace the defaults."""
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), model.device.type)
+    defaults = dict(config=TrainConfig(max_lr=1e-4, min_lr=1e-4, warmup_steps=0), optimizer=optimizer,
+                    layout=Layout(World(0, 0, 1, model.device)))  # fmt: skip
     run = Run(model=model, train_loader=loader, **defaults | fields)
     run.model.update_routers()  # as in train(): from now on routing statistics cover whole steps
     return run
@@ -76,10 +72,8 @@ def print_table(rows: list[dict], csv_path: str = "") -> None:
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        values = (f"{row[n]:.2f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        values = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
         print("| " + " | ".join(values) + " |")
     if csv_path:
         with open(csv_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file).writerows([names, *(row.values() for row in rows)])

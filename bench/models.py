@@ -1,10 +1,8 @@
 """Whole models: optimizer steps, compiled or not, compared with nanoGPT; HellaSwag's questions per second.
 
     python -m bench step                  # a small model, dense and with 8 experts top-2
-    python -m bench train --size d12 --dtype bfloat16 --compile 2
-    python -m bench train --size d12 --nanogpt DIR
+    python -m bench train --size d12 --dtype bfloat16 --compile 2 --nanogpt DIR
     python -m bench hellaswag --data FILE
-
 Reference: train.py and model.py of https://github.com/karpathy/nanoGPT"""
 
 import contextlib
@@ -22,13 +20,12 @@ from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
 from training.parallel import compile_blocks
 
+D12 = dict(n_layer=12, n_head=12, n_embd=768)
 MODEL_SIZES = {
     "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU
     "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
-    "d12": dict(n_layer=12, n_head=12, n_embd=768, use_moe=False),
-    "d12-moe8x2": dict(  # as many active FLOPs as d12
-        n_layer=12, n_head=12, n_embd=768, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
-    "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False)}  # fmt: skip
+    "d12": D12 | dict(use_moe=False), "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
+    "d12-moe8x2": D12 | dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536)}  # fmt: skip
 
 
 def size_of(name: str) -> dict:
@@ -47,8 +44,7 @@ class NanoGPT:
             mend = f"git clone https://github.com/karpathy/nanoGPT {folder}"
             raise FileNotFoundError(f"nanogpt={folder!r} has no model.py; {mend}")
         spec = importlib.util.spec_from_file_location("nanogpt_model", path)  # not our model.py
-        nanogpt = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = nanogpt  # dataclasses look for their module there
+        nanogpt = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for its dataclasses
         spec.loader.exec_module(nanogpt)
         with contextlib.redirect_stdout(io.StringIO()):  # nanoGPT prints its size
             self.model = self.forward = nanogpt.GPT(nanogpt.GPTConfig(**fields)).to(device)
@@ -70,8 +66,8 @@ def bench_step(options) -> list[dict]:
     """4 layers, 384 wide, dense and 8 experts top-2, at B = 8, T = 256, V = 8192."""
     small = dict(n_layer=4, n_head=6, n_embd=384)
     experts = small | dict(num_experts=8, num_experts_per_tok=2)
-    sizes = {"dense": small | dict(use_moe=False), "8 experts top-2": experts}
-    sizes["8 experts top-2, same active FLOPs"] = experts | dict(expert_hidden_size=768)
+    sizes = {"dense": small | dict(use_moe=False), "8 experts top-2": experts,
+             "8 experts top-2, same active FLOPs": experts | dict(expert_hidden_size=768)}  # fmt: skip
     return compare_models(options, sizes, B=8, T=256, V=8192)
 
 
@@ -105,17 +101,15 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
     peaks = {key: memory_bytes(step, device)[0] for key, step in steps.items()}
     for key, model in models.items():
         name, compiled, whose = key
-        ours = models[name, compiled, "ours"]
+        ours, theirs = models[name, compiled, "ours"], (name, compiled, "nanoGPT")
         mfu = ours.estimate_mfu(B, seconds[key])
         row = {"model": name, "compiled": "yes" if compiled else "no"} | ({"whose": whose} if nanogpt else {})
         row |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}",
                 "active": f"{ours.get_num_active_params():,}", "B x T": f"{B} x {T}", "V": f"{V}",
                 "dtype": dtype, "ms": 1000 * seconds[key], "tokens/s": round(B * T / seconds[key]),
                 "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": peaks[key] / 2**20}  # fmt: skip
-        if nanogpt:
-            theirs = name, compiled, "nanoGPT"
-            row["time x nanoGPT"] = seconds[key] / seconds[theirs] if theirs in seconds else ""
-            row["memory x nanoGPT"] = peaks[key] / peaks[theirs] if theirs in seconds else ""
+        for what, found in (("time", seconds), ("memory", peaks)) if nanogpt else ():
+            row[f"{what} x nanoGPT"] = found[key] / found[theirs] if theirs in found else ""
         rows.append(row)
     return rows
 
@@ -135,10 +129,10 @@ def bench_hellaswag(options) -> list[dict]:
 
     runs = {"plain": partial(score, hs.score_one_by_one), "ours": partial(score, hs.score_batched)}
     seconds = alternate(runs, device, options.rounds, warmup=1)
-    losses = {method: run() for method, run in runs.items()}
-    choices = {method: hs.tally(questions, each).choices for method, each in losses.items()}
+    losses = {method: run() for method, run in runs.items()}  # (n, 4) each
+    same = {method: each.argmin(1) == losses["plain"].argmin(1) for method, each in losses.items()}
     return [{"method": method, "model": options.size, "questions": len(questions), "s": seconds[method],
              "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
-             "same choices": sum(map(int.__eq__, choices[method], choices["plain"])),
+             "same choices": same[method].sum().item(),
              "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}"}
             for method in runs]  # fmt: skip

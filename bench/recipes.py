@@ -2,14 +2,11 @@
 
     python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
     python -m bench moe_pays --text input.txt
-
 Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
-count training only. docs/measurements.md describes the data and the recipes. nanoGPT's are in its README and
-config/train_shakespeare_char.py (https://github.com/karpathy/nanoGPT)."""
+count training only. docs/measurements.md describes the data and the recipes."""
 
 import contextlib
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ import torch.nn as nn
 
 from bench.measure import alternate, make_run
 from bench.models import NanoGPT
+from huggingface.generation import evaluating
 from tokens.demo import prepare_demo
 from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
@@ -32,13 +31,13 @@ from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 SIZE = dict(n_layer=4, n_head=4, n_embd=128, T=64)
+# The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
 NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
-# moe_pays: both models are 64 wide, so small that more parameters help. With a hidden size of 261 the dense
-# feed-forward layers have as many parameters as two experts, their second bias and the router.
+# So small that parameters help. 261 gives the dense layers as many parameters as two experts and a router.
 PAYS = MODERN | dict(n_embd=64, T=128, B=12)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
@@ -55,12 +54,11 @@ def split_text(path: str) -> Data:
 
 def split_demo() -> Data:
     """Token ids of the embedded corpus: training and validation documents, each with id 256 before it."""
-    silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, silent[0], silent[1]:
+    silent, unsaid = io.StringIO(), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(silent), unsaid:
         prepare_demo(folder)
-        shards = (read_shard(find_shards(folder, split)[0]) for split in ("train", "val"))  # one of each
-        train, val = (torch.from_numpy(shard.astype("int16")) for shard in shards)
-    return train, val
+        shards = [read_shard(find_shards(folder, split)[0]) for split in ("train", "val")]  # one of each
+    return tuple(torch.from_numpy(shard.astype("int16")) for shard in shards)
 
 
 def draw_windows(data: torch.Tensor, number: int, T: int, generator: torch.Generator) -> Data:
@@ -70,22 +68,17 @@ def draw_windows(data: torch.Tensor, number: int, T: int, generator: torch.Gener
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-class WindowLoader:
+def window_loader(train: torch.Tensor, config: TrainConfig) -> SimpleNamespace:
     """Gives train_step random windows of the training data; the seed decides which."""
-
-    def __init__(self, train: torch.Tensor, config: TrainConfig):
-        generator = torch.Generator().manual_seed(config.seed)
-        self.next_batch = partial(draw_windows, train, config.B, config.T, generator)
+    generator = torch.Generator().manual_seed(config.seed)
+    return SimpleNamespace(next_batch=partial(draw_windows, train, config.B, config.T, generator))
 
 
-@torch.no_grad()
 def validation_loss(model: nn.Module, windows: Data, batch: int = 128) -> float:
-    """Mean cross-entropy of all windows in nats per byte. The model is in training mode afterwards."""
-    model.eval()
-    parts = zip(*(ids.split(batch) for ids in windows), strict=True)
-    loss = sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
-    model.train()
-    return loss
+    """Mean cross-entropy of all windows in nats per byte."""
+    with evaluating(model):
+        parts = zip(*(ids.split(batch) for ids in windows), strict=True)
+        return sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
 
 
 @dataclass
@@ -120,7 +113,7 @@ def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int,
     config = TrainConfig(**fields | dict(vocab_size=V, max_steps=steps, seed=seed))
     model = build_model(config, set(), dict(encoding="bytes", vocab_size=V, eot_token=None), None)
     optimizer = build_optimizer(config, model)
-    run = make_run(model, WindowLoader(train, config), config=config, optimizer=optimizer)
+    run = make_run(model, window_loader(train, config), config=config, optimizer=optimizer)
     return Contender(name, model, config, partial(train_step, run))
 
 
@@ -131,7 +124,7 @@ def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
     sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
     sizes |= dict(block_size=config.T, vocab_size=256, bias=False)
     nanogpt = NanoGPT(folder, torch.device("cpu"), lr=config.max_lr, beta2=config.beta2, **sizes)
-    loader = WindowLoader(train, config)
+    loader = window_loader(train, config)
 
     def step(number: int) -> None:
         nanogpt.step(*loader.next_batch(), lr=learning_rate(number, config))
@@ -154,15 +147,13 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
 
 
 def bench_time_to_loss(options) -> list[dict]:
-    """A row per recipe: the loss it reaches, and in how many seconds.
-    Preset modern gets a third of the baseline's seconds, and all of them; its schedule follows the clock."""
+    """A row per recipe: the loss it reaches, and in how many seconds. Modern's schedule follows the clock."""
     if not options.text:
         raise ValueError("time_to_loss needs a text to train on: give --text FILE")
     train, val = split_text(options.text)
     windows = draw_windows(val, WINDOWS, SIZE["T"], torch.Generator().manual_seed(0))
-    build = {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
-    if options.nanogpt:
-        build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} | build
+    build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} if options.nanogpt else {}
+    build |= {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
     first, steps = next(iter(build)), options.steps
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
     contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
@@ -176,15 +167,13 @@ def bench_time_to_loss(options) -> list[dict]:
         draw_losses(contenders, options.png)
     _, first_seconds, (goal,) = contenders[0].points[-1]
     rows = []
-    for contender in contenders:
-        steps, seconds, (loss,) = contender.points[-1]
-        parameters = sum(parameter.numel() for parameter in contender.model.parameters())
+    for one in contenders:
+        steps, seconds, (loss,) = one.points[-1]
         rows.append({
-            "recipe": contender.name, "parameters": f"{parameters:,}", "batch": contender.config.B,
-            "steps": steps, "ms/step": 1000 * seconds / max(steps, 1), "s": seconds,
+            "recipe": one.name, "parameters": f"{sum(p.numel() for p in one.model.parameters()):,}",
+            "batch": one.config.B, "steps": steps, "ms/step": 1000 * seconds / max(steps, 1), "s": seconds,
             f"s / {first}": seconds / first_seconds, "loss": f"{loss:.3f}",
-            f"below {first}": f"{goal - loss:.3f}", f"s to {goal:.3f}": seconds_to(contender, goal),
-        })  # fmt: skip
+            f"below {first}": f"{goal - loss:.3f}", f"s to {goal:.3f}": seconds_to(one, goal)})  # fmt: skip
     return rows
 
 
@@ -203,11 +192,9 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
     from matplotlib.figure import Figure  # pyplot would look for a display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for contender in contenders:
-        seconds, losses = zip(*((s, loss) for _, s, (loss,) in contender.points), strict=True)
-        axes.plot(seconds, losses, marker=".", label=contender.name)
-    last = contenders[0].points[-1][2][0]
+    axes, last = figure.subplots(), contenders[0].points[-1][2][0]
+    for one in contenders:
+        axes.plot([p[1] for p in one.points], [p[2][0] for p in one.points], marker=".", label=one.name)
     axes.axhline(last, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="seconds of training", ylabel="validation loss, nats per byte", ylim=(None, last + 1.2))
     axes.legend()
@@ -215,8 +202,7 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
 
 
 def bench_moe_pays(options) -> list[dict]:
-    """A row per model: validation losses on each corpus, mean and standard deviation over seeds.
-    Both models train on all corpora together, with the same seeds and batches."""
+    """A row per model: validation losses on each corpus, mean and standard deviation over seeds."""
     corpora = {"embedded corpus": split_demo()}
     if options.text:
         corpora[Path(options.text).name] = split_text(options.text)
@@ -225,27 +211,23 @@ def bench_moe_pays(options) -> list[dict]:
     windows = [draw(val, generator=torch.Generator().manual_seed(0)) for _, val in corpora.values()]
     races = []  # (seeds, models)
     for seed in range(SEED, SEED + options.seeds):
-        pair = [build_ours(name, fields, train, 257, options.steps, seed) for name, fields in RIVALS.items()]
-        race(pair, windows, ROUNDS // 2)
-        races.append(pair)
+        races.append([build_ours(name, RIVALS[name], train, 257, options.steps, seed) for name in RIVALS])
+        race(races[-1], windows, ROUNDS // 2)
     losses = np.array([[run.points[-1][2] for run in pair] for pair in races])  # (seeds, models, corpora)
     losses = np.append(losses, losses.mean(-1, keepdims=True), axis=-1)
     rows = []
-    for number, name in enumerate(RIVALS):
-        model, config = races[0][number].model, races[0][number].config
-        row = {"model": name, "parameters": f"{model.get_num_params():,}",
-               "active": f"{model.get_num_active_params():,}", "steps": config.max_steps,
-               "tokens": f"{config.max_steps * config.B * config.T:,}",
-               "s": statistics.fmean(pair[number].seconds for pair in races)}  # fmt: skip
+    for number, one in enumerate(races[0]):
+        tokens = one.config.max_steps * one.config.B * one.config.T
+        row = {"model": one.name, "parameters": f"{one.model.get_num_params():,}",
+               "active": f"{one.model.get_num_active_params():,}", "steps": one.done, "tokens": f"{tokens:,}",
+               "s": sum(pair[number].seconds for pair in races) / len(races)}  # fmt: skip
         for column, corpus in enumerate([*corpora, "mean"]):
             dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
-            row[corpus] = mean_and_spread(this)
-            row[f"{corpus}: below dense"] = mean_and_spread(dense - this)
+            row |= {corpus: mean_and_spread(this), f"{corpus}: below dense": mean_and_spread(dense - this)}
         rows.append(row)
     return rows
 
 
 def mean_and_spread(values) -> str:
     """Mean and standard deviation over the seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"

@@ -3,16 +3,8 @@
     python -m bench scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16
     python -m bench scale --size d12 --dtype bfloat16          # from a micro-step measured on this machine
 
-Collectives of a step of `a` micro-steps on W ranks (P parameters; other letters as in model.py):
-
-    ddp     all-reduce of 4 P bytes of gradients
-    zero    as ddp; then broadcasts of 4 P bytes of parameters in all
-    fsdp    a times: all-gather of all parameters, and again of the blocks'; reduce-scatter of 4 P bytes
-    ep      a times and per MoE layer: 4 all-to-alls of R C elements among ep ranks; all-reduce of
-            4 P_experts / ep bytes among the W / ep replicas; all other parameters as in ddp or fsdp
-    all     all-reduces of some bytes: losses and signals, routing statistics, gradient norm
-
-docs/many_gpus.md, "How the forecast is made", explains the formulas and has the references."""
+docs/many_gpus.md, "How the forecast is made", has the formulas, their explanation and the references. W is
+the number of ranks, `a` the number of micro-steps; other letters as in model.py."""
 
 import math
 from collections import defaultdict
@@ -60,7 +52,7 @@ class Collective:
     """All calls of one kind and purpose in a step."""
 
     kind: str
-    size: float  # S: bytes of all calls together
+    size: float  # bytes of all calls together
     ranks: int  # W of the group
     stride: int = 1  # from one rank of the group to the next
     calls: int = 1
@@ -85,8 +77,6 @@ class Links:
     def seconds(self, collective: Collective) -> float:
         """Time of all calls of a collective, one after the other."""
         ranks, sent = collective.ranks, collective.sent
-        if ranks == 1:
-            return 0.0
         hops = collective.calls * self.latency * math.ceil(math.log2(ranks))
         neighbours = min(ranks, max(1, self.per_machine // collective.stride))
         if ranks <= neighbours:
@@ -162,24 +152,19 @@ def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, 
         late[collective.behind] += seconds * collective.late
 
     def exposed(phase: float, *names: str) -> float:
-        total = sum(took[name] for name in names)
-        return max(sum(late[name] for name in names), total - phase)
+        return max(sum(late[name] for name in names), sum(took[name] for name in names) - phase)
 
     waits = took[""] + a * exposed(micro / 3, "forward")
     waits += (a - 1) * exposed(2 / 3 * micro, "backward") + exposed(2 / 3 * micro, "backward", "last")
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    kept = preflight.parameters_held(model, plan, plan.ranks)
-    updated = kept / whole / (plan.ranks if plan.zero_stage else 1)
+    kept = preflight.parameters_held(model, plan, plan.ranks) / (plan.ranks if plan.zero_stage else 1)
+    updated = kept / model.get_num_params(non_embedding=False)
     return a * micro + update * updated + waits, communication, waits
 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
     part, config = shapes_by_part(model), model.config
-    count = preflight.parameters_held(model, plan, plan.ranks)
-    moments = 8 * count / (plan.ranks if plan.zero_stage else 1)
-    activations = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)["activations"]
-    uses = dict(parameters=4 * count, gradients=4 * count, moments=moments, activations=activations)
+    uses = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer

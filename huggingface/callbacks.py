@@ -1,4 +1,4 @@
-"""Callbacks that show how Mixture-of-Experts layers use their experts under transformers.Trainer.
+"""Callbacks for transformers.Trainer that show how Mixture-of-Experts layers use their experts.
 
     Trainer(..., callbacks=[MoEUsageLoggingCallback(logger=logging.getLogger("MoE"), log_interval=100)])
     Trainer(..., callbacks=[MoEUsageTensorBoardCallback(log_interval=100, tb_writer=SummaryWriter("runs"))])
@@ -29,20 +29,18 @@ class MoEUsageCallback(TrainerCallback):
         return [module for module in model.modules() if isinstance(module, MoE)]
 
     def _report_counts(self, model, state) -> None:
-        """Report on the master. Then set the counts to zero, here and in the layers."""
+        """Report the steps since the last report, if any, on the master. Then set the counts to zero."""
         counts, self._counts = [count.cpu() for count in self._counts], []
-        for layer in self._get_moe_layers(model):
+        for layer in self._get_moe_layers(model) if counts else ():
             layer.reset_usage_counts()
-        if state.is_world_process_zero:
+        if counts and state.is_world_process_zero:
             self._report(counts, state.global_step)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """From now on routing statistics cover whole optimizer steps."""
-        layers = self._get_moe_layers(model)
-        smoothing = getattr(args, "label_smoothing_factor", 0)
+        layers, smoothing = self._get_moe_layers(model), getattr(args, "label_smoothing_factor", 0)
         if layers and smoothing > 0:
-            problem = "Trainer then computes the loss without the experts' balance losses; leave it at 0"
-            raise ValueError(f"label_smoothing_factor={smoothing}: {problem}")
+            raise ValueError(f"label_smoothing_factor={smoothing}: Trainer then omits balance losses; use 0")
         update_routers(layers)
         resumed = state.global_step > 0  # then the layers hold counts that are not reported yet
         self._counts = [layer.get_usage_counts() for layer in layers] if resumed else []
@@ -66,9 +64,8 @@ class MoEUsageLoggingCallback(MoEUsageCallback):
         self.logger = logger or logging.getLogger(__name__)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Reports the steps since the last report, if any."""
-        if self._counts:
-            self._report_counts(model, state)
+        """Reports the steps since the last report."""
+        self._report_counts(model, state)
 
     def _report(self, counts, step):
         for layer, count in enumerate(counts):
@@ -84,7 +81,7 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
 
     def __init__(self, log_interval: int = 100, tb_writer=None):
         super().__init__(log_interval)
-        self.tb_writer, self._owns_writer = tb_writer, False
+        self.tb_writer, self._own_writer = tb_writer, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Opens a writer on the master if none was given."""
@@ -93,15 +90,14 @@ class MoEUsageTensorBoardCallback(MoEUsageCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, "runs")
-            self.tb_writer, self._owns_writer = SummaryWriter(log_dir=folder), True
+            self.tb_writer = self._own_writer = SummaryWriter(log_dir=folder)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         """Reports the steps since the last report, and closes the writer if this callback opened it."""
-        if self._counts:
-            self._report_counts(model, state)
-        if self._owns_writer:
-            self.tb_writer.close()
-            self.tb_writer, self._owns_writer = None, False
+        self._report_counts(model, state)
+        if self._own_writer:
+            self._own_writer.close()
+            self.tb_writer = self._own_writer = None
 
     def _report(self, counts, step):
         for layer, count in enumerate(counts):

@@ -1,10 +1,4 @@
-"""A transformers configuration that checks its settings, and whose saved folder contains the model's code.
-
-class GPTConfig(CheckedConfig):
-    code = __file__
-    n_layer: int = setting(12, least=1)
-    norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
-"""
+"""A transformers configuration that checks its settings, and whose saved folder contains the model's code."""
 
 import copy
 import difflib
@@ -23,28 +17,20 @@ from transformers import GenerationConfig, PreTrainedConfig
 from huggingface.export_code import export_code
 
 # Where transformers' Auto classes find our classes in a saved folder.
-AUTO_MAP = {
-    "AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT", "AutoModelForCausalLM": "model.GPTLMHeadModel",
-}  # fmt: skip
-
+AUTO_MAP = {"AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
+            "AutoModelForCausalLM": "model.GPTLMHeadModel"}  # fmt: skip
 # Names that transformers or our older versions may pass, in addition to the fields.
 OTHER_NAMES = {
     "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
-    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
-}  # fmt: skip
-
+    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types"}  # fmt: skip
 # Fields that have the same name in the configurations of other architectures.
 SHARED_FIELDS = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-
 # Names of the number of layers, and in weights the number of a layer and the token embedding.
 DEPTHS, LAYER = {"n_layer", "num_hidden_layers"}, re.compile(r"(?:^|\.)(?:h|layers)\.(\d+)\.")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
-
 # A numerical limit of a setting: the comparison that must hold, and its words.
-LIMITS = {
-    "least": (operator.ge, "at least"), "most": (operator.le, "at most"), "above": (operator.gt, "above"),
-    "below": (operator.lt, "below"),
-}  # fmt: skip
+LIMITS = {"least": (operator.ge, "at least"), "most": (operator.le, "at most"),
+          "above": (operator.gt, "above"), "below": (operator.lt, "below")}  # fmt: skip
 
 
 def setting(default: Any, **limits: Any) -> Any:
@@ -54,11 +40,9 @@ def setting(default: Any, **limits: Any) -> Any:
 
 def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     """ValueError, naming setting and value, for a float that is not finite or a value outside its limits."""
-    if value is None:  # a default that depends on other settings
-        return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: must be a finite number")
-    for limit, bound in limits.items():
+    for limit, bound in limits.items() if value is not None else ():  # None: other settings decide
         if limit == "choices" and value not in bound:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, bound))}")
         if limit in LIMITS and not LIMITS[limit][0](value, bound):
@@ -92,10 +76,9 @@ def build_config(
     number of layers or another embedding. A list of a billion layers or tokens would take all memory."""
     layers = len({match[1] for name in shapes if (match := LAYER.search(name))})
     for name in DEPTHS & fields.keys():
-        if type(fields[name]) is not int or fields[name] != layers:
-            raise ValueError(
-                f"config: {name} is {show(fields[name])}, but there are weights of {layers} layers"
-            )
+        value = fields[name]
+        if type(value) is not int or value != layers:
+            raise ValueError(f"config: {name} is {show(value)}, but there are weights of {layers} layers")
     config = construct(config_class, fields)
     tables = [list(shape) for name, shape in shapes.items() if name.endswith(EMBEDDINGS)]
     expected = [config.vocab_size, config.hidden_size]
@@ -119,14 +102,13 @@ class CheckedConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
 
     def __post_init__(self, **kwargs):
+        ours = set(self.__dataclass_fields__) | set(self.attribute_map)
+        known = ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params())
         # A dictionary that transformers wrote carries its version, and may hold other names.
-        if self.transformers_version is None:
-            ours = set(self.__dataclass_fields__) | set(self.attribute_map)
-            known = ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params())
-            for name in sorted(kwargs.keys() - known):
-                near = difflib.get_close_matches(name, ours, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
+        if self.transformers_version is None and (unknown := kwargs.keys() - known):
+            name = min(unknown)
+            hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, ours, n=1))
+            raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
         super().__post_init__(**kwargs)
         if self._attn_implementation is None:  # a model would set it, but masks can be built without a model
             self._attn_implementation = "sdpa"

@@ -4,8 +4,7 @@
     export_folder(model, "my_gpt2", format="gpt2")    # a stock GPT2LMHeadModel, from a dense GPT-2
 
 docs/huggingface.md lists the formats. export.json in a folder lists the files that were written. A folder
-that holds anything else is never replaced.
-"""
+that holds anything else is never replaced."""
 
 import contextlib
 import copy
@@ -25,43 +24,36 @@ from huggingface.pretrained import FOREIGN, fresh_statistics
 from huggingface.text import build_tokenizer
 
 logger = logging.getLogger(__name__)
-
 MANIFEST = "export.json"
 
 
-def export_folder(
-    model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
-    max_shard_size: str = "5GB",
-) -> None:  # fmt: skip
+def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt_moe", tokenizer: bool = True,
+                  max_shard_size: str = "5GB") -> None:  # fmt: skip
     """Write a folder that transformers can load. After an error no part of it remains.
-
     model: a GPT or GPTLMHeadModel. format: "gpt_moe" or a name in FOREIGN. tokenizer: add the files of the
     model's encoding, and use its <|endoftext|> as end of text unless the configuration names another token.
-    ValueError if the format cannot express the model, FileExistsError if the folder holds other files.
-    """
+    ValueError if the format cannot express the model, FileExistsError if the folder holds other files."""
     folder = Path(folder).resolve()
     if format not in ("gpt_moe", *FOREIGN):
         raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
     refuse_other_files(folder)
     model = copy.copy(model)  # the copy shares the weights, but gets another configuration
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
-    words = build_tokenizer(model.config.encoding, model.config.block_size) if tokenizer else None
+    encoding, rows = model.config.encoding, model.config.vocab_size
+    words = build_tokenizer(encoding, model.config.block_size) if tokenizer else None
     if words is not None:
-        if len(words) > model.config.vocab_size:
-            size = f"{len(words)} tokens, but vocab_size={model.config.vocab_size}"
-            remedy = "name the right encoding, or export with --no-tokenizer"
-            raise ValueError(f"encoding={model.config.encoding!r} has {size}; {remedy}")
+        if len(words) > rows:
+            problem = f"encoding={encoding!r} has {len(words)} tokens, but vocab_size={rows}"
+            raise ValueError(f"{problem}; name the right encoding, or export with --no-tokenizer")
         for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None
     if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
-        rows = model.config.vocab_size
         size = model.config.encoding_size or rows
         model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
         if size < rows:
-            tokens = f"the {size} tokens of the encoding {model.config.encoding!r}"
-            logger.warning(f"the {rows} rows of the embeddings are cut to {tokens}")
+            logger.warning(f"the {rows} rows of the embeddings are cut to the {size} tokens of {encoding!r}")
     else:  # without the routers' statistics of training, but with their biases
         fresh = fresh_statistics(model)
         weights = model.state_dict() | {key: fresh[key] for key in fresh if not key.endswith("router_bias")}

@@ -2,11 +2,8 @@
 
     export_code("my_model", Path("model.py"))       # model.py and all files of ours that it imports, flat
 
-transformers loads such code with trust_remote_code=True. It takes only files that lie side by side and import
-each other relatively, so `from layers.experts import Experts` becomes `from .experts import Experts`.
-
-Reference: https://huggingface.co/docs/transformers/custom_models
-"""
+transformers (docs/transformers/custom_models) loads such code with trust_remote_code=True. It takes only
+files side by side that import each other relatively: `from layers.x import y` becomes `from .x import y`."""
 
 import ast
 from pathlib import Path
@@ -14,9 +11,7 @@ from pathlib import Path
 
 def export_code(folder: str | Path, start: Path) -> None:
     """Write the file `start`, and every file below its folder that it imports, directly or indirectly.
-
-    A copy can be copied again. ValueError, before anything is written, if two files have the same name.
-    """
+    A copy can be copied again. ValueError, before anything is written, if two files have the same name."""
     waiting, found, flat = [start], {}, {}
     while waiting:
         path = waiting.pop()

@@ -2,10 +2,7 @@
 
 transformers' from_pretrained follows many names in a folder (pickles, adapters, indexes that leave it), and
 makes up random numbers for missing weights. So this file opens config.json, generation_config.json and the
-safetensors files, nothing else, and transformers gets their content.
-
-Reference: https://huggingface.co/docs/safetensors (the header lists the tensors, and must fit the file)
-"""
+safetensors files, nothing else, and transformers gets their content."""
 
 import contextlib
 import json
@@ -26,8 +23,7 @@ MOST_BYTES = 50_000_000  # of a JSON file
 # Fields of config.json by which transformers would choose other code or files, or make a list of labels.
 NOT_OF_A_FOLDER = {
     "attn_implementation", "_attn_implementation", "auto_map", "experts_implementation", "fusion_config",
-    "num_labels", "transformers_weights",
-}  # fmt: skip
+    "num_labels", "transformers_weights"}  # fmt: skip
 
 
 def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None:
@@ -77,11 +73,10 @@ def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig
     if path is None:
         return None
     found = read_json(path)
-    for key, value in found.items():
-        numbers = value if isinstance(value, list) and "token" in key else [value]
-        are_numbers = all(item is None or isinstance(item, bool | int | float) for item in numbers)
-        if not are_numbers and key not in ("transformers_version", "cache_implementation", "early_stopping"):
-            raise ValueError(f"{path}: {key} is {show(value)}, not a number or token ids")
+    for key in sorted(found.keys() - {"transformers_version", "cache_implementation", "early_stopping"}):
+        numbers = found[key] if isinstance(found[key], list) and "token" in key else [found[key]]
+        if not all(isinstance(item, bool | int | float | None) for item in numbers):
+            raise ValueError(f"{path}: {key} is {show(found[key])}, not a number or token ids")
     return construct(GenerationConfig, found, str(path))
 
 
@@ -92,26 +87,21 @@ def find_weights(name: str | Path, where: dict[str, Any]) -> list[Path]:
     if (index := find_file(name, INDEX, where)) is None:
         problem = f"there is no {WEIGHTS} (pickles such as pytorch_model.bin are not read)"
         raise ValueError(f"{problem}; save it again with transformers: model.save_pretrained(FOLDER)")
-    files = read_json(index).get("weight_map")
-    files = set(map(str, files.values())) if isinstance(files, dict) else {show(files)}
-    for file in sorted(files):
+    names = read_json(index).get("weight_map")
+    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else [show(names)]
+    for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"weight_map in {INDEX} names {show(file)}, no safetensors file of this folder")
-    paths = [find_file(name, file, where) for file in sorted(files)]
+    paths = [find_file(name, file, where) for file in files]
     if None in paths:
-        raise ValueError(f"{sorted(files)[paths.index(None)]}, which {INDEX} names, is missing")
+        raise ValueError(f"{files[paths.index(None)]}, which {INDEX} names, is missing")
     return paths
 
 
-def read_model(
-    name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
-    config: PreTrainedConfig | dict[str, Any],
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:  # fmt: skip
-    """The configuration, if it was a dictionary, and all weights by name. ValueError if they do not fit.
-
-    The sizes are compared with the files' headers before anything is built: a short config.json can describe
-    a model that fills all memory.
-    """
+def read_model(name: str | Path, where: dict[str, Any], model_class: type[PreTrainedModel],
+               config: PreTrainedConfig | dict) -> tuple[PreTrainedConfig, dict[str, Any]]:  # fmt: skip
+    """The configuration and all weights by name. ValueError if they do not fit: the files' headers are read
+    before anything is built, because a short config.json can describe a model that fills all memory."""
     shapes, weights = {}, {}
     try:
         files = find_weights(name, where)
@@ -132,8 +122,7 @@ def read_model(
 
 
 def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, held: int) -> None:
-    """ValueError if the model has more than twice as many numbers as the files hold: a few may be missing or
-    tied, which is told after loading."""
+    """ValueError if the model has more than twice as many numbers as the files hold (some may be tied)."""
     try:
         with torch.device("meta"):
             model = model_class(config)
@@ -146,19 +135,13 @@ def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, hel
 
 def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> None:
     """ValueError, naming them, if weights of a model are missing, unexpected or of another shape.
-
-    info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes.
-    """
+    info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes."""
+    shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    # A new head may be missing, and the statistics of routers, which older folders lack.
     missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]
-    shapes = [
-        f"{key} {list(found)}, not {list(expected)}" for key, found, expected in info["mismatched_keys"]
-    ]
-    # The statistics of routers are not weights. Older folders lack some of them.
     missing = [key for key in missing if not key.endswith(("_counts", "_entropy", "_totals"))]
-    unexpected = info["unexpected_keys"]
-    problems = {"lack the weights": missing, "hold weights that the model lacks:": unexpected}
-    if not new_sizes:
-        problems["hold weights of another shape:"] = shapes
+    problems = {"lack the weights": missing, "hold weights that the model lacks:": info["unexpected_keys"],
+                "hold weights of another shape:": [] if new_sizes else shapes}  # fmt: skip
     for problem, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 9} more" if len(keys) > 9 else ""
@@ -169,12 +152,13 @@ def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> Non
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report of many lines; check_loaded gives one line."""
-    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(max(level, transformers.logging.ERROR))
-    transformers.logging.disable_progress_bar()
+    logging = transformers.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(max(level, logging.ERROR))
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bar:
-            transformers.logging.enable_progress_bar()
+            logging.enable_progress_bar()

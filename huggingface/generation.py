@@ -1,5 +1,8 @@
 """Generation: transformers' generate(), also for a string, and for texts longer than block_size."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import GenerationMixin, LogitsProcessor
 
@@ -8,9 +11,21 @@ from huggingface.text import encode_prompt
 from tokens.encodings import decode_tokens
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients. Then each module has its own mode again: frozen parts may differ."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
 class FiniteLogits(LogitsProcessor):
-    """FloatingPointError if the next token's logits (B, V) are not finite: torch.multinomial would end the
-    process on a GPU."""
+    """FloatingPointError if the next token's logits (B, V) are not finite; CUDA's sampling would abort."""
 
     def __call__(self, input_ids, scores):
         if not scores.amax(-1).isfinite().all():  # NaN wins the maximum; -inf alone rules a token out
@@ -23,57 +38,47 @@ class GPTGenerationMixin(GenerationMixin):
 
     _gives_logits = False  # while it is true, the model's forward returns logits
 
-    @torch.no_grad()
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
-
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
-        ValueError for a string that the model's vocabulary or encoding cannot hold; FloatingPointError if the
-        model gives logits that are not finite.
-        """
-        modes = [(module, module.training) for module in self.modules()]  # frozen parts may differ
-        self.eval()
+        ValueError for a string that the vocabulary cannot hold, FloatingPointError for logits not finite."""
         # accelerate may have bound the forward to this model, and it then reads the flag of this model.
         self._gives_logits, gave = True, self._gives_logits
-        # The copy shares all parameters, but has no compiled forward, which torch would compile again for
-        # every length. (copy.copy fails for the class that FSDP gives the model.)
-        model = object.__new__(type(self))
-        model.__setstate__(self.__getstate__())
-        generate = super(GPTGenerationMixin, model).generate
         try:
-            if not isinstance(inputs, str):
-                return generate(inputs, *args, **kwargs)
-            ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)
-            end = self.generation_config.eos_token_id
-            pad = end[0] if isinstance(end, list) else end
-            defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
-            rows = generate(ids, *args, **defaults | kwargs)
-            texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
+            with evaluating(self):
+                # The copy shares all parameters, but has no compiled forward, which torch would compile again
+                # for every length. (copy.copy fails for the class that FSDP gives the model.)
+                model = object.__new__(type(self))
+                model.__setstate__(self.__getstate__())
+                generate = super(GPTGenerationMixin, model).generate
+                if not isinstance(inputs, str):
+                    return generate(inputs, *args, **kwargs)
+                ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)
+                end = self.generation_config.eos_token_id
+                pad = end[0] if isinstance(end, list) else end
+                defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
+                rows = generate(ids, *args, **defaults | kwargs).tolist()
+            texts = [decode_tokens(row, self.config.encoding) for row in rows]
             return texts[0] if len(texts) == 1 else texts
         finally:
             self._gives_logits = gave
-            for module, was_training in modes:
-                module.training = was_training
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens.
-
-        The cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it.
-        """
+        """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens. The
+        cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it."""
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() passes them for stop_strings
             kwargs.pop(name, None)
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0
         if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            problem = f"a text of inputs_embeds has reached block_size={block_size} positions"
+            problem = f"inputs_embeds have reached block_size={block_size} positions"
             raise ValueError(f"{problem}, and cannot be cropped without token ids; generate fewer tokens")
         if input_ids.size(1) > block_size:
             input_ids = input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
             kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
-        return super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
+        kwargs |= dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)

@@ -3,8 +3,7 @@
     GPTLMHeadModel.from_pretrained("gpt2")            # or a folder with a GPT2LMHeadModel
     export_folder(model, "my_gpt2", format="gpt2")    # from a dense model with GPT-2's options
 
-Source: names and shapes of transformers, models/gpt2/modeling_gpt2.py.
-"""
+Source: names and shapes of transformers, models/gpt2/modeling_gpt2.py."""
 
 from typing import Any
 
@@ -17,35 +16,29 @@ from huggingface.configuration import SHARED_FIELDS, refuse
 # Our fields, and theirs.
 FIELDS = {name: name for name in (*SHARED_FIELDS, "n_layer", "n_head", "n_embd")} | {
     "block_size": "n_positions", "mlp_hidden_size": "n_inner", "dropout": "resid_pdrop",
-    "norm_eps": "layer_norm_epsilon",
-}  # fmt: skip
+    "norm_eps": "layer_norm_epsilon"}  # fmt: skip
 
 
 def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Our fields and weights for a GPT2LMHeadModel. ValueError names a field that we cannot express."""
     config = theirs.config
-    only = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
-        "add_cross_attention": (False,),
-    }  # fmt: skip
-    refuse("this GPT-2 has", config, only, "; only {!r} can be loaded")
+    only = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)}
+    others = "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"
+    refuse("this GPT-2 has", config, only | dict.fromkeys(others, (False,)), "; only {!r} can be loaded")
     if not config.resid_pdrop == config.embd_pdrop == config.attn_pdrop:
         others = f"embd_pdrop={config.embd_pdrop} and attn_pdrop={config.attn_pdrop}"
         raise ValueError(f"this GPT-2 has resid_pdrop={config.resid_pdrop}, {others}; they must be equal")
     fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
-    fields |= {"use_moe": False, "encoding": getattr(config, "encoding", "gpt2")}
-    fields["attn_implementation"] = config._attn_implementation
+    fields |= {"use_moe": False, "encoding": getattr(config, "encoding", "gpt2"),
+               "attn_implementation": config._attn_implementation}  # fmt: skip
     return fields, transpose_weights(theirs.state_dict())
 
 
 def gpt2_features(config: PreTrainedConfig) -> dict[str, tuple]:
     """Our fields that are fixed in GPT-2, each with the values that mean GPT-2's."""
-    return {
-        "use_moe": (False,), "position": ("learned",), "n_kv_head": (config.n_head, None),
-        "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
-        "logit_softcap": (0,),
-    }  # fmt: skip
+    return {"use_moe": (False,), "position": ("learned",), "n_kv_head": (config.n_head, None),
+            "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
+            "logit_softcap": (0,)}  # fmt: skip
 
 
 def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,14 +49,12 @@ def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 def to_gpt2(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """A dense GPT-2-style model as transformers' GPT2LMHeadModel, on the CPU, with equal logits.
-
-    vocab_size: rows of the embeddings to keep. Missing biases become zeros. ValueError for what GPT-2 lacks.
-    """
+    vocab_size: rows of the embeddings to keep. Absent biases become 0. ValueError for what GPT-2 lacks."""
     config, remedy = model.config, ", only {!r}; export with format='gpt_moe'"
     refuse("GPT-2 cannot express", config, gpt2_features(config), remedy)
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    fields |= {"vocab_size": vocab_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
-    fields["encoding"] = config.encoding
+    fields |= dict(vocab_size=vocab_size, encoding=config.encoding)
+    fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).to(model.dtype)
     weights = {name: torch.zeros_like(p) for name, p in theirs.state_dict().items() if name.endswith("bias")}
     weights |= transpose_weights(model.state_dict())

@@ -6,7 +6,6 @@
 docs/huggingface.md says what a model must have for each format, and what an export drops.
 Mixtral always divides a token's K weights by their sum; Qwen3 does so if norm_topk_prob. With K = 1 our model
 never does: the weight would be 1, and the router would get no gradient.
-
 Sources: transformers' modeling_llama.py, modeling_qwen3.py, modeling_mixtral.py and modeling_qwen3_moe.py."""
 
 import logging
@@ -62,17 +61,17 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     rope = {"partial_rotary_factor": 1.0} | config.rope_parameters
     theta = rope.pop("rope_theta")
     if rope != {"partial_rotary_factor": 1.0, "rope_type": "default"}:
-        only = "only rope_type='default' can be loaded"
-        raise ValueError(f"{this} rope_parameters={config.rope_parameters}; {only}")
+        given = f"{this} rope_parameters={config.rope_parameters}"
+        raise ValueError(f"{given}; only rope_type='default' can be loaded")
     fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()} | dict(
         use_moe=False, position="rope", rope_theta=theta, norm="rmsnorm", activation="swiglu", bias=False,
         qk_norm=kind in ("qwen3", "qwen3_moe"), attn_implementation=config._attn_implementation,
         encoding=named_encoding(config))  # fmt: skip
     if kind == "llama":
+        fields["bias"] = config.mlp_bias
         if config.attention_bias != config.mlp_bias:
             biases = f"attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}"
-            raise ValueError(f"{this} {biases}; they must be equal to become our one bias")
-        fields["bias"] = config.mlp_bias
+            raise ValueError(f"{this} {biases}; they must be equal")
     return fields | window_fields(config) | expert_fields(config)
 
 
@@ -87,10 +86,9 @@ def named_encoding(config: PreTrainedConfig) -> str:
 
 def period(marked: list[bool], start: int) -> int | None:
     """The k such that layer i is marked exactly if i - start is a multiple of k; None if there is none."""
-    for k in range(1, len(marked) + 1):
-        if marked == [(i - start) % k == 0 for i in range(len(marked))]:
-            return k
-    return None
+    n = len(marked)
+    fitting = (k for k in range(1, n + 1) if marked == [(i - start) % k == 0 for i in range(n)])
+    return next(fitting, None)
 
 
 def window_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -113,15 +111,14 @@ def expert_fields(config: PreTrainedConfig) -> dict[str, Any]:
         return {}
     normed = kind == "mixtral" or config.norm_topk_prob
     if normed and config.num_experts_per_tok == 1:
-        only = "only norm_topk_prob=False can be loaded then"
-        raise ValueError(f"this {kind} has num_experts_per_tok=1 and divides its weight by itself; {only}")
-    fields = dict(use_moe=True, router_score="softmax", norm_topk_prob=normed)
-    fields |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
+        given = f"this {kind} has num_experts_per_tok=1 and divides its weight by itself"
+        raise ValueError(f"{given}; only norm_topk_prob=False can be loaded then")
+    fields = dict(use_moe=True, router_score="softmax", norm_topk_prob=normed, num_experts=config.num_experts,
+                  num_experts_per_tok=config.num_experts_per_tok)  # fmt: skip
     if kind == "mixtral":
         return fields | dict(expert_hidden_size=config.intermediate_size)
     step, dense = config.decoder_sparse_step, config.mlp_only_layers
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(layers)]
-    every = period(sparse, start=layers - 1)
+    every = period([i not in dense and (i + 1) % step == 0 for i in range(layers)], start=layers - 1)
     if every is None:
         only = "only experts in every k-th layer, counted from the last, can be loaded"
         raise ValueError(f"this {kind} has decoder_sparse_step={step} and mlp_only_layers={dense}; {only}")
@@ -144,15 +141,14 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
     """A model as the architecture of FAMILY that `kind` names, on the CPU, with equal logits.
     vocab_size: rows of the embeddings to keep. ValueError, naming the field, for what it cannot express."""
     refuse_inexpressible(model, kind)
-    name = FAMILY[kind]
-    config = getattr(transformers, f"{name}Config")(**llama_arguments(model.config, kind, vocab_size))
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config).to(model.dtype)
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    stock = getattr(transformers, f"{FAMILY[kind]}ForCausalLM")
+    theirs = stock(stock.config_class(**llama_arguments(model.config, kind, vocab_size))).to(model.dtype)
+    rows = {name: len(tensor) for name, tensor in theirs.state_dict().items()}
     names, weights = stacked_names(model.config.n_layer), {}
     for name, tensor in model.state_dict().items():
         if name in names:  # routers' statistics are not
             tensor = tensor[:vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
-            weights |= zip(names[name], tensor.split([shapes[part][0] for part in names[name]]), strict=True)
+            weights |= zip(names[name], tensor.split([rows[part] for part in names[name]]), strict=True)
     theirs.load_state_dict(weights)
     return theirs.eval()
 
@@ -168,11 +164,11 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
     if kind == "mixtral":
         only |= {"moe_every": (1,), "norm_topk_prob": (True,)}
         only["num_experts_per_tok"] = tuple(range(2, config.num_experts + 1)) or (2,)
-    this = f"{FAMILY[kind]} cannot express"
-    refuse(this, config, only, ", only {!r}; export with format='gpt_moe'")
+    this, mend = f"{FAMILY[kind]} cannot express", "export with format='gpt_moe'"
+    refuse(this, config, only, ", only {!r}; " + mend)
     if any(layer.router_bias.any() for layer in model.moe_layers()):
-        made = f"that router_bias_update_rate={config.router_bias_update_rate!r} has made"
-        raise ValueError(f"{this} the biases of the routers {made}; export with format='gpt_moe'")
+        rate = f"router_bias_update_rate={config.router_bias_update_rate!r}"
+        raise ValueError(f"{this} the biases of the routers that {rate} has made; {mend}")
     if config.dropout > 0:
         logger.warning(f"dropout={config.dropout}, which acts in training only, is left out")
 

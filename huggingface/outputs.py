@@ -11,11 +11,8 @@ CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "pas
 
 @dataclass
 class GPTLMOutput(CausalLMOutputWithCrossAttentions):
-    """transformers' output, and in training the parts of the loss: cross-entropy, balance loss, z-loss.
-
-    The parts are 0-dimensional. balance_loss and z_loss are sums over the MoE layers; `loss` adds them times
-    their coefficients. In evaluation the parts are None, and `loss` is the cross-entropy.
-    """
+    """transformers' output, and in training the parts of the loss, () each. balance_loss and z_loss are sums
+    over the MoE layers; `loss` adds them times their coefficients. In evaluation the parts are None."""
 
     cross_entropy: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None

@@ -11,14 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from huggingface.configuration import show
-from huggingface.folders import (
-    WEIGHTS,
-    check_loaded,
-    quiet,
-    read_config,
-    read_generation,
-    read_model,
-)  # fmt: skip
+from huggingface.folders import WEIGHTS, check_loaded, quiet, read_config, read_generation, read_model
 from huggingface.gpt2 import from_gpt2
 from huggingface.llama import FAMILY, from_llama
 
@@ -26,9 +19,7 @@ from huggingface.llama import FAMILY, from_llama
 FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
 
 # Arguments of from_pretrained that say where files lie.
-HUB_OPTIONS = {
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-}  # fmt: skip
+HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 # Trainer shifts the labels that it smooths only for the models in this list of transformers.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"
@@ -36,11 +27,8 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt_moe"] = "GPTLMHeadModel"
 
 def fresh_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of all routers as in a new model, by their names in the state dict."""
-    fresh = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "initial_statistics"):
-            fresh |= {f"{name}.{key}": value for key, value in module.initial_statistics().items()}
-    return fresh
+    routers = {name: part for name, part in model.named_modules() if hasattr(part, "initial_statistics")}
+    return {f"{name}.{k}": v for name, part in routers.items() for k, v in part.initial_statistics().items()}
 
 
 class GPTPreTrainedModel(PreTrainedModel):
@@ -66,40 +54,34 @@ class GPTPreTrainedModel(PreTrainedModel):
         return True
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path | None, *args, config: Any = None,
-        output_loading_info: bool = False, **kwargs,
-    ):  # fmt: skip
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args, config: Any = None,
+                        output_loading_info: bool = False, **kwargs):  # fmt: skip
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a folder of ours, or a folder of FOREIGN.
-
         Settings of GPTConfig may be given too (dropout=0.1). Only safetensors files are read (folders.py).
         ValueError for another architecture, for weights that are missing, unexpected or do not fit the
-        settings, and for a field (which it names) that this model cannot express.
-        """
-        name, ours = pretrained_model_name_or_path, cls.config_class
+        settings, and for a field (which it names) that this model cannot express."""
+        name, ours, load = pretrained_model_name_or_path, cls.config_class, super().from_pretrained
         if name is None:  # the caller gives config and state_dict
-            return super().from_pretrained(
-                None, *args, config=config, output_loading_info=output_loading_info, **kwargs
-            )
+            return load(None, *args, config=config, output_loading_info=output_loading_info, **kwargs)
         if unread := [key for key in ("variant", "gguf_file", "state_dict") if kwargs.get(key)]:
             raise ValueError(f"{name}: {unread[0]} cannot be given; only {WEIGHTS} is read")
         where = {key: kwargs.pop(key) for key in HUB_OPTIONS & kwargs.keys()}
-        settings = {}
-        if not isinstance(config, PreTrainedConfig):
+        new_sizes, settings = kwargs.pop("ignore_mismatched_sizes", False), {}
+        if isinstance(config, PreTrainedConfig):
+            kind = config.model_type
+        else:
             settings = {key: kwargs.pop(key) for key in inspect.get_annotations(ours) if key in kwargs}
             config = read_config(config or name, where)
-        is_read = isinstance(config, dict)
-        kind = config.pop("model_type", ours.model_type) if is_read else config.model_type
-        if kind not in (ours.model_type, *FOREIGN):
-            known = ", ".join([ours.model_type, *FOREIGN])
-            raise ValueError(f"{name}: models of type {show(kind)} cannot be read, only {known}")
-        source = getattr(transformers, FOREIGN[kind]) if kind in FOREIGN else cls
-        if is_read and source is cls:
-            config |= settings
+            kind = config.pop("model_type", ours.model_type)
+            config |= settings if kind == ours.model_type else {}
+        known, source = [ours.model_type, *FOREIGN], cls
+        if kind not in known:
+            raise ValueError(f"{name}: models of type {show(kind)} cannot be read, only {', '.join(known)}")
+        if kind in FOREIGN:
+            source = getattr(transformers, FOREIGN[kind])
+            load = source.from_pretrained
         config, weights = read_model(name, where, source, config)
-        load = super().from_pretrained if source is cls else source.from_pretrained
         with quiet():
-            new_sizes = kwargs.pop("ignore_mismatched_sizes", False)
             how = dict(config=config, state_dict=weights, ignore_mismatched_sizes=True)
             model, info = load(None, *args, **how, output_loading_info=True, **kwargs)
         check_loaded(name, info, new_sizes)
@@ -132,7 +114,7 @@ class GPTPreTrainedModel(PreTrainedModel):
         return self.transformer.wte
 
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the token embedding and, if it is tied, the head."""
+        """Replace the token embedding (V, C) and, if it is tied, the head."""
         self.transformer.wte = new_embeddings
         if self.config.tie_word_embeddings:
             self.lm_head.weight = new_embeddings.weight

@@ -1,7 +1,4 @@
-"""Prompts, and tokenizer files for transformers.
-
-Sources: byte pair encoding, arXiv 1508.07909; characters for bytes, github.com/openai/gpt-2, src/encoder.py.
-"""
+"""Prompts, and tokenizer files for transformers. Byte pair encoding: arXiv 1508.07909."""
 
 import itertools
 
@@ -25,9 +22,9 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
+    It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings.
-    """
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
@@ -37,19 +34,10 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     else:
         known = "tokenizer files can be written for bytes, gpt2 and r50k_base only"
         raise ValueError(f"encoding={encoding!r}: {known}; export with --no-tokenizer")
-    shown = byte_characters()
-    vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()}
+    shown = bytes_to_unicode()  # the character for each byte in GPT-2's vocabulary
+    vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()} | {EOT: end}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
-    vocab[EOT] = end
     return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
-
-
-def byte_characters() -> list[str]:
-    """The character for each byte in GPT-2's vocabulary: the byte itself if printable, else from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(others)}
-    return [chr(codes[byte]) for byte in range(256)]
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -1,8 +1,5 @@
 """Attention of queries, keys and values: a plain version, fused kernels, and the choice of the kernel.
-
-Letters: see model.py.
-Reference: FlexAttention, https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
-"""
+FlexAttention: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html; letters: model.py."""
 
 import contextlib
 import functools
@@ -15,12 +12,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math" uses ordinary
-# products. It can compute every shape and mask, and always comes last.
+# Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math", ordinary
+# products for every shape and mask, always comes last.
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -30,9 +26,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 def attention_reference(q, k, v, mask=None, dropout=0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention by plain products: softmax(q k^T / sqrt(hs)) v, (B, nh, T, hs), and weights (B, nh, T, S).
-
-    q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive.
-    """
+    q (B, nh, T, hs), k and v (B, nkv, S, hs); mask None (causal), boolean (True = may look) or additive."""
     group = q.size(1) // k.size(1)
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, nh, S, hs)
     score = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, nh, T, S)
@@ -57,9 +51,7 @@ def fused_attention(q, k, v, mask: torch.Tensor | BlockMask | None, dropout: flo
     causal = mask is None
     if q.size(2) == 1:  # one query sees all keys; an `if`, because a compiled `T > 1` is not a bool
         causal = False
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped)
 
 
 @functools.cache  # a function, because torch.compile imports the whole compiler
@@ -83,9 +75,7 @@ def window_block_mask(T: int, window: int, device: torch.device, block: int = 12
 
 def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
     """The mask for training layers with a window by flex_attention, or None if its kernels cannot.
-
-    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout.
-    """
+    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout."""
     size = config.n_embd // config.n_head
     new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     able = new_enough and config.dropout == 0 and size >= 16 and size & (size - 1) == 0
@@ -99,8 +89,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.device, dtype) -> float:
-    """Seconds of one layer's causal attention, forward and backward: the best of three after two warm-ups;
-    infinite if the backend cannot compute it."""
+    """Seconds of one layer's causal attention, forward and backward, best of three; inf if it cannot run."""
     nh, nkv, hs = config.n_head, config.n_kv_head or config.n_head, config.n_embd // config.n_head
     # As in CausalSelfAttention: parts of one tensor, with the heads inside.
     packed = torch.randn(B, T, (nh + 2 * nkv) * hs, device=device, dtype=dtype).requires_grad_()
@@ -110,7 +99,7 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
     try:
         with sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns why a backend cannot run
-            for _ in range(5):
+            for _ in range(5):  # two are for warm-up
                 synchronize(device)
                 start = time.perf_counter()
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=nkv != nh)
@@ -124,9 +113,7 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
 
 def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> str:
     """The name in BACKENDS of the attention to train with at (B, T); "" without CUDA or with eager attention.
-
-    name: one of them, or "auto" for the fastest as measured here. ValueError for another name.
-    """
+    name: one of them, or "auto" for the fastest as measured here. ValueError for another name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     if device.type != "cuda" or config._attn_implementation == "eager":
@@ -150,5 +137,4 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
     if device.type != "cuda" or name not in BACKENDS:
         return contextlib.nullcontext()
     choose_for_the_first_time(device)
-    order = dict.fromkeys([name, *BACKENDS])
-    return sdpa_kernel([BACKENDS[backend] for backend in order], set_priority=True)
+    return sdpa_kernel([BACKENDS[n] for n in dict.fromkeys([name, *BACKENDS])], set_priority=True)

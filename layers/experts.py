@@ -8,10 +8,7 @@ mixture_of_experts.py decides which experts compute a token. This file computes 
 files share only a `Routing`, in which tokens may have different numbers of rows.
 
 Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
-
-References: MegaBlocks (arXiv 2211.15841);
-https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html
-"""
+References: MegaBlocks (arXiv 2211.15841); torch.nn.functional.grouped_mm in torch's documentation."""
 
 import zlib
 from typing import NamedTuple
@@ -23,27 +20,23 @@ from torch import Tensor, nn
 from layers.mlp import get_activation
 from layers.sharding import local
 
-# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers it
-# computes the activation again, which costs less than writing to fresh memory.
+# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers computing
+# it again costs less than writing to fresh memory.
 KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 
-# Namespace of the operators. An exported folder has a copy of this file, and a process may import both. The
-# copy registers its operators under another name. Under the same name torch would free the first operators,
-# and calling them would read freed memory.
+# Namespace of the operators. An exported folder has a copy of this file, and a process may import both. Under
+# the same name torch would free the first operators, and calling them would read freed memory.
 NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
-# -----------------------------------------------------------------------------
-# Dispatch and combine: from tokens to rows, sorted by expert, and back
+# ----------------------------- Dispatch and combine: from tokens to rows, sorted by expert, and back
 
 
 class Routing(NamedTuple):
     """Which experts compute which tokens: one row for each token and each of its experts, sorted by expert.
-
-    A slot is a row's place before sorting, when the rows are in the order of the tokens.
-    """
+    A slot is a row's place before sorting, when the rows are in the order of the tokens."""
 
     token: Tensor  # (R,) int64, the token of each row
     weight: Tensor  # (R,) fp32, the factor of each row in its token's output; differentiable
@@ -97,11 +90,8 @@ class TakeRows(torch.autograd.Function):
 
 
 def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | None = None) -> Routing:
-    """Sort the routed rows by expert.
-
-    expert and weight (N, K) give each token K rows. If the number varies, expert, weight and token are (R,),
-    token by token.
-    """
+    """Sort the routed rows by expert. expert and weight (N, K) give each token K rows. If the number varies,
+    expert, weight and token are (R,), token by token."""
     K = expert.shape[1] if token is None else None
     expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # three times faster than int64
     experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
@@ -116,10 +106,7 @@ def take_rows(x: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
-    """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights.
-
-    If every token has K rows, it sums an (N, K, D) view over K.
-    """
+    """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights."""
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
@@ -131,15 +118,11 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
     return torch.bmm(weight.to(rows.dtype), rows)[:, 0]
 
 
-# -----------------------------------------------------------------------------
-# The engine for every device: a loop over experts inside one operator
+# ----------------------------- The engine for every device: a loop over experts inside one operator
 
 
 def _spans(ends: Tensor) -> tuple[list[slice], int]:
-    """The rows of every expert, and the largest number of them.
-
-    Reads `ends` on the host: free on a CPU, a synchronisation on any other device.
-    """
+    """The rows of every expert, and the largest number of them. Synchronises, except on a CPU."""
     stops = ends.tolist()
     spans = [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
     return spans, max(span.stop - span.start for span in spans)
@@ -159,10 +142,8 @@ def expert_mlp(
 
     x (N, C); weight, token and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
-    It is one operator, so that torch.compile sees no shape that depends on data. It gathers every expert's
-    rows into the same buffers, which stay in the cache. It stores nothing of size (R, C), because on a CPU
-    writing to fresh memory costs more than gathering.
-    """
+    It is one operator, so that torch.compile sees no shape that depends on data. Every expert's rows go into
+    the same buffers: on a CPU, writing (R, C) to fresh memory costs more than gathering."""
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
     hidden = x.new_empty(token.shape[0], parameters[0].shape[1])  # (R, H) or (R, 2H)
@@ -195,10 +176,8 @@ def _(x, weight, token, ends, parameters, activation):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor, acts: Tensor,
-    parameters: list[Tensor], activation: str,
-) -> list[Tensor]:  # fmt: skip
+def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor,
+                        acts: Tensor, parameters: list[Tensor], activation: str) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight and every parameter, given the output's; hidden, acts: `expert_mlp`'s."""
     act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
     rows, grad_rows = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
@@ -256,8 +235,7 @@ def _run_backward(ctx, grad, *_):
 
 expert_mlp.register_autograd(_run_backward, setup_context=_save_for_backward)
 
-# -----------------------------------------------------------------------------
-# Experts, and the engines for a GPU
+# ----------------------------- Experts, and the engines for a GPU
 
 
 @torch.compiler.assume_constant_result
@@ -296,17 +274,14 @@ class Experts(nn.Module):
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
-    All other cases on CUDA (fp32, fp16, another capability, other sizes, more experts) use the loop. It waits
-    for the device once per layer in the forward pass and once in the backward pass. Weights are cast as under
-    autocast: expert by expert, except in "grouped_mm", which needs all experts.
-    """
+    All other cases on CUDA use the loop, which waits for the device once per layer in each pass. Weights are
+    cast as under autocast: expert by expert, except in "grouped_mm", which needs all experts."""
 
     def __init__(self, config):
         super().__init__()
         E, C, H = config.num_experts, config.n_embd, config.expert_hidden_size or 4 * config.n_embd
         packed = get_activation(config.activation).parts * H
-        self.activation = config.activation
-        self.engine = "auto"
+        self.activation, self.engine = config.activation, "auto"
         self.c_fc = nn.Parameter(torch.empty(E, packed, C))
         self.c_proj = nn.Parameter(torch.empty(E, C, H))
         self.c_fc_bias = nn.Parameter(torch.empty(E, packed)) if config.bias else None

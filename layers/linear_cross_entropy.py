@@ -5,11 +5,9 @@
 Plain autograd keeps several tensors of the logits' size, (N, V). Here a buffer holds the logits of a few rows
 at a time. The forward computes the gradients of x and of the weight from these logits. No product is computed
 twice: the backward only multiplies by the gradient of the loss.
-
 Letters: N tokens, C n_embd, V vocabulary, n rows in the buffer.
 References: Liger Kernel, arXiv 2410.10989, section 3.2. torch 2.13's linear_cross_entropy is a little slower
-on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out of the graph.
-"""
+on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out of the graph."""
 
 import torch
 from torch import Tensor
@@ -39,15 +37,11 @@ def log_softmax_(z: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
-def chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float, chunk: int,
-    dtype: torch.dtype, with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Summed cross-entropy times scale (), and its gradients by x (N, C) and weight (V, C), if wanted.
-
-    dtype: of the matrix products and the logits, as under autocast. Softmax, loss and both gradients are in
-    fp32 at least, because scale would push them below what float16 can hold. torch.compile sees one operator.
-    """
+def chunked(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float,
+            chunk: int, dtype: torch.dtype, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Summed cross-entropy times scale (), and its gradients by x (N, C) and weight (V, C), if wanted. dtype:
+    of the matrix products and the logits, as under autocast. Softmax, loss and both gradients are in fp32 at
+    least, because scale would push them below what float16 can hold. torch.compile sees one operator."""
     (N, _), V = x.shape, weight.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
     inputs, head = x.to(dtype), weight.to(dtype)
@@ -114,16 +108,13 @@ def _run_backward(ctx, grad, *_):
 chunked.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
-    num_items: Tensor | int | None = None, softcap: float = 0.0, chunk: int = -1,
-) -> Tensor:  # fmt: skip
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100,
+                         num_items: Tensor | int | None = None, softcap: float = 0.0,
+                         chunk: int = -1) -> Tensor:  # fmt: skip
     """Cross-entropy, in nats, of the logits x @ weight.t(), soft-capped if softcap > 0: a 0-d tensor.
-
     x (..., C), weight (V, C), targets (...). The mean over the targets that are not ignore_index, NaN if
     there are none, as F.cross_entropy; with num_items their sum, divided by that number. Products are in
-    autocast's dtype, or x's. chunk: rows at a time, -1 for BUFFER_BYTES. Can be differentiated once only.
-    """
+    autocast's dtype, or x's. chunk: rows at a time, -1 for BUFFER_BYTES. Can be differentiated once only."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     x, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N,)

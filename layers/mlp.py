@@ -3,11 +3,8 @@
     mlp = MLP(config)                        # config: a GPTConfig, or any object with its fields
     y = mlp(x)                               # (..., C) -> (..., C)
 
-Only the table `ACTIVATIONS` defines activations. Experts, Muon, the memory estimate and GPTConfig read it, so
-a new activation needs one new row.
-
-References: GELU, arXiv 1606.08415; squared ReLU (Primer), 2109.08668; SwiGLU, 2002.05202.
-"""
+Only the table `ACTIVATIONS` defines activations: a new one needs one new row.
+References: GELU, arXiv 1606.08415; squared ReLU (Primer), 2109.08668; SwiGLU, 2002.05202."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,9 +18,7 @@ aten = torch.ops.aten
 
 class Activation(NamedTuple):
     """The non-linearity between the projections c_fc and c_proj. c_proj reads H hidden values.
-
-    parts is 1, or 2 for a gated activation: c_fc then holds two matrices of H rows, first gate, then up.
-    """
+    parts is 1, or 2 for a gated activation: c_fc then holds two matrices of H rows, first gate, then up."""
 
     parts: int  # h has parts * H channels
     forward: Callable  # h (..., parts*H) -> (..., H), differentiable
@@ -57,19 +52,14 @@ def relu_squared(h: Tensor) -> Tensor:
 
 ACTIVATIONS = {
     "gelu": Activation(  # the tanh form, as in GPT-2
-        parts=1,
-        forward=lambda h: F.gelu(h, approximate="tanh"),
+        parts=1, forward=lambda h: F.gelu(h, approximate="tanh"),
         forward_into=lambda out, h: aten.gelu.out(h, approximate="tanh", out=out),
-        backward=lambda grad, h: aten.gelu_backward(grad, h, approximate="tanh"),
-    ),
+        backward=lambda grad, h: aten.gelu_backward(grad, h, approximate="tanh")),
     "relu2": Activation(
-        parts=1,
-        forward=relu_squared,
-        forward_into=lambda out, h: torch.square(F.relu(h), out=out),
-        backward=lambda grad, h: 2 * grad * F.relu(h),
-    ),
+        parts=1, forward=relu_squared, forward_into=lambda out, h: torch.square(F.relu(h), out=out),
+        backward=lambda grad, h: 2 * grad * F.relu(h)),
     "swiglu": gated(F.silu, aten.silu_backward),
-}
+}  # fmt: skip
 
 
 def get_activation(name: str) -> Activation:

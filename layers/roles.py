@@ -1,7 +1,6 @@
 """The role of each parameter, from its name: optimizers and the memory estimate (preflight) use it.
 
-role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay.
-"""
+role_of("transformer.h.0.mlp.experts.c_fc_bias") is the experts' role, without weight decay."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -29,8 +28,7 @@ ROLES = (
     Role(r"\.attn\.",      "attention",  "rest",    True,   True),
     Role(r"\.mlp\.",       "dense MLP",  "rest",    True,   True),
     Role(r"^lm_head",      "head",       "rest",    True,   False),
-    Role(r"",              "embeddings", "rest",    True,   False),
-)  # fmt: skip
+    Role(r"",              "embeddings", "rest",    True,   False))  # fmt: skip
 
 
 def role_of(name: str) -> Role:
@@ -39,16 +37,12 @@ def role_of(name: str) -> Role:
     return role._replace(decays=False, is_matrix=False) if name.endswith("bias") else role
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, learning_rate: float,
-    router_lr_mult: float, expert_lr_mult: float, details: Callable | None = None,
-) -> list[dict]:  # fmt: skip
-    """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order.
-
-    A schedule multiplies its rate by a group's "lr_mult". details(name, parameter, role) -> (end of the
-    group's name, further settings) splits the groups further.
-    A saved optimizer state numbers parameters in this order, so another order could not read old checkpoints.
-    """
+def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float,
+                     learning_rate: float, router_lr_mult: float, expert_lr_mult: float,
+                     details: Callable | None = None) -> list[dict]:  # fmt: skip
+    """An optimizer's parameter groups: the trainable parameters that share all settings, in a fixed order,
+    which numbers them in saved optimizer states. A schedule multiplies its rate by a group's "lr_mult".
+    details(name, parameter, role) -> (end of the group's name, further settings) splits the groups."""
     lr_mults = {"router": router_lr_mult, "experts": expert_lr_mult, "rest": 1.0}
     groups: dict[tuple, dict] = {}
     for name, parameter in named_parameters:

@@ -22,6 +22,5 @@ def local_ranges(tensor: Tensor) -> tuple[range, ...]:
 
 
 def dimension_to_shard(shape: Sequence[int], ranks: int) -> int:
-    """The dimension in which FSDP cuts stacked experts (E, ...): the first that `ranks` divides, or else 0.
-    FSDP pads only dimension 0."""
-    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+    """The dimension in which FSDP cuts stacked experts (E, ...): the first that ranks divides, or else 0."""
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)  # FSDP pads only dimension 0

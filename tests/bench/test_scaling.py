@@ -106,10 +106,10 @@ def test_what_hides_behind_what():
 
 def test_memory_by_hand():
     alone = memory_by_use(model(), PLAN)
-    assert (alone["parameters"], alone["gradients"], alone["moments"]) == (4 * P, 4 * P, 8 * P)
-    assert memory_by_use(model(), replace(PLAN, zero_stage=1))["moments"] == 2 * P
+    assert (alone["parameters"], alone["gradients"], alone["optimizer"]) == (4 * P, 4 * P, 8 * P)
+    assert memory_by_use(model(), replace(PLAN, zero_stage=1))["optimizer"] == 2 * P
     fsdp = memory_by_use(model(), FSDP)
-    assert (fsdp["parameters"], fsdp["gradients"], fsdp["moments"]) == (P, P, 2 * P)
+    assert (fsdp["parameters"], fsdp["gradients"], fsdp["optimizer"]) == (P, P, 2 * P)
     block = (BLOCKS + EXPERTS) / 2
     assert fsdp["gathered"] == 2 * 4 * block + 4 * OUTSIDE + 4 * block
     ep = memory_by_use(model(), replace(PLAN, ep_size=4))
@@ -148,7 +148,8 @@ def test_formulas_equal_what_ranks_send(case, tmp_path):
         assert wire == pytest.approx(expected, rel=0.1), name
         mean = sum(rank[name]["held"] for rank in found) / ranks
         uses = memory_by_use(meta, replace(plan, **changes))
-        assert mean == pytest.approx(uses["parameters"] + uses["gradients"] + uses["moments"], rel=0.01), name
+        held = uses["parameters"] + uses["gradients"] + uses["optimizer"]
+        assert mean == pytest.approx(held, rel=0.01), name
 
 
 def table(capsys, command: str) -> list[dict[str, str]]:
