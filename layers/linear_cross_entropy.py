@@ -14,7 +14,7 @@ on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out 
 import torch
 from torch import Tensor
 
-from layers.experts import NAMESPACE
+from layers.grouped_product import NAMESPACE
 
 # Bytes of the fp32 buffer for chunk=-1. The CPU's number is measured (bench head), the GPU's estimated.
 BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
