@@ -130,10 +130,11 @@ def test_operators_are_well_formed():
     [
         ("grouped_mm", {}), ("grouped_mm", dict(capability=(10, 0))), ("grouped_mm", dict(num_experts=1023)),
         ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)),
-        ("triton", dict(num_experts=1024)), ("triton", dict(capability=(8, 0))), ("triton", dict(kernel=None)),
+        ("triton", dict(num_experts=1024)), ("triton", dict(capability=(8, 0))),
         ("triton", dict(capability=(12, 0))), ("triton", dict(dtype=torch.float32)),
         ("triton", dict(dtype=torch.float16)), ("triton", dict(n_embd=12)),
-        ("triton", dict(expert_hidden_size=12)), ("loop", dict(n_embd=12, triton=None)),
+        ("triton", dict(expert_hidden_size=12)), ("triton", dict(kernel=None)),
+        ("loop", dict(n_embd=12, triton=None)),
         ("loop", dict(capability=(8, 9), triton=None)), ("loop", dict(capability=(7, 5))),
         ("loop", dict(dtype=torch.float64)), ("loop", dict(rows=0)), ("loop", dict(device="cpu")),
         ("gather", dict(rows=4, grad=False)),
