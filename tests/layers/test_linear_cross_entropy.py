@@ -67,7 +67,7 @@ def test_the_kernel_for_gpus_equals_the_plain_operators(dtype, close, softcap, m
     """Triton's interpreter runs it, with blocks that end within a row."""
     monkeypatch.setattr(linear_cross_entropy_file, "BLOCK", 32)
     x, weight, targets = inputs(dtype)
-    x, rest, found = 10 * x, (targets, -100, None, softcap), []
+    rest, found = (targets, -100, None, softcap), []
     for kernel in (True, False):
         monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type, it=kernel: it)
         found.append(value_and_gradients(linear_cross_entropy, x, weight, *rest, 20))
