@@ -146,7 +146,9 @@ def chunked(
         torch.mm(inputs[rows], head.t(), out=z)
         if kernel:
             losses = z.new_empty(len(z), dtype=wide)
-            loss_kernel[(len(z),)](z, targets[rows], losses, V, softcap, softcap > 0, with_grad, BLOCK)
+            loss_kernel[(len(z),)](
+                z, targets[rows], losses, V, softcap, softcap > 0, with_grad, BLOCK, num_warps=8
+            )
         else:
             losses = row_losses(z, buffer[: len(z)], targets[rows], softcap, with_grad)
         loss += losses.masked_fill(~counted[rows], 0).sum()
