@@ -10,13 +10,14 @@ files share only a `Routing`, in which tokens may have different numbers of rows
 Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
 References: MegaBlocks (arXiv 2211.15841); torch.nn.functional.grouped_mm in torch's documentation."""
 
-import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.grouped_product import NAMESPACE, grouped_product, triton
 from layers.mlp import get_activation
 from layers.sharding import local
 
@@ -26,10 +27,6 @@ KEEP_ACTIVATION_BELOW = 512
 
 grouped_mm = getattr(F, "grouped_mm", None)
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
-
-# Namespace of the operators. An exported folder has a copy of this file, and a process may import both. Under
-# the same name torch would free the first operators, and calling them would read freed memory.
-NAMESPACE = "gpt_moe" if __name__ == "layers.experts" else f"gpt_moe_{zlib.crc32(__name__.encode()):x}"
 
 # ----------------------------- Dispatch and combine: from tokens to rows, sorted by expert, and back
 
@@ -245,6 +242,12 @@ def _has_grouped_kernel() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    """Whether Triton can make grouped_product's kernels for this GPU."""
+    return triton is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
 def _idle_gradients_are_garbage() -> bool:
     """Whether grouped_mm's backward leaves the gradient of an expert without rows uninitialised. It does
     so on Blackwell GPUs (https://github.com/pytorch/pytorch/issues/172439)."""
@@ -273,9 +276,10 @@ class Experts(nn.Module):
       "loop"        `expert_mlp`: products for the experts that have rows; any dtype; reads sizes on the host
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
+      "triton"      our grouped_product; auto for all other cases on CUDA capability 8 or higher, with Triton
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
-    All other cases on CUDA use the loop, which waits for the device once per layer in each pass. Weights are
-    cast as under autocast: expert by expert, except in "grouped_mm", which needs all experts."""
+    Other GPUs use the loop, which waits for the device once per layer in each pass. Weights are cast as under
+    autocast: expert by expert in the loop, else all of them."""
 
     def __init__(self, config):
         super().__init__()
@@ -301,7 +305,9 @@ class Experts(nn.Module):
         x = x.contiguous()
         engine = self._choose_engine(x, routing.token.shape[0]) if self.engine == "auto" else self.engine
         if engine == "grouped_mm":
-            return self._grouped(x, routing)
+            return self._grouped(x, routing, lambda rows, w, ends: grouped_mm(rows, w, offs=ends))
+        if engine == "triton":
+            return self._grouped(x, routing, grouped_product)
         if engine == "gather":
             return self._gathered(x, routing)
         biases = [] if self.c_fc_bias is None else [self.c_fc_bias, self.c_proj_bias]
@@ -315,14 +321,16 @@ class Experts(nn.Module):
         if rows <= groups and not torch.is_grad_enabled():
             return "gather"
         fits = x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0 and groups < MOST_GROUPS
-        return "grouped_mm" if x.dtype == torch.bfloat16 and fits and _has_grouped_kernel() else "loop"
+        if x.dtype == torch.bfloat16 and fits and _has_grouped_kernel():
+            return "grouped_mm"
+        return "triton" if x.dtype != torch.float64 and _has_triton() else "loop"
 
-    def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
+    def _grouped(self, x: Tensor, routing: Routing, product: Callable) -> Tensor:
         act, ends, w = get_activation(self.activation), routing.ends, routing.weight[:, None]  # (R, 1)
         c_fc, c_proj = (local(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
-        if _idle_gradients_are_garbage():
+        if product is not grouped_product and _idle_gradients_are_garbage():
             c_fc, c_proj = (ZeroIdleGradients.apply(p, routing.counts()) for p in (c_fc, c_proj))
-        h = grouped_mm(take_rows(x, routing), c_fc.mT, offs=ends)  # (R, H), gated (R, 2H)
+        h = product(take_rows(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
         if self.c_fc_bias is not None:
             # Biases are added by a product with a one-hot matrix, whose gradient is a product too.
             experts = torch.arange(ends.shape[0], device=x.device)
@@ -330,7 +338,7 @@ class Experts(nn.Module):
             h = torch.addmm(h, one_hot, local(self.c_fc_bias).to(x.dtype))
         # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
         h = (act.forward(h) * w).to(x.dtype)
-        y = combine(grouped_mm(h, c_proj.mT, offs=ends), routing, x.shape[0])  # (N, C)
+        y = combine(product(h, c_proj.mT, ends), routing, x.shape[0])  # (N, C)
         if self.c_proj_bias is not None:
             mix = combine((one_hot * w).to(x.dtype), routing, x.shape[0])  # (N, E)
             y = torch.addmm(y, mix, local(self.c_proj_bias).to(x.dtype))

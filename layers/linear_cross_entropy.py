@@ -12,18 +12,24 @@ on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out 
 import torch
 from torch import Tensor
 
-from layers.experts import NAMESPACE
+from layers.grouped_product import NAMESPACE, triton
 
-# Bytes of the fp32 buffer for chunk=-1. The CPU's number is measured (bench head), the GPU's estimated.
-BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29}
+if triton is not None:
+    import triton.language as tl
+
+# Bytes of the logits for chunk=-1: in fp32, or for loss_kernel in the product's dtype. The CPU's number is
+# measured (bench head), the others are estimated.
+BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29, "triton": 2**30}
+BLOCK = 4096  # logits that loss_kernel reads at a time
 
 
-def rows_per_chunk(N: int, V: int, chunk: int, device_type: str) -> int:
-    """Rows of logits at a time: chunk, or for -1 as many as fit in BUFFER_BYTES, in equal chunks."""
+def rows_per_chunk(N: int, V: int, chunk: int, kind: str) -> int:
+    """Rows of logits at a time: chunk, or for -1 as many as fit in BUFFER_BYTES[kind], in equal chunks."""
     step = 1
     if chunk < 1:
-        chunk = max(1, BUFFER_BYTES.get(device_type, BUFFER_BYTES["cpu"]) // (4 * V))
-        if device_type == "cuda" and chunk >= 128:  # a multiple of tensor cores' tiles
+        size = 2 if kind == "triton" else 4
+        chunk = max(1, BUFFER_BYTES.get(kind, BUFFER_BYTES["cpu"]) // (size * V))
+        if kind in ("cuda", "triton") and chunk >= 128:  # a multiple of tensor cores' tiles
             step, chunk = 128, chunk - chunk % 128
     rows = -(-N // max(1, -(-N // chunk)))
     return min(N, -(-rows // step) * step)
@@ -34,6 +40,79 @@ def log_softmax_(z: Tensor) -> Tensor:
     if z.device.type == "cpu":  # this kernel reads a row's maximum and sum before it writes the row
         return torch.log_softmax(z, dim=1, out=z)
     return z.sub_(z.logsumexp(dim=1, keepdim=True))
+
+
+def row_losses(logits: Tensor, z: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
+    """The cross-entropy of each row, (n,), of logits (n, V); with_grad: they become its gradient.
+
+    z (n, V): memory in fp32 at least; the logits themselves if they have that dtype.
+    """
+    if z.dtype != logits.dtype:
+        z.copy_(logits)
+    if softcap > 0:
+        slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
+        z.mul_(softcap)
+    log_softmax_(z)
+    losses = -z.gather(1, targets[:, None])[:, 0]
+    if with_grad:
+        z.exp_().scatter_add_(1, targets[:, None], z.new_full((), -1.0).expand(len(z), 1))
+        if softcap > 0:
+            z.mul_(slope)
+        if z.dtype != logits.dtype:
+            logits.copy_(z)
+    return losses
+
+
+if triton is not None:
+
+    @triton.jit
+    def loss_kernel(
+        logits, targets, losses, V, softcap, CAPPED: tl.constexpr, WITH_GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """`row_losses`, a program for each row. It reads the logits twice and writes the gradient once.
+
+        A target outside the vocabulary gives NaN.
+        """
+        row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        logits += row * V
+        target = tl.load(targets + row)
+        top, total, at_target = float("-inf"), 0.0, 0.0  # total: sum of exp(z - top) so far
+        for begin in range(0, V, BLOCK):
+            z = tl.load(logits + begin + columns, mask=begin + columns < V, other=0.0).to(tl.float32)
+            if CAPPED:
+                z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # softcap * tanh(z / softcap)
+            at_target += tl.sum(tl.where(begin + columns == target, z, 0.0))
+            z = tl.where(begin + columns < V, z, float("-inf"))
+            higher = tl.maximum(top, tl.max(z))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher))
+            top = higher
+        normaliser = top + tl.log(total)
+        tl.store(losses + row, tl.where((target >= 0) & (target < V), normaliser - at_target, float("nan")))
+        if WITH_GRAD:
+            for begin in range(0, V, BLOCK):
+                place, inside = logits + begin + columns, begin + columns < V
+                z = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+                slope = 1.0
+                if CAPPED:
+                    z = 2 * tl.sigmoid(2 * z / softcap) - 1
+                    slope = 1 - z * z
+                    z *= softcap
+                grad = (tl.exp(z - normaliser) - (begin + columns == target).to(tl.float32)) * slope
+                tl.store(place, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether loss_kernel runs here. On a CPU several of torch's operators are as fast."""
+    return triton is not None and device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with a and b in bf16 or fp16 and total in fp32; on CUDA in the product itself."""
+    if total.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
@@ -48,35 +127,31 @@ def chunked(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_in
     grad_x = torch.empty_like(x if with_grad else x[:0], dtype=wide)
     grad_weight = torch.zeros_like(weight if with_grad else weight[:0], dtype=wide)
     counted = targets != ignore_index  # (N,)
-    targets = targets.masked_fill(~counted, 0)[:, None]  # (N, 1)
+    targets = targets.masked_fill(~counted, 0)  # (N,)
     factor = torch.where(counted, scale, 0)[:, None]  # (N, 1), of each row's gradient
     loss = torch.zeros((), dtype=wide, device=x.device)
-    n = rows_per_chunk(N, V, chunk, x.device.type)
-    buffer = x.new_empty(n, V, dtype=wide)
-    narrow = buffer if dtype == wide else x.new_empty(n, V, dtype=dtype)
+    kernel = dtype != torch.float64 and has_kernel(x.device.type)
+    n = rows_per_chunk(N, V, chunk, "triton" if kernel else x.device.type)
+    logits = x.new_empty(n, V, dtype=dtype)
+    buffer = logits if kernel or dtype == wide else x.new_empty(n, V, dtype=wide)
     for start in range(0, N, max(n, 1)):
         rows = slice(start, min(start + n, N))
-        z, low, target = buffer[: rows.stop - start], narrow[: rows.stop - start], targets[rows]
-        torch.mm(inputs[rows], head.t(), out=low)
-        if dtype != wide:
-            z.copy_(low)
-        if softcap > 0:
-            slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
-            z.mul_(softcap)
-        log_softmax_(z)
-        loss -= z.gather(1, target).masked_fill(~counted[rows, None], 0).sum()
-        if not with_grad:
-            continue
-        z.exp_().scatter_add_(1, target, z.new_full((), -1.0).expand_as(target))  # softmax minus one-hot
-        if softcap > 0:
-            z.mul_(slope)
-        if dtype != wide:
-            low.copy_(z)
-        grad_x[rows] = torch.mm(low, head) * factor[rows]
-        if dtype == wide:
-            grad_weight.addmm_(low.t(), x[rows] * factor[rows])
+        z = logits[: rows.stop - start]
+        torch.mm(inputs[rows], head.t(), out=z)
+        if kernel:
+            losses = z.new_empty(len(z), dtype=wide)
+            loss_kernel[(len(z),)](
+                z, targets[rows], losses, V, softcap, softcap > 0, with_grad, BLOCK, num_warps=8
+            )
         else:
-            grad_weight += torch.mm(low.t(), inputs[rows] * counted[rows, None])
+            losses = row_losses(z, buffer[: len(z)], targets[rows], softcap, with_grad)
+        loss += losses.masked_fill(~counted[rows], 0).sum()
+        if with_grad:
+            grad_x[rows] = torch.mm(z, head) * factor[rows]
+            if dtype == wide:
+                grad_weight.addmm_(z.t(), x[rows] * factor[rows])
+            else:
+                add_product(grad_weight, z.t(), inputs[rows] * counted[rows, None])
     if dtype != wide:
         grad_weight.mul_(scale.nan_to_num(posinf=0.0))  # scale is infinite if there is no target
     return loss * scale, grad_x, grad_weight

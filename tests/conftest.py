@@ -23,6 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, if installed, runs its kernels on the CPU
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]

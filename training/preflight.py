@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from layers.experts import KEEP_ACTIVATION_BELOW
-from layers.linear_cross_entropy import rows_per_chunk
+from layers.linear_cross_entropy import has_kernel, rows_per_chunk
 from layers.mlp import get_activation
 from layers.roles import role_of
 from layers.sharding import dimension_to_shard
@@ -92,8 +92,11 @@ def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trai
     copy = size if size < 4 else 0  # logits in the product's dtype, besides the fp32 copy
     if not loss_chunk:  # logits and in fp32: log-softmax and two gradients; or a copy and log-softmax
         return N * V * (size + 3 * 4 if trains else size + 4 + (4 if copy else 0))
-    logits = 4 + copy + (4 if device_type == "cuda" else 0)  # on CUDA logsumexp makes another copy
-    rows = rows_per_chunk(N, V, loss_chunk, device_type)
+    if device_type == "cuda" and has_kernel(device_type):
+        logits, rows = size, rows_per_chunk(N, V, loss_chunk, "triton")
+    else:
+        logits = 4 + copy + (4 if device_type == "cuda" else 0)  # on CUDA logsumexp makes another copy
+        rows = rows_per_chunk(N, V, loss_chunk, device_type)
     return logits * rows * V + (4 * (N * C + V * C) if trains else 0)
 
 

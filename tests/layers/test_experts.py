@@ -10,12 +10,14 @@ import torch
 from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
 
 from layers import experts
-from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows
+from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows, triton
 from layers.mlp import ACTIVATIONS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
+needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
 GROUPED, BLACKWELL = (pytest.param(name, marks=needs_grouped_mm) for name in ("grouped_mm", "Blackwell"))
+TRITON = pytest.param("triton", marks=needs_triton)
 
 
 def test_dispatch_of_a_hand_worked_example():
@@ -39,14 +41,14 @@ def blackwells(x, weights, offs):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("engine", ["loop", "gather", GROUPED, BLACKWELL])
+@pytest.mark.parametrize("engine", ["loop", "gather", GROUPED, TRITON, BLACKWELL])
 def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias, activation, monkeypatch):
     """Expert 1 has no rows. ragged: a token has none to three rows instead of three."""
     if engine == "Blackwell":
         monkeypatch.setattr(experts, "grouped_mm", blackwells)
         monkeypatch.setattr(experts, "_idle_gradients_are_garbage", lambda: True)
         engine = "grouped_mm"
-    dtype = torch.float32 if engine == "grouped_mm" else torch.float64
+    dtype = torch.float32 if engine in ("grouped_mm", "triton") else torch.float64
     fields = dict(activation=activation, bias=bias, num_experts=5, n_embd=16, expert_hidden_size=8, std=0.3)
     layer = moe_layer(**fields).experts.to(dtype)
     layer.engine = engine
@@ -121,21 +123,24 @@ def test_operators_are_well_formed():
 
 @pytest.mark.parametrize("engine, changes", [
     ("grouped_mm", {}), ("grouped_mm", dict(capability=(10, 0))), ("grouped_mm", dict(num_experts=1023)),
-    ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)), ("loop", dict(num_experts=1024)),
-    ("loop", dict(capability=(8, 0))), ("loop", dict(capability=(12, 0))), ("loop", dict(n_embd=12)),
-    ("loop", dict(dtype=torch.float32)), ("loop", dict(dtype=torch.float16)), ("loop", dict(rows=0)),
-    ("loop", dict(expert_hidden_size=12)), ("loop", dict(device="cpu")), ("loop", dict(kernel=None)),
-    ("gather", dict(rows=4, grad=False)),
+    ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)), ("triton", dict(num_experts=1024)),
+    ("triton", dict(capability=(8, 0))), ("triton", dict(capability=(12, 0))), ("triton", dict(n_embd=12)),
+    ("triton", dict(dtype=torch.float32)), ("triton", dict(dtype=torch.float16)),
+    ("triton", dict(expert_hidden_size=12)), ("triton", dict(kernel=None)),
+    ("loop", dict(n_embd=12, triton=None)), ("loop", dict(capability=(8, 9), triton=None)),
+    ("loop", dict(capability=(7, 5))), ("loop", dict(dtype=torch.float64)), ("loop", dict(rows=0)),
+    ("loop", dict(device="cpu")), ("gather", dict(rows=4, grad=False)),
     ("gather", dict(rows=4, grad=False, dtype=torch.float32, capability=(7, 0))),
 ])  # fmt: skip
 def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     """What "auto" takes on CUDA. No GPU is needed: the choice reads only x's device, dtype and shape."""
     case = dict(
         device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
-        num_experts=4, n_embd=16, expert_hidden_size=8,
+        triton="any", num_experts=4, n_embd=16, expert_hidden_size=8,
     ) | changes  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
     monkeypatch.setattr(experts, "grouped_mm", case["kernel"])
+    monkeypatch.setattr(experts, "triton", case["triton"])
     with torch.device("meta"):
         sizes = {name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")}
         layer = experts.Experts(tiny(**sizes))
@@ -184,10 +189,10 @@ def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
 @needs_grouped_mm
 @pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
 def test_grouped_engine_equals_the_loop_on_a_gpu(activation, bias, K):
-    """Both engines in bf16 are close to the loop in fp32. An expert with another's rows would not be."""
+    """All engines in bf16 are close to the loop in fp32. An expert with another's rows would not be."""
     fields = dict(activation=activation, bias=bias, num_experts_per_tok=K)
     exact = run_engine("loop", "cuda", **fields)
-    for engine in ("loop", "grouped_mm"):
+    for engine in ("loop", "grouped_mm", "triton"):
         for name, found in run_engine(engine, "cuda", torch.bfloat16, **fields).items():
             assert (found - exact[name]).norm() < 0.03 * exact[name].norm(), (engine, name)
             if name.startswith("experts."):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes
+from layers import linear_cross_entropy as linear_cross_entropy_file
 from layers.linear_cross_entropy import BUFFER_BYTES, linear_cross_entropy, log_softmax_, rows_per_chunk
 from model import GPTLMHeadModel
 
@@ -56,6 +57,26 @@ def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softc
         for a, b in zip(ours, truth, strict=True):
             assert a.dtype == dtype
             assert (a - b).abs().max() <= dtypes[dtype] * b.abs().max().clamp(min=1)
+
+
+@pytest.mark.skipif(linear_cross_entropy_file.triton is None, reason="needs `pip install triton`")
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_kernel_for_gpus_equals_the_plain_operators(dtype, close, softcap, monkeypatch):
+    """Triton's interpreter runs it, with blocks that end within a row."""
+    monkeypatch.setattr(linear_cross_entropy_file, "BLOCK", 32)
+    x, weight, targets = inputs(dtype)
+    rest, found = (targets, -100, None, softcap), []
+    for kernel in (True, False):
+        monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type, it=kernel: it)
+        found.append(value_and_gradients(linear_cross_entropy, x, weight, *rest, 20))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= close * b.abs().max()
+    monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type: True)
+    with torch.no_grad():  # without gradients
+        assert (linear_cross_entropy(x, weight, *rest) - found[0][0]).abs() < close * found[0][0]
+    targets[1] = V
+    assert linear_cross_entropy(x, weight, *rest).isnan()
 
 
 def test_where_all_targets_are_ignored_it_is_as_plain():
@@ -132,6 +153,7 @@ def test_rows_per_chunk():
     assert rows_per_chunk(2048, 50304, 1000, "cpu") == 683
     assert rows_per_chunk(3, 10**9, -1, "cpu") == 1 and rows_per_chunk(0, 10, -1, "cpu") == 0
     assert rows_per_chunk(16384, 50304, -1, "cuda") == 19 * 128  # of 2,668 that fit
+    assert rows_per_chunk(16384, 50304, -1, "triton") == 64 * 128  # of 10,672 that fit
     assert rows_per_chunk(100, 50304, -1, "cuda") == 100 and rows_per_chunk(16384, 10**8, -1, "cuda") == 1
     for rows in (1, 667, 668, 2048, 16384):
         assert 4 * 50304 * rows_per_chunk(rows, 50304, -1, "cuda") <= BUFFER_BYTES["cuda"]
