@@ -48,17 +48,16 @@ def test_a_sample_ends_before_the_text_that_stops_it(folder, capsys):
 
 def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "essay.txt").write_text("Once\nupon", encoding="utf-8")
-    assert run(capsys, folder, "--prompt", f"FILE:{tmp_path}/essay.txt").startswith(
-        "--- sample 1\nOnce\nupon"
-    )
+    out = run(capsys, folder, "--prompt", f"FILE:{tmp_path}/essay.txt")
+    assert out.startswith("--- sample 1\nOnce\nupon")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert sample.main(["--model", str(folder), "--interactive", "--max_new_tokens=1", "--top_p=0.5"]) == 0
     assert [text[:3] for text in capsys.readouterr().out.split("prompt> ")] == ["", "one", "two", "\n"]
 
 
 @pytest.mark.parametrize("flag", [
-    "temperature=inf", "temperature=nan", "top_p=1.5", "min_p=-1", "seed=9999999999999999999", "num_samples=0",
-    "repetition_penalty=0", "top_k=-1", "max_new_tokens=0",
+    "temperature=inf", "temperature=nan", "top_p=1.5", "min_p=-1", "seed=9999999999999999999",
+    "num_samples=0", "repetition_penalty=0", "top_k=-1", "max_new_tokens=0",
 ])  # fmt: skip
 def test_numbers_outside_their_limits(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
