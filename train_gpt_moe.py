@@ -118,6 +118,7 @@ class TrainConfig(llmc.Flags):
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
     tensorboard: bool = setting(True, "write log_dir/tb")
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
+    wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
     dtype: str = setting("auto", "for matrix products; auto = bfloat16 if CUDA, else float32", choices=DTYPES)
