@@ -53,7 +53,7 @@ METRICS = (
            panel=BALANCE, log_scale=True, axis_low=1, axis_high=1),
     Metric("starved", "starved experts", "moe/starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
-    Metric("router_entropy", "entropy", "moe/router_entropy", panel=ROUTER),  # nats, mean over tokens and layers
+    Metric("router_entropy", "entropy", "moe/router_entropy", panel=ROUTER),  # nats, mean over layers
     Metric("balance_loss", "balance loss", "moe/balance_loss", panel=ROUTER),  # sum over layers
     Metric("z_loss", "z-loss", "moe/z_loss", panel=ROUTER),  # sum over layers
     Metric("memory", "GiB at most", "speed/memory_gib"),

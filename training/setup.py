@@ -27,7 +27,7 @@ from training import faults, parallel
 from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
-from training.log import RunLog, run_record, write_run_file
+from training.log import RunLog, run_record
 from training.optimizers import build_optimizer, check_optimizer
 from training.preflight import preflight
 from training.terminal import tell
