@@ -85,9 +85,7 @@ def sure_layer(**fields) -> MoE:
 def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
     routing, probs = layer.route(logits)
-    slots = (
-        row[routing.position()].view(-1, routing.per_token) for row in (routing.expert(), routing.weight)
-    )
+    slots = (row[routing.position].view(-1, routing.per_token) for row in (routing.expert, routing.weight))
     return *slots, probs
 
 
