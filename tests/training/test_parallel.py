@@ -29,9 +29,13 @@ STEPS, SEQUENCES, T = 3, 8, 16
 IDLE = 2  # an expert of the first layer that no token ever chooses
 
 # name: processes, settings, micro-steps
+MUON = dict(optimizer="muon", moe_loss_type="diversity_regularization")
 LAYOUTS = {
     "one process": (1, {}, 1),
-    "one process, muon": (1, dict(optimizer="muon", moe_loss_type="diversity_regularization"), 1),
+    "one process, muon": (1, MUON, 1),
+    "ddp, muon": (2, MUON, 1),
+    "ddp, zero, muon": (2, MUON | dict(zero_stage=1), 1),
+    "fsdp, muon": (2, MUON | dict(parallel="fsdp"), 2),
     "ddp": (2, {}, 1),
     "ddp, accumulation": (2, {}, 2),
     "ddp, zero": (2, dict(zero_stage=1), 1),
@@ -39,12 +43,14 @@ LAYOUTS = {
     "fsdp, checkpointing": (2, dict(parallel="fsdp", activation_checkpointing="block"), 2),
     "experts": (2, dict(ep_size=2), 1),
     "experts, accumulation": (2, dict(ep_size=2, activation_checkpointing="block"), 2),
-    "experts, muon": (2, dict(ep_size=2, optimizer="muon", moe_loss_type="diversity_regularization"), 1),
+    "experts, muon": (2, MUON | dict(ep_size=2), 1),
     "experts, fsdp": (2, dict(ep_size=2, parallel="fsdp"), 2),
     "slow one: fsdp": (1, dict(parallel="fsdp"), 1),
     "slow four: fsdp": (4, dict(parallel="fsdp"), 1),
     "slow four: ddp x experts": (4, dict(ep_size=2), 1),
     "slow four: fsdp x experts": (4, dict(ep_size=2, parallel="fsdp"), 2),
+    "slow three: fsdp, muon": (3, MUON | dict(parallel="fsdp"), 1),
+    "slow four: fsdp x experts, muon": (4, MUON | dict(ep_size=2, parallel="fsdp"), 1),
 }
 EACH = [*slow(*(name for name in LAYOUTS if "slow" in name)), *(n for n in LAYOUTS if "slow" not in n)]
 ALONE = ("one process", "one process, muon")  # these need no process group; others are compared with them
@@ -271,8 +277,6 @@ REFUSED = {  # flags: words of the message
     "--ep_size 2 --zero_stage 1": "zero_stage=1 .*ep_size=2",
     "--zero_stage 1 --parallel none": "zero_stage=1 .*parallel=none",
     "--zero_stage 1 --parallel fsdp": "zero_stage=1 .*parallel=fsdp",
-    "--parallel fsdp --optimizer muon": "optimizer=muon .*parallel=fsdp",
-    "--zero_stage 1 --optimizer muon": "optimizer=muon .*zero_stage=1",
     "--parallel fsdp --dtype float16": "float16 .*--dtype bfloat16",
     "--ep_size 2 --use_moe False": "ep_size=2 .*use_moe=False",
     "--ep_size 2 --num_experts 3": "num_experts=3 .*ep_size=2",
