@@ -27,8 +27,9 @@ MAIN_MAY_REACH = ("fineweb.py", "hellaswag.py")
 # Outermost statements that only define names, and how the other ones that are allowed begin.
 DEFINING = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 DEFINING |= ast.AugAssign
-ALLOWED = r"if (__name__ == '__main__'|sys.version_info < .*|TYPE_CHECKING|triton is not None):|try:\n    import |"
-ALLOWED += r"\w+\.register_autograd\("
+ALLOWED = r"if (__name__ == '__main__'|sys.version_info < .*|TYPE_CHECKING|triton is not None):"
+ALLOWED += r"|if os.path.abspath\(getattr\(sys.modules\['__main__'\]"
+ALLOWED += r"|try:\n    import |\w+\.register_autograd\("
 
 
 def imported(nodes: list[ast.stmt]) -> set[str]:
