@@ -28,7 +28,7 @@ from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
 from training.log import RunLog, run_record
-from training.optimizers import build_optimizer, check_optimizer
+from training.optimizers import build_optimizer
 from training.preflight import preflight
 from training.terminal import tell
 
@@ -170,7 +170,6 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     if not config.log_dir.strip():
         raise ValueError("log_dir='': name a folder, such as --log_dir log")
     check_layout(config, world)
-    check_optimizer(config)
     if config.learning_rate_decay_frac is not None:
         config.min_lr = config.learning_rate_decay_frac * config.max_lr
         config.learning_rate_decay_frac = None
