@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_tokens(path: str, encoding: str) -> np.ndarray:
-    """Token ids (n,) of a text file, behind <|endoftext|>, or of shards. ValueError if the encodings differ."""
+    """Token ids (n,) of a text file, after <|endoftext|>, or of shards. ValueError: other encodings."""
     from tokens.encodings import encode_pieces
     from tokens.shards import find_shards, read_meta, read_shard
     from tokens.sources import decode
