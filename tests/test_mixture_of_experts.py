@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES, MoE, expert_usage,
 from model import GPTLMHeadModel
 from training import parallel
 from training.idle_experts import idle_experts
-from training.log import expert_load
+from training.log import expert_load, last_usage
 
 
 def by_hand(layer: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +219,7 @@ def test_usage_statistics_and_what_a_run_logs_of_them(monkeypatch):
     update_routers(layers)
     transfers, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: transfers.append(tensor) or cpu(tensor))
-    found = expert_load(SimpleNamespace(moe_layers=lambda: layers))
+    found = expert_load(last_usage(SimpleNamespace(moe_layers=lambda: layers)))
     assert len(transfers) == 1
     assert found["expert_load"] == [[0.75, 0.2, 0.05, 0.0], [0.625, 0.125, 0.125, 0.125]]
     assert found["max_load"] == 3.0 and found["starved"] == 1 / 8
@@ -333,17 +334,18 @@ def usage_of_a_model(rank: int) -> list[int]:
     return [usage[0].counts.sum().item() for usage in found]
 
 
-def idle_where_experts_are_shared_out(dim: int) -> list[list[int]]:
+def idle_where_experts_are_shared_out(dim: int) -> list[list[bool]]:
     """Only expert 0 has rows that count, and of expert 1 one rank's part alone has a gradient."""
     layer, mesh = moe_layer(), init_device_mesh("cpu", (2,))
-    layer.reference_totals[:4] = torch.tensor([8, 0, 0, 0])
     for name, whole in list(layer.experts.named_parameters()):
         grad = torch.zeros_like(whole)
         grad[1, 0] = 1.0
         shared = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(dim)]))
         shared.grad = distribute_tensor(grad, mesh, [Shard(dim)])
         setattr(layer.experts, name, shared)
-    return idle_experts([layer, layer])
+    idle, learns = idle_experts([layer, layer], np.array([[8, 0, 0, 0]] * 2))
+    assert idle == [[1, 2, 3]] * 2
+    return learns.tolist()
 
 
 def main(arguments: list[str]) -> int:
@@ -362,4 +364,4 @@ def test_usage_and_idle_experts_of_two_ranks(tmp_path):
     run_ranks(2, [tmp_path], tmp_path / "output", script="test_mixture_of_experts")
     for rank in (0, 1):
         usage, idle = json.loads((tmp_path / f"rank{rank}").read_text())
-        assert usage == [20 * (rank + 1), 60, 60] and idle == [[[2, 3]] * 2] * 2
+        assert usage == [20 * (rank + 1), 60, 60] and idle == [[[False, True, False, False]] * 2] * 2

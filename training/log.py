@@ -435,19 +435,25 @@ def run_record(config, model, world, first_step: int) -> dict:
     }  # fmt: skip
 
 
-def expert_load(model) -> dict:
-    """How the last optimizer step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {}
-    for a dense model. The entropy is the mean over layers, NaN before the first step of this process."""
-    if not model.moe_layers():
+def last_usage(model) -> np.ndarray:
+    """(MoE layers, 1 + E): MoE.step_usage of the last finished step. Waits for the device."""
+    layers = model.moe_layers()
+    rows = [torch.cat((moe.last_step_entropy()[None], moe.last_step_counts().float())) for moe in layers]
+    return torch.stack(rows).cpu().numpy() if rows else np.empty((0, 1))
+
+
+def expert_load(usage: np.ndarray) -> dict:
+    """How a step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {} for a dense
+    model. usage (MoE layers, 1 + E): see MoE.step_usage. The entropy is the mean over layers, NaN before the
+    first step of this process."""
+    if len(usage) == 0:
         return {}
-    found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
-    read = torch.stack([torch.cat((counts.float(), entropy[None])) for counts, entropy in found]).cpu()
-    counts, entropy = read[:, :-1].double(), read[:, -1]  # (MoE layers, E), (MoE layers,)
-    share = counts / counts.sum(1, keepdim=True)
-    load = share * share.size(1)  # in fair shares
-    starved = (load < STARVED_BELOW).double().mean().item()
-    return {"expert_load": share.tolist(), "max_load": load.max().item(), "starved": starved,
-            "router_entropy": entropy.mean().item()}  # fmt: skip
+    counts = usage[:, 1:].astype(float)  # (MoE layers, E)
+    share = counts / counts.sum(1, keepdims=True)
+    load = share * share.shape[1]  # in fair shares
+    starved, entropy = (load < STARVED_BELOW).mean(), usage[:, 0].mean()
+    return {"expert_load": share.tolist(), "max_load": float(load.max()),
+            "starved": float(starved), "router_entropy": float(entropy)}  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:
