@@ -180,7 +180,6 @@ class MoE(nn.Module):
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
         self._auxiliary_loss = None
-        self._last_usage = None  # (1 + E,): entropy and counts of the last finished step, all ranks
 
     def initial_statistics(self) -> dict[str, Tensor]:
         """The buffers of a layer before its first token; the reference is E tokens in perfect balance."""
@@ -334,14 +333,9 @@ class MoE(nn.Module):
         """Rows of each expert in the last finished optimizer step on all ranks, (E,) int64."""
         return self.reference_totals[: self.num_experts].clone()
 
-    def last_step_entropy(self) -> Tensor:
-        """Entropy () of the probabilities in the last finished step, nats, mean over tokens; at first NaN."""
-        if self._last_usage is None:
-            return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
-        return self.step_usage(self._last_usage.to(self.usage_counts.device))[0]
-
     def step_usage(self, totals: Tensor) -> Tensor:
-        """(1 + E,) fp32, given a step's totals: that entropy, and the rows of each expert."""
+        """(1 + E,) fp32 of a step's totals: the entropy of the probabilities, nats, mean over tokens (NaN
+        without tokens), and the rows of each expert."""
         counts = totals[1 : 1 + self.num_experts]
         entropy = totals[:1] / self.tokens_of(FIXED_POINT * counts.sum())
         return torch.cat((entropy, counts.to(entropy.dtype)))
@@ -362,7 +356,6 @@ class MoE(nn.Module):
         loss's reference, move the router bias by rate * sign(mean count - count) (2408.15664). A second call
         without a token in between changes nothing."""
         E = self.num_experts
-        self._last_usage = reduced[: 1 + E].clone()
         self.usage_entropy += reduced[:1]
         self.usage_counts += reduced[1 : 1 + E]
         step = reduced[1 + E :]

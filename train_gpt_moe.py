@@ -52,7 +52,7 @@ from training.checkpoints import resume_command
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
-from training.log import expert_load, last_usage, peak_memory
+from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
@@ -298,8 +298,9 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if "val_loss" in measured:
                 val_loss, val_loss_step = measured["val_loss"], step
             if log:
-                load = expert_load(last_usage(run.model)) if measured and run.trains and step > 0 else {}
-                log.evaluation(step, measured, load.get("expert_load"), run.elapsed() if last_step else None)
+                layers = run.model.moe_layers() if measured and run.trains and step > 0 else []
+                load = [moe.last_step_counts().tolist() for moe in layers]
+                log.evaluation(step, measured, load, run.elapsed() if last_step else None)
             if last_step:
                 saver.retry_until_saved()
                 break

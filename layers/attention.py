@@ -145,8 +145,7 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
 
 @contextlib.contextmanager
 def without_cudnn():
-    """A context in which torch does not choose cuDNN's attention. cuDNN makes a new plan for every shape, and
-    evaluation and generation have many shapes."""
+    """A context without cuDNN's attention, which makes a new plan for every shape."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -18,36 +18,7 @@ from training import faults, parallel, sharded
 from training.archives import NotFiniteError
 
 WAIT_S = 5.0  # seconds between two collectives while ranks wait for a save
-
-
-class HostMemory:
-    """Memory for the copies of a checkpoint, pinned if the run uses CUDA. The next checkpoint uses it again.
-
-    torch rounds pinned memory up to a power of two bytes. Buffers therefore have such sizes, and hold many
-    tensors: with one allocation per tensor, up to half of the memory would stay unused."""
-
-    SMALLEST, ALIGNMENT = 2**28, 64  # bytes
-
-    def __init__(self):
-        self.buffers: list[torch.Tensor] = []  # uint8
-        self.clear()
-
-    def clear(self) -> None:
-        """Use all buffers from their beginning again."""
-        self.number, self.begin = 0, 0  # the buffer and the byte where the next tensor may lie
-
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised tensor of the shape and dtype of `like`, with a storage of its own size."""
-        size = like.numel() * like.element_size()
-        while self.number < len(self.buffers) and self.begin + size > len(self.buffers[self.number]):
-            self.number, self.begin = self.number + 1, 0
-        if self.number == len(self.buffers):
-            room, pinned = 1 << (max(size, self.SMALLEST) - 1).bit_length(), torch.cuda.is_initialized()
-            self.buffers.append(torch.empty(room, dtype=torch.uint8, pin_memory=pinned))
-        whole, end = self.buffers[self.number].untyped_storage(), self.begin + size
-        part = whole[self.begin : end]  # shares the memory; torch.save writes this part alone
-        self.begin = (end // self.ALIGNMENT + 1) * self.ALIGNMENT
-        return torch.empty(0, dtype=like.dtype).set_(part, 0, like.shape)
+BUFFER_BYTES = 2**28  # of the memory for copies
 
 
 class CheckpointWriter:
@@ -63,7 +34,8 @@ class CheckpointWriter:
         self.error: Exception | None = None  # the error of the last finished save
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
         self.seconds = 0.0  # time of the last save in the thread
-        self._memory = HostMemory()
+        self._buffers: list[torch.Tensor] = []  # uint8, for copies on the host; every save uses them again
+        self._used = (0, 0)  # buffers that are full, and bytes of the next one
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
@@ -78,7 +50,7 @@ class CheckpointWriter:
                 path = ckpt.checkpoint_path(self.folder, step, suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
-                self._memory.clear()
+                self._used = (0, 0)
                 write = partial(ckpt.save_checkpoint, self._copy(checkpoint, {}), self.folder)
         except Exception as error:  # handled like an error in the thread
             self._report_failure(step, error)
@@ -92,10 +64,11 @@ class CheckpointWriter:
         return pause
 
     def is_writing(self, seconds: float) -> bool:
-        """Whether a save is still being written after so many seconds."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-        return self._thread is not None and self._thread.is_alive()
+        """Whether a save is still being written. Waits for its end, but at most so many seconds."""
+        if self._thread is None:
+            return False
+        self._thread.join(seconds)
+        return self._thread.is_alive()
 
     def wait(self) -> Exception | None:
         """Wait until the last save has ended; returns its exception, or None."""
@@ -130,13 +103,29 @@ class CheckpointWriter:
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
             if key not in copies:
-                copies[key] = self._memory.take(value).copy_(value.detach(), non_blocking=value.is_cuda)
+                copies[key] = self._place(value).copy_(value.detach(), non_blocking=value.is_cuda)
             return copies[key]
         if isinstance(value, dict):
             return {key: self._copy(inner, copies) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self._copy(inner, copies) for inner in value)
         return value
+
+    def _place(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of this shape and dtype in the next free part of the buffers. torch rounds pinned memory
+        up to a power of two: with an allocation per tensor, up to half of it would stay unused."""
+        size, (full, begin) = like.numel() * like.element_size(), self._used
+        while full < len(self._buffers) and begin + size > len(self._buffers[full]):
+            full, begin = full + 1, 0
+        if full == len(self._buffers):
+            room = max(BUFFER_BYTES, 1 << size.bit_length())
+            memory = torch.empty(room, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+            self._buffers.append(memory)
+        part = self._buffers[full].untyped_storage()[
+            begin : begin + size
+        ]  # torch.save writes this part alone
+        self._used = full, (begin + size) // 64 * 64 + 64  # aligned
+        return torch.empty(0, dtype=like.dtype).set_(part, 0, like.shape)
 
     def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
         begin = time.perf_counter()
@@ -204,9 +193,8 @@ class RunSaver:
         self.saved_step = step
 
     def wait(self) -> None:
-        """Wait on all ranks until the last save has ended. If the other ranks waited in a single collective,
-        a save that takes longer than its TIMEOUT would end them."""
-        while self.run.layout.any(self.writer.is_writing(seconds=WAIT_S)):
+        """Wait on all ranks until the last save has ended. In a single collective TIMEOUT could end them."""
+        while self.run.layout.any(self.writer.is_writing(WAIT_S)):
             pass
 
     def _checkpoint(self) -> dict:  # docs/formats.md lists its entries

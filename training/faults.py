@@ -155,15 +155,15 @@ class Health:
 
     def skips(self, loss: float, norm: float, scale: float = 1.0) -> str:
         """Why a step with this loss and gradient norm must not change the weights: "bad", "scale", or "".
-        "scale": the gradient of the loss times `scale`, GradScaler's, is too large for float16. That is not a
-        bad step: GradScaler begins with 65,536 and halves the scale until gradients are finite."""
+        "scale" is no bad step: GradScaler begins with a scale of 65,536, and halves it until float16 can hold
+        the gradients of loss * scale."""
         if math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
             self.scale_steps += 1
             return "scale"
         bad = not (math.isfinite(loss) and math.isfinite(norm))
         self.bad_steps += bad
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        return "bad" if bad else ""
+        return "bad" * bad
 
     def is_spike(self, loss: float) -> bool:
         """Whether a finite loss jumped. Adds the loss to the running mean."""

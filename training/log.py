@@ -115,8 +115,8 @@ class RunLog:
     def evaluation(self, step: int, measured: dict, expert_load: list | None = None,
                    elapsed_s: float | None = None) -> None:  # fmt: skip
         """Write what was measured between two steps: numbers, and perhaps a "sample", which it pops.
-        expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
-        last step, and the numbers then join the row of that step. At other steps the caller records them."""
+        expert_load (MoE layers, E): rows of each expert. elapsed_s: given only after the last step, and the
+        numbers then join the row of that step. At other steps the caller records them."""
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
             self._tensorboard("add_text", "sample", markdown, step)
@@ -125,7 +125,7 @@ class RunLog:
             if metric.evaluated and metric.log_word and metric.name in measured:
                 self.measurement(step, metric.log_word, measured[metric.name])
         if measured and expert_load and np.isfinite(expert_load).all():
-            fair = len(expert_load[0]) * np.array(expert_load)  # (MoE layers, E) in fair shares
+            fair = np.array(expert_load) / np.mean(expert_load, axis=1, keepdims=True)  # in fair shares
             for layer, loads in enumerate(fair):
                 self._tensorboard("add_histogram", f"moe/expert_load/layer_{layer}", loads, step)
             picture = (255 * np.clip(fair / 2, 0, 1)).astype(np.uint8)  # black: no rows; white: 2 shares
@@ -435,17 +435,9 @@ def run_record(config, model, world, first_step: int) -> dict:
     }  # fmt: skip
 
 
-def last_usage(model) -> np.ndarray:
-    """(MoE layers, 1 + E): MoE.step_usage of the last finished step. Waits for the device."""
-    layers = model.moe_layers()
-    rows = [torch.cat((moe.last_step_entropy()[None], moe.last_step_counts().float())) for moe in layers]
-    return torch.stack(rows).cpu().numpy() if rows else np.empty((0, 1))
-
-
 def expert_load(usage: np.ndarray) -> dict:
     """How a step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {} for a dense
-    model. usage (MoE layers, 1 + E): see MoE.step_usage. The entropy is the mean over layers, NaN before the
-    first step of this process."""
+    model. usage (MoE layers, 1 + E): see MoE.step_usage. The entropy is the mean over layers."""
     if len(usage) == 0:
         return {}
     counts = usage[:, 1:].astype(float)  # (MoE layers, E)

@@ -63,7 +63,7 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
 
 def attention_bytes(shape, size: int, device_type: str, backend: str) -> tuple[int, int]:
     """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile.
-    backend: of layers/attention.py's BACKENDS, the one that the run takes on CUDA."""
+    backend: the one that the run takes on CUDA."""
     if device_type == "cuda" and backend == "math":  # torch computes the weights in fp32
         return (4 + 5 if shape.dropout else 4), 8
     if shape._attn_implementation == "eager":  # weights in fp32 and in the dtype of the next product
@@ -130,15 +130,14 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
 
 
-def larger_batch(config, model: GPTLMHeadModel, accumulation: int, dtype: str, size: int,
-                 have: int) -> str:  # fmt: skip
-    """A proposal: the largest B for the same step that needs at most 90% of the `have` bytes; "" if none."""
-    for micro_steps in range(1, accumulation):
-        B, rest = divmod(config.B * accumulation, micro_steps)
+def larger_batch(config, model: GPTLMHeadModel, accumulation: int, dtype: str, size: int, most: float) -> str:
+    """A proposal: the largest B for the same step that needs at most `most` bytes; "" if there is none."""
+    for steps in range(1, accumulation):
+        B, rest = divmod(config.B * accumulation, steps)
         need = sum(memory_estimate(model, replace(config, B=B), dtype, size).values())
-        if rest == 0 and need < 0.9 * have:
-            brings = f"micro-steps, not {accumulation}: larger products, fewer launches and casts of weights"
-            return f"the same step with --B {B} needs about {need / 2**30:.1f} GiB and {micro_steps} {brings}"
+        if rest == 0 and need < most:
+            brings = f"{steps} micro-steps, not {accumulation}: larger products, fewer casts of the weights"
+            return f"--B {B} needs about {need / 2**30:.1f} GiB; then a step has {brings}"
     return ""
 
 
@@ -171,9 +170,9 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         "steps": f"{config.max_steps:,}, {config.max_steps * per_step:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else "")}  # fmt: skip
-    on_gpu = model.device.type == "cuda" and have and need < have / 2
-    if on_gpu and (proposal := larger_batch(config, model, accumulation, dtype, world.size, have)):
-        rows["larger B"] = proposal
+    if model.device.type == "cuda" and need < have / 2:
+        proposal = larger_batch(config, model, accumulation, dtype, world.size, 0.9 * have)
+        rows |= {"larger B": proposal} if proposal else {}
     if have and need > have:
         text = f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}"
         warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")

@@ -106,8 +106,7 @@ def check_own_gpu(store: dist.Store, rank: int, size: int, gpu: str) -> None:
     if gpus.count(gpu) > 1:
         time.sleep(2 * (rank == 0))  # as in check_equal
         sharing = name_ranks({other for other in range(size) if gpus[other] == gpu})
-        mend = "omit the number in --device, and start at most one process per GPU (--nproc_per_node)"
-        raise ValueError(f"{sharing} use one GPU ({gpu}); {mend}")
+        raise ValueError(f"{sharing} use one GPU ({gpu}); omit --device, and start one process per GPU")
 
 
 def differences(values: list[dict]) -> Iterator[str]:

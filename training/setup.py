@@ -203,20 +203,18 @@ def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
 
 
 def choose_dtype(config: Any, device: torch.device) -> str:
-    """The dtype of matrix products. config.dtype stays "auto", for a resume on another device. ValueError for
-    bfloat16 with use_compile on a GPU older than Ampere: torch.compile makes no bfloat16 code for it."""
-    if device.type != "cuda":
-        return "float32" if config.dtype == "auto" else config.dtype
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (8, 0):
-        return "bfloat16" if config.dtype == "auto" else config.dtype
-    if config.dtype == "bfloat16" and config.use_compile:
+    """The dtype of matrix products. ValueError for one that torch.compile cannot use on this GPU."""
+    on_cuda, dtype = device.type == "cuda", config.dtype  # it stays "auto", for a resume on another device
+    capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
+    if on_cuda and capability < (8, 0) and dtype == "bfloat16" and config.use_compile:
         problem = "needs compute capability 8.0, but this GPU has {}.{}".format(*capability)
         mend = "use --dtype float16, or --use_compile False"
         raise ValueError(f"dtype=bfloat16 with use_compile=True {problem}; {mend}")
-    if config.dtype == "auto":  # check_layout refuses float16 for these layouts
-        return "float32" if config.parallel == "fsdp" or config.ep_size > 1 else "float16"
-    return config.dtype
+    if dtype != "auto":
+        return dtype
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if on_cuda and config.parallel != "fsdp" and config.ep_size == 1 else "float32"
 
 
 def check_layout(config, world: parallel.World) -> None:
