@@ -118,12 +118,9 @@ class CheckpointWriter:
         while full < len(self._buffers) and begin + size > len(self._buffers[full]):
             full, begin = full + 1, 0
         if full == len(self._buffers):
-            room = max(BUFFER_BYTES, 1 << size.bit_length())
-            memory = torch.empty(room, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
-            self._buffers.append(memory)
-        part = self._buffers[full].untyped_storage()[
-            begin : begin + size
-        ]  # torch.save writes this part alone
+            room, pin = max(BUFFER_BYTES, 1 << size.bit_length()), torch.cuda.is_initialized()
+            self._buffers.append(torch.empty(room, dtype=torch.uint8, pin_memory=pin))
+        part = self._buffers[full].untyped_storage()[begin : begin + size]  # torch.save writes no more
         self._used = full, (begin + size) // 64 * 64 + 64  # aligned
         return torch.empty(0, dtype=like.dtype).set_(part, 0, like.shape)
 

@@ -222,9 +222,8 @@ def is_compile_error(error: Exception) -> bool:
 
 def compile_reason(error: Exception) -> str:
     """The line of torch.compile's long message that says most: the compiler's error, or the first line."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    line = next((line for line in lines if "error:" in line), lines[0])
-    return f"torch.compile fails: {line.strip()[:300]}"
+    first, *others = str(error).strip().splitlines() or [repr(error)]
+    return f"torch.compile fails: {next((line for line in others if 'error:' in line), first)[:300]}"
 
 
 def report(error: Exception, config=None) -> int:

@@ -130,15 +130,15 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
 
 
-def larger_batch(config, model: GPTLMHeadModel, accumulation: int, dtype: str, size: int, most: float) -> str:
-    """A proposal: the largest B for the same step that needs at most `most` bytes; "" if there is none."""
+def larger_batch(config, model: GPTLMHeadModel, accumulation: int, dtype: str, size: int, most: float) -> dict:
+    """A row of the table that proposes the largest B for the same step in `most` bytes; {} if none is larger."""
     for steps in range(1, accumulation):
         B, rest = divmod(config.B * accumulation, steps)
         need = sum(memory_estimate(model, replace(config, B=B), dtype, size).values())
         if rest == 0 and need < most:
             brings = f"{steps} micro-steps, not {accumulation}: larger products, fewer casts of the weights"
-            return f"--B {B} needs about {need / 2**30:.1f} GiB; then a step has {brings}"
-    return ""
+            return {"larger B": f"--B {B} needs about {need / 2**30:.1f} GiB; then a step has {brings}"}
+    return {}
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -171,8 +171,7 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else "")}  # fmt: skip
     if model.device.type == "cuda" and need < have / 2:
-        proposal = larger_batch(config, model, accumulation, dtype, world.size, 0.9 * have)
-        rows |= {"larger B": proposal} if proposal else {}
+        rows |= larger_batch(config, model, accumulation, dtype, world.size, 0.9 * have)
     if have and need > have:
         text = f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}"
         warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")
