@@ -130,11 +130,11 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
 
 
-def larger_batch(config, model: GPTLMHeadModel, accumulation: int, dtype: str, size: int, most: float) -> dict:
-    """A row of the table that proposes the largest B for the same step in `most` bytes; {} if none is larger."""
+def larger_batch(config, model, accumulation: int, dtype: str, world_size: int, most: float) -> dict:
+    """A row of the table that proposes the largest B for the same step in `most` bytes; may be empty."""
     for steps in range(1, accumulation):
         B, rest = divmod(config.B * accumulation, steps)
-        need = sum(memory_estimate(model, replace(config, B=B), dtype, size).values())
+        need = sum(memory_estimate(model, replace(config, B=B), dtype, world_size).values())
         if rest == 0 and need < most:
             brings = f"{steps} micro-steps, not {accumulation}: larger products, fewer casts of the weights"
             return {"larger B": f"--B {B} needs about {need / 2**30:.1f} GiB; then a step has {brings}"}
