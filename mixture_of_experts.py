@@ -180,7 +180,6 @@ class MoE(nn.Module):
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
         self._auxiliary_loss = None
-        self._last_usage = None  # (1 + E,): entropy and counts of the last finished step, all ranks
 
     def initial_statistics(self) -> dict[str, Tensor]:
         """The buffers of a layer before its first token; the reference is E tokens in perfect balance."""
@@ -334,12 +333,12 @@ class MoE(nn.Module):
         """Rows of each expert in the last finished optimizer step on all ranks, (E,) int64."""
         return self.reference_totals[: self.num_experts].clone()
 
-    def last_step_entropy(self) -> Tensor:
-        """Entropy () of the probabilities in the last finished step, nats, mean over tokens; at first NaN."""
-        if self._last_usage is None:
-            return self.usage_counts.new_tensor(math.nan, dtype=torch.float32)
-        step = self._last_usage.to(self.usage_counts.device)
-        return step[0] / self.tokens_of(FIXED_POINT * step[1:].sum())
+    def step_usage(self, totals: Tensor) -> Tensor:
+        """(1 + E,) fp32 of a step's totals: the entropy of the probabilities, nats, mean over tokens (NaN
+        without tokens), and the rows of each expert."""
+        counts = totals[1 : 1 + self.num_experts]
+        entropy = totals[:1] / self.tokens_of(FIXED_POINT * counts.sum())
+        return torch.cat((entropy, counts.to(entropy.dtype)))
 
     def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
         """Usage since the last reset. step_totals: the buffer summed over ranks; None: this rank's buffer."""
@@ -357,7 +356,6 @@ class MoE(nn.Module):
         loss's reference, move the router bias by rate * sign(mean count - count) (2408.15664). A second call
         without a token in between changes nothing."""
         E = self.num_experts
-        self._last_usage = reduced[: 1 + E].clone()
         self.usage_entropy += reduced[:1]
         self.usage_counts += reduced[1 : 1 + E]
         step = reduced[1 + E :]
@@ -373,7 +371,7 @@ class MoE(nn.Module):
 # All layers of a model
 
 
-def _reduced_totals(layers: list[MoE], process_group, reduce: bool) -> tuple[Tensor, ...]:
+def sum_totals(layers: list[MoE], process_group=None, reduce: bool = True) -> tuple[Tensor, ...]:
     """Every layer's `step_totals`, summed over the ranks by a single collective."""
     if not layers:
         return ()
@@ -383,18 +381,22 @@ def _reduced_totals(layers: list[MoE], process_group, reduce: bool) -> tuple[Ten
     return totals.split([layer.step_totals.numel() for layer in layers])
 
 
-def update_routers(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> None:
+def update_routers(
+    layers: Iterable[MoE], process_group=None, reduce: bool = True, totals: tuple[Tensor, ...] | None = None
+) -> None:
     """Close the optimizer step in every layer, with all ranks' totals (reduce=False: this rank's).
 
     Every rank must call it before every step's first forward, and must not call it between micro-steps.
+    totals: what `sum_totals` has returned since the last backward; None: this function calls it.
     """
     layers = list(layers)
-    for layer, totals in zip(layers, _reduced_totals(layers, process_group, reduce), strict=True):
-        layer.update_router(totals)
+    totals = sum_totals(layers, process_group, reduce) if totals is None else totals
+    for layer, step in zip(layers, totals, strict=True):
+        layer.update_router(step)
 
 
 def expert_usage(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> list[ExpertUsage]:
     """Usage of every layer since its last reset, on all ranks. A collective; it changes nothing."""
     layers = list(layers)
-    totals = _reduced_totals(layers, process_group, reduce)
+    totals = sum_totals(layers, process_group, reduce)
     return [layer.usage_statistics(step) for layer, step in zip(layers, totals, strict=True)]

@@ -37,12 +37,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from layers.attention import BACKENDS, prefer_backend
 from layers.mlp import ACTIVATIONS
 from llmc import trainer as llmc
-from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES
+from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES, sum_totals, update_routers
 from tokens.printable import print_error, printable
 from training import faults, parallel
 from training.archives import is_out_of_memory
@@ -121,7 +122,7 @@ class TrainConfig(llmc.Flags):
     wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
-    dtype: str = setting("auto", "for matrix products; auto = bfloat16 if CUDA, else float32", choices=DTYPES)
+    dtype: str = setting("auto", "for matrix products; auto = the best for the device", choices=DTYPES)
     tensorcores: bool = setting(True, "allow TF32 if dtype is float32 on CUDA")
     flash: bool = setting(True, "compute attention by fused kernels; False = by plain products")
     use_compile: bool = setting(True, "torch.compile every block", "--compile")
@@ -232,17 +233,22 @@ def train_step(run: Run, step: int) -> dict:
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)
+    scale = run.scaler.scale(torch.ones_like(losses[0]))  # 1, except with float16
 
-    # One all-reduce adds up the losses, and the signals that the ranks have received.
+    # One all-reduce adds up the losses and the signals that the ranks have received, another the routing.
     sums = layout.world.sum(torch.cat([losses, run.signals.take(layout.world.device)]))  # (3 + 6,)
-    means = sums[:3] / (layout.world.size * run.accumulation)
-    values = torch.cat([means, norm.to(means.dtype)[None], sums[3:]]).tolist()  # waits for the device
-    run.signals.agree(values[4:])
+    means, moe_layers = sums[:3] / (layout.world.size * run.accumulation), model.moe_layers()
+    totals = sum_totals(moe_layers)
+    usage = [moe.step_usage(total) for moe, total in zip(moe_layers, totals, strict=True)]  # each (1 + E,)
+    parts = means, norm.to(means.dtype)[None], scale[None], sums[3:], *usage
+    values = torch.cat(parts).tolist()  # waits for the device; nothing else between two forwards does
+    run.signals.agree(values[5:11])
+    usage = np.reshape(values[11:], (-1, 1 + model.config.num_experts))  # (MoE layers, 1 + E)
     record = dict(zip(("loss", "balance_loss", "z_loss", "norm"), values[:4], strict=True))
     record |= {"step": step, "lr": learning_rate(step, config)}
 
-    if run.health.is_bad_step(record["loss"], record["norm"]):
-        record["skipped"] = True
+    if why := run.health.skips(record["loss"], record["norm"], values[4]):
+        record["skipped"] = why
         faults.discard_routing(model)
         if run.health.in_a_row >= config.max_bad_steps:
             run.diagnosis = faults.diagnose(model, run.micro_losses, run.train_loader)
@@ -252,10 +258,9 @@ def train_step(run: Run, step: int) -> dict:
             parallel.clip_gradients(model, config.grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = record["lr"] * group["lr_mult"]
-        model.update_routers()
-        if layout.world.is_master:
-            record |= expert_load(model)  # read it now, before the device is busy again
-        with freeze_idle_experts(model.moe_layers(), optimizer):
+        update_routers(moe_layers, totals=totals)
+        record |= expert_load(usage)
+        with freeze_idle_experts(moe_layers, optimizer, usage[:, 1:]):
             optimizer.step()
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -293,8 +298,9 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if "val_loss" in measured:
                 val_loss, val_loss_step = measured["val_loss"], step
             if log:
-                load = expert_load(run.model) if run.trains and step > 0 else {}
-                log.evaluation(step, measured, load.get("expert_load"), run.elapsed() if last_step else None)
+                layers = run.model.moe_layers() if measured and run.trains and step > 0 else []
+                load = [moe.last_step_counts().tolist() for moe in layers]
+                log.evaluation(step, measured, load, run.elapsed() if last_step else None)
             if last_step:
                 saver.retry_until_saved()
                 break
@@ -333,10 +339,12 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
     record |= {
         "ms": 1000 * seconds, "tok_per_s": config.total_batch_size / seconds,
         "mfu": model.estimate_mfu(sequences * (1 if run.trains else 1 / 3), seconds, length=config.T),
-        "elapsed_s": run.elapsed(), "bad_steps": health.bad_steps,
+        "elapsed_s": run.elapsed(), "bad_steps": health.bad_steps, "scale_steps": health.scale_steps,
         "memory": peak_memory(run.layout.world.device) / 2**30, **measured,
     }  # fmt: skip
-    if record.get("skipped"):
+    if record.get("skipped") == "scale":
+        run.say(f"step {record['step']}: no update: float16's loss scale was too large, and is halved")
+    elif record.get("skipped"):
         run.say(
             f"step {record['step']}: WARNING: no update: loss {record['loss']}, norm {record['norm']} "
             f"({health.in_a_row} in a row, {health.bad_steps} in all)"
@@ -404,6 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:  # gloo, NCCL and torch's allocators raise RuntimeError
         if is_out_of_memory(error):
             return faults.report(error, config)
+        if faults.is_compile_error(error):
+            return faults.report(error)
         lost = world.lost_rank() if world is not None else ""
         if not lost:
             raise

@@ -8,16 +8,18 @@ from transformers import GenerationMixin, LogitsProcessor
 
 from huggingface.outputs import CACHE
 from huggingface.text import encode_prompt
+from layers.attention import without_cudnn
 from tokens.encodings import decode_tokens
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients. Then each module has its own mode again: frozen parts may differ."""
+    """Evaluation mode without gradients and without cuDNN's attention. Then each module has its own mode
+    again: frozen parts may differ."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_cudnn():
             yield
     finally:
         for module in in_training:

@@ -113,21 +113,24 @@ def time_backend(backend: SDPBackend, config, B: int, T: int, device: torch.devi
 
 def choose_backend(name: str, config, B: int, T: int, device: torch.device, dtype: torch.dtype) -> str:
     """The name in BACKENDS of the attention to train with at (B, T); "" without CUDA or with eager attention.
-    name: one of them, or "auto" for the fastest as measured here. ValueError for another name."""
+    name: "auto" for the fastest as measured here, or one of them; if it cannot run, the next one that can
+    (see prefer_backend). ValueError for another name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend={name!r}: choose one of auto, {', '.join(BACKENDS)}")
     if device.type != "cuda" or config._attn_implementation == "eager":
         return ""
+    shape = config, B, T, device, dtype
     if name != "auto":
-        return name
-    times = {name: time_backend(kernel, config, B, T, device, dtype) for name, kernel in BACKENDS.items()}
+        able = (n for n in dict.fromkeys([name, *BACKENDS]) if time_backend(BACKENDS[n], *shape) < math.inf)
+        return next(able, name)
+    times = {name: time_backend(kernel, *shape) for name, kernel in BACKENDS.items()}
     return min(times, key=times.get)
 
 
 def choose_for_the_first_time(device: torch.device) -> None:
     """Let torch set its order of backends now. A process's first attention on CUDA overwrites any order, and
     puts cuDNN first on Hopper and Blackwell (priority_order in sdp_utils.cpp)."""
-    q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
+    q = torch.zeros(1, 1, 8, 64, device=device, dtype=torch.float16)  # every GPU has it
     F.scaled_dot_product_attention(q, q, q)
 
 
@@ -138,3 +141,14 @@ def prefer_backend(name: str, device: torch.device) -> contextlib.AbstractContex
         return contextlib.nullcontext()
     choose_for_the_first_time(device)
     return sdpa_kernel([BACKENDS[n] for n in dict.fromkeys([name, *BACKENDS])], set_priority=True)
+
+
+@contextlib.contextmanager
+def without_cudnn():
+    """A context without cuDNN's attention, which makes a new plan for every shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -115,7 +115,7 @@ def forge(chance: random.Random, tree: Any, odd: list) -> list[str]:
     if action < 0.1:
         del tree[key]
     elif action < 0.2 and isinstance(tree, dict):
-        keys[-1] = chance.choice(["odd", "is_bad_step", "__class__", RED, "x" * 10_000])
+        keys[-1] = chance.choice(["odd", "skips", "__class__", RED, "x" * 10_000])
         tree[keys[-1]] = value
     else:
         tree[key] = value

@@ -1,4 +1,5 @@
 """Imported first by every script: an old Python, a missing package and a warning get one line each.
+It also chooses how torch allocates GPU memory, which torch reads when it is imported.
 
 An old Python must be able to read this file and what the scripts have before it. So it is written for 3.8.
 """
@@ -40,3 +41,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 (ruff believes that no older one g
 # A program of others that imports our modules keeps its own settings.
 if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE + os.sep):
     sys.excepthook, warnings.formatwarning = explain, format_warning
+    # Experts get other numbers of rows in every step. Segments of fixed size would fragment a GPU's memory.
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

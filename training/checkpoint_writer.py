@@ -17,6 +17,9 @@ from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError
 
+WAIT_S = 5.0  # seconds between two collectives while ranks wait for a save
+BUFFER_BYTES = 2**28  # of the memory for copies
+
 
 class CheckpointWriter:
     """Saves checkpoints in a thread: training waits only while its state is copied. If a save fails (disk
@@ -31,7 +34,8 @@ class CheckpointWriter:
         self.error: Exception | None = None  # the error of the last finished save
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
         self.seconds = 0.0  # time of the last save in the thread
-        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._buffers: list[torch.Tensor] = []  # uint8, for copies on the host; every save uses them again
+        self._used = (0, 0)  # buffers that are full, and bytes of the next one
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
@@ -46,9 +50,8 @@ class CheckpointWriter:
                 path = ckpt.checkpoint_path(self.folder, step, suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
-                used: dict[tuple, torch.Tensor] = {}
-                write = partial(ckpt.save_checkpoint, self._copy(checkpoint, used), self.folder)
-                self._buffers = used
+                self._used = (0, 0)
+                write = partial(ckpt.save_checkpoint, self._copy(checkpoint, {}), self.folder)
         except Exception as error:  # handled like an error in the thread
             self._report_failure(step, error)
             return time.perf_counter() - begin
@@ -60,6 +63,13 @@ class CheckpointWriter:
         self._thread.start()
         return pause
 
+    def is_writing(self, seconds: float) -> bool:
+        """Whether a save is still being written. Waits for its end, but at most so many seconds."""
+        if self._thread is None:
+            return False
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
     def wait(self) -> Exception | None:
         """Wait until the last save has ended; returns its exception, or None."""
         if self._thread is not None:
@@ -69,8 +79,8 @@ class CheckpointWriter:
 
     def wants_retry(self) -> bool:
         """Whether the last save failed, may succeed now, and began more than retry_s seconds ago."""
-        saves = self._thread is not None and self._thread.is_alive()
-        return not saves and self._is_retryable() and time.perf_counter() - self.tried_at > self.retry_s
+        late = time.perf_counter() - self.tried_at > self.retry_s
+        return late and self._is_retryable() and not self.is_writing(0)
 
     def _is_retryable(self) -> bool:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
@@ -88,21 +98,31 @@ class CheckpointWriter:
         time.sleep(left)
         return True
 
-    def _copy(self, value: Any, used: dict) -> Any:
-        """`value` with tensors on the host, in the last save's buffers if they fit. Tied ones share one."""
+    def _copy(self, value: Any, copies: dict) -> Any:
+        """`value` with tensors on the host. Tied ones share one copy."""
         if torch.is_tensor(value):
             key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            if key not in used:
-                buffer, cuda = self._buffers.get(key), value.is_cuda
-                if buffer is None:
-                    buffer = torch.empty_like(value, device="cpu", pin_memory=cuda, requires_grad=False)
-                used[key] = buffer.copy_(value.detach(), non_blocking=cuda)
-            return used[key]
+            if key not in copies:
+                copies[key] = self._place(value).copy_(value.detach(), non_blocking=value.is_cuda)
+            return copies[key]
         if isinstance(value, dict):
-            return {key: self._copy(inner, used) for key, inner in value.items()}
+            return {key: self._copy(inner, copies) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(inner, used) for inner in value)
+            return type(value)(self._copy(inner, copies) for inner in value)
         return value
+
+    def _place(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of this shape and dtype in the next free part of the buffers. torch rounds pinned memory
+        up to a power of two: with an allocation per tensor, up to half of it would stay unused."""
+        size, (full, begin) = like.numel() * like.element_size(), self._used
+        while full < len(self._buffers) and begin + size > len(self._buffers[full]):
+            full, begin = full + 1, 0
+        if full == len(self._buffers):
+            room, pin = max(BUFFER_BYTES, 1 << size.bit_length()), torch.cuda.is_initialized()
+            self._buffers.append(torch.empty(room, dtype=torch.uint8, pin_memory=pin))
+        part = self._buffers[full].untyped_storage()[begin : begin + size]  # torch.save writes no more
+        self._used = full, (begin + size) // 64 * 64 + 64  # aligned
+        return torch.empty(0, dtype=like.dtype).set_(part, 0, like.shape)
 
     def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
         begin = time.perf_counter()
@@ -164,9 +184,15 @@ class RunSaver:
         run, step = self.run, self.state["step"]
         if not run.trains or (step <= self.saved_step and not again):
             return
+        self.wait()
         if run.layout.world.is_master or run.layout.saves_together:
             self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
+
+    def wait(self) -> None:
+        """Wait on all ranks until the last save has ended. In a single collective TIMEOUT could end them."""
+        while self.run.layout.any(self.writer.is_writing(WAIT_S)):
+            pass
 
     def _checkpoint(self) -> dict:  # docs/formats.md lists its entries
         run = self.run
@@ -187,8 +213,10 @@ class RunSaver:
 
     def retry_until_saved(self) -> None:
         """At the end of a run: repeat a save that failed until it succeeds or the run is told to stop."""
+        self.wait()
         while self.run.layout.any(self.writer.wants_last_retry(self.run.signals.stop_requested)):
             self.save(again=True)
+            self.wait()
 
     def save_before_bad_steps(self) -> None:
         """Save the state of the last good step, so that a resumed run tries all skipped steps again."""
@@ -213,6 +241,7 @@ class RunSaver:
         run = self.run
         try:
             yield
+            self.wait()
         except Exception:
             step = self.state["step"]
             savable = run.trains and not run.updating and not run.layout.saves_together

@@ -12,6 +12,7 @@ import torch
 
 from hellaswag import evaluate as score_hellaswag
 from huggingface.text import encode_prompt
+from layers.attention import without_cudnn
 from model import GPTLMHeadModel
 from tokens.encodings import token_bytes
 from training import faults
@@ -26,7 +27,7 @@ def evaluate(
     if not (measures or samples):
         return {}
     measured: dict[str, Any] = {}
-    with torch.compiler.set_stance("force_eager"), terminal.during("evaluating"):
+    with torch.compiler.set_stance("force_eager"), without_cudnn(), terminal.during("evaluating"):
         if measures and run.val_loader is not None:
             if (losses := validate(run, interrupted)) is None:
                 return None

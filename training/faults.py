@@ -4,6 +4,7 @@
     SIGQUIT, SIGXCPU            ends at once
     SIGUSR1                     save after this step and continue
     loss or gradient not finite all ranks skip the step's update; too many such steps in a row end the run
+    only the scaled gradient    float16: all ranks skip the update, and GradScaler halves its scale
     lost rank, bad data, no memory    rank 0 saves the last finished step if it holds the whole model and sees
                                 the error (one process, or DDP on gloo); exit; --resume auto continues
 
@@ -148,15 +149,21 @@ class Health:
 
     def __init__(self, state: dict | None = None):
         self.bad_steps, self.in_a_row = 0, 0  # in the whole run; since the last good step
+        self.scale_steps = 0  # in the whole run
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
         vars(self).update(state or {})
 
-    def is_bad_step(self, loss: float, norm: float) -> bool:
-        """Whether a step with this loss and gradient norm must not change the weights; counts such steps."""
+    def skips(self, loss: float, norm: float, scale: float = 1.0) -> str:
+        """Why a step with this loss and gradient norm must not change the weights: "bad", "scale", or "".
+        "scale" is no bad step: GradScaler begins with a scale of 65,536, and halves it until float16 can hold
+        the gradients of loss * scale."""
+        if math.isfinite(loss) and not math.isfinite(norm) and scale > 1:
+            self.scale_steps += 1
+            return "scale"
         bad = not (math.isfinite(loss) and math.isfinite(norm))
         self.bad_steps += bad
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        return bad
+        return "bad" * bad
 
     def is_spike(self, loss: float) -> bool:
         """Whether a finite loss jumped. Adds the loss to the running mean."""
@@ -208,6 +215,17 @@ def next_batch(loader) -> tuple[torch.Tensor, torch.Tensor]:
         raise DataError(f"{error}. Repair the data") from error
 
 
+def is_compile_error(error: Exception) -> bool:
+    """Whether torch.compile has failed."""
+    return any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__)  # a slow import
+
+
+def compile_reason(error: Exception) -> str:
+    """The line of torch.compile's long message that says most: the compiler's error, or the first line."""
+    first, *others = str(error).strip().splitlines() or [repr(error)]
+    return f"torch.compile fails: {next((line for line in others if 'error:' in line), first)[:300]}"
+
+
 def report(error: Exception, config=None) -> int:
     """Print an error in one line on stderr; returns the exit code. All but a machine's first rank wait first:
     the launcher usually stops them before they print the same error. config: given if memory ran out."""
@@ -219,6 +237,8 @@ def report(error: Exception, config=None) -> int:
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
         mend = "lower --B (same step, in more micro-steps), then --T, then --n_layer or --n_embd"
         text = f"out of memory with {sizes}: {mend}. {text}"
+    elif isinstance(error, RuntimeError):  # is_compile_error
+        code, text = FAILED, f"{compile_reason(error)}; continue without it: --use_compile False"
     elif isinstance(error, OSError) and not isinstance(error, BAD_PATH) and error.errno not in BAD_ERRNO:
         code = FAILED
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun prints the text below its own traceback

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -11,40 +12,42 @@ from mixture_of_experts import MoE
 
 
 @torch.no_grad()
-def idle_experts(layers: list[MoE]) -> list[list[int]]:
-    """For each layer, the experts without rows and gradients in the step that `update_routers` closed; a
-    collective. An expert may have a gradient but no counted row: ignored labels do not count in the usage."""
-    counts = torch.stack([layer.last_step_counts() for layer in layers]).tolist() if layers else []
+def idle_experts(layers: list[MoE], counts: np.ndarray) -> tuple[list[list[int]], torch.Tensor | None]:
+    """For each layer, the experts without rows in a step; and a table, True (layers, E) where one of them has
+    a gradient nevertheless: ignored labels do not count in the usage. None if there are no such experts.
+    counts (layers, E): rows of the step on all ranks. A collective; it does not wait for the device."""
     idle = [[e for e, count in enumerate(row) if count == 0] for row in counts]
     if not any(idle):
-        return idle
-    learns = layers[0].usage_counts.new_zeros(len(layers), len(counts[0]))  # (layers, E)
+        return idle, None
+    learns = layers[0].usage_counts.new_zeros(counts.shape)
     for number, layer in enumerate(layers):
         for parameter in layer.experts.parameters():
             rows = local_ranges(parameter)[0]
-            mine = [e for e in idle[number] if e in rows]
-            if mine and parameter.grad is not None:
-                grad = local(parameter.grad)[[rows.index(e) for e in mine]]
-                learns[number, mine] += (grad != 0).flatten(1).any(1)
+            for e in idle[number] if parameter.grad is not None else ():
+                if e in rows:
+                    learns[number, e] += local(parameter.grad)[rows.index(e)].any()
     mesh = getattr(next(layers[0].experts.parameters()), "device_mesh", None)
     for group in mesh.get_all_groups() if mesh is not None else ():
         dist.all_reduce(learns, group=group)
-    return [[e for e in row if not learnt[e]] for row, learnt in zip(idle, learns.tolist(), strict=True)]
+    return idle, learns > 0
 
 
 @contextlib.contextmanager
-def freeze_idle_experts(layers: list[MoE], optimizer: torch.optim.Optimizer) -> Iterator[int]:
-    """Around optimizer.step(), after `update_routers`: restore idle experts and their moments. Yields their
-    number. AdamW would shrink them (by a tenth in 1,000 steps, usually), and old moments would move them."""
+def freeze_idle_experts(
+    layers: list[MoE], optimizer: torch.optim.Optimizer, counts: np.ndarray
+) -> Iterator[None]:
+    """Around optimizer.step(): restore experts that have neither rows (counts, as above) nor a gradient, and
+    their moments. AdamW would shrink them (by a tenth in 1,000 steps, usually), and old moments would move
+    them."""
     states = getattr(optimizer, "optim", optimizer).state  # ZeroRedundancyOptimizer wraps the real one
-    kept, idle = [], idle_experts(layers)
-    for layer, experts in zip(layers, idle, strict=True):
+    kept, (idle, learns) = [], idle_experts(layers, counts)
+    for number, (layer, experts) in enumerate(zip(layers, idle, strict=True)):
         for parameter in layer.experts.parameters() if experts else ():
             rows = local_ranges(parameter)[0]
             moments = [m for m in states.get(parameter, {}).values() if torch.is_tensor(m)]
             for tensor in (parameter.detach(), *(m for m in moments if m.shape == parameter.shape)):
-                mine = [local(tensor)[rows.index(e)] for e in experts if e in rows]
-                kept += [(row, row.clone()) for row in mine]
-    yield sum(map(len, idle))
-    for place, value in kept:
-        place.copy_(value)
+                mine = [(local(tensor)[rows.index(e)], learns[number, e]) for e in experts if e in rows]
+                kept += [(row, row.clone(), learnt) for row, learnt in mine]
+    yield
+    for place, value, learnt in kept:
+        place.copy_(torch.where(learnt, place, value))

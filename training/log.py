@@ -115,8 +115,8 @@ class RunLog:
     def evaluation(self, step: int, measured: dict, expert_load: list | None = None,
                    elapsed_s: float | None = None) -> None:  # fmt: skip
         """Write what was measured between two steps: numbers, and perhaps a "sample", which it pops.
-        expert_load (MoE layers, E): each expert's share of the routed rows. elapsed_s: given only after the
-        last step, and the numbers then join the row of that step. At other steps the caller records them."""
+        expert_load (MoE layers, E): rows of each expert. elapsed_s: given only after the last step, and the
+        numbers then join the row of that step. At other steps the caller records them."""
         if sample := measured.pop("sample", ""):
             markdown = "    " + sample.replace("\n", "\n    ")  # four spaces: Markdown leaves it as it is
             self._tensorboard("add_text", "sample", markdown, step)
@@ -125,7 +125,7 @@ class RunLog:
             if metric.evaluated and metric.log_word and metric.name in measured:
                 self.measurement(step, metric.log_word, measured[metric.name])
         if measured and expert_load and np.isfinite(expert_load).all():
-            fair = len(expert_load[0]) * np.array(expert_load)  # (MoE layers, E) in fair shares
+            fair = np.array(expert_load) / np.mean(expert_load, axis=1, keepdims=True)  # in fair shares
             for layer, loads in enumerate(fair):
                 self._tensorboard("add_histogram", f"moe/expert_load/layer_{layer}", loads, step)
             picture = (255 * np.clip(fair / 2, 0, 1)).astype(np.uint8)  # black: no rows; white: 2 shares
@@ -435,19 +435,17 @@ def run_record(config, model, world, first_step: int) -> dict:
     }  # fmt: skip
 
 
-def expert_load(model) -> dict:
-    """How the last optimizer step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {}
-    for a dense model. The entropy is the mean over layers, NaN before the first step of this process."""
-    if not model.moe_layers():
+def expert_load(usage: np.ndarray) -> dict:
+    """How a step used the experts, over all ranks, as in metrics.jsonl (docs/formats.md); {} for a dense
+    model. usage (MoE layers, 1 + E): see MoE.step_usage. The entropy is the mean over layers."""
+    if len(usage) == 0:
         return {}
-    found = [(moe.last_step_counts(), moe.last_step_entropy()) for moe in model.moe_layers()]
-    read = torch.stack([torch.cat((counts.float(), entropy[None])) for counts, entropy in found]).cpu()
-    counts, entropy = read[:, :-1].double(), read[:, -1]  # (MoE layers, E), (MoE layers,)
-    share = counts / counts.sum(1, keepdim=True)
-    load = share * share.size(1)  # in fair shares
-    starved = (load < STARVED_BELOW).double().mean().item()
-    return {"expert_load": share.tolist(), "max_load": load.max().item(), "starved": starved,
-            "router_entropy": entropy.mean().item()}  # fmt: skip
+    counts = usage[:, 1:].astype(float)  # (MoE layers, E)
+    share = counts / counts.sum(1, keepdims=True)
+    load = share * share.shape[1]  # in fair shares
+    starved, entropy = (load < STARVED_BELOW).mean(), usage[:, 0].mean()
+    return {"expert_load": share.tolist(), "max_load": float(load.max()),
+            "starved": float(starved), "router_entropy": float(entropy)}  # fmt: skip
 
 
 def peak_memory(device: torch.device) -> int:

@@ -58,5 +58,6 @@ METRICS = (
     Metric("z_loss", "z-loss", "moe/z_loss", panel=ROUTER),  # sum over layers
     Metric("memory", "GiB at most", "speed/memory_gib"),
     Metric("elapsed_s", "seconds since the start"),
+    Metric("scale_steps", "steps so far that only halved float16's loss scale"),
     Metric("bad_steps", "steps without an update so far", live="bad steps {}", hidden=0),
 )  # fmt: skip

@@ -6,9 +6,7 @@ References: torch's DistributedDataParallel and distributed.fsdp.fully_shard; Ze
 import atexit
 import gc
 import inspect
-import os
-import shutil
-import sys
+import socket
 import time
 import warnings
 from collections.abc import Iterable
@@ -25,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
+from training import faults
 from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
-from training.rendezvous import TIMEOUT, check_equal, read_environment, rendezvous, telling
+from training.rendezvous import TIMEOUT, check_equal, check_own_gpu, read_environment, rendezvous, telling
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,8 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if device.index is None and count == 1:  # each process may see a GPU of its own; check_own_gpu makes sure
+        index = 0
     if index >= count:
         mend = "start at most one process per GPU of a machine (--nproc_per_node)"
         raise ValueError(f"local rank {local_rank} wants GPU {index}, but there are {count}; {mend}")
@@ -88,13 +89,16 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def check_compiler(device: torch.device) -> None:
-    """ValueError if the compiler that torch.compile needs for this device is not installed."""
-    names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
-    if device.type == "cuda":  # for Triton
-        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    if not any(map(shutil.which, names)):
-        missing = f"use_compile=True: torch.compile needs {' or '.join(names)}, which is not installed"
-        raise ValueError(f"{missing}; install it, or --use_compile False")
+    """Compile a small function. ValueError, with the reason, if torch.compile does not work here."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of torch, Triton, the system's compiler
+        needs = "a working C++ compiler (g++, clang++ or cl; the variable CXX names another one)"
+        if device.type == "cuda":
+            needs = "Triton, gcc or clang, Python.h (as in python3-dev) and a GPU of compute capability 7.0"
+            needs += ", but this one has {}.{}".format(*torch.cuda.get_device_capability(device))
+        reason = faults.compile_reason(error)
+        raise ValueError(f"use_compile=True: {reason}: it needs {needs}; or --use_compile False") from error
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
@@ -113,7 +117,10 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
     # Ranks with different settings would wait for each other.
     world.check_equal("settings", {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type})
     how = dict(backend="gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
-    if chosen.type == "cuda":  # with a device_id NCCL connects now, and an unreachable rank fails here
+    if chosen.type == "cuda":
+        gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}"
+        check_own_gpu(store, rank, size, gpu)
+        # With a device_id NCCL connects now, and an unreachable rank fails here.
         how |= dict(backend="nccl", device_id=chosen)
     with telling(lambda: f"rank {rank} waits for connections with the other ranks"):
         dist.init_process_group(**how)

@@ -5,6 +5,7 @@ and the logits. `size`: bytes of a number in the dtype of matrix products. `conf
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -60,8 +61,11 @@ def parameters_held(model: nn.Module, config, world_size: int) -> int:
     return elements(rest) + elements(mine)
 
 
-def attention_bytes(shape, size: int, device_type: str) -> tuple[int, int]:
-    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile."""
+def attention_bytes(shape, size: int, device_type: str, backend: str) -> tuple[int, int]:
+    """Bytes per head and pair of query and key: what a layer keeps for its backward, and uses meanwhile.
+    backend: the one that the run takes on CUDA."""
+    if device_type == "cuda" and backend == "math":  # torch computes the weights in fp32
+        return (4 + 5 if shape.dropout else 4), 8
     if shape._attn_implementation == "eager":  # weights in fp32 and in the dtype of the next product
         dropout = (1 if device_type == "cuda" else size) + size if shape.dropout else 0  # mask and result
         return 4 + (size if size < 4 and not shape.dropout else 0) + dropout, 4 + size
@@ -105,7 +109,7 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
     shape, device_type, trains = model.config, model.device.type, not getattr(config, "inference_only", False)
     size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
     pairs = N * config.T * shape.n_head
-    kept, passing = attention_bytes(shape, size, device_type)
+    kept, passing = attention_bytes(shape, size, device_type, getattr(config, "attention_backend", ""))
     blocks = [N * block_bytes(shape, layer, size, device_type) for layer in range(shape.n_layer)]
     head = head_bytes(shape, N, size, config.loss_chunk, device_type, trains)
     stream = 4 * N * C + (4 * N * config.T if shape._attn_implementation == "eager" else 0)  # and the mask
@@ -124,6 +128,17 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     moments = 8 * held * trains // (world_size if config.zero_stage else 1)
     activations = activation_bytes(model, config, dtype)
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
+
+
+def larger_batch(config, model, accumulation: int, dtype: str, world_size: int, most: float) -> dict:
+    """A row of the table that proposes the largest B for the same step in `most` bytes; may be empty."""
+    for steps in range(1, accumulation):
+        B, rest = divmod(config.B * accumulation, steps)
+        need = sum(memory_estimate(model, replace(config, B=B), dtype, world_size).values())
+        if rest == 0 and need < most:
+            brings = f"{steps} micro-steps, not {accumulation}: larger products, fewer casts of the weights"
+            return {"larger B": f"--B {B} needs about {need / 2**30:.1f} GiB; then a step has {brings}"}
+    return {}
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -155,6 +170,8 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         "steps": f"{config.max_steps:,}, {config.max_steps * per_step:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else "")}  # fmt: skip
+    if model.device.type == "cuda" and need < have / 2:
+        rows |= larger_batch(config, model, accumulation, dtype, world.size, 0.9 * have)
     if have and need > have:
         text = f"the run needs about {need / 2**30:.1f} GiB, {model.device} has {have / 2**30:.1f}"
         warnings.append(f"{text}: lower B, then T, then the model (n_layer, n_embd, num_experts)")

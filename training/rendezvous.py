@@ -99,6 +99,16 @@ def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) 
         raise ValueError(f"the ranks have different {what}: {verdict}; start all ranks with the same")
 
 
+def check_own_gpu(store: dist.Store, rank: int, size: int, gpu: str) -> None:
+    """ValueError, naming the ranks, if another rank uses this rank's GPU. gpu: its machine and its UUID."""
+    store.set(f"gpu of {rank}", gpu)
+    gpus = [store.get(f"gpu of {other}").decode() for other in range(size)]  # waits for the others
+    if gpus.count(gpu) > 1:
+        time.sleep(2 * (rank == 0))  # as in check_equal
+        sharing = name_ranks({other for other in range(size) if gpus[other] == gpu})
+        raise ValueError(f"{sharing} use one GPU ({gpu}); omit --device, and start one process per GPU")
+
+
 def differences(values: list[dict]) -> Iterator[str]:
     """For each entry that differs between the ranks' dictionaries: its value on rank 0, and on others."""
     for name in dict.fromkeys(name for entries in values for name in entries):

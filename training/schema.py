@@ -12,7 +12,7 @@ from huggingface.configuration import OTHER_NAMES, build_config, show
 from model import GPTConfig, GPTLMHeadModel
 
 DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
-HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health
+HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health; scale_steps is newer
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's
 RANDOM_STATE = (torch.uint8, torch.get_rng_state().shape)
 
@@ -69,7 +69,10 @@ ENTRIES = {
     "rng": (lambda v: is_tensor(v) and (v.dtype, v.shape) == RANDOM_STATE, "torch's random state"),
     "train_config": (are_settings, "settings by name"),
     "elapsed_s": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
-    "health": (are_named(is_number, HEALTH), f"numbers named {', '.join(sorted(HEALTH))}"),
+    "health": (
+        lambda v: are_named(is_number)(v) and HEALTH <= v.keys() <= HEALTH | {"scale_steps"},
+        f"numbers named {', '.join(sorted(HEALTH))}",
+    ),
     "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
     "world_size": (lambda value: is_count(value) and value > 0, "a number of processes"),
 }

@@ -99,6 +99,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     path, state = ckpt.find_resumed(config, world, print0)
     if state:
         ckpt.keep_settings(config, given, state, path, print0)
+    dtype = choose_dtype(config, world.device)
     accumulation = check_config(config, world, None if state else given, print0)
     if config.use_compile:
         parallel.check_compiler(world.device)
@@ -109,9 +110,6 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
         world.check_equal("validation data", val_loader.state_dict())
     if state:
         world.check_equal("checkpoints", {"step": state["step"]})
-    dtype = config.dtype  # checkpoints keep "auto", for a resume on another device
-    if dtype == "auto":
-        dtype = "bfloat16" if world.device.type == "cuda" else "float32"
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
     model = place_model(config, build_model(config, given, meta, state), layout, dtype, state)
     if config.tensorcores and dtype == "float32":  # with bfloat16, TF32 would only make routers less exact
@@ -202,6 +200,21 @@ def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
         raise ValueError(f"warmup_steps={warmup} must be below max_steps={steps}; lower --warmup_steps")
     config.warmup_steps = steps // 10
     say(f"warmup_steps={config.warmup_steps}, not {warmup}: max_steps={steps} (--warmup_steps sets it)")
+
+
+def choose_dtype(config: Any, device: torch.device) -> str:
+    """The dtype of matrix products. ValueError for one that torch.compile cannot use on this GPU."""
+    on_cuda, dtype = device.type == "cuda", config.dtype  # it stays "auto", for a resume on another device
+    capability = torch.cuda.get_device_capability(device) if on_cuda else (0, 0)
+    if on_cuda and capability < (8, 0) and dtype == "bfloat16" and config.use_compile:
+        problem = "needs compute capability 8.0, but this GPU has {}.{}".format(*capability)
+        mend = "use --dtype float16, or --use_compile False"
+        raise ValueError(f"dtype=bfloat16 with use_compile=True {problem}; {mend}")
+    if dtype != "auto":
+        return dtype
+    if capability >= (8, 0):
+        return "bfloat16"
+    return "float16" if on_cuda and config.parallel != "fsdp" and config.ep_size == 1 else "float32"
 
 
 def check_layout(config, world: parallel.World) -> None:

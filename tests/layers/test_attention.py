@@ -122,3 +122,22 @@ def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
     orders = [["flash", "cudnn", "efficient", "math"], ["math", "cudnn", "flash", "efficient"]]
     first, second = ([attention.BACKENDS[name] for name in names] for names in orders)
     assert calls == ["cuda", (first, {"set_priority": True}), "cuda", (second, {"set_priority": True})]
+
+
+@pytest.mark.parametrize(("name", "able", "chosen"), [
+    ("auto", "efficient math", "efficient"), ("flash", "flash math", "flash"), ("cudnn", "", "cudnn"),
+    ("flash", "efficient math", "efficient"),  # a V100, for example
+])  # fmt: skip
+def test_the_backend_that_is_named_is_the_one_that_runs(name, able, chosen, monkeypatch):
+    seconds = {attention.BACKENDS[n]: i + 1.0 for i, n in enumerate(able.split())}
+    monkeypatch.setattr(attention, "time_backend", lambda kernel, *_: seconds.get(kernel, float("inf")))
+    shape = tiny(), 2, 8, torch.device("cuda"), torch.float16
+    assert attention.choose_backend(name, *shape) == chosen
+
+
+def test_generation_does_without_cudnn():
+    seen, model, enabled = [], build(), torch.backends.cuda.cudnn_sdp_enabled
+    model.register_forward_pre_hook(lambda *_: seen.append(enabled()))
+    model(tokens())
+    model.generate(tokens(1, 3), max_new_tokens=2)
+    assert seen == [True, False, False] and enabled()

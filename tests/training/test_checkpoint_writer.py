@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ import torch
 import torch.distributed as dist
 from models import WTE
 from models import small_checkpoint as small
-from processes import equal, full_disk, run_ranks
+from processes import equal, flags, full_disk, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import train_gpt_moe
+from training import checkpoint_writer, parallel, sharded
 from training import checkpoints as ckpt
-from training import parallel, sharded
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
@@ -57,6 +60,27 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
     assert equal(model, {"a": torch.ones(1000), "tied": torch.ones(1000), "part": torch.ones(10)})
     assert model["a"].data_ptr() == model["tied"].data_ptr()  # tied weights are in the file once
     assert path.stat().st_size < 8000
+
+
+def test_copies_share_buffers_that_the_next_save_uses_again(monkeypatch):
+    monkeypatch.setattr(checkpoint_writer, "BUFFER_BYTES", 2**12)
+    dtypes, writer = (torch.bfloat16, torch.float32), CheckpointWriter("nowhere")
+    sizes = enumerate((900, 1, 0, 3000, 5, 40, 300))
+    state = {str(i): torch.arange(2.0 * size).to(dtypes[i % 2]).view(size, 2).t() for i, size in sizes}
+    first, writer._used = writer._copy(state, {}), (0, 0)
+    assert equal(first, state) and [len(buffer) for buffer in writer._buffers] == [2**12, 2**15]
+    assert all(copy.untyped_storage().nbytes() == copy.nbytes for copy in first.values())
+    again = writer._copy({name: tensor + 1 for name, tensor in state.items()}, {})
+    assert [a.data_ptr() for a in again.values()] == [b.data_ptr() for b in first.values()]
+    assert len(writer._buffers) == 2 == len({buffer.data_ptr() for buffer in writer._buffers})
+
+
+@pytest.mark.slow
+def test_a_save_that_takes_longer_than_timeout_ends_no_rank(data, tmp_path):
+    """Rank 0 writes each file for 12 s, and collectives may take 5 s (main, below)."""
+    words = flags(data, tmp_path / "log", "--B", 2, "--max_steps", 4, "--checkpoint_every", 2)
+    run_ranks(2, words, tmp_path / "out", script="test_checkpoint_writer", environment={"SLOW_DISK": "yes"})
+    assert steps(tmp_path / "log") == [4, 2]
 
 
 def test_a_save_waits_for_the_one_before(tmp_path):
@@ -179,6 +203,10 @@ def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
 def main(arguments: list[str]) -> int:
     """One of two processes that save together. Writes (step, error, whether to try again) of each save, as
     this rank sees it."""
+    if "SLOW_DISK" in os.environ:
+        parallel.TIMEOUT, checkpoint_writer.WAIT_S, save = timedelta(seconds=5), 1, ckpt.save_checkpoint
+        ckpt.save_checkpoint = lambda *args: time.sleep(12) or save(*args)
+        return train_gpt_moe.main(arguments)
     dist.init_process_group("gloo")
     folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])

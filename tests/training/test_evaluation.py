@@ -6,6 +6,7 @@ Run: python -m pytest tests/training/test_evaluation.py
 import contextlib
 import math
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from models import tiny
 from model import GPTLMHeadModel
 from tokens.encodings import encode_pieces, get_encoding, token_bytes
 from tokens.shards import DistributedDataLoader, write_shard
-from training.evaluation import table_of_bytes, validate
+from training.evaluation import evaluate, table_of_bytes
 from training.parallel import World
 
 STEPS, T = 3, 16
@@ -35,7 +36,10 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     table = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, layout)
     run = SimpleNamespace(model=model, val_loader=loader, layout=layout, token_bytes=table)
     run.config, run.autocast = SimpleNamespace(val_steps=STEPS), contextlib.nullcontext
-    found = validate(run, lambda: False)
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    run.trains, run.hellaswag, seen = False, False, []
+    found = evaluate(run, 0, True, False, lambda: False, MagicMock())
+    assert seen == [False] * STEPS and found.pop("eval_step") == 0
     nats, text, targets, ends = 0.0, b"", 0, 0
     loader.reset()
     for _ in range(STEPS):

@@ -3,11 +3,14 @@
 Run: python -m pytest tests/training/test_faults.py"""
 
 import ast
+import functools
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -18,6 +21,7 @@ import torch
 from models import make_examples
 from processes import equal, finish, flags, full_disk, metrics, newest, poisoned, same_run, start, wait_for
 from test_layout import TREES
+from torch._dynamo.exc import TorchDynamoException
 
 import hellaswag
 import train_gpt_moe
@@ -28,6 +32,7 @@ from training import evaluation, faults
 from training.checkpoint_writer import CheckpointWriter
 from training.faults import Health, Signals
 from training.log import RunLog
+from training.schema import check_checkpoint
 
 LONG = ["--max_steps", 50_000, "--checkpoint_every", 0]  # it only ends by a signal
 
@@ -175,6 +180,44 @@ def test_weights_that_are_not_finite_are_named_and_never_saved(data, tmp_path, m
     assert steps_saved(tmp_path) == [1, 2, 3] and (tmp_path / "latest").read_text() == "model_00003.pt"
 
 
+def test_float16_looks_for_its_scale_without_ending_the_run(data, tmp_path, monkeypatch, capsys):
+    """Gradients times 2^40 overflow, in more than max_bad_steps steps until the scale is small enough."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr("training.setup.torch.amp.GradScaler", scaler)
+    words = flags(data, tmp_path, "--dtype", "float16", "--max_bad_steps", 3, "--max_steps", 40)
+    assert train_gpt_moe.main(words) == 0
+    records, said = metrics(tmp_path), capsys.readouterr().out
+    halved = [record["step"] for record in records if record.get("skipped") == "scale"]
+    assert 3 < len(halved) < 30 and halved == list(range(len(halved)))  # and then it has been found
+    assert said.count("loss scale was too large") == len(halved) and "WARNING" not in said
+    assert (records[-1]["scale_steps"], records[-1]["bad_steps"]) == (len(halved), 0)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    saved = ckpt.load_checkpoint(tmp_path / "latest")
+    assert saved["health"].pop("scale_steps") == len(halved) and saved["scaler"]["scale"] < 2**37
+    check_checkpoint(saved)  # as older versions wrote it
+    health, inf = Health(), float("inf")
+    for *values, expected in ((4, inf, 2, "scale"), (4, inf, 1, "bad"), (inf, inf, 9, "bad"), (4, 1, 9, "")):
+        assert health.skips(*values) == expected, values
+
+
+def test_a_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
+    """Calls in the files of the loop that would copy numbers from a GPU; expert 3 gets no rows."""
+    reads, begun = [], []
+
+    def note(*args):
+        place = sys._getframe(2).f_code.co_filename
+        reads.extend([place] if re.search(r"training/(?!log)|_gpt_moe|mixture_of", place) else [])
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        at_call(monkeypatch, torch.Tensor, name, range(10**6), note)
+    at_call(monkeypatch, train_gpt_moe, "train_step", range(99), lambda *_: begun.append(len(reads)))
+    idle = lambda model, *_: [moe.router_bias[3].fill_(-100) for moe in model.moe_layers()]  # noqa: E731
+    at_call(monkeypatch, GPTLMHeadModel, "forward", range(99), idle)
+    assert train_gpt_moe.main(flags(data, tmp_path, "--infer_step", 0, "--checkpoint_every", 0)) == 0
+    assert all(record["starved"] >= 0.25 for record in metrics(tmp_path))
+    assert {end - begin for begin, end in itertools.pairwise(begun)} == {1}, reads
+
+
 def test_a_jump_of_the_loss_is_noticed_once_the_mean_is_known():
     noise = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
     falling = [4 + 3 * 0.98**step + 0.05 * z for step, z in enumerate(noise)]
@@ -234,6 +277,14 @@ def test_out_of_memory_names_what_to_lower(data, tmp_path, monkeypatch, capsys):
     assert len(said.splitlines()) == 1 and steps_saved(tmp_path) == [2]
     words = "B=4, T=32, n_layer=2", "--B", "--T", "--n_layer", "--n_embd", "Tried to allocate 20.00 GiB"
     assert all(word in said for word in words), said
+
+
+def test_a_failing_compilation_names_the_flag_that_avoids_it(data, tmp_path, monkeypatch, capsys):
+    text = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: fatal error: omp.h: no such file\n"
+    at_call(monkeypatch, GPTLMHeadModel, "forward", [0], Mock(side_effect=TorchDynamoException(text)))
+    assert train_gpt_moe.main(flags(data, tmp_path)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.cpp:1: fatal error: omp.h" in line and line.endswith("--use_compile False")
 
 
 def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 Run: python -m pytest tests/training/test_preflight.py"""
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from models import tiny
 from bench.measure import memory_bytes
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
-from training.preflight import memory_estimate, parameters_by_part, preflight
+from training.preflight import activation_bytes, memory_estimate, parameters_by_part, preflight
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=512, block_size=64)
 
@@ -104,3 +106,18 @@ def test_warnings_name_the_cure():
         (dict(processes=11, parallel="fsdp"), ["11 processes", "4 experts"]),
     ):  # fmt: skip
         assert all(word in told(**settings)[1] for word in words), settings
+
+
+def test_on_a_gpu_a_larger_batch_is_proposed_and_attention_is_the_backends(monkeypatch):
+    model, world = GPTLMHeadModel(GPTConfig(**SMALL, use_moe=False)), SimpleNamespace(size=2)
+    monkeypatch.setattr(GPTLMHeadModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    config = TrainConfig(B=2, T=64, max_steps=10, total_batch_size=64 * 96, use_moe=False)
+    need = [sum(memory_estimate(model, replace(config, B=B), "bfloat16", 2).values()) for B in (2, 8, 12)]
+    for have, proposed in ((need[1], "B 8 .* 6 micro-"), (need[2], "B 12 .* 4 micro-"), (need[0] * 1.5, "")):
+        monkeypatch.setattr("training.preflight.device_memory", lambda device, have=have: have / 0.89)
+        table, _ = preflight(config, model, 24, world, 10**6, "bfloat16")
+        assert re.search(f"larger B .*{proposed}steps, not 24", table) if proposed else "larger" not in table
+    named = (replace(config, attention_backend=name) for name in ("flash", "math"))
+    fused, plain = (activation_bytes(model, settings, "bfloat16") for settings in named)
+    assert plain - fused >= 4 * 3 * 4 * 2 * 64 * 64  # bytes, layers, heads, B, T, T

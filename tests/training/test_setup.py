@@ -2,17 +2,22 @@
 
 Run: python -m pytest tests/training/test_setup.py"""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from models import dense_model
-from processes import flags
+from processes import finish, flags, start
 
 import train_gpt_moe
 from tokens.hellaswag_files import HellaSwagUnavailable, iterate_examples
@@ -20,7 +25,8 @@ from tokens.shards import read_meta, write_shard
 from train_gpt_moe import TrainConfig, parse_config
 from training import checkpoints as ckpt
 from training import parallel
-from training.setup import check_config
+from training.rendezvous import check_own_gpu
+from training.setup import check_config, choose_dtype
 
 ALONE = parallel.World(0, 0, 1, torch.device("cpu"))
 
@@ -108,14 +114,72 @@ def test_bad_settings(arguments, data, places, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [
-    ("PATH", "nowhere", r"torch.compile needs g\+\+,.*--use_compile False"),
-    ("CXX", "g+++", r"torch.compile needs g\+\+\+"), ("RANK", "0", "not LOCAL_RANK, WORLD_SIZE"),
+    ("RANK", "0", "not LOCAL_RANK, WORLD_SIZE"),
+    pytest.param("PATH", "nowhere", "No working C.*it needs .*--use_compile False$", marks=pytest.mark.slow),
+    pytest.param("PATH", "FOLDER", "omp.h: fatal error: none.*--use_compile False$", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_bad_environment(name, value, message, data, tmp_path, monkeypatch, refused):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv(name, value)
+def test_a_bad_environment(name, value, message, data, tmp_path):
+    """The g++ in FOLDER compiles nothing."""
+    script = "#!/bin/sh\n[ $1 = --version ] && echo g++ 12.2.0 || ! echo omp.h: fatal error: none"
+    (tmp_path / "g++").write_text(script)
+    (tmp_path / "g++").chmod(0o755)
+    environment = {name: value.replace("FOLDER", str(tmp_path)), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     words = flags(data, tmp_path / "log", "--use_compile", True)
-    assert re.search(message, refused(train_gpt_moe.main, *words)) and not (tmp_path / "log").exists()
+    assert finish(start(words, tmp_path / "out", environment)) == 2 and not (tmp_path / "log").exists()
+    (line,) = (tmp_path / "out").read_text().splitlines()
+    assert re.search(message, line), line
+
+
+def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("GTX 1080 is too old\nfor Triton")))
+    with pytest.raises(ValueError, match=r"too old: .*Python.h.*7.0, but.* 6.1; or --use_compile False$"):
+        parallel.check_compiler(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(("capability", "words", "expected"), [
+    ((9, 0), "", "bfloat16"), ((8, 0), "--parallel fsdp", "bfloat16"), ((7, 5), "", "float16"),
+    ((7, 5), "--parallel fsdp", "float32"), ((7, 0), "--ep_size 2", "float32"),
+    ((7, 5), "--dtype bfloat16 --use_compile False", "bfloat16"), ((7, 5), "--dtype float32", "float32"),
+    ((7, 5), "--dtype bfloat16", r"dtype=bfloat16.* 8.0, but .* 7.5; use --dtype float16, or --use_compile"),
+    (None, "", "float32"), (None, "--dtype bfloat16", "bfloat16"),
+])  # fmt: skip
+def test_dtype_auto_is_what_the_device_can(capability, words, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config, _ = parse_config(words.split())
+    with pytest.raises(ValueError, match=expected) if "," in expected else contextlib.nullcontext():
+        assert choose_dtype(config, torch.device("cuda", 0) if capability else ALONE.device) == expected
+
+
+@pytest.mark.parametrize(("name", "local_rank", "count", "expected"), [
+    ("", 0, 1, 0), ("", 3, 4, 3), ("cuda", 2, 3, 2), ("cuda:1", 0, 3, 1), ("", 3, 3, "rank 3 wants GPU 3"),
+    ("", 3, 1, 0), ("cuda:1", 0, 1, "GPU 1"),  # srun --gpus-per-task=1 shows each process one GPU
+])  # fmt: skip
+def test_each_process_takes_its_own_gpu(name, local_rank, count, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    fails = isinstance(expected, str)
+    with pytest.raises(ValueError, match=expected) if fails else contextlib.nullcontext():
+        assert parallel.choose_device(name, local_rank) == torch.device("cuda", expected)
+
+
+def test_ranks_that_share_a_gpu_are_refused_by_number():
+    store, gpus = torch.distributed.HashStore(), ["a GPU-1", "a GPU-2", "b GPU-1", "a GPU-1"]
+    for rank, gpu in enumerate(gpus):
+        store.set(f"gpu of {rank}", gpu)
+    check_own_gpu(store, 2, 4, gpus[2])
+    with pytest.raises(ValueError, match=r"ranks 0, 3 use one GPU \(a GPU-1\); omit --device"):
+        check_own_gpu(store, 3, 4, gpus[3])
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_memory_of_gpus_is_allocated_in_segments_that_grow(name):
+    """Unless the user has set something. The scripts import tokens.requirements first."""
+    main = "import os, sys; sys.modules['__main__'].__file__ = os.path.abspath('train_gpt_moe.py')"
+    code = f"{main}; import tokens.requirements; print(os.environ.get('PYTORCH_ALLOC_CONF'), end='')"
+    environment = os.environ | ({name: "a:b"} if name else {})
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert said == {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "a:b"}.get(name, "None")
 
 
 def test_pipes_among_the_data_are_not_read(tmp_path):
