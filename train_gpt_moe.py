@@ -112,6 +112,8 @@ class TrainConfig(llmc.Flags):
     checkpoint_every: int = setting(5000, "steps between checkpoints; 0 = only the last", least=0)
     keep_last: int = setting(0, "keep so many checkpoints, and the best; 0 = keep all", least=0)
     keep_every: int = setting(0, "with keep_last: also keep multiples of so many steps; 0 = none", least=0)
+    keep_best: bool = setting(False, "save each step with the lowest validation loss so far; see log/best")
+    patience: int = setting(0, "stop after so many evaluations without a lower loss; 0 = never", least=0)
     save_retry_s: float = setting(60.0, "seconds until a save that failed is tried again", least=0, most=1e6)
     max_bad_steps: int = setting(10, "steps in a row with a NaN or infinity that stop the run", least=1)
     log_every: int = setting(1, "print every so many steps; the log files have them all", least=1)
@@ -297,11 +299,13 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 continue
             if "val_loss" in measured:
                 val_loss, val_loss_step = measured["val_loss"], step
+                last_step |= saver.is_out_of_patience(step, val_loss)
             if log:
                 layers = run.model.moe_layers() if measured and run.trains and step > 0 else []
                 load = [moe.last_step_counts().tolist() for moe in layers]
                 log.evaluation(step, measured, load, run.elapsed() if last_step else None)
             if last_step:
+                saver.save()
                 saver.retry_until_saved()
                 break
 

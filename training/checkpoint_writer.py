@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -165,6 +166,7 @@ class RunSaver:
         config, layout = run.config, run.layout
         self.run, self.say = run, say
         self.saved_step = run.resumed.get("step", 0)
+        self.losses = ckpt.validation_losses(config.log_dir) if layout.world.is_master else {}  # by step
         self.failed = False  # after saving_on_errors: whether a checkpoint or a line of a log is missing
         where = (config.log_dir, config.keep_last, config.keep_every)
         self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
@@ -188,6 +190,24 @@ class RunSaver:
         if run.layout.world.is_master or run.layout.saves_together:
             self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
+
+    def is_out_of_patience(self, step: int, val_loss: float) -> bool:
+        """After an evaluation: whether the last `patience` ones found no lower loss. keep_best: it saves a
+        step whose loss is the lowest so far, and the file `best` names its checkpoint. The master decides."""
+        config, layout, self.losses[step] = self.run.config, self.run.layout, val_loss
+        finite = {step: loss for step, loss in self.losses.items() if math.isfinite(loss)}
+        best = min(finite, key=finite.get, default=None)
+        if config.keep_best and layout.any(layout.world.is_master and best == step):
+            self.save()
+            self.wait()
+            path = next((p for p in ckpt.list_checkpoints(config.log_dir) if ckpt.step_of(p) == step), None)
+            if layout.world.is_master and path:
+                write_atomically(path.with_name("best"), lambda file: file.write(path.name.encode()))
+        since = sum(other > best for other in self.losses) if best is not None else 0
+        if stops := layout.any(layout.world.is_master and 0 < config.patience <= since):
+            why = f"{since} evaluations without a lower validation loss than {finite.get(best, 0):.4f}"
+            self.say(f"step {step}: the run ends after {why} at step {best} (--patience {config.patience})")
+        return stops
 
     def wait(self) -> None:
         """Wait on all ranks until the last save has ended. In a single collective TIMEOUT could end them."""

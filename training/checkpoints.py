@@ -88,7 +88,7 @@ def follow_latest(path: str | Path) -> Path:
     path = Path(path)
     if (path / "latest").is_file() and not (path / sharded.INDEX_FILE).is_file():
         raise CheckpointError(f"{path} is the folder of a run; its newest checkpoint is {path / 'latest'}")
-    if path.name != "latest" or not path.is_file():
+    if path.name not in ("latest", "best") or not path.is_file():
         return path
     name = path.read_bytes().decode(errors="replace").strip()
     if not CHECKPOINT_NAME.fullmatch(name):  # such as ../../etc/passwd

@@ -40,7 +40,7 @@ PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
 NAMES = "|".join(map(re.escape, LOG_FILES))
 RUN_FILES = re.compile(
-    rf"{NAMES}|run\.json|latest|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id"
+    rf"{NAMES}|run\.json|latest|best|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id"
 )  # all of a run
 RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
 WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
@@ -72,7 +72,7 @@ class RunLog:
         self.unwritten = {name: bytearray() for name in LOG_FILES}
         self.writing = threading.Lock()  # the thread that saves checkpoints also calls sync()
         self.lost = False  # whether files had to be written again, because the folder was deleted
-        for path in (folder / "latest", folder / "run.json"):
+        for path in (folder / "latest", folder / "best", folder / "run.json"):
             if path.is_dir():
                 raise FileExistsError(errno.EEXIST, "it is a folder; move it away", str(path))
         for name in LOG_FILES:

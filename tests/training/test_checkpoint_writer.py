@@ -3,6 +3,7 @@
 Run: python -m pytest tests/training/test_checkpoint_writer.py"""
 
 import json
+import math
 import os
 import resource
 import threading
@@ -26,6 +27,7 @@ from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
 
+AGAIN = ["--device", "cpu", "--resume", "auto", "--log_dir"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*save in a single process")  # of torch
 
 
@@ -260,3 +262,21 @@ def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
     for step in (1, 4, 8):
         found = load_checkpoint(tmp_path / f"model_{step:05d}")["model"][WTE]
         assert torch.equal(found, torch.arange(3_000.0).view(5, 600) + step - 1)
+
+
+def test_the_best_step_is_kept_and_patience_ends_the_run(data, tmp_path, monkeypatch, capsys):
+    """The lowest loss comes at step 2, and after a resume at step 5."""
+    losses = dict(enumerate([5.0, 4.0, 3.0, 3.5, 3.25, 2.5, math.nan, 2.75, 2.625]))
+    measured = lambda run, step, *_: {"val_loss": losses[step], "eval_step": step}  # noqa: E731
+    monkeypatch.setattr(train_gpt_moe, "evaluate", measured)
+    more = "--max_steps 12 --infer_step 1 --checkpoint_every 0 --keep_last 1 --keep_best True".split()
+    assert train_gpt_moe.main(flags(data, tmp_path, *more, "--patience", 2)) == 0
+    said = capsys.readouterr().out
+    assert "2 evaluations without a lower validation loss than 3.0000 at step 2" in said
+    assert ckpt.load_checkpoint(tmp_path / "best")["step"] == 2
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [4, 2]
+    assert train_gpt_moe.main([*AGAIN, str(tmp_path)]) == 0  # it ends at once: nothing has changed
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [4, 2]
+    assert train_gpt_moe.main([*AGAIN, str(tmp_path), "--patience", "3"]) == 0
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [8, 5]
+    assert ckpt.load_checkpoint(tmp_path / "best")["step"] == 5
