@@ -54,6 +54,7 @@ from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
+from training.profiler import Profiler
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
 
@@ -121,6 +122,10 @@ class TrainConfig(llmc.Flags):
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
     tensorboard: bool = setting(True, "write log_dir/tb")
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
+    log_norms: bool = setting(
+        False, "also log the gradient norm of each part: norm/experts, norm/attention, ..."
+    )
+    profile: str = setting("", "A:B = profile the steps A to B - 1: a trace, and the dearest operators")
     wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
@@ -235,6 +240,7 @@ def train_step(run: Run, step: int) -> dict:
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)
+    norms = parallel.norms_of_parts(model, layout) if config.log_norms else {}
     scale = run.scaler.scale(torch.ones_like(losses[0]))  # 1, except with float16
 
     # One all-reduce adds up the losses and the signals that the ranks have received, another the routing.
@@ -242,11 +248,12 @@ def train_step(run: Run, step: int) -> dict:
     means, moe_layers = sums[:3] / (layout.world.size * run.accumulation), model.moe_layers()
     totals = sum_totals(moe_layers)
     usage = [moe.step_usage(total) for moe, total in zip(moe_layers, totals, strict=True)]  # each (1 + E,)
-    parts = means, norm.to(means.dtype)[None], scale[None], sums[3:], *usage
+    parts = means, norm.to(means.dtype)[None], scale[None], sums[3:], *norms.values(), *usage
     values = torch.cat(parts).tolist()  # waits for the device; nothing else between two forwards does
     run.signals.agree(values[5:11])
-    usage = np.reshape(values[11:], (-1, 1 + model.config.num_experts))  # (MoE layers, 1 + E)
+    usage = np.reshape(values[11 + len(norms) :], (-1, 1 + model.config.num_experts))  # (MoE layers, 1 + E)
     record = dict(zip(("loss", "balance_loss", "z_loss", "norm"), values[:4], strict=True))
+    record |= dict(zip(norms, values[11:], strict=False))
     record |= {"step": step, "lr": learning_rate(step, config)}
 
     if why := run.health.skips(record["loss"], record["norm"], values[4]):
@@ -275,7 +282,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
     step, val_loss = run.resumed.get("step", 0), run.resumed.get("val_loss")
     val_loss_step = run.resumed.get("val_loss_step")
     terminal = Terminal(config, step, run.layout.world.is_master)
-    saver = RunSaver(run, terminal.say)
+    saver, profiler = RunSaver(run, terminal.say), Profiler(run)
     run.start_clock(terminal.say)
     run.model.update_routers()  # from now on routing statistics cover whole optimizer steps
     with terminal, signals, faults.collector_paused(), saver.saving_on_errors():
@@ -313,7 +320,9 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if config.overfit_single_batch:
                 run.train_loader.reset()
             saver.request_retry()
+            profiler.before(step)
             record = one_step(run, step)
+            profiler.before(step + 1)
 
             # ---- LOG
             record = step_record(run, record, measured)

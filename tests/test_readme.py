@@ -50,6 +50,9 @@ LISTED = {
     "python fineweb.py --verify": "test_identity.py",
     "python fineweb.py --source FILE": "a text of 40 MB; test_text_borders.py",
     "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
+    "python sample.py --checkpoint log/latest --interactive": "test_sample.py",
+    "python train_gpt_moe.py --preset demo --wandb_project": "wandb; test_log.py",
+    "python train_gpt_moe.py --preset demo --profile": "too few steps; test_log.py",
     "python -m llmc --help": "test_help_of_every_command_works",
     "python -m bench --help": "test_help_of_every_command_works",
     "python -m bench$": "the name of the program, not a command",
@@ -94,6 +97,8 @@ def make_run(folder: Path, shape: list[str]) -> None:
     assert train_gpt_moe.main([*flags, "--data_dir", str(folder / "data")]) == 0
     for step in ("05000", "19073"):
         shutil.copy(folder / "log" / "model_00002.pt", folder / "log" / f"model_{step}.pt")
+    (folder / "log" / "best").write_text("model_19073.pt")
+    (folder / "prompt.txt").write_text("Return")
     sharded = folder / "log" / "model_19073"
     assert checkpoint.main(["convert", str(folder / "log" / "model_19073.pt"), str(sharded)]) == 0
 

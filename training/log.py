@@ -187,6 +187,7 @@ class RunLog:
 
     def _add_points(self, record: dict) -> None:
         points = {m.curve: record[m.name] for m in METRICS if m.curve and type(record.get(m.name)) is float}
+        points |= {f"optim/{name}": record[name] for name in record if name.startswith("norm/")}
         for curve, value in points.items():
             self._tensorboard("add_scalar", curve, value, record["step"])
         self._send(record["step"], points)

@@ -21,6 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from layers.roles import role_of
 from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
 from training import faults
@@ -299,17 +300,26 @@ def finish_gradients(model: nn.Module, layout: Layout) -> None:
         work.wait()
 
 
-def gradient_norm(model: nn.Module, layout: Layout) -> torch.Tensor:
-    """Norm () of the whole gradient, the same on all ranks; every parameter counts once."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def gradient_norm(model: nn.Module, layout: Layout, part: str = "") -> torch.Tensor:
+    """Norm () of the whole gradient, or of a part that layers/roles.py names: the same on all ranks; every
+    parameter counts once."""
+    chosen = [p for name, p in model.named_parameters() if part in ("", role_of(name).part)]
+    grads = [parameter.grad for parameter in chosen if parameter.grad is not None]
     norm = nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
     if layout.shares_parameters:
         square = nn.utils.get_total_norm([local(g) for g in grads if isinstance(g, DTensor)]).square()
+        square = square.to(layout.world.device)  # without such gradients it is a 0 on the CPU
         # With fsdp all ranks hold different parts; otherwise the ranks of an expert group do.
         group = layout.all_ranks if layout.parallel == "fsdp" else layout.mesh["expert"]
         dist.all_reduce(square, group=group.get_group())
         norm = (norm.to(square.device).square() + square).sqrt()
     return norm
+
+
+def norms_of_parts(model: nn.Module, layout: Layout) -> dict[str, torch.Tensor]:
+    """The gradient norms (1,) of the parts of the model that layers/roles.py names: "norm/experts", ..."""
+    parts = dict.fromkeys(role_of(name).part for name, _ in model.named_parameters())
+    return {f"norm/{part}": gradient_norm(model, layout, part).float()[None] for part in parts}
 
 
 def clip_gradients(model: nn.Module, largest: float, norm: torch.Tensor) -> None:

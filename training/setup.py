@@ -23,7 +23,7 @@ from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
 from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
-from training import faults, parallel
+from training import faults, parallel, profiler
 from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
@@ -168,6 +168,7 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     if not config.log_dir.strip():
         raise ValueError("log_dir='': name a folder, such as --log_dir log")
     check_layout(config, world)
+    profiler.parse(config.profile, config.max_steps)
     if config.learning_rate_decay_frac is not None:
         config.min_lr = config.learning_rate_decay_frac * config.max_lr
         config.learning_rate_decay_frac = None

@@ -3,7 +3,10 @@
 Run: python -m pytest tests/training/test_log.py
 """
 
+import contextlib
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -56,13 +59,35 @@ def finished(data, tmp_path_factory):
     """What is left of a run with everything that can be logged."""
     folder = tmp_path_factory.mktemp("run")
     more = "--sample_every 8 --sample_tokens 8 --tensorboard 1 --plot_every 6 --wandb 1".split()
-    with pytest.MonkeyPatch.context() as patch:
+    more += "--log_norms 1 --profile 2:4".split()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         wandb = pretend_wandb(patch)
         patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
         assert train_gpt_moe.main(flags(data, folder, *more)) == 0
-    return SimpleNamespace(
-        folder=folder, wandb=wandb, records=read_records(folder), events=read_events(folder)
-    )
+    read = dict(records=read_records(folder), events=read_events(folder))
+    return SimpleNamespace(folder=folder, wandb=wandb, said=said.getvalue(), **read)
+
+
+def test_norms_of_the_parts_add_up_to_the_whole_gradient_s(finished):
+    for record in finished.records:
+        parts = {name: value for name, value in record.items() if name.startswith("norm/")}
+        assert set(parts) == {f"norm/{n}" for n in ("experts", "routers", "attention", "norms", "embeddings")}
+        assert math.hypot(*parts.values()) == pytest.approx(record["norm"], rel=1e-5)
+    expected = finished.records[3]["norm/routers"]
+    assert points(finished.events, "optim/norm/routers")[3] == pytest.approx(expected)
+
+
+def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
+    trace = json.loads((finished.folder / "profile_2_4.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    updates = sum(name.startswith("Optimizer.step#") for name in names)
+    assert updates == 2 and any(name == "aten::mm" for name in names)
+    assert "Self CPU" in finished.said and "profile_2_4.json" in finished.said
+
+
+@pytest.mark.parametrize("text", ["3", "3:3", "4:2", "a:b", "11:13", "-1:2"])
+def test_other_profiles_are_refused(text, data, tmp_path, refused):
+    assert f"profile={text!r}" in refused(train_gpt_moe.main, *flags(data, tmp_path, f"--profile={text}"))
 
 
 def test_tensorboard_curves_are_the_metrics(finished):

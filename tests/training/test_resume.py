@@ -74,7 +74,7 @@ def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path, o
     """Two ranks share experts and everything else. Without dropout, whose noise is each rank's own, losses
     differ by rounding only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ["--dropout", 0, "--max_steps", 6, "--optimizer", optimizer]
+    more = ["--dropout", 0, "--max_steps", 6, "--optimizer", optimizer, "--log_norms", True]
     assert train_gpt_moe.main(flags(data, whole, *more)) == 0
     parts.mkdir()
     shutil.copy(whole / "model_00003.pt", parts)
@@ -88,6 +88,8 @@ def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path, o
     assert equal(ends[0]["loader"], ends[1]["loader"])
     losses = [[r["loss"] for r in metrics(folder) if 3 <= r["step"] < 6] for folder in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4) and len(losses[1]) == 3
+    norms = [{k: v for k, v in metrics(log)[-2].items() if k.startswith("norm")} for log in (whole, parts)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and len(norms[0]) == 6
     for name, tensor in ends[0]["model"].items():
         if tensor.is_floating_point() and not name.endswith("router_bias"):
             torch.testing.assert_close(ends[1]["model"][name], tensor, rtol=0, atol=2e-3, msg=name)

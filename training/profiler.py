@@ -1,0 +1,55 @@
+"""--profile A:B: which operators take the time of the steps A to B - 1. Reference: torch.profiler."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokens.printable import printable
+
+DEAREST = 10  # operators in the table
+
+
+def parse(text: str, max_steps: int) -> range:
+    """The steps that "A:B" names, none for "". ValueError for another text, or steps that the run lacks."""
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
+    steps = range(int(found[1]), int(found[2])) if found else range(0)
+    if text and not (steps and steps.stop <= max_steps):
+        problem = "must be A:B with 0 <= A < B <= max_steps"
+        raise ValueError(
+            f"profile={text!r}: {problem}={max_steps}, such as 10:13 for the steps 10, 11 and 12"
+        )
+    return steps
+
+
+class Profiler:
+    """Records the steps that config.profile names on the master, and writes log_dir/profile_A_B.json."""
+
+    def __init__(self, run: Any):
+        config, world = run.config, run.layout.world
+        self.steps = parse(config.profile, config.max_steps) if world.is_master else range(0)
+        self.folder, self.say, self.device = Path(config.log_dir), run.say, world.device
+        self.profile: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """Call before each training step, and after the last one: begins or ends the recording."""
+        if step in self.steps and self.profile is None:
+            kinds = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
+            self.profile = torch.profiler.profile(activities=kinds & torch.profiler.supported_activities())
+            self.profile.start()
+        elif step not in self.steps and self.profile is not None:
+            self._finish(step)
+
+    def _finish(self, step: int) -> None:
+        self.profile.stop()
+        path = self.folder / f"profile_{self.steps.start}_{step}.json"
+        kind = "device" if self.device.type == "cuda" else "cpu"
+        averages = self.profile.key_averages()
+        table = averages.table(sort_by=f"self_{kind}_time_total", row_limit=DEAREST, max_name_column_width=40)
+        try:
+            self.profile.export_chrome_trace(str(path))
+            self.say(f"{table}\nprofile         {printable(str(path))} (open it at https://ui.perfetto.dev)")
+        except (OSError, RuntimeError) as error:  # a full disk: training goes on
+            self.say(f"WARNING: no profile: {error}")
+        self.profile, self.steps = None, range(0)
