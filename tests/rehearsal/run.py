@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
         name, inputs = operator.overloadpacket.__name__, tensors((args, kwargs))
         if name == "_local_scalar_dense" and isinstance(inputs[0], FakeTensor):
             self.host_reads += inputs[0].is_cuda
-            return 0.0 if inputs[0].is_floating_point() else 1  # finite losses, no signal, no idle expert
+            return 1.0  # finite losses, no idle expert; the signals do not matter to train_step
         result = operator(*args, **kwargs)
         fresh = [t for t in tensors(result) if not any(t is other for other in inputs)]
         if any(t.is_cuda for t in (*inputs, *fresh)) and not operator.is_view and name not in NO_KERNEL:
