@@ -302,10 +302,9 @@ class MoE(nn.Module):
             reference = sums.detach() / n.clamp_min(1)
         loss = BALANCE_LOSSES[self.loss_type]
         f = [counts.to(sums.dtype) / counts.sum().clamp_min(1)] if loss.takes_f else []
-        value, change = torch.func.jvp(
-            lambda mean: loss.function(mean, *f), (reference,), ((sums - n * reference) / divisor,)
-        )
-        return (value * (n / divisor) + change).to(sums.dtype)
+        gradient, value = torch.func.grad_and_value(loss.function)(reference, *f)
+        change = (gradient * (sums - n * reference)).sum()
+        return ((value * n + change) / divisor).to(sums.dtype)
 
     def tokens_of(self, rows: Tensor) -> Tensor:
         """How many tokens these rows belong to."""
