@@ -45,7 +45,8 @@ OTHERS = "(cuda or triton or kernel or grouped_product) and not on_a_gpu"  # in 
 
 def run_tests(paths: str, names: str, o: SimpleNamespace) -> Iterator[dict]:
     """Results of the tests in these files and folders whose names match the expression `names` of pytest."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--tb=line", "-k", names, *paths.split()]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=line", "-m", "not slow"]
+    command += ["-k", names, *paths.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
     *lines, last = (done.stdout + done.stderr).strip().splitlines()
     ok = "no" if done.returncode else "yes"

@@ -50,6 +50,7 @@ LISTED = {
     "python fineweb.py --source FILE": "a text of 40 MB; test_text_borders.py",
     "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
     "python -m llmc --help": "test_help_of_every_command_works",
+    "python -m bench gpu": "a GPU; test_gpu.py",
     "python -m bench --help": "test_help_of_every_command_works",
     "python -m bench$": "the name of the program, not a command",
 }  # fmt: skip
@@ -234,6 +235,7 @@ def test_pip_lines_have_the_limits_of_the_requirements():
     found = re.findall(r'pip install "?(\w+)([^\s"]*)', TEXT + pages)
     assert {"torch", "accelerate"} <= limits.keys() & dict(found).keys()
     assert all(limits.get(name, wanted) == wanted for name, wanted in found), found
+    assert f'pip install "torch{limits["torch"]}" --index-url' in README
 
 
 def test_readme_is_short_and_counts_the_lines_of_the_reading_path():

@@ -47,7 +47,9 @@ def test_all_parts_run_on_a_cpu(forked, short_demo, tmp_path, capfd, monkeypatch
     for name in ("d4", "d4-moe4x2"):
         monkeypatch.setitem(models.MODEL_SIZES, name, models.MODEL_SIZES[name] | dict(n_layer=1, n_embd=32))
     monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 8, 1, 8))
-    assert bench.main(["gpu", "--device", "cpu", "--csv", str(tmp_path / "t.csv")]) == 0, capfd.readouterr()
+    assert bench.main(["gpu", "--device", "cpu", "--minutes", "60", "--csv", str(tmp_path / "t.csv")]) == 0, (
+        capfd.readouterr()
+    )
     with open(tmp_path / "t.csv", newline="") as file:
         rows = list(csv.reader(file))
     parts = list(dict.fromkeys(row[0] for row in rows))
@@ -61,7 +63,7 @@ def test_a_part_that_fails_does_not_stop_the_others(forked, capfd, monkeypatch):
     parts = {"wrong": lambda o: [{"ok": "no"}], "fails": lambda o: 1 / 0, "dies": lambda o: os._exit(7),
              "hangs": lambda o: time.sleep(99), "works": lambda o: [{"x": 0.5}, {"x": 2}]}  # fmt: skip
     monkeypatch.setattr(gpu, "PARTS", {name: (1, function) for name, function in parts.items()})
-    assert bench.main(["gpu", "--device", "cpu", "--minutes", "0.1"]) == 1
+    assert bench.main(["gpu", "--device", "cpu", "--minutes", "0.05"]) == 1
     printed = capfd.readouterr().out
     ends = dict(re.findall(r"^\| (\w+) \| [\d.]+ \| (.*) \|$", printed, re.MULTILINE))
     assert ends == dict(wrong="failed", fails="failed", dies="code 7", hangs="stopped", works="done")
