@@ -24,6 +24,7 @@ loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -180,6 +181,8 @@ class MoE(nn.Module):
         for name, value in self.initial_statistics().items():
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
+        # torch 2.14 itself uses what it calls deprecated, in a module that torch.func.jvp imports.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
         self._auxiliary_loss = None
         self._last_usage = None  # (1 + E,): entropy and counts of the last finished step, all ranks
 
@@ -302,9 +305,10 @@ class MoE(nn.Module):
             reference = sums.detach() / n.clamp_min(1)
         loss = BALANCE_LOSSES[self.loss_type]
         f = [counts.to(sums.dtype) / counts.sum().clamp_min(1)] if loss.takes_f else []
-        gradient, value = torch.func.grad_and_value(loss.function)(reference, *f)
-        change = (gradient * (sums - n * reference)).sum()
-        return ((value * n + change) / divisor).to(sums.dtype)
+        value, change = torch.func.jvp(
+            lambda mean: loss.function(mean, *f), (reference,), ((sums - n * reference) / divisor,)
+        )
+        return (value * (n / divisor) + change).to(sums.dtype)
 
     def tokens_of(self, rows: Tensor) -> Tensor:
         """How many tokens these rows belong to."""
