@@ -95,7 +95,8 @@ def measure_hellaswag(o: SimpleNamespace) -> list[dict]:
     return compare_scoring(o, [question] * (o.tokens // 16))
 
 
-ENGINES, ENGINE_TESTS = ("loop", "grouped_mm", "triton", "gather"), "tests/layers/test_experts.py tests/bench"
+ENGINES = ("loop", "grouped_mm", "triton", "gather")  # of layers/experts.py
+ENGINE_TESTS = "tests/layers/test_experts.py tests/bench/test_gpu.py"
 PARTS = {  # name: (its share of the time, its function)
     **{f"{name} engine": (2, partial(run_tests, ENGINE_TESTS, f"on_a_gpu and {name}")) for name in ENGINES},
     "loss head": (1, partial(run_tests, "tests/layers/test_linear_cross_entropy.py", "kernel")),

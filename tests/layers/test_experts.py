@@ -190,7 +190,7 @@ def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("engine", ["loop", "gather", GROUPED, TRITON])
 @pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
-def test_engines_on_a_gpu_equal_the_loop_on_a_cpu(activation, bias, K, engine):
+def test_an_engine_on_a_gpu_equals_one_on_a_cpu(activation, bias, K, engine):
     """In bf16 they are close to the loop in fp32. An expert with another's rows would not be."""
     fields = dict(activation=activation, bias=bias, num_experts_per_tok=K)
     exact = run_engine("loop", **fields)
