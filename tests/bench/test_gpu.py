@@ -1,6 +1,6 @@
 """python -m bench gpu: all parts on a CPU, parts that fail, and trainings that it runs on a GPU.
 
-Run: python -m pytest -m "" tests/bench/test_gpu.py"""
+Run: python -m pytest tests/bench/test_gpu.py"""
 
 import csv
 import multiprocessing
