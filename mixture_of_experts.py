@@ -131,8 +131,7 @@ class RouterAuxiliary(NamedTuple):
 
     balance_loss: Tensor  # () fp32, differentiable; 0 without moe_loss
     z_loss: Tensor  # () fp32, differentiable
-    counts: Tensor  # (E,) int64, routed rows of the tokens that count
-    sums: Tensor  # (1 + E,) or (1 + E*E,) fp32, sums over these tokens: router entropy, then p or p p^T
+    totals: Tensor  # int64, what this forward adds to `MoE.step_totals`
 
 
 class ExpertUsage(NamedTuple):
@@ -265,22 +264,23 @@ class MoE(nn.Module):
         z-loss: mean over tokens of (log sum_e exp(logit_e))^2. It keeps logits small (ST-MoE, eq. 5).
         """
         if token_mask is None:
-            counted = logits.new_ones(logits.shape[0])  # (N,)
-            counts = routing.counts()  # (E,)
+            n, counts = logits.new_full((), logits.shape[0]), routing.counts()  # (), (E,)
+            add_up, counted_probs = lambda values: values.sum(0), probs
         else:
-            counted = token_mask.reshape(-1).to(logits.dtype)
+            counted = token_mask.reshape(-1).to(logits.dtype)  # (N,)
             running = token_mask.reshape(-1).long()[routing.token].cumsum(0)  # (R,)
-            counts = F.pad(running, (1, 0))[routing.ends].diff(prepend=running.new_zeros(1))
-        n = counted.sum()
+            n, counts = counted.sum(), F.pad(running, (1, 0))[routing.ends].diff(prepend=running.new_zeros(1))
+            add_up, counted_probs = lambda values: counted @ values, probs * counted[:, None]
         divisor = n.clamp_min(1) if num_tokens is None else num_tokens
         with torch.autocast(logits.device.type, enabled=False):
-            z_loss = counted @ logits.logsumexp(-1).square() / divisor
-            entropy = -(counted @ torch.special.xlogy(probs, probs).detach().sum(-1))
-            weighted = (probs * counted[:, None]).t() if self.sums_products else counted
-            sums = weighted @ probs  # (E, E) or (E,)
+            z_loss = logits.logsumexp(-1, keepdim=True).square() / divisor  # (N, 1)
+            entropy = -torch.special.xlogy(probs, probs).sum(-1, keepdim=True).detach()  # (N, 1)
+            totals = add_up(torch.cat((z_loss, entropy, probs), dim=1))  # (2 + E,)
+            sums = counted_probs.t() @ probs if self.sums_products else totals[2:]  # (E, E) or (E,)
             balance_loss = self.balance_loss(sums, counts, n, divisor)
-        sums = torch.cat((entropy[None], sums.detach().flatten()))
-        return RouterAuxiliary(balance_loss, z_loss, counts, sums)
+        kept = torch.cat((totals[1:2], sums.flatten())) if self.sums_products else totals[1:]
+        kept = (kept.detach().nan_to_num(0.0) * FIXED_POINT).round().long()
+        return RouterAuxiliary(balance_loss, totals[0], torch.cat((kept[:1], counts, counts, kept[1:])))
 
     def balance_loss(self, sums: Tensor, counts: Tensor, n: Tensor, divisor) -> Tensor:
         """This call's part of the balance loss, from the sums of p (E,) or p p^T (E, E) over its n tokens.
@@ -316,9 +316,8 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def accumulate(self, auxiliary: RouterAuxiliary) -> None:
-        """Add one training forward to the sums, and keep its balance loss for `get_auxiliary_loss`."""
-        sums = (auxiliary.sums.nan_to_num(0.0) * FIXED_POINT).round().long()
-        self.step_totals += torch.cat((sums[:1], auxiliary.counts, auxiliary.counts, sums[1:]))
+        """Add one training forward to the totals, and keep its balance loss for `get_auxiliary_loss`."""
+        self.step_totals += auxiliary.totals
         self._auxiliary_loss = auxiliary.balance_loss
 
     def get_auxiliary_loss(self) -> Tensor:

@@ -118,6 +118,7 @@ class TrainConfig(llmc.Flags):
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
     tensorboard: bool = setting(True, "write log_dir/tb")
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
+    wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
     dtype: str = setting("auto", "for matrix products; auto = bfloat16 if CUDA, else float32", choices=DTYPES)
@@ -129,7 +130,7 @@ class TrainConfig(llmc.Flags):
         "auto", "on CUDA; auto = the fastest, timed", choices=("auto", *BACKENDS)
     )
     parallel: str = setting("ddp", "none = a single process", choices=("ddp", "fsdp", "none"))
-    zero_stage: int = setting(0, "1 = with ddp, each rank keeps a share of AdamW's moments", choices=(0, 1))
+    zero_stage: int = setting(0, "1 = with ddp, each rank keeps a share of the moments", choices=(0, 1))
     ep_size: int = setting(1, "ranks that share the experts of a layer (expert parallelism)", least=1)
     activation_checkpointing: str = setting("none", "block = recompute blocks", choices=("none", "block"))
     seed: int = setting(1337, "seed of weights, sample order and dropout", least=0, below=2**63)

@@ -38,22 +38,14 @@ class Routing(NamedTuple):
     token: Tensor  # (R,) int64, the token of each row
     weight: Tensor  # (R,) fp32, the factor of each row in its token's output; differentiable
     ends: Tensor  # (E,) int32: expert e computes the rows from ends[e-1] to ends[e]
+    expert: Tensor  # (R,) int16, the expert of each row
     order: Tensor  # (R,) int64, the slot of each row
+    position: Tensor  # (R,) int32, the row of each slot: the inverse of `order`
     per_token: int | None  # K, or None where the number of rows per token varies
-
-    def expert(self) -> Tensor:
-        """The expert of each row, (R,) int64."""
-        rows = torch.arange(self.token.shape[0], device=self.token.device)
-        return torch.searchsorted(self.ends, rows, right=True)
-
-    def position(self) -> Tensor:
-        """The row of each slot, (R,) int64: the inverse of `order`."""
-        rows = torch.arange(self.order.shape[0], device=self.order.device)
-        return torch.empty_like(self.order).scatter_(0, self.order, rows)
 
     def counts(self) -> Tensor:
         """The number of rows of each expert, (E,) int64."""
-        return self.ends.long().diff(prepend=self.ends.new_zeros(1))
+        return (self.ends - F.pad(self.ends, (1, -1))).long()
 
 
 class Permute(torch.autograd.Function):
@@ -70,20 +62,38 @@ class Permute(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
+class BiasOfRows(torch.autograd.Function):
+    """bias (E, D), expert (R,) -> bias[expert] (R, D), times weight (R, 1) if it is not None. The gradient of
+    the bias is a product with a one-hot matrix, without atomics."""
+
+    @staticmethod
+    def forward(ctx, bias, expert, weight):
+        ctx.save_for_backward(bias, expert, weight)
+        rows = bias.index_select(0, expert.int())
+        return rows if weight is None else (rows * weight).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        bias, expert, weight = ctx.saved_tensors
+        one_hot = expert[:, None] == torch.arange(bias.shape[0], device=grad.device)  # (R, E)
+        if weight is None:
+            return one_hot.to(grad.dtype).t() @ grad, None, None
+        grad_weight = (grad * bias.index_select(0, expert.int())).sum(1, keepdim=True, dtype=weight.dtype)
+        return (one_hot * weight).to(grad.dtype).t() @ grad, None, grad_weight
+
+
 class TakeRows(torch.autograd.Function):
     """x (N, D) -> x[token] (R, D). The gradient of a token is the sum over its rows: `combine`."""
 
     @staticmethod
-    def forward(ctx, x, token, order, per_token):
-        ctx.save_for_backward(token, order)
-        ctx.num_tokens, ctx.per_token = x.shape[0], per_token
-        return x.index_select(0, token)
+    def forward(ctx, x, routing):
+        ctx.save_for_backward(*routing[:-1])
+        ctx.num_tokens, ctx.per_token = x.shape[0], routing.per_token
+        return x.index_select(0, routing.token)
 
     @staticmethod
     def backward(ctx, grad):
-        token, order = ctx.saved_tensors
-        routing = Routing(token, None, None, order, ctx.per_token)
-        return combine(grad, routing, ctx.num_tokens), None, None, None
+        return combine(grad, Routing(*ctx.saved_tensors, ctx.per_token), ctx.num_tokens), None
 
 
 def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | None = None) -> Routing:
@@ -94,12 +104,16 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
     ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
     token = order // K if token is None else token[order]  # (R,)
-    return Routing(token, weight.reshape(-1).gather(0, order), ends, order, K)
+    rows = torch.arange(order.shape[0], device=order.device, dtype=torch.int32)
+    position = torch.empty_like(rows)
+    position[order] = rows
+    weight = Permute.apply(weight.reshape(-1), order, position)
+    return Routing(token, weight, ends, expert, order, position, K)
 
 
 def take_rows(x: Tensor, routing: Routing) -> Tensor:
     """Each token's channels in all of its rows, x (N, D) -> (R, D)."""
-    return TakeRows.apply(x, routing.token, routing.order, routing.per_token)
+    return TakeRows.apply(x, routing)
 
 
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
@@ -107,11 +121,11 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
-    position, shape = routing.position(), (num_tokens, routing.per_token, rows.shape[1])
-    rows = Permute.apply(rows, position, routing.order).view(shape)  # (N, K, D)
+    shape, backwards = (num_tokens, routing.per_token, rows.shape[1]), (routing.position, routing.order)
+    rows = Permute.apply(rows, *backwards).view(shape)  # (N, K, D)
     if not weighted:
         return rows.sum(1, dtype=rows.dtype)  # without dtype, autocast on CUDA makes it fp32
-    weight = routing.weight.gather(0, position).view(num_tokens, 1, -1)  # (N, 1, K)
+    weight = Permute.apply(routing.weight, *backwards).view(num_tokens, 1, -1)  # (N, 1, K)
     return torch.bmm(weight.to(rows.dtype), rows)[:, 0]
 
 
@@ -332,20 +346,16 @@ class Experts(nn.Module):
             c_fc, c_proj = (ZeroIdleGradients.apply(p, routing.counts()) for p in (c_fc, c_proj))
         h = product(take_rows(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
         if self.c_fc_bias is not None:
-            # Biases are added by a product with a one-hot matrix, whose gradient is a product too.
-            experts = torch.arange(ends.shape[0], device=x.device)
-            one_hot = (routing.expert()[:, None] == experts).to(x.dtype)  # (R, E)
-            h = torch.addmm(h, one_hot, local(self.c_fc_bias).to(x.dtype))
+            h = h + BiasOfRows.apply(local(self.c_fc_bias).to(x.dtype), routing.expert, None)
         # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
         h = (act.forward(h) * w).to(x.dtype)
-        y = combine(product(h, c_proj.mT, ends), routing, x.shape[0])  # (N, C)
+        y = product(h, c_proj.mT, ends)  # (R, C)
         if self.c_proj_bias is not None:
-            mix = combine((one_hot * w).to(x.dtype), routing, x.shape[0])  # (N, E)
-            y = torch.addmm(y, mix, local(self.c_proj_bias).to(x.dtype))
-        return y
+            y = y + BiasOfRows.apply(local(self.c_proj_bias).to(x.dtype), routing.expert, w)
+        return combine(y, routing, x.shape[0])  # (N, C)
 
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
-        expert = routing.expert()
+        expert = routing.expert.int()
         chosen = {name: local(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every row
         y = take_rows(x, routing)  # (R, C)
         h = (chosen["c_fc"] @ y[:, :, None])[:, :, 0] + chosen.get("c_fc_bias", 0)  # (R, H), gated (R, 2H)

@@ -133,7 +133,11 @@ def _(x, grad, ends):
 
 def _backward(ctx, grad):
     x, w, ends = ctx.saved_tensors
-    return grouped_product(grad, w.mT, ends), weight_gradient(x, grad, ends), None
+    if w.stride(1) == 1:  # a transposed parameter: its gradient has the same layout, or torch would copy it
+        grad_w = weight_gradient(grad, x, ends).mT
+    else:
+        grad_w = weight_gradient(x, grad, ends)
+    return grouped_product(grad, w.mT, ends), grad_w, None
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -85,8 +85,8 @@ def sure_layer(**fields) -> MoE:
 def chosen(layer: MoE, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Experts and weights of every token (N, K), best expert first, and the probabilities (N, E)."""
     routing, probs = layer.route(logits)
-    rows = routing.expert(), routing.weight
-    return *(row[routing.position()].view(-1, routing.per_token) for row in rows), probs
+    rows = routing.expert, routing.weight
+    return *(row[routing.position].view(-1, routing.per_token) for row in rows), probs
 
 
 def strong(model, std=0.2, seed=0):

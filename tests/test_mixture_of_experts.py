@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ENGINES, chosen, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from processes import run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -160,6 +161,20 @@ def test_loss_free_balancing():
     assert index.tolist() == [[3, 2]] * 6
     p = logits.softmax(-1)
     torch.testing.assert_close(weights, torch.stack((p[:, 3], p[:, 2]), 1) / (p[:, 3] + p[:, 2])[:, None])
+
+
+@pytest.mark.parametrize(
+    "engine", [engine for engine in (*ENGINES, "triton") if engine not in ("loop", "gather")]
+)
+def test_the_grouped_engines_never_read_a_number_on_the_host(engine):
+    """A FakeTensor has no numbers: every read, such as item() or nonzero(), raises an error."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        layer, x = MoE(tiny(n_embd=16, expert_hidden_size=8)).train(), torch.randn(2, 12, 16)
+        layer.experts.engine = engine
+        update_routers([layer])
+        y = layer(x.requires_grad_(), torch.ones(2, 12, dtype=torch.bool))
+        (y.sum() + layer.get_auxiliary_loss()).backward()
+        assert x.grad.shape == x.shape and all(p.grad.shape == p.shape for p in layer.parameters())
 
 
 def test_forced_balance_for_benchmarks():

@@ -1,4 +1,4 @@
-"""Imported first by every script: an old Python or a missing package gets one line, not a traceback.
+"""Imported first by every script: an old Python, a missing package and a warning get one line each.
 
 An old Python must be able to read this file and what the scripts have before it. So it is written for 3.8.
 """
@@ -6,8 +6,10 @@ An old Python must be able to read this file and what the scripts have before it
 import os
 import re
 import sys
+import warnings
 
-LIST = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "requirements.txt")
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LIST = os.path.join(HERE, "requirements.txt")
 
 
 def stop(problem):
@@ -28,6 +30,13 @@ def explain(kind, error, traceback):
     sys.__excepthook__(kind, error, traceback)
 
 
+def format_warning(message, category, *place):
+    """For `warnings`: without the line of our source code, which tells a user nothing."""
+    return f"warning: {message}\n"
+
+
 if sys.version_info < (3, 11):  # noqa: UP036 (ruff believes that no older one gets here)
     stop("this is Python {}.{}, but 3.11 or newer is needed".format(*sys.version_info))
-sys.excepthook = explain
+# A program of others that imports our modules keeps its own settings.
+if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE + os.sep):
+    sys.excepthook, warnings.formatwarning = explain, format_warning

@@ -20,6 +20,7 @@ import torch
 from layers.sharding import local
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
+DIVERGED = "step {} is not saved, because the run has diverged (lower --max_lr or --router_lr_mult)"
 
 
 class CheckpointError(ValueError):

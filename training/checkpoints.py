@@ -32,7 +32,7 @@ CHECKPOINT_NAME = re.compile(r"model_(\d{5,})(\.pt)?")  # a file; without the en
 # ---------------------------------------------------------------------------- WRITE
 def save_checkpoint(checkpoint: dict, folder: str | Path) -> Path:
     """Write folder/model_XXXXX.pt (the step); point folder/latest at it. OSError, NotFiniteError."""
-    archives.check_finite(f"step {checkpoint['step']} is not saved", dict(named_tensors(checkpoint)))
+    archives.check_finite(archives.DIVERGED.format(checkpoint["step"]), dict(named_tensors(checkpoint)))
     path = checkpoint_path(folder, checkpoint["step"])
     write_atomically(path, lambda file: torch.save({**checkpoint, "format": CHECKPOINT_FORMAT}, file))
     write_atomically(path.with_name("latest"), lambda file: file.write(path.name.encode()))

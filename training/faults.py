@@ -214,7 +214,8 @@ def report(error: Exception, config=None) -> int:
     text, code = one_line(error), BAD_SETTINGS
     if config is not None:
         code = FAILED
-        names = "B T n_layer n_embd num_experts expert_hidden_size mlp_hidden_size vocab_size block_size"
+        names = "B T n_layer n_embd num_experts num_shared_experts expert_hidden_size mlp_hidden_size"
+        names += " vocab_size block_size"
         sizes = ", ".join(f"{name}={getattr(config, name)}" for name in names.split())
         mend = "lower --B (same step, in more micro-steps), then --T, then --n_layer or --n_embd"
         text = f"out of memory with {sizes}: {mend}. {text}"

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -53,11 +54,13 @@ class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
     If the disk is full, lines wait in memory until there is space. Files of an earlier run move into a folder
     old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. It keeps the
-    lines of the evaluation at first_step if evaluates_first is False. wandb: also send curves and samples to
-    Weights & Biases. ValueError: another run uses the folder, or wandb is missing. OSError: writing fails."""
+    lines of the evaluation at first_step if evaluates_first is False. wandb: the project in Weights & Biases
+    that also gets settings, curves, samples and pictures of the load; "" for none. record: the run_record.
+    ValueError: another run uses the folder, or wandb is missing. OSError: writing fails."""
 
     def __init__(self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool,
-                 wandb: bool = False, evaluates_first: bool = True, say: Callable = print):  # fmt: skip
+                 wandb: str = "", evaluates_first: bool = True, say: Callable = print,
+                 record: dict | None = None):  # fmt: skip
         self.folder, self.say = folder, say
         self.drawing: subprocess.Popen | None = None
         if wandb and importlib.util.find_spec("wandb") is None:
@@ -79,13 +82,24 @@ class RunLog:
         for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open_own(folder / name)
-        self.wandb: Any = self._try_wandb(start_wandb, folder, resumed is not None) if wandb else None
+        settings = (record or {}).get("config", {})
+        if record:
+            write_run_file(folder / "run.json", record, resumes=resumed is not None)
+        self.wandb: Any = None
+        if wandb:
+            self.wandb = self._try_wandb(start_wandb, folder, resumed is not None, wandb, settings)
         self.tensorboard = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard.summary import hparams
 
             threading.excepthook = print_thread_error
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
+            table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+            self._tensorboard("add_text", "settings", f"| setting | value |\n|---|---|\n{table}", first_step)
+            plain = {k: v for k, v in settings.items() if isinstance(v, (bool, int, float, str))}
+            for summary in hparams(plain, {"loss/val": 0})[: 3 if plain and not resumed else 0]:
+                self._tensorboard("file_writer.add_summary", summary)
 
     def record(self, values: dict) -> None:
         """Write a step's row of metrics.jsonl; its numbers also go to the curves."""
@@ -110,10 +124,17 @@ class RunLog:
         for metric in METRICS:
             if metric.evaluated and metric.log_word and metric.name in measured:
                 self.measurement(step, metric.log_word, measured[metric.name])
-        for layer, share in enumerate(expert_load or () if measured else ()):
-            fair = len(share) * np.array(share)  # (E,) in fair shares
-            if np.isfinite(fair).all():
-                self._tensorboard("add_histogram", f"expert_load/layer_{layer}", fair, step)
+        if measured and expert_load and np.isfinite(expert_load).all():
+            fair = len(expert_load[0]) * np.array(expert_load)  # (MoE layers, E) in fair shares
+            for layer, loads in enumerate(fair):
+                self._tensorboard("add_histogram", f"moe/expert_load/layer_{layer}", loads, step)
+            picture = (255 * np.clip(fair / 2, 0, 1)).astype(np.uint8)  # black: no rows; white: 2 shares
+            picture = picture.repeat(16, axis=0).repeat(16, axis=1)[
+                :, :, None
+            ]  # 16 x 16 points for an expert
+            self._tensorboard("add_image", "moe/expert_load", picture, step, None, "HWC")
+            if self.wandb is not None:
+                self._send(step, {"moe/expert_load": sys.modules["wandb"].Image(picture)})
         if measured and elapsed_s is not None:
             self._add_to_last_row(step, measured | {"elapsed_s": elapsed_s})
 
@@ -185,7 +206,7 @@ class RunLog:
     def _tensorboard(self, method: str, *arguments: Any) -> None:
         try:
             if self.tensorboard is not None:
-                getattr(self.tensorboard, method)(*arguments)
+                operator.attrgetter(method)(self.tensorboard)(*arguments)
         except OSError as error:
             self.say(f"WARNING: no more TensorBoard events of this run: {error}; metrics.jsonl has all data")
             self.tensorboard = None
@@ -247,13 +268,15 @@ class RunLog:
                 file.close()
 
 
-def start_wandb(folder: Path, resumed: bool):
-    """Start the folder's run in Weights & Biases, or continue it if `resumed`."""
+def start_wandb(folder: Path, resumed: bool, project: str, settings: dict):
+    """Start the folder's run in Weights & Biases, or continue it if `resumed`. wandb itself reads WANDB_MODE,
+    WANDB_RUN_GROUP, WANDB_TAGS and its other variables."""
     import wandb
 
     file = folder / "wandb_id"
     known = file.read_text().strip() if resumed and file.is_file() else None
-    run = wandb.init(project="gpt-moe", name=folder.resolve().name, dir=str(folder), id=known, resume="allow")
+    names = dict(project=project, name=os.environ.get("WANDB_NAME", folder.resolve().name))
+    run = wandb.init(**names, dir=str(folder), id=known, resume="allow", config=settings)
     write_atomically(file, lambda out: out.write(run.id.encode()))
     return run
 

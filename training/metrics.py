@@ -40,23 +40,23 @@ METRICS = (
     Metric("val_loss", "nats per token", "loss/val", "val {:.3f} at {eval_step}",
            evaluated=True, log_word="val", llmc_word="tel", panel="Loss"),
     Metric("val_bpb", "bits per byte", "loss/val_bpb", evaluated=True, log_word="val_bpb"),
-    Metric("hella_acc_norm", "acc_norm", "hellaswag", evaluated=True, log_word="hella", llmc_word="eval",
+    Metric("hella_acc_norm", "acc_norm", "hellaswag/acc_norm", evaluated=True, log_word="hella",
+           llmc_word="eval", panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
+    Metric("hella_acc", "acc", "hellaswag/acc", evaluated=True,
            panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
-    Metric("hella_acc", "acc", "hellaswag_plain", evaluated=True,
-           panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
-    Metric("lr", "learning rate", "lr", line="lr {:.3e}", panel=OPTIMIZER, drawn="default"),
-    Metric("norm", "gradient norm", "norm", line="norm {:.3f}", panel=OPTIMIZER, log_scale=True),
+    Metric("lr", "learning rate", "optim/lr", line="lr {:.3e}", panel=OPTIMIZER, drawn="default"),
+    Metric("norm", "gradient norm", "optim/norm", line="norm {:.3f}", panel=OPTIMIZER, log_scale=True),
     Metric("ms", "milliseconds", line="{:.1f} ms"),
-    Metric("tok_per_s", "tokens/s", "tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
-    Metric("mfu", "MFU", "mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
-    Metric("max_load", "max / mean load", "max_load", "max load {:.2f}",
+    Metric("tok_per_s", "tokens/s", "speed/tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
+    Metric("mfu", "MFU", "speed/mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
+    Metric("max_load", "max / mean load", "moe/max_load", "max load {:.2f}",
            panel=BALANCE, log_scale=True, axis_low=1, axis_high=1),
-    Metric("starved", "starved experts", "starved",
+    Metric("starved", "starved experts", "moe/starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
-    Metric("router_entropy", "entropy", "router_entropy", panel=ROUTER),  # nats, mean over tokens and layers
-    Metric("balance_loss", "balance loss", "loss/balance", panel=ROUTER),  # sum over layers
-    Metric("z_loss", "z-loss", "loss/z", panel=ROUTER),  # sum over layers
-    Metric("memory", "GiB at most", "memory_gib"),
+    Metric("router_entropy", "entropy", "moe/router_entropy", panel=ROUTER),  # nats, mean over layers
+    Metric("balance_loss", "balance loss", "moe/balance_loss", panel=ROUTER),  # sum over layers
+    Metric("z_loss", "z-loss", "moe/z_loss", panel=ROUTER),  # sum over layers
+    Metric("memory", "GiB at most", "speed/memory_gib"),
     Metric("elapsed_s", "seconds since the start"),
     Metric("bad_steps", "steps without an update so far", live="bad steps {}", hidden=0),
 )  # fmt: skip

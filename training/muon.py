@@ -4,12 +4,22 @@ Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, 
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
 Learning rate: an orthogonal (r, c) matrix has a root mean square of 1/sqrt(max(r, c)). Multiplied by
 0.2 sqrt(max(r, c)) it has 0.2, as AdamW's updates have. Muon and AdamW thus share learning rate, schedule
-and weight decay (Moonlight, section 2.2). Each process orthogonalises its share of the matrices (5 iterations
-of 4 r r c + 2 r r r FLOPs per matrix, r <= c), and an all-gather distributes the results.
-References: https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982; AdamW, 1711.05101."""
+and weight decay (Moonlight, section 2.2).
+
+One iteration costs 4 r r c + 2 r r r FLOPs per matrix, r <= c. Therefore one rank owns each matrix, and alone
+orthogonalises it. Of P elements in matrices, each of W ranks sends per step (fp32; bf16, on CUDA, is half):
+    ddp     4 P (W-1)/W bytes: every rank has all momenta, and an all-gather distributes the results
+    fsdp    8 P (W-1)/W/W bytes: every rank has its part of each momentum. For each shape, one all-to-all
+            brings the parts of the matrices to their owners, and another the parts of the results back
+    zero    0 bytes: only the owner has the momentum; ZeRO sends all weights after the step, as for AdamW
+    ep      0 bytes for experts: they are whole where they are, unless fsdp cuts them
+References: https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982, whose section 2.3 divides
+the momenta; AdamW, 1711.05101."""
 
 import functools
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,25 +55,61 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x
 
 
-def shared_newton_schulz(matrices: torch.Tensor, steps: int) -> torch.Tensor:
-    """newton_schulz of (n, r, c), divided among the processes; all processes get the same bits."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    if size == 1:
-        return newton_schulz(matrices, steps)
-    share = math.ceil(len(matrices) / size)
-    mine = matrices[dist.get_rank() * share :][:share]
-    padded = matrices.new_zeros(share, *matrices.shape[1:])  # the last ranks may have fewer, or none
-    padded[: len(mine)] = newton_schulz(mine, steps)
-    gathered = matrices.new_empty(size * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    return gathered[: len(matrices)]
+class Owners:
+    """Which ranks orthogonalise `count` matrices (count, r, c), where `parameter` has some of them.
+    replicated: all ranks have all plain parameters. turn: the rank whose share is rounded up first."""
+
+    def __init__(self, parameter: torch.Tensor, count: int, replicated: bool, turn: int):
+        self.group, self.dim = None, None  # the ranks that share the matrices; the dimension that they cut
+        if isinstance(parameter, DTensor):
+            for mesh_dim, placement in enumerate(parameter.placements):
+                if (dim := placement.dim - parameter.dim()) in (-2, -1):  # else every rank has whole matrices
+                    self.group, self.dim = parameter.device_mesh.get_group(mesh_dim), dim
+        elif replicated and dist.is_initialized():
+            self.group = dist.group.WORLD
+        ranks = dist.get_world_size(self.group) if self.group else 1
+        self.rank = dist.get_rank(self.group) if self.group else 0
+        self.counts = [count // ranks + ((rank - turn) % ranks < count % ranks) for rank in range(ranks)]
+        self.shape = parameter.shape[-2:]  # (r, c)
+        size = self.shape[self.dim or 0]
+        part = math.ceil(size / ranks)  # as torch.chunk: the last ranks may have less, or nothing
+        self.sizes = [len(range(size)[rank * part :][:part]) for rank in range(ranks)]
+
+    def gather(self, parts: torch.Tensor) -> torch.Tensor:
+        """This rank's own matrices (n, r, c), from its parts of all matrices, or from all matrices."""
+        if self.dim is None:
+            return parts.split(self.counts)[self.rank]
+        whole = parts.new_empty(self.counts[self.rank], *self.shape).split(self.sizes, self.dim)
+        return torch.cat(self._exchange(parts.split(self.counts), [part.shape for part in whole]), self.dim)
+
+    def scatter(self, whole: torch.Tensor) -> torch.Tensor:
+        """The inverse of gather: this rank's parts of all ranks' matrices, or all matrices."""
+        if self.dim is not None:
+            parts = whole.split(self.sizes, self.dim)
+            shape = parts[self.rank].shape[1:]
+            return torch.cat(self._exchange(parts, [torch.Size((n, *shape)) for n in self.counts]))
+        if len(self.counts) == 1:
+            return whole
+        padded = whole.new_zeros(max(self.counts), *self.shape)  # an all-gather needs equal sizes
+        padded[: len(whole)] = whole
+        gathered = whole.new_empty(len(self.counts) * len(padded), *self.shape)
+        dist.all_gather_into_tensor(gathered, padded, self.group)
+        shares = zip(gathered.split(len(padded)), self.counts, strict=True)
+        return torch.cat([share[:n] for share, n in shares])
+
+    def _exchange(self, parts: Sequence[torch.Tensor], shapes: list[torch.Size]) -> list[torch.Tensor]:
+        """Send one tensor to each rank, and receive one of a given shape from each."""
+        received = parts[0].new_empty(sum(shape.numel() for shape in shapes))
+        sizes = [shape.numel() for shape in shapes]
+        sent = torch.cat([part.flatten() for part in parts])
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=self.group)
+        return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with method="muon" or "adamw", lr and weight_decay. A Muon group also has row_blocks,
-    as row_blocks() returns them, and replicated: whether all processes hold the same parameters and share the
-    work. A matrix whose gradient is zero (an expert without tokens) stays unchanged: its momentum would move
-    it as far as a real gradient. ValueError unless there are 2 or 3 dimensions; for a replicated DTensor."""
+    as row_blocks() returns them, and replicated: whether all ranks update the same plain parameters, and so
+    can share the work. ValueError unless a matrix has 2 or 3 dimensions."""
 
     def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
                  betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
@@ -76,8 +122,6 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
         for group in self.param_groups:
             for parameter in group["params"] if group["method"] == "muon" else []:
-                if group["replicated"] and isinstance(parameter.data, DTensor):
-                    raise ValueError("Muon needs whole matrices, but these are sharded; use optimizer=adamw")
                 if parameter.dim() not in (2, 3):
                     raise ValueError(f"Muon is for matrices, not for shape {tuple(parameter.shape)}")
 
@@ -92,37 +136,42 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:
-        """Matrices of one shape are stacked: one batched product instead of many small ones."""
-        stacks: dict[tuple, list[tuple]] = {}
+        """Parameters of one shape are one stack: the number of kernels does not grow with the depth."""
+        turn, stacks, jobs = 0, defaultdict(list), []
         for group in groups:
+            alike = defaultdict(list)
             for parameter in (p for p in group["params"] if p.grad is not None):
-                blocks = group["row_blocks"] or [parameter.size(-2)]
-                parts = (local(parameter), local(parameter.grad), self._momentum(parameter, group))
-                for weight, grad, update in zip(*(t.split(blocks, dim=-2) for t in parts), strict=True):
-                    weight, grad, update = (t if t.dim() == 3 else t[None] for t in (weight, grad, update))
-                    alive = (grad != 0).any(-1, keepdim=True).any(-2, keepdim=True)  # (n, 1, 1)
-                    update = update.mT if update.size(-2) > update.size(-1) else update  # (n, r, c), r <= c
-                    key = (*update.shape[1:], update.dtype, group["steps"], group["replicated"])
-                    stacks.setdefault(key, []).append((weight, alive, update, group))
-        for (_, columns, _, steps, replicated), stack in stacks.items():
-            weights, _, updates, _ = zip(*stack, strict=True)
-            orthogonalise = shared_newton_schulz if replicated else newton_schulz
-            updates = orthogonalise(torch.cat(updates), steps)  # (n, r, c)
-            updates = updates.mul_(ADAMW_RMS * math.sqrt(columns)).split([len(weight) for weight in weights])
-            for (weight, alive, _, group), update in zip(stack, updates, strict=True):
-                update = update if update.shape == weight.shape else update.mT
-                update = update.to(weight.dtype) + group["weight_decay"] * weight
-                weight.sub_(alive * update, alpha=group["lr"])
+                alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                updates = self._momentum(parameters, group)  # (M, r, c): of each matrix what this rank has
+                owners = Owners(parameters[0], len(updates), group["replicated"], turn)
+                turn += len(updates) if owners.group else 0
+                mine = owners.gather(updates)
+                jobs.append((group, parameters, owners, mine))
+                for block in mine.split(group["row_blocks"] or [mine.size(-2)], dim=-2):
+                    wide = block.mT if block.size(-2) > block.size(-1) else block  # (n, r, c), r <= c
+                    stacks[wide.shape[1:], wide.dtype, group["steps"]].append(wide)
+        for ((_, columns), _, steps), wide in stacks.items():
+            updates = newton_schulz(torch.cat(wide), steps).mul_(ADAMW_RMS * math.sqrt(columns))
+            torch._foreach_copy_(wide, updates.split([len(matrices) for matrices in wide]))  # into `mine`
+        for group, parameters, owners, mine in jobs:
+            weights = [local(parameter) for parameter in parameters]
+            updates = owners.scatter(mine).to(weights[0].dtype).view(len(weights), *weights[0].shape)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"])
 
-    def _momentum(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
-        """Nesterov's momentum of the gradient; fp32 becomes bf16 for Newton-Schulz where that is fast."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        grad, buffer = local(parameter.grad), local(state["momentum_buffer"])
-        update = grad.lerp(buffer.lerp_(grad, 1 - group["momentum"]), group["momentum"])
-        in_bf16 = update.dtype == torch.float32 and has_fast_bf16(update.device.type)
-        return update.bfloat16() if in_bf16 else update
+    def _momentum(self, parameters: list[torch.Tensor], group: dict) -> torch.Tensor:
+        """Nesterov's momentum of the gradients, (M, r, c) for all matrices of the parameters together. fp32
+        becomes bf16 for Newton-Schulz where that is fast."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        grads = [local(parameter.grad) for parameter in parameters]
+        buffers = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).flatten(0, -3)
+        in_bf16 = updates.dtype == torch.float32 and has_fast_bf16(updates.device.type)
+        return updates.bfloat16() if in_bf16 else updates
 
     def _adamw_step(self, group: dict) -> None:
         params = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -149,16 +198,16 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                    device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-                   expert_parallel: bool = False) -> MuonAdamW:  # fmt: skip
-    """MuonAdamW for a GPT, as GPT.configure_optimizers. expert_parallel: processes hold different experts."""
+                   replicated: bool = True) -> MuonAdamW:  # fmt: skip
+    """MuonAdamW for a GPT, as GPT.configure_optimizers. replicated=False: for ZeRO, where each rank updates
+    other parameters."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
             return "", dict(method="adamw")
         blocks = row_blocks(name, parameter, model.config)
-        alone = expert_parallel and role.lr_group == "experts"
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
-        return ending, dict(method="muon", row_blocks=blocks, replicated=not alone)
+        return ending, dict(method="muon", row_blocks=blocks, replicated=replicated)
 
     settings = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
     groups = parameter_groups(model.named_parameters(), *settings, details)

@@ -10,17 +10,10 @@ import torch
 from model import GPTLMHeadModel
 from training.muon import configure_muon
 
-# name: (how to build it from model, settings that all optimizers share, and config;
-#        {(field of config, value that it refuses): (what it needs instead, flag that helps)})
+# name: how to build it from model, settings that all optimizers share, and config
 OPTIMIZERS = {
-    "adamw": (lambda model, shared, config: model.configure_optimizers(**shared), {}),
-    "muon": (
-        lambda model, shared, config: configure_muon(model, **shared, expert_parallel=config.ep_size > 1),
-        {
-            ("parallel", "fsdp"): ("whole matrices", "--parallel ddp"),
-            ("zero_stage", 1): ("whole states", "--zero_stage 0"),
-        },
-    ),
+    "adamw": lambda model, shared, config: model.configure_optimizers(**shared),
+    "muon": lambda model, shared, config: configure_muon(model, **shared, replicated=config.zero_stage == 0),
 }
 
 
@@ -47,15 +40,6 @@ def learning_rate(step: int, config) -> float:
     return config.min_lr + (config.max_lr - config.min_lr) * min(max(share, 0.0), 1.0)
 
 
-def check_optimizer(config) -> None:
-    """ValueError if the chosen optimizer cannot work with the chosen layout."""
-    _, refuses = OPTIMIZERS[config.optimizer]
-    for (field, value), (needs, flag) in refuses.items():
-        if getattr(config, field) == value:
-            problem = f"optimizer={config.optimizer} needs {needs}, but {field}={value}"
-            raise ValueError(f"{problem}; use {flag}, or --optimizer adamw with its --max_lr, such as 6e-4")
-
-
 def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, for a model that already lies on its device."""
     shared = dict(
@@ -63,5 +47,4 @@ def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
         device_type=model.device.type,
         router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
     )  # fmt: skip
-    build, _ = OPTIMIZERS[config.optimizer]
-    return build(model, shared, config)
+    return OPTIMIZERS[config.optimizer](model, shared, config)

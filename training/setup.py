@@ -27,8 +27,8 @@ from training import faults, parallel
 from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
-from training.log import RunLog, run_record, write_run_file
-from training.optimizers import build_optimizer, check_optimizer
+from training.log import RunLog, run_record
+from training.optimizers import build_optimizer
 from training.preflight import preflight
 from training.terminal import tell
 
@@ -145,10 +145,10 @@ def open_log(run: Run) -> None:
     world.barrier()  # all ranks have read their files: the master may now move an old run's files
     if world.is_master:
         first_step = run.resumed.get("step", 0)
-        files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard, config.wandb
-        run.log = RunLog(*files, evaluates_first=evaluates_at(first_step, config), say=tell)
-        record = run_record(config, model, world, first_step)
-        write_run_file(Path(config.log_dir, "run.json"), record, resumes=bool(run.resumed))
+        files = Path(config.log_dir), run.resumed_from, first_step, config.tensorboard
+        wandb = config.wandb_project or (os.environ.get("WANDB_PROJECT", "gpt-moe") if config.wandb else "")
+        more = dict(evaluates_first=evaluates_at(first_step, config), say=tell)
+        run.log = RunLog(*files, wandb, record=run_record(config, model, world, first_step), **more)
         tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
         table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
@@ -170,7 +170,6 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     if not config.log_dir.strip():
         raise ValueError("log_dir='': name a folder, such as --log_dir log")
     check_layout(config, world)
-    check_optimizer(config)
     if config.learning_rate_decay_frac is not None:
         config.min_lr = config.learning_rate_decay_frac * config.max_lr
         config.learning_rate_decay_frac = None

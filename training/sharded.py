@@ -100,7 +100,7 @@ class Saver:
                 for leftover in [writer.path] if self.group is None else path.parent.glob(".model_*.*ed"):
                     shutil.rmtree(leftover, ignore_errors=True)
             tensors, rest = extract_tensors(checkpoint)
-            archives.check_finite(f"step {checkpoint['step']} is not saved", tensors)
+            archives.check_finite(archives.DIVERGED.format(checkpoint["step"]), tensors)
             # dcp.async_save would hang: if one rank had no memory for its copy, the others would wait for it.
             return tensors if self.group is None else writer.stage(tensors), rest  # one process need not copy
 

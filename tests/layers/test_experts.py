@@ -25,8 +25,8 @@ def test_dispatch_of_a_hand_worked_example():
     routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
     assert routing.order.tolist() == routing.weight.tolist() == [1, 2, 0, 4, 3, 5]
     assert routing.token.tolist() == [0, 1, 0, 2, 1, 2] and routing.per_token == 2
-    assert routing.position().tolist() == [2, 0, 1, 4, 3, 5]
-    assert routing.expert().tolist() == [0, 0, 2, 2, 3, 3]
+    assert routing.position.tolist() == [2, 0, 1, 4, 3, 5]
+    assert routing.expert.tolist() == [0, 0, 2, 2, 3, 3]
     assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
     assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]
 
@@ -105,7 +105,7 @@ def test_odd_layouts_of_input_and_gradient():
 def test_decoding_never_touches_unused_experts(engine):
     layer, x = moe_layer(num_experts=8).eval(), torch.randn(1, 1, 8)
     expected = layer(x)
-    used = layer.route(layer.gate(x[0]))[0].expert().tolist()
+    used = layer.route(layer.gate(x[0]))[0].expert.tolist()
     unused = [e for e in range(8) if e not in used]
     assert len(unused) == 6
     with torch.no_grad():

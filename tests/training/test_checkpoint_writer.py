@@ -226,7 +226,8 @@ def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
     errors = [error for _, error, _ in seen[0]]
     assert "rank 1: [Errno 27] File too large" in errors[1] and "File too large" in errors[2]
     assert "No space left" in errors[4] and "rank 1: " in errors[6] and "can't allocate memory" in errors[6]
-    assert errors[5] == "rank 1: step 6 is not saved: model.transformer.wte.weight is not finite"
+    assert errors[5].startswith("rank 1: step 6 is not saved")
+    assert errors[5].endswith("model.transformer.wte.weight is not finite")
     assert steps(tmp_path) == [8, 4, 1] and not list(tmp_path.glob(".model*"))
     for step in (1, 4, 8):
         found = load_checkpoint(tmp_path / f"model_{step:05d}")["model"][WTE]

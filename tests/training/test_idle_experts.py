@@ -10,6 +10,7 @@ from models import moe_layer, sure_layer
 
 from mixture_of_experts import update_routers
 from training.idle_experts import freeze_idle_experts
+from training.muon import MuonAdamW
 
 # The experts' weights decay a lot; the router is not trained.
 ADAMW = dict(lr=0.1, weight_decay=0.5)
@@ -18,15 +19,19 @@ ADAMW = dict(lr=0.1, weight_decay=0.5)
 def values(layer, optimizer) -> list[torch.Tensor]:
     """Copies of the experts' parameters and of their moments, each (E, ...)."""
     parameters = list(layer.experts.parameters())
-    moments = [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
+    moments = [value for p in parameters for value in optimizer.state[p].values() if value.dim() > 0]
     return [tensor.detach().clone() for tensor in parameters + moments]
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
 @pytest.mark.parametrize("spared", [True, False])
-def test_idle_experts_stay_as_they_are(spared):
+def test_idle_experts_stay_as_they_are(spared, method):
     """Expert 3 has rows in the first step only. Later, neither decay nor old moments may change it."""
     layer, x, seen = moe_layer(num_experts_per_tok=1), torch.randn(2, 16, 8), []
-    optimizer = torch.optim.AdamW(layer.experts.parameters(), **ADAMW)
+    groups = [
+        dict(params=[p], method=method if p.dim() == 3 else "adamw") for p in layer.experts.parameters()
+    ]
+    optimizer = MuonAdamW(groups, **ADAMW)
     update_routers([layer])
     for step in range(3):
         layer.router_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 100.0 if step == 0 else -100.0]))

@@ -42,7 +42,8 @@ def read_records(folder) -> list[dict]:
 
 
 def read_events(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder / "tb"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+    everything = dict.fromkeys(("scalars", "histograms", "tensors", "images"), 0)
+    return EventAccumulator(str(folder / "tb"), everything).Reload()
 
 
 def points(events, curve: str) -> dict:
@@ -66,15 +67,21 @@ def finished(data, tmp_path_factory):
 
 def test_tensorboard_curves_are_the_metrics(finished):
     names = {
-        "loss/train": "loss", "loss/val": "val_loss", "loss/balance": "balance_loss", "loss/z": "z_loss",
-        "lr": "lr", "norm": "norm", "tok_per_s": "tok_per_s", "mfu": "mfu", "max_load": "max_load",
-        "memory_gib": "memory", "starved": "starved", "router_entropy": "router_entropy",
+        "loss/train": "loss", "loss/val": "val_loss", "moe/balance_loss": "balance_loss",
+        "moe/z_loss": "z_loss", "optim/lr": "lr", "optim/norm": "norm",
+        "speed/tok_per_s": "tok_per_s", "speed/mfu": "mfu",
+        "moe/max_load": "max_load", "speed/memory_gib": "memory", "moe/starved": "starved",
+        "moe/router_entropy": "router_entropy",
         "loss/val_bpb": "val_bpb",
     }  # fmt: skip
     for curve, name in names.items():
         steps = "eval_step" if name.startswith("val") else "step"
         expected = {record[steps]: record[name] for record in finished.records if name in record}
         assert expected and points(finished.events, curve) == pytest.approx(expected, rel=1e-6), curve
+    (image, *_) = finished.events.Images("moe/expert_load")
+    assert (image.width, image.height) == (16 * 4, 16 * 2)
+    assert "settings/text_summary" in finished.events.Tags()["tensors"]
+    assert "_hparams_/experiment" in finished.events.summary_metadata
     assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
 
 
@@ -82,7 +89,7 @@ def test_tensorboard_histograms_are_the_experts_loads(finished):
     """The load at an evaluation is that of the step before it; fair = 1, so four experts sum to 4."""
     load = {r["step"]: np.array(r["expert_load"]) for r in finished.records if "expert_load" in r}
     for layer in range(2):
-        found = finished.events.Histograms(f"expert_load/layer_{layer}")
+        found = finished.events.Histograms(f"moe/expert_load/layer_{layer}")
         assert [event.step for event in found] == [4, 8, 12]
         for event in found:
             value = event.histogram_value
@@ -154,7 +161,7 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     assert read_records(tmp_path) == [{"step": 2, "loss": 3.5, **MEASURED, "elapsed_s": 9.5}]
     events = read_events(tmp_path)
     assert points(events, "loss/new") == {3: 1.125}
-    assert [event.step for event in events.Histograms("expert_load/layer_0")] == [2]
+    assert [event.step for event in events.Histograms("moe/expert_load/layer_0")] == [2]
     assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
 
@@ -184,7 +191,7 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
     assert (tmp_path / "main.log").read_text().splitlines() == [f"s:{line}" for line in lines]
     events = read_events(tmp_path)
     assert points(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
-    for curve, value in {"loss/val": 3.25, "hellaswag": 0.5, "hellaswag_plain": 0.25}.items():
+    for curve, value in {"loss/val": 3.25, "hellaswag/acc_norm": 0.5, "hellaswag/acc": 0.25}.items():
         assert points(events, curve) == {2: value}, curve
 
 
@@ -204,18 +211,53 @@ def test_wandb_gets_the_same_names(finished):
     wandb = finished.wandb
     fields = wandb.init.call_args.kwargs
     assert fields["id"] is None and fields["dir"] == str(finished.folder)
+    assert fields["project"] == "gpt-moe" and fields["config"]["max_lr"] == 0.003
     assert (wandb.init.call_count, wandb.finish.call_count) == (1, 1)
     logged = [call.args for call in wandb.log.call_args_list]
     steps = [step for _, step in logged]
     assert steps == sorted(steps)  # wandb drops what comes late
     found = {name for values, _ in logged for name in values}
-    assert {"loss/train", "loss/val", "loss/balance", "lr", "norm", "memory_gib", "sample"} <= found
+    assert {
+        "loss/train",
+        "loss/val",
+        "moe/balance_loss",
+        "optim/lr",
+        "optim/norm",
+        "moe/expert_load",
+        "sample",
+    } <= found
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline(data, tmp_path, monkeypatch):
+    """Needs `pip install wandb`. The file of an offline run, read by wandb's own reader."""
+    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "seeds")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    for steps, resume in ((3, ""), (5, "auto")):
+        more = ["--max_steps", steps, "--resume", resume, "--wandb_project", "mine", "--infer_step", 1]
+        assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
+    runs, steps = [], []
+    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        reader = datastore.DataStore()
+        reader.open_for_scan(str(file))
+        while content := reader.scan_data():
+            record = wandb_internal_pb2.Record.FromString(content)
+            runs += [record.run] if record.run.run_id else []
+            rows = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            steps += [json.loads(rows["_step"])] if "loss/train" in rows else []
+    assert len({run.run_id for run in runs}) == 1 and {run.project for run in runs} == {"mine"}
+    assert runs[0].run_group == "seeds" and list(runs[0].tags) == ["a", "b"]
+    assert {item.key for item in runs[0].config.update} >= {"max_lr", "num_experts"} and steps == [*range(5)]
 
 
 def test_a_resumed_run_is_the_same_in_wandb(tmp_path, monkeypatch):
     wandb = pretend_wandb(monkeypatch)
-    assert RunLog(tmp_path, None, 0, tensorboard=False, wandb=True).close()
-    assert resumed(tmp_path, 3, wandb=True).close()
+    assert RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine").close()
+    assert resumed(tmp_path, 3, wandb="mine").close()
     assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
 
 
@@ -224,7 +266,7 @@ def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch,
     error = RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=...)")
     getattr(pretend_wandb(monkeypatch), broken).side_effect = error
     said, records = [], [{"step": step, "loss": 3.5} for step in range(3)]
-    opened = RunLog(tmp_path, None, 0, tensorboard=False, wandb=True, say=said.append)
+    opened = RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine", say=said.append)
     for record in records:
         opened.step(record)
     assert opened.close() and read_records(tmp_path) == records
@@ -234,8 +276,8 @@ def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch,
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"wandb=True.*pip install wandb"):
-        RunLog(tmp_path, None, 0, tensorboard=False, wandb=True)
+    with pytest.raises(ValueError, match=r"wandb=.*pip install wandb"):
+        RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine")
 
 
 def test_the_record_of_a_run_leaves_the_repository_as_it_is():

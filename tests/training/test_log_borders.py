@@ -43,7 +43,6 @@ def test_what_a_terminal_would_obey_is_made_visible(text, shown, capsys):
 def test_sample_escapes_on_a_terminal_only(tmp_path, monkeypatch, capsys):
     ckpt.save_checkpoint({"model": (m := GPTLMHeadModel(tiny(vocab_size=257, encoding="bytes"))).state_dict(),
                           "config": m.config.to_dict(), "step": 0}, tmp_path)  # fmt: skip
-    monkeypatch.setattr(GPTLMHeadModel, "generate", lambda self, prompt, **how: prompt)
     for terminal, shown in ((True, "a\tb\n\\x1b[2J"), (False, "a\tb\n\x1b[2J")):
         monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
         assert sample.main(["--checkpoint", str(tmp_path / "latest"), "--prompt", "a\tb\n\x1b[2J"]) == 0

@@ -69,11 +69,13 @@ def test_the_parts_that_must_be_the_same_are_in_the_comparison(straight):
     assert state["rng"].numel() > 1000 and state["health"]["seen"] == 12
 
 
-def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", *slow("muon")])
+def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path, optimizer):
     """Two ranks share experts and everything else. Without dropout, whose noise is each rank's own, losses
     differ by rounding only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_gpt_moe.main(flags(data, whole, "--dropout", 0, "--max_steps", 6)) == 0
+    more = ["--dropout", 0, "--max_steps", 6, "--optimizer", optimizer]
+    assert train_gpt_moe.main(flags(data, whole, *more)) == 0
     parts.mkdir()
     shutil.copy(whole / "model_00003.pt", parts)
     more = [*RESUME, parts, "--B", 2, "--parallel", "fsdp", "--ep_size", 2]

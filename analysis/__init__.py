@@ -1,0 +1,1 @@
+"""What runs and models show: `python -m analysis --help` lists the commands."""

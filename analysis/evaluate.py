@@ -1,0 +1,94 @@
+"""Loss, perplexity and bits per byte of any text with any model.
+
+The tokens are cut into windows of T. Every token but the first is predicted once, from those before it in its
+window (the last token of the window before is one). training/evaluation.py has the formula of bits per byte.
+"""
+
+import argparse
+import math
+import os
+
+import numpy as np
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("model", help="a checkpoint, log/latest, an exported folder, or gpt2 ... gpt2-xl")
+    parser.add_argument("data", help="a text file, a shard, or a folder of shards (its validation shards)")
+    parser.add_argument("--T", type=int, default=0, help="tokens of a window; 0 = the model's block_size")
+    parser.add_argument("--B", type=int, default=8, help="windows at a time")
+    parser.add_argument("--max_tokens", type=int, default=0, help="read so many tokens at most; 0 = all")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
+    parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
+
+
+def read_tokens(path: str, encoding: str) -> np.ndarray:
+    """Token ids (n,) of a text file, after <|endoftext|>, or of shards. ValueError: other encodings."""
+    from tokens.encodings import encode_pieces
+    from tokens.shards import find_shards, read_meta, read_shard
+    from tokens.sources import decode
+
+    if os.path.isdir(path) or path.endswith((".bin", ".npy")):
+        theirs = read_meta(path if os.path.isdir(path) else os.path.dirname(path) or ".")["encoding"]
+        if theirs != encoding:
+            problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
+            raise ValueError(f"{problem}; give the text itself")
+        return np.concatenate([read_shard(shard) for shard in find_shards(path, "val")])
+    with open(path, "rb") as file:
+        return encode_pieces([(True, decode(file.read()))], encoding)
+
+
+def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, float]:
+    """tokens, bytes, loss (nats per token), perplexity and bits_per_byte of the ids (n,) after the first."""
+    import torch
+
+    from huggingface.generation import evaluating
+    from tokens.encodings import token_bytes
+
+    device, starts, total = model.device, range(0, len(ids) - 1, T), 0.0
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    with evaluating(model), autocast:
+        for first in range(0, len(starts), B):
+            windows = [ids[start : start + T + 1].astype(np.int64) for start in starts[first : first + B]]
+            rows = torch.zeros(len(windows), T + 1, dtype=torch.long)
+            targets = torch.full((len(windows), T), -1)  # -1: the last window may be shorter
+            for row, window in enumerate(windows):
+                rows[row, : len(window)] = torch.from_numpy(window)
+                targets[row, : len(window) - 1] = rows[row, 1 : len(window)]
+            x, y = rows[:, :-1].to(device), targets.to(device)  # (B, T), (B, T)
+            total += model(x, targets=y, return_dict=True).loss.item() * (targets >= 0).sum().item()
+    found = {"tokens": len(ids) - 1, "loss": total / (len(ids) - 1)}
+    found["perplexity"] = math.exp(min(found["loss"], 700))
+    sizes = token_bytes(model.config.encoding)
+    found["bytes"] = int(sizes[ids[1:]].sum())
+    if found["bytes"]:
+        found["bits_per_byte"] = total / (math.log(2) * found["bytes"])
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what `measure` finds. Raises ValueError, OSError, FloatingPointError."""
+    from training.checkpoints import load_model
+    from training.parallel import choose_device
+
+    model = load_model(options.model).to(choose_device(options.device, 0))
+    T = options.T or model.config.block_size
+    for name, value in dict(T=T, B=options.B, max_tokens=options.max_tokens or 2).items():
+        if value < 1 or (name == "T" and T > model.config.block_size):
+            most = f" and at most block_size={model.config.block_size}" if name == "T" else ""
+            raise ValueError(f"--{name} {value}: must be at least 1{most}")
+    ids = read_tokens(options.data, model.config.encoding)
+    ids = ids[: options.max_tokens or None]
+    if len(ids) < 2:
+        raise ValueError(f"{options.data} holds {len(ids)} tokens; at least 2 are needed")
+    if (largest := int(ids.max())) >= model.config.vocab_size:
+        raise ValueError(f"{options.data} has token {largest}, but vocab_size={model.config.vocab_size}")
+    found = measure(model, ids, T, options.B, options.dtype)
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(f"{options.model} gives a loss of {found['loss']}: it has diverged")
+    print(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, in windows of {T}")
+    print(f"loss           {found['loss']:.4f} nats per token")
+    print(f"perplexity     {found['perplexity']:.3f}")
+    if "bits_per_byte" in found:
+        print(f"bits per byte  {found['bits_per_byte']:.4f}")
+    return 0
