@@ -24,6 +24,7 @@ loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -179,6 +180,8 @@ class MoE(nn.Module):
         for name, value in self.initial_statistics().items():
             self.register_buffer(name, value)
         self.step_managed = False  # whether update_router is in use; see balance_loss
+        # torch 2.14 itself uses what it calls deprecated, in a module that torch.func.jvp imports.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
         self._auxiliary_loss = None
 
     def initial_statistics(self) -> dict[str, Tensor]:

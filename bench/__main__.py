@@ -18,6 +18,7 @@ MODELS = LAYERS | dict(compile=0, vocab_size=50304)
 EVERYWHERE = dict(threads=0, csv="")
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
     "moe": ("layer", "a MoE layer, a dense MLP, other MoE layers", LAYERS | dict(compile=0, tokens=0)),
+    "gpu": ("gpu", "all of these on one GPU, with the tests that need it", dict(device="cuda", minutes=8.0)),
     "step": ("models", "one optimizer step, dense against 8 experts top-2", LAYERS | dict(compile=0)),
     "train": ("models", "optimizer steps of whole models, compiled and not, beside nanoGPT's",
         MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, nanogpt="")),
@@ -42,7 +43,8 @@ HELP = {
     "T": "tokens per sequence (ladder: 0 = the default of the device)",
     "nanogpt": "a checkout of nanoGPT to take turns with", "text": "the text file to train on",
     "data": "HellaSwag's questions; empty = downloaded once", "seeds": "runs of each model",
-    "limit": "questions, taken evenly from the whole file", "total_batch_size": "tokens per step",
+    "minutes": "for all parts together", "total_batch_size": "tokens per step",
+    "limit": "questions, taken evenly from the whole file",
     "steps": "optimizer steps of the baseline (time_to_loss), of each run (moe_pays)",
     "micro_ms": "milliseconds of a micro-step; 0 = measured here",
     "update_ms": "with micro_ms: milliseconds of the rest of a step",
@@ -78,7 +80,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark and print its table. Exit codes: 0 done, 2 bad options or files."""
+    """Run one benchmark and print its table. Exit codes: 0 done, 1 a part of gpu failed, 2 bad options."""
     options = parse_options(arguments)
     import torch  # after the options, so that --help and mistakes need not wait for it
 
@@ -95,12 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
         on_cuda, threads = options.device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
         machine = torch.cuda.get_device_name(options.device) if on_cuda else threads
         how = "".join(f", {name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options)
-        print(f"torch {torch.__version__}, {machine}{how}\n")
-        print_table(getattr(module, f"bench_{options.command}")(options), options.csv)
+        print(f"torch {torch.__version__}, {machine}{how}")
+        rows = list(getattr(module, f"bench_{options.command}")(options))
+        print_table(rows, options.csv)
     except (ValueError, OSError) as error:
         print_error("python -m bench", error)
         return 2
-    return 0
+    return int(any(row.get("result", "done") != "done" for row in rows))
 
 
 if __name__ == "__main__":

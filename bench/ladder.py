@@ -7,7 +7,7 @@ Every rung keeps the changes of all earlier rungs, and takes turns with the rung
 --compile 1 compiles the blocks. Reference: A. Karpathy, https://github.com/karpathy/build-nanogpt"""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -76,9 +76,9 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     return step, model, B * T
 
 
-def bench_ladder(options) -> list[dict]:
+def bench_ladder(options) -> Iterator[dict]:
     """A row per rung."""
-    device, rows, before = options.device, [], None
+    device, total, before = options.device, 1.0, None
     rungs = rungs_for(device, compiled=device.type == "cuda" or bool(options.compile))
     precision = torch.get_float32_matmul_precision()
     more_graphs = torch._dynamo.config.patch(recompile_limit=8 * len(rungs))  # of one block's code
@@ -91,13 +91,12 @@ def bench_ladder(options) -> list[dict]:
             seconds = alternate(pair, device, options.rounds, warmup=2)
             speed = tokens / seconds["now"]
             gain = speed / (before[1] / seconds["before"]) if before else 1.0
+            total *= gain
             mfu = model.estimate_mfu(tokens // model.config.block_size, seconds["now"])
-            rows.append({
+            yield {
                 "rung": name, "tokens/s": round(speed), "ms": 1000 * seconds["now"],
                 "MFU %": "" if mfu is None else 100 * mfu, "peak MiB": memory_bytes(step, device)[0] / 2**20,
-                "x rung before": gain, "x first": gain * (rows[-1]["x first"] if rows else 1.0)})  # fmt: skip
+                "x rung before": gain, "x first": total}  # fmt: skip
             print(f"{name}: {round(speed):,} tokens/s, {gain:.2f} x the rung before", flush=True)
             before = step, tokens
     torch.set_float32_matmul_precision(precision)
-    print()
-    return rows

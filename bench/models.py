@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +19,16 @@ import hellaswag as hs
 from bench.measure import RandomBatch, alternate, make_run, memory_bytes
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
-from training.parallel import compile_blocks
+from training.parallel import Layout, World, compile_blocks, place
 
-D12 = dict(n_layer=12, n_head=12, n_embd=768)
+D4, D12 = dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=12, n_head=12, n_embd=768)
 MODEL_SIZES = {
-    "d4": dict(n_layer=4, n_head=4, n_embd=128, use_moe=False),  # nanoGPT's for a CPU
+    "d4": D4 | dict(use_moe=False),  # nanoGPT's for a CPU
+    "d4-moe4x2": D4 | dict(num_experts=4, num_experts_per_tok=2, expert_hidden_size=256),
     "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
     "d12": D12 | dict(use_moe=False), "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
-    "d12-moe8x2": D12 | dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536)}  # fmt: skip
+    "d12-moe8x2": D12 | dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
+    "d12-moe64x8": D12 | dict(num_experts=64, num_experts_per_tok=8, expert_hidden_size=384)}  # fmt: skip
 
 
 def size_of(name: str) -> dict:
@@ -77,15 +80,19 @@ def bench_train(options) -> list[dict]:
     return compare_models(options, sizes, options.B, options.T, options.vocab_size, options.nanogpt)
 
 
-def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "") -> list[dict]:
-    """A row per model. Each dense size takes turns with nanoGPT from the checkout `nanogpt`, if given."""
+def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "",
+                   layout: Layout | None = None) -> list[dict]:  # fmt: skip
+    """A row per model. Each dense size takes turns with nanoGPT from the checkout `nanogpt`, if given.
+    layout: None for one process without a group."""
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
+    layout = layout or Layout(World(0, 0, 1, device))
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
             torch.manual_seed(0)
-            model = GPTLMHeadModel(GPTConfig(block_size=T, vocab_size=V, **fields)).to(device)
+            model = GPTLMHeadModel(GPTConfig(block_size=T, vocab_size=V, **fields))
+            place(model, layout, dtype, ())
             model.loss_chunk = -1
-            run = make_run(model, RandomBatch(model, B, T), dtype=dtype)
+            run = make_run(model, RandomBatch(model, B, T), dtype=dtype, layout=layout)
             if compiled:
                 compile_blocks(model, run.layout)
             key = name, compiled, "ours"
@@ -115,13 +122,18 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
 
 
 def bench_hellaswag(options) -> list[dict]:
+    """HellaSwag's questions, taken evenly from the whole file."""
+    size_of(options.size)  # an unknown name must not wait for a download
+    path = Path(options.data) if options.data else hs.download("val")
+    every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
+    return compare_scoring(options, every[:: max(1, len(every) // options.limit)][: options.limit])
+
+
+def compare_scoring(options, questions: Sequence[hs.Question]) -> list[dict]:
     """Questions per second of an untrained model. "plain" scores each question alone, with all logits."""
     device = options.device
     torch.manual_seed(0)
     model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size_of(options.size))).to(device).eval()
-    path = Path(options.data) if options.data else hs.download("val")
-    every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
-    questions = every[:: max(1, len(every) // options.limit)][: options.limit]  # from the whole file
 
     def score(method):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):

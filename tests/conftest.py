@@ -68,6 +68,8 @@ def slow(*values) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU with Triton's interpreter, see above
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
 )

@@ -54,6 +54,7 @@ LISTED = {
     "python train_gpt_moe.py --preset demo --wandb_project": "wandb; test_log.py",
     "python train_gpt_moe.py --preset demo --profile": "too few steps; test_log.py",
     "python -m llmc --help": "test_help_of_every_command_works",
+    "python -m bench gpu": "a GPU; test_gpu.py",
     "python -m bench --help": "test_help_of_every_command_works",
     "python -m bench$": "the name of the program, not a command",
 }  # fmt: skip
@@ -240,6 +241,7 @@ def test_pip_lines_have_the_limits_of_the_requirements():
     found = re.findall(r'pip install "?(\w+)([^\s"]*)', TEXT + pages)
     assert {"torch", "accelerate"} <= limits.keys() & dict(found).keys()
     assert all(limits.get(name, wanted) == wanted for name, wanted in found), found
+    assert f'pip install "torch{limits["torch"]}" --index-url' in README
 
 
 def test_readme_is_short_and_counts_the_lines_of_the_reading_path():

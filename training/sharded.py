@@ -79,6 +79,11 @@ class PartWriter(dcp.FileSystemWriter):
         except RuntimeError as error:
             raise root_error(error) from None
 
+    def finish(self, metadata: Metadata, results: list[list]) -> None:
+        """torch 2.11 leaves the places of the chunks out of the metadata that dcp.save returns."""
+        super().finish(metadata, results)
+        metadata.storage_data = {one.index: one.storage_data for rank in results for one in rank}
+
 
 class Saver:
     """Saves checkpoints together with all ranks. group: gloo, for this object only; None: one process."""

@@ -5,6 +5,7 @@ Run: python -m pytest tests/layers/test_attention.py"""
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_gpu
 from models import dense_model, strong, tiny, tokens
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -78,7 +79,7 @@ def test_attention_layer_takes_a_block_mask():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_windows_on_cuda_train_as_on_the_cpu():
     fields = dict(position="rope", n_kv_head=2, sliding_window=100, global_every=2, block_size=512)
     cpu, gpu = build(**fields).train(), build(**fields).train().cuda()

@@ -8,12 +8,11 @@ import sys
 
 import pytest
 import torch
+from conftest import TRITON_DEVICE
 
 from layers.grouped_product import grouped_product
 
 tl = pytest.importorskip("triton.language", reason="needs `pip install triton`, which GPU builds have")
-INTERPRETED = not torch.cuda.is_available()  # conftest.py chooses the interpreter
-DEVICE = "cpu" if INTERPRETED else "cuda"
 SIZES = {
     "uneven": ([70, 0, 1, 133, 5], 40, 136), "no rows": ([0, 0, 0], 16, 8), "odd": ([65], 33, 129),
     "256 experts": ([0, 1] * 5 + [0] * 246, 8, 24),
@@ -23,7 +22,7 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def products_of_bf16(monkeypatch):
     """The interpreter of Triton 3.9 multiplies the bits of bf16 as whole numbers: give it fp32."""
-    if INTERPRETED:
+    if TRITON_DEVICE == "cpu":
         from triton.runtime.interpreter import InterpreterBuilder
 
         multiply = InterpreterBuilder.create_dot
@@ -48,12 +47,12 @@ def test_product_and_gradients_equal_a_loop(name, dtype, close):
     rows, weights = torch.randn(sum(counts), D).to(dtype), torch.randn(len(counts), F, D).to(dtype)
     grad, ends, results = torch.randn(sum(counts), F).to(dtype), torch.tensor(counts).cumsum(0).int(), []
     for by_loop in (False, True):
-        where = dict(device="cpu", dtype=torch.double) if by_loop else dict(device=DEVICE)
+        where = dict(device="cpu", dtype=torch.double) if by_loop else dict(device=TRITON_DEVICE)
         x, w = (t.detach().to(**where).requires_grad_() for t in (rows, weights))
         if by_loop:
             y = torch.cat([part @ weight.t() for part, weight in zip(x.split(counts), w, strict=True)])
         else:
-            y = grouped_product(x, w.mT, ends.to(DEVICE))
+            y = grouped_product(x, w.mT, ends.to(TRITON_DEVICE))
         y.backward(grad.to(y))
         results.append([t.double().cpu() for t in (y.detach(), x.grad, w.grad)])
     for found, expected in zip(*results, strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import TRITON_DEVICE
 from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes
@@ -63,9 +64,9 @@ def test_value_and_gradients_are_those_of_all_logits_in_float64(num_items, softc
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_kernel_for_gpus_equals_the_plain_operators(dtype, close, softcap, monkeypatch):
-    """Triton's interpreter runs it, with blocks that end within a row."""
+    """Triton's interpreter runs it, or a GPU, with blocks that end within a row."""
     monkeypatch.setattr(linear_cross_entropy_file, "BLOCK", 32)
-    x, weight, targets = inputs(dtype)
+    x, weight, targets = (tensor.to(TRITON_DEVICE) for tensor in inputs(dtype))
     rest, found = (targets, -100, None, softcap), []
     for kernel in (True, False):
         monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type, it=kernel: it)
