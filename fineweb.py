@@ -162,8 +162,9 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
             threads.shutdown(cancel_futures=True)
 
 
-def build(config: DataConfig) -> dict:
-    """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them."""
+def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
+    """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them.
+    SystemExit if `told` has an exit code: Python may have dropped the one that a signal's handler raised."""
     config = with_defaults(config)
     run_only = ("out", "errors", "workers", "demo", "verify")
     settings = {name: value for name, value in vars(config).items() if name not in run_only}
@@ -193,6 +194,8 @@ def build(config: DataConfig) -> dict:
     tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
     with source_bar, shard_bar, contextlib.closing(tasks):
         for start, tokens in tasks:
+            if told:
+                sys.exit(told[0])
             used, shard = min(skip, len(tokens)), writer.n
             skip -= used
             writer.add(tokens, start, used)
@@ -246,7 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = DataConfig(**vars(parser.parse_args(argv)))
     out = config.out or ("demo_data" if config.demo else "edu_fineweb10B")
     is_new = not os.path.lexists(out)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    told = []
+
+    def stop(*_) -> None:
+        told.append(128 + signal.SIGTERM)
+        sys.exit(told[0])
+
+    before = signal.signal(signal.SIGTERM, stop)
     again = shlex.join(["python", "fineweb.py", *(sys.argv[1:] if argv is None else argv)])
     go_on = f"continue after the last complete shard with: {again}"
     try:
@@ -258,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.demo:
             prepare_demo(out, config.encoding or "bytes")
         else:
-            build(config)
+            build(config, told)
         return 0
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print_error("fineweb.py", error)
