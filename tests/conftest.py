@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
-# A shell that starts this in the background has Ctrl-C ignored, and the tests' processes would inherit that.
+# A shell that starts this in the background has SIGINT and SIGQUIT ignored; processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 # multiprocessing's servers have a socket there, whose path may have 107 characters.
