@@ -19,7 +19,7 @@ if triton is not None:
 
 # Bytes of the logits for chunk=-1: in fp32, or for loss_kernel in the product's dtype. The CPU's number is
 # measured (bench head), the others are estimated.
-BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29, "triton": 2**30}
+BUFFER_BYTES = {"cpu": 2**27, "cuda": 2**29, "triton": 2**31}
 BLOCK = 4096  # logits that loss_kernel reads at a time
 
 

@@ -154,7 +154,7 @@ def test_rows_per_chunk():
     assert rows_per_chunk(2048, 50304, 1000, "cpu") == 683
     assert rows_per_chunk(3, 10**9, -1, "cpu") == 1 and rows_per_chunk(0, 10, -1, "cpu") == 0
     assert rows_per_chunk(16384, 50304, -1, "cuda") == 19 * 128  # of 2,668 that fit
-    assert rows_per_chunk(16384, 50304, -1, "triton") == 64 * 128  # of 10,672 that fit
+    assert [rows_per_chunk(n * 16384, 50304, -1, "triton") for n in (1, 2)] == [16384, 16384]
     assert rows_per_chunk(100, 50304, -1, "cuda") == 100 and rows_per_chunk(16384, 10**8, -1, "cuda") == 1
     for rows in (1, 667, 668, 2048, 16384):
         assert 4 * 50304 * rows_per_chunk(rows, 50304, -1, "cuda") <= BUFFER_BYTES["cuda"]
