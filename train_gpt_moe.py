@@ -122,9 +122,7 @@ class TrainConfig(llmc.Flags):
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
     tensorboard: bool = setting(True, "write log_dir/tb")
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
-    log_norms: bool = setting(
-        False, "also log the gradient norm of each part: norm/experts, norm/attention, ..."
-    )
+    log_norms: bool = setting(False, "also log the gradient norm of each part: norm/experts, ...")
     profile: str = setting("", "A:B = profile the steps A to B - 1: a trace, and the dearest operators")
     wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
@@ -134,9 +132,7 @@ class TrainConfig(llmc.Flags):
     flash: bool = setting(True, "compute attention by fused kernels; False = by plain products")
     use_compile: bool = setting(True, "torch.compile every block", "--compile")
     loss_chunk: int = setting(-1, "rows of logits that the loss makes at once; -1 = auto, 0 = all", least=-1)
-    attention_backend: str = setting(
-        "auto", "on CUDA; auto = the fastest, timed", choices=("auto", *BACKENDS)
-    )
+    attention_backend: str = setting("auto", "on CUDA; auto = the fastest", choices=("auto", *BACKENDS))
     parallel: str = setting("ddp", "none = a single process", choices=("ddp", "fsdp", "none"))
     zero_stage: int = setting(0, "1 = with ddp, each rank keeps a share of the moments", choices=(0, 1))
     ep_size: int = setting(1, "ranks that share the experts of a layer (expert parallelism)", least=1)
@@ -364,9 +360,8 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
         )
     elif health.is_spike(record["loss"]):
         record["spike"] = True
-        run.say(
-            f"step {record['step']}: the loss jumped to {record['loss']:.4f} from a mean of {health.mean:.4f}"
-        )
+        jump = f"{record['loss']:.4f} from a mean of {health.mean:.4f}"
+        run.say(f"step {record['step']}: the loss jumped to {jump}")
     return record
 
 

@@ -119,9 +119,8 @@ def run_part(name: str, o: SimpleNamespace, path: str) -> None:
                     csv.writer(file).writerows([name, number, *item] for item in row.items())
     except Exception as error:
         (file, line, *_), kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
-        print(
-            f"failed: {kind}: {' '.join(str(error).split())[:200]} ({file}:{line})", file=screen, flush=True
-        )
+        text = " ".join(str(error).split())[:200]
+        print(f"failed: {kind}: {text} ({file}:{line})", file=screen, flush=True)
         failed = True
     sys.exit(failed)
 

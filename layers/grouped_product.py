@@ -76,10 +76,8 @@ if triton is not None:
         expert = tl.program_id(2)
         start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         stop = tl.load(ends + expert)
-        d, f = (
-            tl.program_id(1) * ROWS + tl.arange(0, ROWS),
-            tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS),
-        )
+        d = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        f = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for begin in range(start, stop, DEPTH):
             rows = (begin + tl.arange(0, DEPTH)).to(tl.int64)

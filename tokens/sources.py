@@ -180,9 +180,8 @@ def read_parquet(path: str, at: int, field: str) -> Pieces:
             raise ValueError(f"{path}: the field {field!r} is not text")
         size, rows = os.path.getsize(path), max(1, table.metadata.num_rows)
         groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
-        most = (
-            8 * TASK_CHARS * rows // max(1, sum(group.total_byte_size for group in groups))
-        )  # rows in 4 MiB
+        total = max(1, sum(group.total_byte_size for group in groups))
+        most = 8 * TASK_CHARS * rows // total  # rows in 4 MiB
         batches = table.iter_batches(min(1000, max(1, most)), columns=[field], use_threads=False)
         # pyarrow casts a dictionary's values only to text. Bytes, because the text may be invalid UTF-8.
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)

@@ -39,9 +39,8 @@ except ImportError:  # Windows does not have them
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
 NAMES = "|".join(map(re.escape, LOG_FILES))
-RUN_FILES = re.compile(
-    rf"{NAMES}|run\.json|latest|best|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id"
-)  # all of a run
+# All that a run writes.
+RUN_FILES = re.compile(rf"{NAMES}|run\.json|latest|best|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id")
 RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
 WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
 # A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS"; what is left if it was cut off.
@@ -129,9 +128,7 @@ class RunLog:
             for layer, loads in enumerate(fair):
                 self._tensorboard("add_histogram", f"moe/expert_load/layer_{layer}", loads, step)
             picture = (255 * np.clip(fair / 2, 0, 1)).astype(np.uint8)  # black: no rows; white: 2 shares
-            picture = picture.repeat(16, axis=0).repeat(16, axis=1)[
-                :, :, None
-            ]  # 16 x 16 points for an expert
+            picture = np.kron(picture, np.ones((16, 16), np.uint8))[..., None]  # 16 x 16 points each
             self._tensorboard("add_image", "moe/expert_load", picture, step, None, "HWC")
             if self.wandb is not None:
                 self._send(step, {"moe/expert_load": sys.modules["wandb"].Image(picture)})

@@ -16,10 +16,8 @@ def parse(text: str, max_steps: int) -> range:
     found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
     steps = range(int(found[1]), int(found[2])) if found else range(0)
     if text and not (steps and steps.stop <= max_steps):
-        problem = "must be A:B with 0 <= A < B <= max_steps"
-        raise ValueError(
-            f"profile={text!r}: {problem}={max_steps}, such as 10:13 for the steps 10, 11 and 12"
-        )
+        problem = f"must be A:B with 0 <= A < B <= max_steps={max_steps}"
+        raise ValueError(f"profile={text!r} {problem}, such as 10:13 for the steps 10, 11 and 12")
     return steps
 
 

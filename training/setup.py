@@ -253,9 +253,7 @@ def check_layout(config, world: parallel.World) -> None:
 def check_experts(config, ep_size: int) -> None:
     """ValueError if ep_size ranks cannot share the experts. config: a run's or a model's."""
     if ep_size > 1 and not config.use_moe:
-        raise ValueError(
-            f"ep_size={ep_size} shares experts among ranks, but use_moe=False: the model has none"
-        )
+        raise ValueError(f"ep_size={ep_size} shares experts among ranks, but use_moe=False: there are none")
     if ep_size > 1 and config.num_experts % ep_size != 0:
         raise ValueError(f"num_experts={config.num_experts} is not a multiple of ep_size={ep_size}")
 
