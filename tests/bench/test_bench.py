@@ -24,14 +24,10 @@ from training.log import RunLog
 CPU = torch.device("cpu")
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = bench.main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def table(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def rows_of(folder, *arguments) -> list[dict]:
+    """The table that the command writes."""
+    assert bench.main([*map(str, arguments), "--csv", str(folder / "t.csv")]) == 0
+    return list(csv.DictReader((folder / "t.csv").open(newline="")))
 
 
 @pytest.fixture
@@ -56,9 +52,8 @@ def test_whole_models_beside_nanogpts(d4, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.MODEL_SIZES, "d12-moe8x2", tiny_moe)
     (tmp_path / "model.py").write_text(NANOGPT)
     flags = ["train", "--size", "d4,d12-moe8x2", "--B", 2, "--T", 8, "--vocab_size", 32, "--rounds", 1]
-    code, out, _ = run(capsys, *flags, "--nanogpt", tmp_path, "--csv", tmp_path / "t.csv")
-    assert code == 0 and "number of parameters" not in out
-    rows = table(tmp_path / "t.csv")
+    rows = rows_of(tmp_path, *flags, "--nanogpt", tmp_path)
+    assert "number of parameters" not in capsys.readouterr().out
     whose = [(row["model"], row["whose"]) for row in rows]
     assert whose == [("d4", "ours"), ("d4", "nanoGPT"), ("d12-moe8x2", "ours")]
     for row in rows:
@@ -67,14 +62,15 @@ def test_whole_models_beside_nanogpts(d4, tmp_path, capsys, monkeypatch):
     assert rows[2]["time x nanoGPT"] == ""  # nanoGPT has no such model
 
 
-def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
-    for flags, message in (
-        (["train", "--size", "d4", "--nanogpt", tmp_path], "git clone https://github.com/karpathy/nanoGPT"),
-        *(([command, "--size", "d5"], "size='d5'") for command in ("train", "hellaswag", "checkpoint")),
-        (["step", "--device", "xyz"], "device='xyz' is no device"),
-    ):
-        code, _, err = run(capsys, *flags)
-        assert code == 2 and message in err and err.count("\n") == 1
+def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, refused):
+    wrong = {f"{command} --size d5": "size='d5'" for command in ("train", "hellaswag", "checkpoint")}
+    scale = {"--layouts ddp,ep2": "layouts='ep2': choose from ddp, zero", "--ranks 4,x": "ranks='4,x'"}
+    scale |= {f"--size {sizes}": f"size='{sizes}': choose from d4" for sizes in ("d13", "d4,d6")}
+    wrong |= {f"scale --micro_ms 1 {flags}": message for flags, message in scale.items()}
+    wrong[f"train --size d4 --nanogpt {tmp_path}"] = "git clone https://github.com/karpathy/nanoGPT"
+    wrong["step --device xyz"] = "device='xyz' is no device"
+    for flags, message in wrong.items():
+        assert message in refused(bench.main, *flags.split())
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -87,7 +83,7 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, capsys):
 ])  # fmt: skip
 def test_bad_options_are_refused_before_anything_runs(flags, message, capsys):
     with pytest.raises(SystemExit) as end:
-        run(capsys, *flags.split())
+        bench.main(flags.split())
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -102,28 +98,24 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert all(f"    {name}" in shown for name in bench.COMMANDS)
 
 
-def test_hellaswag_of_both_methods(d4, tmp_path, capsys, monkeypatch):
+def test_hellaswag_of_both_methods(d4, tmp_path, monkeypatch, refused):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, make_examples(9, longest=1))))
     load = hellaswag.load_questions
     bytes_ = lambda path, limit, style, _, *sizes: load(path, limit, style, "bytes", *sizes)  # noqa: E731
     monkeypatch.setattr(hellaswag, "load_questions", bytes_)
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
-    assert run(capsys, "hellaswag", *flags, "--csv", tmp_path / "t.csv")[0] == 0
-    plain, ours = table(tmp_path / "t.csv")
+    plain, ours = rows_of(tmp_path, "hellaswag", *flags)
     assert (plain["questions"], plain["same choices"], ours["same choices"]) == ("3", "3", "3")
     assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
-    code, _, err = run(capsys, "hellaswag", *flags, "--data", tmp_path / "none")
-    assert code == 2 and "cannot read the questions" in err and err.count("\n") == 1
+    error = refused(bench.main, "hellaswag", *flags, "--data", tmp_path / "none")
+    assert "cannot read the questions" in error
 
 
-def test_checkpoints(d4, tmp_path, capsys, monkeypatch):
+def test_checkpoints(d4, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "checkpoint", "--size", "d4", "--rounds", 2, "--csv", tmp_path / "t.csv")[0] == 0
-    rows = table(tmp_path / "t.csv")
-    assert {row["part"] for row in rows} == {
-        "first pause", "pause of training", "writing and reading back, in the background", "verifying",
-        "verifying and loading",
-    }  # fmt: skip
+    rows = rows_of(tmp_path, "checkpoint", "--size", "d4", "--rounds", 2)
+    pauses, background = {"first pause", "pause of training"}, "writing and reading back, in the background"
+    assert {row["part"] for row in rows} == pauses | {background, "verifying", "verifying and loading"}
     parameters = GPTLMHeadModel(GPTConfig(**models.MODEL_SIZES["d4"])).get_num_params(non_embedding=False)
     assert [float(row["GB"]) for row in rows] == pytest.approx([12e-9 * parameters] * 5, rel=0.02)
     assert all(float(row["ms"]) > 0 for row in rows)
@@ -141,14 +133,13 @@ def test_rungs_add_up_one_change_at_a_time():
     assert {"flash attention", "chunked loss head", "8 experts top-2, same active FLOPs"} <= names
 
 
-def test_every_rung_is_climbed(tmp_path, capsys, monkeypatch):
+def test_every_rung_is_climbed(tmp_path, monkeypatch):
     monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 8, 1, 8))
     settings, climb = [], ladder.climb
     monkeypatch.setattr(ladder, "climb", lambda s, *rest: settings.append(s) or climb(s, *rest))
     before = torch.get_float32_matmul_precision()
-    assert run(capsys, "ladder", "--device", "cpu", "--rounds", 1, "--csv", tmp_path / "t.csv")[0] == 0
+    rows = rows_of(tmp_path, "ladder", "--device", "cpu", "--rounds", 1)
     assert torch.get_float32_matmul_precision() == before
-    rows = table(tmp_path / "t.csv")
     assert [row["rung"] for row in rows] == list(ladder.rungs_for(CPU, compiled=False))
     product = 1.0
     for row in rows:
@@ -157,7 +148,7 @@ def test_every_rung_is_climbed(tmp_path, capsys, monkeypatch):
     assert settings[-1]["moe"] and settings[-1]["fused"] and not settings[0]["fused"]
 
 
-def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, capsys, monkeypatch):
+def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, monkeypatch):
     """By a clock that only these two move."""
     clock = SimpleNamespace(now=0.0)
 
@@ -172,8 +163,8 @@ def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, capsys, monke
     monkeypatch.setattr(loop, "train_step", lasts(2, loop.train_step))
     monkeypatch.setattr(RunLog, "step", lasts(3, RunLog.step))
     flags = ["--device", "cpu", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
-    assert run(capsys, "loop", *flags, "--csv", tmp_path / "t.csv")[0] == 0
-    found = {row["part"]: (float(row["ms"]), float(row["% of a step"])) for row in table(tmp_path / "t.csv")}
+    rows = rows_of(tmp_path, "loop", *flags)
+    found = {row["part"]: (float(row["ms"]), float(row["% of a step"])) for row in rows}
     steps = {"a step of the loop": (5000, 100), "train_step alone": (2000, 40)}
     assert found == steps | {"the loop's own": (3000, 60)}
     assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
