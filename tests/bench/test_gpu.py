@@ -47,12 +47,9 @@ def test_all_parts_run_on_a_cpu(forked, short_demo, tmp_path, capfd, monkeypatch
     for name in ("d4", "d4-moe4x2"):
         monkeypatch.setitem(models.MODEL_SIZES, name, models.MODEL_SIZES[name] | dict(n_layer=1, n_embd=32))
     monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 8, 1, 8))
-    assert bench.main(["gpu", "--device", "cpu", "--minutes", "60", "--csv", str(tmp_path / "t.csv")]) == 0, (
-        capfd.readouterr()
-    )
-    with open(tmp_path / "t.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    parts = list(dict.fromkeys(row[0] for row in rows))
+    code = bench.main(["gpu", "--device", "cpu", "--minutes", "60", "--csv", str(tmp_path / "t.csv")])
+    assert code == 0, capfd.readouterr()
+    parts = list(dict.fromkeys(row[0] for row in csv.reader((tmp_path / "t.csv").open(newline=""))))
     assert parts == [name for name in gpu.PARTS if not name.endswith(("engine", "tests"))]
     printed = capfd.readouterr().out
     assert all(f"\n{part}: at most " in printed and f"| {part} | " in printed for part in parts)
