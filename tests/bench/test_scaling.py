@@ -1,8 +1,7 @@
 """Bytes, seconds and memory of every layout: formulas against numbers worked out by hand, and against what
 processes really send.
 
-Run: python -m pytest tests/bench/test_scaling.py
-"""
+Run: python -m pytest tests/bench/test_scaling.py"""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -44,33 +43,19 @@ def sent(collectives: list[Collective]) -> dict[str, float]:
     return {kind: size for kind, size in total.items() if size}
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, {"all_reduce": 1.5 * (4 * P + STATISTICS)}),
-        (dict(zero_stage=1), {"all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P}),
-        (dict(parallel="fsdp"), FSDP_SENDS | {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE)}),
-        (dict(parallel="fsdp", dtype="bfloat16"), FSDP_SENDS | {
-            "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))}),
-        (dict(ep_size=2), {  # 2 replicas x 2; layers, micro-steps, all-to-alls, bytes; counts
-            "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),
-            "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4}),
-    ],
-    ids=["ddp", "zero", "fsdp", "fsdp in bf16", "ep"],
-)  # fmt: skip
+@pytest.mark.parametrize("fields, expected", [
+    ({}, {"all_reduce": 1.5 * (4 * P + STATISTICS)}),
+    (dict(zero_stage=1), {"all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P}),
+    (dict(parallel="fsdp"), FSDP_SENDS | {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE)}),
+    (dict(parallel="fsdp", dtype="bfloat16"), FSDP_SENDS | {
+        "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))}),
+    (dict(ep_size=2), {  # 2 replicas x 2; layers, micro-steps, all-to-alls, bytes; counts
+        "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),
+        "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4}),
+], ids=["ddp", "zero", "fsdp", "fsdp in bf16", "ep"])  # fmt: skip
 def test_bytes_of_each_layout(fields, expected):
     assert sum(p.numel() for p in model().parameters()) == P
     assert sent(step_traffic(model(), replace(PLAN, micro_steps=3, **fields))) == expected
-
-
-def test_the_zero_papers_three_volumes():
-    """fsdp in one micro-step moves the parameters twice and the gradients once; ddp's all-reduce is two."""
-    plan = replace(PLAN, ranks=64)
-    dense = model(n_layer=40, n_embd=64, vocab_size=64, use_moe=False)
-    whole = 4 * sum(p.numel() for p in dense.parameters()) * 63 / 64
-    assert sum(sent(step_traffic(dense, plan)).values()) == pytest.approx(2 * whole, rel=1e-4)
-    fsdp = sum(sent(step_traffic(dense, replace(plan, parallel="fsdp"))).values())
-    assert fsdp == pytest.approx(3 * whole, rel=0.02)  # what is outside of the blocks is gathered once
 
 
 def test_seconds_of_links():
@@ -117,15 +102,12 @@ def test_memory_by_hand():
     assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
 
 
-@pytest.mark.parametrize(
-    ("function", "shapes", "ranks", "expected"),
-    [
-        (traffic.elements, [(3, 5)], 2, 4 * 5), (traffic.elements, [(8, 7, 5)], 1, 8 * 7 * 5),
-        (traffic.elements, [(8, 7, 5), (8,)], 64, 64 * 7 * 5 + 64),
-        (traffic.expert_elements, [(8, 7, 6)], 14, 14 * 7 * 6),  # 14 divides none of them
-        (traffic.expert_elements, [(8, 28, 6), (8, 7, 42)], 14, 8 * 28 * 6 + 8 * 7 * 42),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("function, shapes, ranks, expected", [
+    (traffic.elements, [(3, 5)], 2, 4 * 5), (traffic.elements, [(8, 7, 5)], 1, 8 * 7 * 5),
+    (traffic.elements, [(8, 7, 5), (8,)], 64, 64 * 7 * 5 + 64),
+    (traffic.expert_elements, [(8, 7, 6)], 14, 14 * 7 * 6),  # 14 divides none of them
+    (traffic.expert_elements, [(8, 28, 6), (8, 7, 42)], 14, 8 * 28 * 6 + 8 * 7 * 42),
+])  # fmt: skip
 def test_padding_of_what_does_not_divide(function, shapes, ranks, expected):
     assert function([torch.Size(shape) for shape in shapes], ranks) == expected
 
@@ -160,29 +142,15 @@ def table(capsys, command: str) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def test_the_forecast(capsys):
+def test_the_forecast(capsys, monkeypatch):
+    """From given milliseconds, and from those that it measures."""
     command = "scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16 --ranks 1,8,1024"
     rows = table(capsys, command)
     assert [(row["layout"], row["ranks"]) for row in rows[3:6]] == [("zero", n) for n in ("1", "8", "1024")]
     assert rows[11]["layout"] == "ep 128 x 8" and rows[11]["tokens/step"] == str(1024 * 16 * 1024)
     assert rows[0]["tokens/s"] == str(round(2**19 / (32 * 0.09 + 0.008)))
     assert rows[0]["efficiency %"] == "100.00" and all(float(row["efficiency %"]) <= 100 for row in rows)
-
-
-def test_a_forecast_from_a_measured_step(capsys, monkeypatch):
     monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
     sizes = "--B 1 --T 8 --rounds 1 --vocab_size 64 --ranks 1 --total_batch_size 8"
     (row,) = table(capsys, f"scale --size d4 --device cpu --layouts ddp {sizes}")
     assert float(row["ms"]) > 0
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--layouts ddp,ep2", "layouts='ep2': choose from ddp, zero"), ("--ranks 4,x", "ranks='4,x'"),
-        ("--size d13", "size='d13': choose from d4"), ("--size d4,d6", "size='d4,d6': choose from d4"),
-    ],
-)  # fmt: skip
-def test_bad_flags(flags, message, capsys):
-    assert bench.main(["scale", "--micro_ms", "1", *flags.split()]) == 2
-    assert message in capsys.readouterr().err
