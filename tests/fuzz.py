@@ -10,8 +10,7 @@ of the folders of a small run, with limits of time and memory. The outcome is on
     refused   exit code 2 or 1, and one line on stderr that names the field or the file
     wrong     a traceback, a hang, a crash, another exit code, several lines, a long line, control characters,
               much output, a message that names nothing, a changed file of the user's
-Exit code 0 if none is wrong. Needs Linux. Not collected by pytest.
-"""
+Exit code 0 if none is wrong. Needs Linux. Not collected by pytest."""
 
 import argparse
 import collections
@@ -82,11 +81,9 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 NUMBERS = [0, -1, 1, 2, 3, True, 2**31, 2**63, 2**70, 10**400, 0.5, 1e-320, 1e300, math.nan, math.inf]
 ODD_JSON = [None, *NUMBERS, "", "x", "1", "../../x", "x" * 100_000, RED, "\ud800", [], {}, [[[[[[[[[]]]]]]]]]]
 ODD_JSON += [{"a": {"b": {"c": [None]}}}, [0] * 1000, [None], ["x", 1]]
-ODD_TENSORS = [
-    torch.tensor([]), torch.tensor(math.nan), torch.zeros(3, dtype=torch.int8), torch.full((32,), math.inf),
-    torch.zeros(256, 32),  # those below cannot be in a safetensors file
-    torch.eye(3).to_sparse(), torch.zeros(1).expand(2**40), torch.empty(9, device="meta"),
-]  # fmt: skip
+ODD_TENSORS = [torch.tensor([]), torch.tensor(math.nan), torch.zeros(3, dtype=torch.int8)]
+ODD_TENSORS += [torch.full((32,), math.inf), torch.zeros(256, 32)]  # those below are in no safetensors file
+ODD_TENSORS += [torch.eye(3).to_sparse(), torch.zeros(1).expand(2**40), torch.empty(9, device="meta")]
 ODD_VALUES = [*ODD_JSON, 10**5000, (), b"bytes", {1, 2}, {(1, 2): 3}, 1j, DOUBLED, *ODD_TENSORS]
 ODD_LINES = ["", "x", "1 val nan", "9" * 40 + " val 1", "-1 train 2", "1 val 1e999", "1 train 2 3", DEEP]
 ODD_LINES += [RED, "{}", "\0", '{"step": "x"}', '{"step": -5, "lr": {}}', '{"run": 1}', '{"step": 1e400}']
@@ -153,24 +150,19 @@ def damage(chance: random.Random, *paths: Path) -> str:
 
 
 def training(*more: object) -> list[str]:
-    """Flags of a run of one step."""
     return processes.flags("data", "log", "--max_steps", 1, "--warmup_steps", 0, *more)
 
 
 # ---------------------------------------------------------------------------- GROUPS
-
-
 def use_of(chance: random.Random, path: Path, what: str, *names: str) -> Case:
     """One of the commands that read a checkpoint or an exported folder."""
     flag, short = "--checkpoint" if path.name.startswith("model") else "--model", ["--max_new_tokens", "2"]
     dense = "--use_moe False --num_experts 2 --num_experts_per_tok 1".split() if path.name == "stock" else []
-    uses = [
-        ("checkpoint", ["verify", path]), ("checkpoint", ["export", path, "new"]),
-        ("sample", [flag, path, "--prompt", "a", *short]),
-        ("hellaswag", ["--model", path, "--data", "questions.jsonl", "--limit", "2"]),
-        ("train_gpt_moe", training("--resume", path, "--max_steps", 3)),
-        ("train_gpt_moe", training("--init_from", path, "--log_dir", "new", *dense)),
-    ]  # fmt: skip
+    uses = [("checkpoint", ["verify", path]), ("checkpoint", ["export", path, "new"]),
+            ("sample", [flag, path, "--prompt", "a", *short]),
+            ("hellaswag", ["--model", path, "--data", "questions.jsonl", "--limit", "2"]),
+            ("train_gpt_moe", training("--resume", path, "--max_steps", 3)),
+            ("train_gpt_moe", training("--init_from", path, "--log_dir", "new", *dense))]  # fmt: skip
     script, arguments = chance.choice(uses if flag == "--checkpoint" else [*uses[2:4], uses[5]])
     return Case(what, script, list(map(str, arguments)), [path.stem, *names])
 
@@ -331,8 +323,8 @@ def ranks(chance: random.Random) -> Case:
     odd = ["", "0", "1", "x", "-1", "1_0", "\uff11", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
     addresses = ["", "nope.invalid", "256.1.1.1", "1" * 999, "::1", RED, "127.0.0.1", "http://localhost"]
     values = {"MASTER_ADDR": addresses, "MASTER_PORT": [*odd, "99999"]}  # 99999 ranks would be waited for
-    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost")
-    environment["MASTER_PORT"] = str(processes.free_port())
+    port = str(processes.free_port())
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
     chosen, what = chance.sample(list(environment), chance.choice([1, 1, 2])), []
     for name in chosen:
         environment[name] = chance.choice(values.get(name, odd))
@@ -342,13 +334,11 @@ def ranks(chance: random.Random) -> Case:
     return Case(", ".join(what), "train_gpt_moe", training("--log_dir", "new"), chosen, environment)
 
 
-GROUPS: dict[str, Callable[[random.Random], Case]] = {
-    make.__name__: make for make in (checkpoints, folders, exports, data, sources, flags, logs, ranks)
-}
+MAKERS = (checkpoints, folders, exports, data, sources, flags, logs, ranks)
+GROUPS: dict[str, Callable[[random.Random], Case]] = {make.__name__: make for make in MAKERS}
+
 
 # ---------------------------------------------------------------------------- TRIAL
-
-
 def prepare() -> int:
     """Make what every input begins with: data, a run, its checkpoint as a folder, exports, questions."""
     processes.write_data("data")
@@ -361,7 +351,6 @@ def prepare() -> int:
 
 
 def use(case: Case) -> int:
-    """Run the command of a case."""
     os.environ.update(case.environment)
     return importlib.import_module(case.script).main(case.arguments)
 
