@@ -7,8 +7,7 @@
 This guards changes that must not change results, such as a refactoring. It knows only the checkouts' command
 lines; CASES lists them. It compares token shards, log files (without times), all that is in the last
 checkpoint, sampled texts, and the logits of exported models, and prints every difference as one line.
-Exit codes: 0 all is equal, 1 something differs or failed, 2 bad arguments.
-"""
+Exit codes: 0 all is equal, 1 something differs or failed, 2 bad arguments."""
 
 import argparse
 import json
@@ -45,21 +44,17 @@ RESUME = [REWIND, MOE + "--sample_every 4 --resume auto"]
 # The cases run in this order, each in its folder. {code} is the checkout, {moe} the folder of the case moe.
 CASES = {
     "data": ["python {code}/fineweb.py --source ../text.txt --encoding bytes --out data --val_tokens 20000"],
-    "compile": [MOE + "--moe_every 2 --max_steps 3 --use_compile True"],
-    "moe": [MOE + "--sample_every 4"],
+    "compile": [MOE + "--moe_every 2 --max_steps 3 --use_compile True"], "moe": [MOE + "--sample_every 4"],
     "muon": [MOE + """--optimizer muon --activation swiglu --position rope --qk_norm True --norm rmsnorm
         --bias False --num_shared_experts 1 --router_score sigmoid --n_kv_head 1 --sliding_window 16"""],
     "dense": [DENSE + """--activation relu2 --schedule wsd --activation_checkpointing block --loss_chunk 16
         --dropout 0.1 --flash False --hellaswag True --hellaswag_data ../questions.jsonl"""],
-    "resume": RESUME,
-    "cross_resume": RESUME,
+    "resume": RESUME, "cross_resume": RESUME,
     "sample": [SAMPLE + "--checkpoint {moe}/log/latest > sample.txt"],
     "export": [EXPORT + "{moe}/log/latest model", LOAD, SAMPLE + "--model model > sample.txt"],
     "cross_export": [EXPORT + "{export}/model model", LOAD, SAMPLE + "--model {export}/model > sample.txt"],
     "gpt2": [DENSE + "--max_steps 3 --dtype bfloat16", EXPORT + "log/latest model --format gpt2", LOAD],
-    "ddp": [TWO],
-    "zero": [TWO + "--zero_stage 1"],
-    "fsdp": [TWO + "--parallel fsdp", CONVERT],
+    "ddp": [TWO], "zero": [TWO + "--zero_stage 1"], "fsdp": [TWO + "--parallel fsdp", CONVERT],
     "ep": [TWO + "--ep_size 2", CONVERT],
     "fsdp_ep": [TWO + "--parallel fsdp --ep_size 2 --dtype bfloat16", CONVERT],
 }  # fmt: skip
@@ -104,12 +99,11 @@ def run_case(case: str, code: Path, root: Path, old: Path) -> None:
     source = old if case in CROSS else root
     places = {name: source / name for name in CASES} | {"data": old / "data", "code": code}
     script = "\n".join(re.sub(r"\n +(?=--)", " ", command).format_map(places) for command in CASES[case])
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-        "HF_MODULES_CACHE": str(folder / "modules"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-        "LOAD_CODE": LOAD_CODE, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                                "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONPATH": "", "HF_HUB_OFFLINE": "1",
+                                "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": str(folder / "modules"),
+                                "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "LOAD_CODE": LOAD_CODE,
+                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     bash, nothing = ["timeout", str(TIMEOUT_S), "bash", "-e", "-c", script], subprocess.DEVNULL
     with open(folder / "out.log", "wb") as log:
         run = subprocess.run(bash, cwd=folder, env=environment, stdin=nothing, stdout=log, stderr=log)
@@ -191,7 +185,6 @@ def run_all(wanted: set[str], checkouts: list[Path], roots: list[Path]) -> int:
 
 
 def main() -> int:
-    """Run and compare; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("old", type=Path, metavar="OLD", help="the checkout to compare with")
     parser.add_argument("new", type=Path, metavar="NEW", help="the checkout to be checked")
