@@ -52,10 +52,9 @@ def small(kind: str, **fields) -> GPTConfig:
 
 def stock(kind: str, **fields):
     """A model of transformers with random weights, norms around one."""
-    sizes = dict(
-        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=24, bos_token_id=0, eos_token_id=1, head_dim=8,
-    )  # fmt: skip
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24, bos_token_id=0,
+                 eos_token_id=1, head_dim=8)  # fmt: skip
     if kind == "gpt2":
         sizes = dict(vocab_size=97, n_layer=3, n_head=4, n_embd=32, n_positions=24, eos_token_id=1)
     if kind in ("mixtral", "qwen3_moe"):
