@@ -51,7 +51,7 @@ def in_float64(model, x, y, V: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tensors_of_the_file_are_the_models(model, tmp_path, dtype):
+def test_tensors_of_the_file_are_the_models_and_round_trips_are_byte_identical(model, tmp_path, dtype):
     """For a reader that knows the table alone, and for read_model. bf16 rounds to nearest, ties to even."""
     ties = np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x3F808001, 0x3F807FFF, 0x007F8000], np.uint32)
     with torch.no_grad():
@@ -73,17 +73,10 @@ def test_tensors_of_the_file_are_the_models(model, tmp_path, dtype):
         # A view of a stack of layers would save the whole stack.
         assert parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
     assert not tensors["transformer.wte.weight"][300:].any()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_round_trips_are_byte_identical(model, tmp_path, dtype):
-    llmc.write_model(model, tmp_path / "first.bin", dtype)
-    read = llmc.read_model(tmp_path / "first.bin")
-    llmc.write_model(read, tmp_path / "second.bin", dtype)
-    read.save_pretrained(tmp_path / "folder")
-    llmc.write_model(GPTLMHeadModel.from_pretrained(tmp_path / "folder"), tmp_path / "third.bin", dtype)
-    first, second, third = ((tmp_path / f"{name}.bin").read_bytes() for name in ("first", "second", "third"))
-    assert first == second and first == third
+    again.save_pretrained(tmp_path / "folder")
+    for model in (again, GPTLMHeadModel.from_pretrained(tmp_path / "folder")):
+        llmc.write_model(model, tmp_path / "again.bin", dtype)
+        assert (tmp_path / "again.bin").read_bytes() == (tmp_path / "m.bin").read_bytes()
 
 
 @pytest.mark.parametrize("encoding_size", [50257, None])
@@ -113,11 +106,9 @@ def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
 ])  # fmt: skip
 def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     model = GPTLMHeadModel(GPTConfig(**(GPT2 | {field: value})))
-    for write in (
-        lambda: llmc.write_model(model, tmp_path / "out" / "m.bin"),
-        lambda: llmc.write_state(model, *batch, tmp_path / "out" / "s.bin"),
-        lambda: llmc.write_all(model, *batch, tmp_path / "out"),
-    ):
+    for write in (lambda: llmc.write_model(model, tmp_path / "out" / "m.bin"),
+                  lambda: llmc.write_state(model, *batch, tmp_path / "out" / "s.bin"),
+                  lambda: llmc.write_all(model, *batch, tmp_path / "out")):  # fmt: skip
         with pytest.raises(ValueError, match=f"cannot express {field}={re.escape(repr(value))}"):
             write()
     assert not (tmp_path / "out").exists()
@@ -162,11 +153,10 @@ def test_state_of_a_bf16_model_is_computed_in_fp32(model, batch, tmp_path):
 
 def test_bad_batches_and_dtypes_are_refused(model, tmp_path):
     path, ids, long = tmp_path / "s.bin", torch.zeros(2, 9, dtype=torch.long), tokens(1, 13, 300)
-    for x, y, message in (
-        (ids, ids[:, 1:], r"x \(2, 9\) and y \(2, 8\)"), (ids[0], ids[0], r"must be \(B, T\)"),
-        (long, long, "T=13.*block_size=12"), (ids, ids - 1, "y has ids from -1 to -1"),
-        (ids + 300, ids, "x has ids from 300 to 300.*0 to 299"),
-    ):  # fmt: skip
+    for x, y, message in ((ids, ids[:, 1:], r"x \(2, 9\) and y \(2, 8\)"),
+                          (ids[0], ids[0], r"must be \(B, T\)"), (long, long, "T=13.*block_size=12"),
+                          (ids, ids - 1, "y has ids from -1 to -1"),
+                          (ids + 300, ids, "x has ids from 300 to 300.*0 to 299")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             llmc.write_state(model, x, y, path)
     with pytest.raises(ValueError, match=r"dtype='float16'.*float32 or bfloat16"):
@@ -220,11 +210,9 @@ def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
 def test_tokenizer_of_bytes_and_others(tmp_path):
     check_tokenizer(get_encoding("bytes"), tmp_path / "bytes.bin")
     check_tokenizer(small_encoding({"<|endoftext|>": 257}, b"x" * 255), tmp_path / "long.bin")
-    for encoding, message in (
-        (small_encoding({"<|endoftext|>": 258}), "token 256 has 0 bytes"),
-        (small_encoding({"<|endoftext|>": 257}, b"x" * 256), "token 256 has 256 bytes"),
-        (small_encoding({"<|end|>": 256}), r"has no <\|endoftext\|>"),
-    ):
+    for encoding, message in ((small_encoding({"<|endoftext|>": 258}), "token 256 has 0 bytes"),
+                              (small_encoding({"<|endoftext|>": 257}, b"x" * 256), "token 256 has 256 bytes"),
+                              (small_encoding({"<|end|>": 256}), r"has no <\|endoftext\|>")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             llmc.write_tokenizer(encoding, tmp_path / "refused.bin")
     assert not (tmp_path / "refused.bin").exists()
@@ -287,14 +275,9 @@ def test_command_line_says_what_is_wrong(tmp_path, refused):
         (["export", "--checkpoint", tmp_path / "missing.pt", "--out", out], "missing.pt"),
         (["state", "--checkpoint", dense, "--out", out, "--data", dense], "dense.pt"),
         ([*state, "--B", 4, "--T", 5], "20 tokens, --B and --T need 21"),
-        ([*state, "--B", 0, "--T", 5], "--B 0"),
-        (["import", "--model", shard, "--out", out], "a data shard"),
-    ):
+        ([*state, "--B", 0, "--T", 5], "--B 0"), (["import", "--model", shard, "--out", out], "a data shard"),
+    ):  # fmt: skip
         error = refused(llmc.main, *arguments)
         assert re.fullmatch(f"python -m llmc: error: .*{re.escape(message)}.*", error), error
     llmc.write_model(randomised(), tmp_path / "m.bin")
-    words = ["import", "--model", tmp_path / "m.bin", "--out", tmp_path]
-    assert "exists already" in refused(llmc.main, *words)
-    with pytest.raises(SystemExit) as stopped:
-        llmc.main(["export", "--checkpoint", str(dense), "--out", str(out), "--dtype", "float16"])
-    assert stopped.value.code == 2
+    assert "exists already" in refused(llmc.main, "import", "--model", tmp_path / "m.bin", "--out", tmp_path)
