@@ -217,9 +217,8 @@ def test_without_tiktokens_files_nothing_is_written(gpt2, shard, finished, tmp_p
     llmc.get_encoding.cache_clear()
     assert run(gpt2, shard, finished, "--write_tensors", 1) == 2
     *_, error = capsys.readouterr().err.splitlines()
-    for word in ("write_tensors=True", "no tokenizer", "TIKTOKEN_CACHE_DIR", "--write_tensors 0"):
-        assert word in error
-    assert "--encoding" not in error
+    words = ("write_tensors=True", "no tokenizer", "TIKTOKEN_CACHE_DIR", "--write_tensors 0")
+    assert all(word in error for word in words) and "--encoding" not in error
     assert sorted(finished.rglob("*")) == before  # nor is the earlier run moved aside
     with pytest.raises(ValueError, match="no tokenizer can be written"):
         llmc.write_all(ckpt.load_model(finished / "latest"), None, None, tmp_path / "new")
@@ -259,13 +258,12 @@ def test_models_by_name():
 
 
 def test_its_flags_and_defaults_are_all_known(capsys):
-    defaults = dict(
-        input_bin="x.bin", input_val_bin="", output_dir="log", model="gpt2", batch_size=4, sequence_length=64,
-        total_batch_size=256, num_iterations=10, inference_only=0, learning_rate=1e-4, warmup_iters=0,
-        learning_rate_decay_frac=1.0, weight_decay=0.0, grad_clip=1.0, val_loss_every=0, val_max_steps=20,
-        sample_every=0, overfit_single_batch=1, tensorcores=0, device="", compile=0, flash=0, dtype="float32",
-        zero_stage=0, write_tensors=1,
-    )  # fmt: skip
+    defaults = dict(input_bin="x.bin", input_val_bin="", output_dir="log", model="gpt2", batch_size=4,
+                    sequence_length=64, total_batch_size=256, num_iterations=10, inference_only=0,
+                    learning_rate=1e-4, warmup_iters=0, learning_rate_decay_frac=1.0, weight_decay=0.0,
+                    grad_clip=1.0, val_loss_every=0, val_max_steps=20, sample_every=0, overfit_single_batch=1,
+                    tensorcores=0, device="", compile=0, flash=0, dtype="float32", zero_stage=0,
+                    write_tensors=1)  # fmt: skip
     typed, _ = parse_config([f"--{name}={value}" for name, value in defaults.items()])
     preset, _ = parse_config(["--preset", "llmc", "--input_bin", "x.bin"])
     different = {name for name, value in vars(typed).items() if value != getattr(preset, name)}
