@@ -69,22 +69,20 @@ def pretend(capability: tuple[int, int]):
         warp_size=32, gcnArchName="", shared_memory_per_block=49152, shared_memory_per_block_optin=166912,
         shared_memory_per_multiprocessor=167936, L2_cache_size=40 * 2**20,
     )  # fmt: skip
-    answers = dict(
-        is_available=True, device_count=1, current_device=0, get_device_capability=capability,
-        get_device_properties=properties, get_device_name="fake", is_bf16_supported=major >= 8,
-        is_current_stream_capturing=False, get_rng_state=torch.zeros(16, dtype=torch.uint8), synchronize=None,
-        set_rng_state=None, current_stream=SimpleNamespace(cuda_stream=0, device=torch.device("cuda:0")),
-        set_device=None, _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None,
-        get_compute_capability=10 * major + minor,
-    )  # fmt: skip
+    answers = dict(is_available=True, device_count=1, current_device=0, get_device_capability=capability,
+                   get_device_properties=properties, get_device_name="fake", is_bf16_supported=major >= 8,
+                   is_current_stream_capturing=False, get_rng_state=torch.zeros(16, dtype=torch.uint8),
+                   synchronize=None, set_rng_state=None,
+                   current_stream=SimpleNamespace(cuda_stream=0, device=torch.device("cuda:0")),
+                   set_device=None, _exchange_device=0, _maybe_exchange_device=0, _lazy_init=None,
+                   get_compute_capability=10 * major + minor)  # fmt: skip
     backend = mock.MagicMock()  # Triton's
     backend.get_current_target.return_value = GPUTarget("cuda", 10 * major + minor, 32)
     backend.get_active_torch_device.return_value = torch.device("cuda:0")
-    replaced = [
-        (fake_tensor, "init_gpu_context", lambda *_: None), (Folder, "_deduce_value", deduce_value),
-        (fake_tensor.FakeTensorMode, "avoid_device_init", True), (triton.runtime.driver, "_active", backend),
-        (F, "scaled_dot_product_attention", attention), (torch._C, "_cuda_getCurrentRawStream", lambda *_: 0),
-    ]  # fmt: skip
+    replaced = [(fake_tensor, "init_gpu_context", lambda *_: None), (Folder, "_deduce_value", deduce_value),
+                (fake_tensor.FakeTensorMode, "avoid_device_init", True),
+                (triton.runtime.driver, "_active", backend), (F, "scaled_dot_product_attention", attention),
+                (torch._C, "_cuda_getCurrentRawStream", lambda *_: 0)]  # fmt: skip
     for owner in (torch.cuda, CudaInterface, CudaInterface.Worker):
         names = [name for name in answers if hasattr(owner, name)]
         replaced += [(owner, name, lambda *_, value=answers[name], **__: value) for name in names]
