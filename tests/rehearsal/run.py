@@ -8,8 +8,7 @@ from capability 8.0 on; a wrong device or dtype ends it. Triton compiles our ker
     host reads         in an optimizer step: the host waits for the device
     bytes/logit, GB    of the loss head with its products, and of a micro-step: kernels read their inputs and
                        write their outputs once, at least
-    MFU                at most: products run at the card's peak, then the rest runs at its bandwidth
-"""
+    MFU                at most: products run at the card's peak, then the rest runs at its bandwidth"""
 # ruff: noqa: I001
 
 import contextlib
