@@ -1,7 +1,6 @@
 """What all scripts print alike: errors in one line, and commands that can be copied.
 
-Run: python -m pytest tests/test_printed.py
-"""
+Run: python -m pytest tests/test_printed.py"""
 
 import ast
 import importlib
@@ -89,7 +88,6 @@ def check(command: str) -> None:
 
 
 def message(call, *arguments) -> str:
-    """The text of the error that the call raises."""
     with pytest.raises((ValueError, OSError)) as error:
         call(*arguments)
     return str(error.value)
@@ -105,12 +103,10 @@ def test_printed_commands_can_be_run(straight, tmp_path, monkeypatch, capsys, sh
     (val,), lines = find_shards("my data", "val"), []
     config = TrainConfig(log_dir="log/none", resume="auto", device="cpu", parallel="fsdp", ep_size=2)
     assert ckpt.find_resumed(config, World(0, 0, 1, torch.device("cpu")), lines.append) == (None, None)
-    found = {
-        "log/my run": lines[0], "--out 'no data'": message(read_meta, "no data"),
-        "--log_dir 'no log'": message(plot_log.find_runs, ["no log"]),
-        "--demo": message(find_shards, "no*.bin"),
-        "--val_tokens=401": message(DistributedDataLoader, [val], 20, 20),
-    }  # fmt: skip
+    found = {"log/my run": lines[0], "--out 'no data'": message(read_meta, "no data"),
+             "--log_dir 'no log'": message(plot_log.find_runs, ["no log"]),
+             "--demo": message(find_shards, "no*.bin"),
+             "--val_tokens=401": message(DistributedDataLoader, [val], 20, 20)}  # fmt: skip
     names = "LOCAL_WORLD_SIZE GROUP_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT".split()
     with mock.patch.dict("os.environ", dict.fromkeys(names, "2")):
         found["torchrun --nproc_per_node=2 --nnodes=2"] = ckpt.resume_command(config)
