@@ -15,8 +15,7 @@ run reads it, which may kill no rank by SIGBUS. Whenever training has stopped:
 Whenever tokenising has stopped: every shard is to the byte that of an undisturbed job. A finished run is
 compared with the undisturbed one (losses, weights, moments, routers, position), and the next one begins.
 Runs that break a rule, hang, or cannot go on are lost; bytes that are missing or wrong are lost bytes.
-Not collected by pytest. Exit code 0 if nothing was lost.
-"""
+Not collected by pytest. Exit code 0 if nothing was lost."""
 
 import argparse
 import collections
@@ -41,10 +40,8 @@ from processes import flags, made_up_text, metrics, start, start_ranks, write_da
 from training import checkpoints as ckpt
 
 STEPS, SIZE = 40, 24 << 20  # of a run; bytes of the tmpfs
-LAYOUTS = {
-    "ddp": [], "zero": ["--zero_stage", 1], "fsdp": ["--parallel", "fsdp"], "ep": ["--ep_size", 2],
-    "fsdp+ep": ["--parallel", "fsdp", "--ep_size", 2],
-}  # fmt: skip
+LAYOUTS = {"ddp": [], "zero": ["--zero_stage", 1], "fsdp": ["--parallel", "fsdp"], "ep": ["--ep_size", 2],
+           "fsdp+ep": ["--parallel", "fsdp", "--ep_size", 2]}  # fmt: skip
 PARTS = ("model", "optimizer", "rng")  # of a checkpoint: those with tensors
 
 
@@ -82,7 +79,6 @@ class Torture:
         self.tokens = self.shard.read_bytes()
 
     def training(self, log_dir: Path, *more) -> list[str]:
-        """The command line of the run."""
         more = [*LAYOUTS[self.layout], "--save_retry_s", 0.5, *more]
         return flags(self.data, log_dir, "--max_steps", STEPS, "--B", 2, "--infer_step", 15, *more)
 
@@ -150,11 +146,9 @@ class Torture:
         self.seen = ckpt.step_of(found[1])
 
     def stop(self, processes: list) -> None:
-        """End the processes in one of the ways processes are ended."""
-        alive = [process for process in processes if process.is_alive()]
         kinds = ["SIGKILL of one", "SIGKILL of one", "SIGKILL of all", "SIGTERM", "SIGINT", "SIGHUP"]
         kind = self.chance.choice(kinds)
-        if not alive:
+        if not (alive := [process for process in processes if process.is_alive()]):
             return
         self.faults[kind] += 1
         for process in alive if kind.endswith("all") else [self.chance.choice(alive)]:
@@ -179,7 +173,6 @@ class Torture:
         return [process.exitcode for process in processes]
 
     def lose(self, what: str, count: int = 0) -> None:
-        """Take note of a loss."""
         self.lost.append(what)
         self.bytes_lost += count
         print("LOST:", what, flush=True)
@@ -201,8 +194,7 @@ class Torture:
             self.checkpoints += 1
             self.bytes_compared += size_of(path)
             truth = self.digests[state["step"]]
-            wrong = [name for name, value in digests(state).items() if value != truth[name]]
-            if wrong:
+            if wrong := [name for name, value in digests(state).items() if value != truth[name]]:
                 self.lose(f"{path}: {', '.join(wrong)} unlike the undisturbed run's", size_of(path))
         if good < self.seen:
             self.lose(f"the newest good checkpoint is of step {good}, but there was one of step {self.seen}")
@@ -216,7 +208,6 @@ class Torture:
                 self.lose(f"log.txt before step {good}: {len(missing)} lines missing", sum(map(len, missing)))
 
     def check_tokens(self, out: Path) -> None:
-        """The rule for tokenising."""
         for path in out.glob("*.bin"):
             self.bytes_compared += path.stat().st_size
             if path.read_bytes() != self.shards.get(path.name):
@@ -229,8 +220,7 @@ class Torture:
         command = self.training(log_dir, "--resume", "auto", "--keep_last", 2, "--checkpoint_every", 4)
         ranks = start_ranks(2, command, output)
         self.run_for(ranks, self.chance.choice([0.3, 1, 2, 4, 8]) * self.chance.random())
-        cut = self.chance.random() < 0.15
-        if cut:
+        if cut := self.chance.random() < 0.15:
             self.faults["cut shard"] += 1
             os.truncate(self.shard, self.chance.randrange(len(self.tokens)))  # while the ranks read it
             self.run_for(ranks, 2)
@@ -273,7 +263,6 @@ class Torture:
         shutil.rmtree(out)
 
     def report(self, minutes: float) -> str:
-        """What docs/measurements.md quotes."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
         return f"""{minutes:.1f} minutes, {self.layout} on 2 ranks
 faults injected  {sum(self.faults.values())} ({kinds})
