@@ -33,8 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*save in a single process")  # 
 
 @pytest.fixture(params=["file", "folder"])
 def make_writer(request, tmp_path):
-    """A function that makes a writer of files, or one of folders, in tmp_path."""
-
     def make(**more) -> CheckpointWriter:
         writer = CheckpointWriter(tmp_path, **more)
         if request.param == "folder":
@@ -169,9 +167,9 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     assert steps(tmp_path) == [3, 1]
 
 
-@pytest.mark.parametrize(("room", "folder", "advice"), [
-    (100, ".", "free space in"), (10**9, "gone", "a folder that can be written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "room, folder, advice", [(100, ".", "free space"), (10**9, "gone", "can be written")]
+)
 def test_the_advice_after_a_failed_save_fits_its_cause(room, folder, advice, tmp_path):
     said = []
     with full_disk(room):
@@ -273,10 +271,9 @@ def test_the_best_step_is_kept_and_patience_ends_the_run(data, tmp_path, monkeyp
     assert train_gpt_moe.main(flags(data, tmp_path, *more, "--patience", 2)) == 0
     said = capsys.readouterr().out
     assert "2 evaluations without a lower validation loss than 3.0000 at step 2" in said
-    assert ckpt.load_checkpoint(tmp_path / "best")["step"] == 2
-    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [4, 2]
+    kept = lambda: (steps(tmp_path), load_checkpoint(tmp_path / "best")["step"])  # noqa: E731
+    assert kept() == ([4, 2], 2)
     assert train_gpt_moe.main([*AGAIN, str(tmp_path)]) == 0  # it ends at once: nothing has changed
-    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [4, 2]
+    assert kept() == ([4, 2], 2)
     assert train_gpt_moe.main([*AGAIN, str(tmp_path), "--patience", "3"]) == 0
-    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [8, 5]
-    assert ckpt.load_checkpoint(tmp_path / "best")["step"] == 5
+    assert kept() == ([8, 5], 5)
