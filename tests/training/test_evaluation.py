@@ -1,7 +1,6 @@
 """What a run measures between its steps: validation losses in nats per token and in bits per byte.
 
-Run: python -m pytest tests/training/test_evaluation.py
-"""
+Run: python -m pytest tests/training/test_evaluation.py"""
 
 import contextlib
 import math
