@@ -19,9 +19,12 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=512, block_size=64)
 
 
 @pytest.mark.parametrize("fields", [dict(use_moe=False), dict(num_shared_experts=1)])
-def test_parts_add_up(fields):
+def test_parts_add_up_and_inference_needs_neither_gradients_nor_moments(fields):
     model = GPTLMHeadModel(tiny(**fields))
     assert sum(parameters_by_part(model).values()) == model.get_num_params(False)
+    memory = memory_estimate(model, TrainConfig(B=8, T=24, inference_only=True), "float32")
+    assert memory["parameters"] == 4 * model.get_num_params(False)
+    assert memory["gradients"] == memory["optimizer"] == 0
 
 
 DENSE, MOE = dict(use_moe=False), dict(num_experts=8, num_experts_per_tok=2)
@@ -61,13 +64,6 @@ def test_activations_are_estimated_to_a_quarter(fields, settings):
     peak, _ = memory_bytes(run, torch.device("cpu"))
     estimate = memory_estimate(model, config, config.dtype)["activations"]
     assert 0.75 < estimate / peak < 1.25, (estimate, peak)
-
-
-def test_inference_needs_neither_gradients_nor_moments():
-    model = GPTLMHeadModel(GPTConfig(**SMALL))
-    memory = memory_estimate(model, TrainConfig(B=8, T=64, inference_only=True), "float32")
-    assert memory["parameters"] == 4 * model.get_num_params(False)
-    assert memory["gradients"] == memory["optimizer"] == 0
 
 
 @pytest.mark.parametrize(("settings", "rest", "experts", "moments"), [
