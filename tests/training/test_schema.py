@@ -27,22 +27,20 @@ for _ in range(40):  # 2^40 entries, and yet a small file
 # Values that are wrong in most places: other types, not finite, negative, nested, very large.
 WRONG = ("x", -5, True, None, math.nan, [], {}, {1: 2}, DEEP, 10**5000, torch.ones(2), b"x")
 # Where they are put: further wrong values, and which of WRONG are right there.
-PLACES = {
-    "model": ((), ()), "config": ((), ()), "step": ((1.0, 10**30), ()),
-    "val_loss": ((), (None, math.nan, -5)),
-    "optimizer": ((), ()), "loader": ((), ()), "rng": ((torch.zeros(5, dtype=torch.uint8),), ()),
-    "train_config": ((), ({},)), "elapsed_s": ((math.inf,), ()), "health": (({"is_spike": 1},), ()),
-    "scaler": (({"scale": 1.0},), ({},)), "world_size": ((0,), ()), "format": ((0,), ()),
-    "model.lm_head.weight": ((torch.ones(3, 3), torch.ones(1).expand(10**6, 10**6)), ()),
-    "model.transformer.h.0.attn.c_attn.weight": ((torch.ones(4).to_sparse(),), ()),
-    "config.n_layer": ((10**8, 1, 0), ()), "config.n_embd": ((10**9, 64), ()),
-    "config.vocab_size": ((10**9,), ()), "config.activation": (("swiglu",), ()),
-    "config.use_moe": ((False,), (True,)), "config.moe_every": ((2,), ()),
-    "loader.position": ((10**30,), ()), "optimizer.state": ((), ({},)), "optimizer.state.0": ((), ({},)),
-    "optimizer.param_groups": (([{}], [{"params": [0]}]), ()),
-    "health.mean": ((), (-5,)), "train_config.B": ((0,), ()), "train_config.min_lr": ((), (None,)),
-    "train_config.max_lr": (("1e-3", math.inf), ()), "train_config.optimizer": ((), ()),
-}  # fmt: skip
+PLACES = {"model": ((), ()), "config": ((), ()), "step": ((1.0, 10**30), ()),
+          "val_loss": ((), (None, math.nan, -5)), "optimizer": ((), ()), "loader": ((), ()),
+          "rng": ((torch.zeros(5, dtype=torch.uint8),), ()), "train_config": ((), ({},)),
+          "elapsed_s": ((math.inf,), ()), "health": (({"is_spike": 1},), ()),
+          "scaler": (({"scale": 1.0},), ({},)), "world_size": ((0,), ()), "format": ((0,), ()),
+          "model.lm_head.weight": ((torch.ones(3, 3), torch.ones(1).expand(10**6, 10**6)), ()),
+          "model.transformer.h.0.attn.c_attn.weight": ((torch.ones(4).to_sparse(),), ()),
+          "config.n_layer": ((10**8, 1, 0), ()), "config.n_embd": ((10**9, 64), ()),
+          "config.vocab_size": ((10**9,), ()), "config.activation": (("swiglu",), ()),
+          "config.use_moe": ((False,), (True,)), "config.moe_every": ((2,), ()),
+          "loader.position": ((10**30,), ()), "optimizer.state": ((), ({},)),
+          "optimizer.state.0": ((), ({},)), "optimizer.param_groups": (([{}], [{"params": [0]}]), ()),
+          "health.mean": ((), (-5,)), "train_config.B": ((0,), ()), "train_config.min_lr": ((), (None,)),
+          "train_config.max_lr": (("1e-3", math.inf), ()), "train_config.optimizer": ((), ())}  # fmt: skip
 
 
 def forge(content: dict, place: str, value) -> dict:
@@ -79,13 +77,11 @@ def test_what_no_run_writes_is_refused(good, place, tmp_path):
 def commands(path, data, tmp_path) -> list[tuple]:
     """Every command that reads a checkpoint, with its arguments."""
     more = ("--device", "cpu")
-    return [
-        (checkpoint.main, "verify", path), (checkpoint.main, "export", path, tmp_path / "exported"),
-        (checkpoint.main, "convert", path, tmp_path / "folder"), (sample.main, "--checkpoint", path, *more),
-        (hellaswag.main, "--model", path, *more),
-        (train_gpt_moe.main, *flags(data, tmp_path / "log", "--init_from", path)),
-        (train_gpt_moe.main, *flags(data, tmp_path / "log", "--resume", path)),
-    ]  # fmt: skip
+    return [(checkpoint.main, "verify", path), (checkpoint.main, "export", path, tmp_path / "exported"),
+            (checkpoint.main, "convert", path, tmp_path / "folder"),
+            (sample.main, "--checkpoint", path, *more), (hellaswag.main, "--model", path, *more),
+            (train_gpt_moe.main, *flags(data, tmp_path / "log", "--init_from", path)),
+            (train_gpt_moe.main, *flags(data, tmp_path / "log", "--resume", path))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("place", "value", "words"), [
