@@ -74,8 +74,7 @@ def test_what_hides_behind_what():
     """ddp: one bucket, all too late. fsdp: only the first group of the gathers, and of the scatters."""
     links = Links(1e6, 1e6, per_machine=4, latency=0.0)
     step, communication, waits = step_seconds(model(), PLAN, links, 3.0, 1.0)
-    assert waits == communication == pytest.approx(1.5 * (4 * P + STATISTICS) / 1e6)
-    assert step == 4.0 + waits
+    assert waits == communication == pytest.approx(1.5 * (4 * P + STATISTICS) / 1e6) and step == 4.0 + waits
     fsdp = replace(FSDP, micro_steps=2)
     gathers = 0.75 * 4 * (OUTSIDE + 2 * INSIDE) / 1e6
     scatters, rest = 0.75 * 4 * P / 1e6, 1.5 * (STATISTICS + 4) / 1e6
