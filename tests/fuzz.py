@@ -30,7 +30,6 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,8 +188,7 @@ def folders(chance: random.Random) -> Case:
     if kind == "rest.pt":
         torch.save(content, path / kind)
         index["files"][kind] = size_and_checksum(path / kind)
-    text = json.dumps(index)
-    (path / "index.json").write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "index": text}))
+    processes.write_index(path, index)
     return use_of(chance, path, f"{path / kind}: {'.'.join(keys)}")
 
 
