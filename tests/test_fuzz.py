@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import fuzz
@@ -19,27 +20,15 @@ def test_inputs_of_every_group_are_tried_and_counted(tmp_path):
     assert code == 0 and all(int(wrong) == 0 for *_, wrong in rows)
 
 
-def a_traceback(arguments):
-    raise ValueError("planted.txt")
+def says(text: str, code: int):
+    """A command that prints this to stderr and ends with this code."""
+    return lambda _: print(text, file=sys.stderr) or code
 
 
-def two_lines(arguments):
-    print("planted.txt: bad\nmore", file=sys.stderr)
-    return 2
-
-
-def no_end(arguments):
-    while True:
-        pass
-
-
-def good_refusal(arguments):
-    print("planted.txt is bad", file=sys.stderr)
-    return 2
-
-
-FAULTS = [(a_traceback, "traceback"), (two_lines, "2 lines"), (no_end, "hangs"), (good_refusal, "refused")]
-FAULTS += [(lambda _: bytes(1 << 40), "traceback"), (lambda _: 3, "exit code 3"), (lambda _: 0, "accepted")]
+FAULTS = [(lambda _: {}["planted.txt"], "traceback"), (lambda _: bytes(1 << 40), "traceback")]
+FAULTS += [(lambda _: time.sleep(99), "hangs"), (lambda _: 3, "exit code 3"), (lambda _: 0, "accepted")]
+FAULTS += [(says("planted.txt: bad\nmore", 2), "2 lines"), (says("planted.txt is bad", 2), "refused")]
+FAULTS += [(says("bad", 2), "names nothing"), (says("planted.txt" + "!" * 999, 2), "1 lines")]
 
 
 @pytest.mark.parametrize("fault, verdict", FAULTS)
