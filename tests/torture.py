@@ -83,7 +83,6 @@ class Torture:
         return flags(self.data, log_dir, "--max_steps", STEPS, "--B", 2, "--infer_step", 15, *more)
 
     def tokenising(self, out: Path) -> list[str]:
-        """The command line of the job: some 15 shards."""
         sizes = "--encoding bytes --shard_size 30000 --val_tokens 20000 --workers".split()
         return ["--source", str(self.source), "--out", str(out), *sizes, self.chance.choice([1, 2])]
 
@@ -178,7 +177,6 @@ class Torture:
         print("LOST:", what, flush=True)
 
     def check_training(self, log_dir: Path) -> None:
-        """The rules for training, of which the module's docstring speaks."""
         latest = log_dir / "latest"
         if latest.exists() and not (log_dir / latest.read_text()).exists():
             self.lose(f"latest names {latest.read_text()}, which is not there")
