@@ -74,16 +74,6 @@ def test_what_no_run_writes_is_refused(good, place, tmp_path):
         assert len(str(error.value)) < 500
 
 
-def commands(path, data, tmp_path) -> list[tuple]:
-    """Every command that reads a checkpoint, with its arguments."""
-    more = ("--device", "cpu")
-    return [(checkpoint.main, "verify", path), (checkpoint.main, "export", path, tmp_path / "exported"),
-            (checkpoint.main, "convert", path, tmp_path / "folder"),
-            (sample.main, "--checkpoint", path, *more), (hellaswag.main, "--model", path, *more),
-            (train_gpt_moe.main, *flags(data, tmp_path / "log", "--init_from", path)),
-            (train_gpt_moe.main, *flags(data, tmp_path / "log", "--resume", path))]  # fmt: skip
-
-
 @pytest.mark.parametrize(("place", "value", "words"), [
     ("config.n_layer", "x", "n_layer"), ("step", DEEP, "nested"),
     ("model.transformer.ln_f.weight", torch.empty(32, device="meta"), "ln_f.weight"),
@@ -93,7 +83,14 @@ def commands(path, data, tmp_path) -> list[tuple]:
 def test_every_command_refuses_it_in_one_line(good, place, value, words, refused, data, tmp_path):
     path = tmp_path / "model_00012.pt"
     torch.save(forge(good, place, value), path)
-    for main, *arguments in commands(path, data, tmp_path):
+    log = flags(data, tmp_path / "log")
+    for main, *arguments in (
+        (checkpoint.main, "verify", path), (checkpoint.main, "export", path, tmp_path / "exported"),
+        (checkpoint.main, "convert", path, tmp_path / "folder"),
+        (sample.main, "--checkpoint", path, "--device", "cpu"),
+        (hellaswag.main, "--model", path, "--device", "cpu"),
+        (train_gpt_moe.main, *log, "--init_from", path), (train_gpt_moe.main, *log, "--resume", path),
+    ):  # fmt: skip
         line = refused(main, *arguments)
         assert str(path) in line and words in line and len(line) < 500
     assert not (tmp_path / "exported").exists() and not (tmp_path / "folder").exists()
