@@ -132,7 +132,7 @@ def read_settings(folder: str) -> dict:
 
 def read_run(folder: str) -> LoggedRun:
     """Read the log in `folder`; `problems` says what is wrong in it."""
-    run = LoggedRun(printable(Path(folder).resolve().name))
+    run = LoggedRun(printable(os.path.basename(os.path.realpath(folder))))
     for path in map(Path, logs(folder)):
         rows, bad = {}, []
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -33,7 +33,7 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
     model: a GPT or GPTLMHeadModel. format: "gpt_moe" or a name in FOREIGN. tokenizer: add the files of the
     model's encoding, and use its <|endoftext|> as end of text unless the configuration names another token.
     ValueError if the format cannot express the model, FileExistsError if the folder holds other files."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     if format not in ("gpt_moe", *FOREIGN):
         raise ValueError(f"format={format!r}: choose one of gpt_moe, {', '.join(FOREIGN)}")
     refuse_other_files(folder)

@@ -20,7 +20,7 @@ import torch
 from layers.sharding import local
 
 CHECKPOINT_FORMAT = 1  # of files and folders alike
-DIVERGED = "step {} is not saved, because the run has diverged (lower --max_lr or --router_lr_mult)"
+DIVERGED = "step {} is not saved: the run has diverged (lower --max_lr, --router_lr_mult, --expert_lr_mult)"
 
 
 class CheckpointError(ValueError):
@@ -33,6 +33,12 @@ class NewerFormatError(CheckpointError):
 
 class NotFiniteError(CheckpointError):
     """A tensor holds NaN or an infinite value."""
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has its numbers in memory, as a run's have: not sparse, quantised, meta or float8."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and not (tensor.is_floating_point() and tensor.dtype.itemsize == 1)
 
 
 def check_finite(where: str, tensors: dict[str, torch.Tensor], mend: str = "") -> None:

@@ -109,8 +109,8 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         archives.check_format(path, checkpoint)
         checkpoint = check_checkpoint(checkpoint)
-        if without := [name for name, tensor in named_tensors(checkpoint) if tensor.is_meta]:
-            raise ValueError(f"{without[0]} has no values")
+        if odd := [name for name, tensor in named_tensors(checkpoint) if not archives.is_plain(tensor)]:
+            raise ValueError(f"{odd[0]} is no plain tensor with values")
     archives.check_finite(f"{path}", dict(named_tensors(checkpoint)), ". Use an earlier checkpoint")
     return checkpoint
 

@@ -273,7 +273,9 @@ def start_wandb(folder: Path, resumed: bool, project: str, settings: dict):
 
     file = folder / "wandb_id"
     known = file.read_text().strip() if resumed and file.is_file() else None
-    names = dict(project=project, name=os.environ.get("WANDB_NAME", folder.resolve().name))
+    names = dict(
+        project=project, name=os.environ.get("WANDB_NAME", os.path.basename(os.path.realpath(folder)))
+    )
     run = wandb.init(**names, dir=str(folder), id=known, resume="allow", config=settings)
     write_atomically(file, lambda out: out.write(run.id.encode()))
     return run
@@ -314,9 +316,9 @@ def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again. A link
     is moved itself, not what it points to; a file that no run has written stays."""
     checkpoints = list_checkpoints(folder)  # newest first
-    targets = [path.resolve() for path in checkpoints]
-    if resumed is not None and resumed.resolve() in targets:
-        number = targets.index(resumed.resolve())
+    targets = [os.path.realpath(path) for path in checkpoints]  # Path.resolve fails for a circle of links
+    if resumed is not None and os.path.realpath(resumed) in targets:
+        number = targets.index(os.path.realpath(resumed))
         found, name = checkpoints[:number], checkpoints[number].name  # `resumed` may be a link's name
         if found:
             write_atomically(folder / "latest", lambda file: file.write(name.encode()))

@@ -92,6 +92,13 @@ def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
         RunLog(tmp_path, None, 0, tensorboard=False)
 
 
+def test_a_circle_of_links_is_moved_aside(tmp_path):
+    (tmp_path / "model_00004.pt").symlink_to("model_00004.pt")
+    (tmp_path / "model_00003.pt").touch()
+    RunLog(tmp_path, tmp_path / "model_00003.pt", 3, tensorboard=False).close()
+    assert [path.name for path in ckpt.list_checkpoints(tmp_path)] == ["model_00003.pt"]
+
+
 def test_a_temporary_file_is_new_and_not_guessed(tmp_path, monkeypatch):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".a.00.tmp").symlink_to("victim")

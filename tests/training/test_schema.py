@@ -77,6 +77,7 @@ def test_what_no_run_writes_is_refused(good, place, tmp_path):
 @pytest.mark.parametrize(("place", "value", "words"), [
     ("config.n_layer", "x", "n_layer"), ("step", DEEP, "nested"),
     ("model.transformer.ln_f.weight", torch.empty(32, device="meta"), "ln_f.weight"),
+    ("optimizer.param_groups.0.amsgrad", torch.ones(4).to_sparse(), "no plain tensor"),
     ("model.lm_head.weight", None, "model"),
     ("model.transformer.ln_f.weight", torch.tensor([1.0] * 31 + [math.nan]), "transformer.ln_f.weight"),
 ])  # fmt: skip
