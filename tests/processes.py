@@ -6,8 +6,7 @@
     run_ranks(2, ["--max_steps", "9"], "out.txt")               # starts them, and waits for a good end
 
 A server process imports the program once; every training process is forked from it (multiprocessing's
-forkserver), so it has an id, memory, signals and an exit code of its own.
-"""
+forkserver), so it has an id, memory, signals and an exit code of its own."""
 
 import contextlib
 import itertools

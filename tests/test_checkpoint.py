@@ -54,8 +54,7 @@ def test_what_is_printed(straight, tmp_path, capsys, refused):
     assert main(["verify", path]) == 0
     assert f"undamaged, step 12, last validation loss before it {val_loss}" in capsys.readouterr().out
     (tmp_path / "file").write_text("of somebody else")
-    for words, named in (
-        (["verify", tmp_path / "none.pt"], "none.pt"), (["export", path, tmp_path], tmp_path),
-        (["convert", path, tmp_path / "file"], tmp_path / "file"),
-    ):  # fmt: skip
+    for words, named in ((["verify", tmp_path / "none.pt"], "none.pt"),
+                         (["export", path, tmp_path], tmp_path),
+                         (["convert", path, tmp_path / "file"], tmp_path / "file")):  # fmt: skip
         assert str(named) in refused(main, *words)

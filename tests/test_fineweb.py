@@ -1,7 +1,6 @@
 """The script that makes shards: settings, crashes, kills and signals, worker processes, a dataset of the Hub.
 
-Run: python -m pytest tests/test_fineweb.py
-"""
+Run: python -m pytest tests/test_fineweb.py"""
 
 import itertools
 import json
@@ -165,8 +164,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize(
-    ("name", "victim", "workers", "code"),
-    [
+    ("name", "victim", "workers", "code"), [
         ("SIGTERM", "all", 1, 143), ("SIGTERM", "all", 2, 143), ("SIGINT", "all", 2, 130),
         ("SIGKILL", "script", 2, -9), ("SIGKILL", "worker", 2, 1),
     ],
@@ -197,14 +195,12 @@ def main():
     signal.signal(signal.SIGTERM, handler)
 
 
-WRONG = {
-    "--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shard_size=2147483648 .*below",
-    "--val_tokens=-1": "val_tokens=-1", "--limit_docs 0": "limit_docs=0", "--workers=-1": "workers=-1",
-    "--num_parts 0": "num_parts=0", "--num_parts 2 --part 2": "part=2 .* 1", "": "out is missing.*--out",
-    "--out out --encoding nonsense": "encoding='nonsense'", "--out a.txt": r"a\.txt",
-    "--out out --source no.txt": r"source='no\.txt'", "--out out --source .": r"source='\.' .*\.jsonl",
-    "--shard_sise 5": "--shard_sise", "--workers two": "--workers: invalid int",
-}  # fmt: skip
+WRONG = {"--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shard_size=2147483648 .*below",
+         "--val_tokens=-1": "val_tokens=-1", "--limit_docs 0": "limit_docs=0", "--workers=-1": "workers=-1",
+         "--num_parts 0": "num_parts=0", "--num_parts 2 --part 2": "part=2 .* 1", "": "out is missing.*--out",
+         "--out out --encoding nonsense": "encoding='nonsense'", "--out a.txt": r"a\.txt",
+         "--out out --source no.txt": r"source='no\.txt'", "--out out --source .": r"source='\.' .*\.jsonl",
+         "--shard_sise 5": "--shard_sise", "--workers two": "--workers: invalid int"}  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", WRONG)

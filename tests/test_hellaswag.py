@@ -134,10 +134,9 @@ def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write)
 
 def test_encoding_and_arguments_are_checked(write):
     model, path = make_model(), write(make_examples(2))
-    for wrong, words in (
-        (dict(limit=0), "limit=0"), (dict(tokens_per_batch=0), "tokens_per_batch=0"),
-        (dict(style="letters"), "style='letters'"), (dict(world_size=2), "world_size=2.*torchrun"),
-    ):  # fmt: skip
+    for wrong, words in ((dict(limit=0), "limit=0"), (dict(tokens_per_batch=0), "tokens_per_batch=0"),
+                         (dict(style="letters"), "style='letters'"),
+                         (dict(world_size=2), "world_size=2.*torchrun")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             evaluate(model, path, **wrong)
     with pytest.raises(ValueError, match=r"encoding='bytes' .*256 .*vocab_size=200"):

@@ -16,23 +16,15 @@ from mixture_of_experts import MoE
 from model import GPTLMHeadModel, RMSNorm
 
 OPTIONS = {
-    "rope": dict(position="rope"),
-    "theta": dict(position="rope", rope_theta=500.0),
-    "rmsnorm": dict(norm="rmsnorm"),
-    "relu2": dict(activation="relu2"),
-    "swiglu": dict(activation="swiglu"),
-    "qk_norm": dict(qk_norm=True),
-    "softcap": dict(logit_softcap=2.0),
-    "untied": dict(tie_word_embeddings=False),
-    "gqa": dict(n_kv_head=2),
-    "mqa": dict(n_kv_head=1),
-    "window": dict(sliding_window=4),
-    "window and global": dict(sliding_window=4, global_every=2),
-    "no bias": dict(bias=False),
-    "moe": dict(use_moe=True, expert_hidden_size=24, moe_every=2),
+    "rope": dict(position="rope"), "theta": dict(position="rope", rope_theta=500.0),
+    "rmsnorm": dict(norm="rmsnorm"), "relu2": dict(activation="relu2"), "swiglu": dict(activation="swiglu"),
+    "qk_norm": dict(qk_norm=True), "softcap": dict(logit_softcap=2.0),
+    "untied": dict(tie_word_embeddings=False), "gqa": dict(n_kv_head=2), "mqa": dict(n_kv_head=1),
+    "window": dict(sliding_window=4), "window and global": dict(sliding_window=4, global_every=2),
+    "no bias": dict(bias=False), "moe": dict(use_moe=True, expert_hidden_size=24, moe_every=2),
     "shared expert": dict(use_moe=True, num_experts_per_tok=1, num_shared_experts=2, expert_hidden_size=24),
     "zero_proj": dict(init="zero_proj"),
-}
+}  # fmt: skip
 # These options stand for their kind; two values of one field are no pair.
 SAME = ("window", "window and global"), ("relu2", "swiglu")
 PAIRED = [name for name in OPTIONS if name not in ("theta", "mqa", "shared expert")]

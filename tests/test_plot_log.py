@@ -1,7 +1,6 @@
 """The picture of a run: what is read from logs good and bad, what is drawn, and how the file is written.
 
-Run: python -m pytest tests/test_plot_log.py
-"""
+Run: python -m pytest tests/test_plot_log.py"""
 
 import json
 import math
@@ -53,9 +52,8 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
                 share[1, 2] *= 1e-3 if done > 0.5 else 1
                 share /= share.sum(1, keepdims=True)
                 record |= dict(expert_load=share.tolist(), max_load=float(share.max() * experts), z_loss=0.02)
-                record |= dict(
-                    starved=float((share * experts < 0.1).mean()), router_entropy=1, balance_loss=4
-                )
+                record |= dict(starved=float((share * experts < 0.1).mean()), router_entropy=1,
+                               balance_loss=4)  # fmt: skip
         records.append(record)
     return write_log(folder, records)
 
@@ -153,10 +151,8 @@ def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
 
 def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
     axes, fig = draw(moe)
-    assert list(axes) == [
-        "Loss", "HellaSwag", "", "Optimizer", "Throughput", "Expert balance", "Router",
-        "Expert load at step 400", "Expert load over time, a row per expert",
-    ]  # fmt: skip
+    assert list(axes) == ["Loss", "HellaSwag", "", "Optimizer", "Throughput", "Expert balance", "Router",
+                          "Expert load at step 400", "Expert load over time, a row per expert"]  # fmt: skip
     labels = {"learning rate", "gradient norm", "tokens/s", "MFU", "max / mean load", "starved experts"}
     labels |= {"acc_norm", "acc", "entropy", "balance loss", "z-loss"}
     assert labels <= {ax.get_ylabel() for ax in fig.axes}
@@ -171,10 +167,9 @@ def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
 def test_curves_are_the_logs_numbers(moe, draw):
     axes, fig = draw(moe)
     rows, loss = read_log(moe)[1:], axes["Loss"]
-    for line, name in (
-        (points(loss), "loss"), (points(loss, "validation"), "val_loss"),
-        (points(axes["HellaSwag"]), "hella_acc_norm"), (points(by_label(fig, "max / mean load")), "max_load"),
-    ):  # fmt: skip
+    for line, name in ((points(loss), "loss"), (points(loss, "validation"), "val_loss"),
+                       (points(axes["HellaSwag"]), "hella_acc_norm"),
+                       (points(by_label(fig, "max / mean load")), "max_load")):  # fmt: skip
         expected = [(row["step"], row[name]) for row in rows if name in row]
         np.testing.assert_array_equal(line, expected, err_msg=name)
     validation = points(loss, "validation")

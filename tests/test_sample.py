@@ -55,10 +55,9 @@ def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch
     assert [text[:3] for text in capsys.readouterr().out.split("prompt> ")] == ["", "one", "two", "\n"]
 
 
-@pytest.mark.parametrize("flag", [
-    "temperature=inf", "temperature=nan", "top_p=1.5", "min_p=-1", "seed=9999999999999999999",
-    "num_samples=0", "repetition_penalty=0", "top_k=-1", "max_new_tokens=0",
-])  # fmt: skip
+@pytest.mark.parametrize("flag", ["temperature=inf", "temperature=nan", "top_p=1.5", "min_p=-1",
+                                  "seed=9999999999999999999", "num_samples=0", "repetition_penalty=0",
+                                  "top_k=-1", "max_new_tokens=0"])  # fmt: skip
 def test_numbers_outside_their_limits(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--model", "gpt2", f"--{flag}"])

@@ -72,11 +72,9 @@ def test_nothing_else_is_replaced(tmp_path):
             export_folder(model, tmp_path / name)
 
 
-BAD = [
-    ({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
-    (dict(encoding="bytes"), "gpt_moe", r"encoding='bytes'.*257.*vocab_size=97"),
-    (dict(encoding="cl100k_base"), "gpt_moe", r"encoding='cl100k_base': .*--no-tokenizer"),
-]  # fmt: skip
+BAD = [({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
+       (dict(encoding="bytes"), "gpt_moe", r"encoding='bytes'.*257.*vocab_size=97"),
+       (dict(encoding="cl100k_base"), "gpt_moe", r"encoding='cl100k_base': .*--no-tokenizer")]  # fmt: skip
 
 
 @pytest.mark.parametrize("fields, format, message", BAD)

@@ -136,10 +136,8 @@ def test_operators_are_well_formed():
 ])  # fmt: skip
 def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     """What "auto" takes on CUDA. No GPU is needed: the choice reads only x's device, dtype and shape."""
-    case = dict(
-        device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
-        triton="any", num_experts=4, n_embd=16, expert_hidden_size=8,
-    ) | changes  # fmt: skip
+    case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
+                triton="any", num_experts=4, n_embd=16, expert_hidden_size=8) | changes  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
     monkeypatch.setattr(experts, "grouped_mm", case["kernel"])
     monkeypatch.setattr(experts, "triton", case["triton"])

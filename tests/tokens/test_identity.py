@@ -186,12 +186,11 @@ def test_parts_of_other_sources_are_refused(corpus, tmp_path, capsys, monkeypatc
     assert train_gpt_moe.main(flags(out, tmp_path / "log")) == 2 and "b.txt" in error_line(capsys)
 
 
-FORGED = [
-    dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),
-    dict(tokens={"train": True}), dict(checksums={"a": 1}), dict(checksums=[]), dict(source=3),
-    dict(places={"3": [{"file": "0"}, 0]}), dict(places={"3": [{}]}), dict(settings=3), dict(eot_token=300),
-    dict(settings={"files": ["a"]}), dict(settings={"files": {"a": 1}}), dict(vocab_size=10**12),
-]  # fmt: skip
+FORGED = [dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),
+          dict(tokens={"train": True}), dict(checksums={"a": 1}), dict(checksums=[]), dict(source=3),
+          dict(places={"3": [{"file": "0"}, 0]}), dict(places={"3": [{}]}), dict(settings=3),
+          dict(eot_token=300), dict(settings={"files": ["a"]}), dict(settings={"files": {"a": 1}}),
+          dict(vocab_size=10**12)]  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", FORGED)

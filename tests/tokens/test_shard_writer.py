@@ -48,14 +48,12 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     before = content(out)
     other = write_source(tmp_path / "b.jsonl")
     longer = write_source(tmp_path / "longer" / "a.jsonl", [*DOCUMENTS, "more"])
-    for text, flags, words in (
-        (source, dict(shard_size=60), "shard_size=100000000 .* shard_size=60"),
-        (source, dict(val_tokens=60), "val_tokens=100 .* val_tokens=60"),
-        (source, dict(limit_docs=2), "limit_docs=None .* limit_docs=2"),
-        (source, dict(num_parts=2), "num_parts=1 .* num_parts=2"),
-        (other, {}, r"source='a\.jsonl' .* source='b\.jsonl'"),
-        (longer, {}, r"source file 'a\.jsonl'=.* source file"),
-    ):
+    for text, flags, words in ((source, dict(shard_size=60), "shard_size=100000000 .* shard_size=60"),
+                               (source, dict(val_tokens=60), "val_tokens=100 .* val_tokens=60"),
+                               (source, dict(limit_docs=2), "limit_docs=None .* limit_docs=2"),
+                               (source, dict(num_parts=2), "num_parts=1 .* num_parts=2"),
+                               (other, {}, r"source='a\.jsonl' .* source='b\.jsonl'"),
+                               (longer, {}, r"source file 'a\.jsonl'=.* source file")):  # fmt: skip
         with pytest.raises(ValueError, match=words + ".*another --out"):
             build(text, out, **flags)
     with pytest.raises(ValueError, match=r"source='a\.jsonl' .* source='demo corpus"):

@@ -55,20 +55,18 @@ BAD_SHARDS = {
     "wrong magic": (shard_bytes(magic=20240801), "20240801 instead of 20240520"),
     "no magic": (shard_bytes(magic=7), "7 instead of 20240520"),
     "wrong version": (shard_bytes(version=2), "version 2, not 1"),
-    "negative count": (shard_bytes(count=-5), "holds -5 tokens"),
-    "empty": (b"", "holds 0 tokens"),
+    "negative count": (shard_bytes(count=-5), "holds -5 tokens"), "empty": (b"", "holds 0 tokens"),
     "odd size": (make_tokens(50).tobytes() + b"\x00", "is padded"),
     "text": (b"It was the best of times, it was the worst of times.", "text .* --source"),
     "cut text": (("naïve café " * 200).encode()[:1025], "is text"),
     "latin-1 text": (("naïve café " * 200).encode("latin-1"), "is text"),
-    "zip": (b"PK\x03\x04" + bytes(100), "zip or a checkpoint"),
-    "gzip": (gzip.compress(b"abc" * 100), "gzip"),
+    "zip": (b"PK\x03\x04" + bytes(100), "zip or a checkpoint"), "gzip": (gzip.compress(b"abc" * 100), "gzip"),
     "npy int64": (npy(np.arange(9)), "holds int64"),
     "npy 2-D": (npy(make_tokens(8).reshape(2, 4)), r"shape \(2, 4\)"),
     "npy big-endian": (npy(make_tokens(8).astype(">u2")), "holds >u2"),
     "npy damaged header": (npy(make_tokens(8)).replace(b"descr", b"de\x00cr"), r"damaged \.npy header"),
     "npy objects": (npy(np.array([{}], dtype=object)), "holds object"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD_SHARDS)
@@ -138,15 +136,14 @@ def test_missing_data_says_how_to_make_it(tmp_path):
     full = tmp_path / "full"
     make_shards(full, [9])
     for look, words in (
-        (lambda: read_shard(full), str(full)),
-        (lambda: read_shard(tmp_path / "none.bin"), r"none\.bin"),
+        (lambda: read_shard(full), str(full)), (lambda: read_shard(tmp_path / "none.bin"), r"none\.bin"),
         (lambda: find_shards(tmp_path / "nowhere"), r"no data: .*nowhere.*--demo"),
         (lambda: find_shards(tmp_path), rf"no train shard .* 0 .*python fineweb\.py --out {tmp_path}"),
         (lambda: find_shards(full, "val"), "no val shard .* 1 .*--val_tokens"),
         (lambda: DistributedDataLoader(tmp_path / "*.none", B=1, T=4), r"no data: .*\.none"),
         (lambda: DistributedDataLoader([], B=1, T=4), "no data"),
         (lambda: read_meta(tmp_path / "none"), "no data folder .*none"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(FileNotFoundError, match=words):
             look()
 
@@ -262,13 +259,11 @@ def test_resume_on_another_stream_is_refused_by_field_and_values(tmp_path):
         make_shards(tmp_path / name, lengths)
     load = lambda name="a", B=2, T=8, **more: DistributedDataLoader(tmp_path / name, B=B, T=T, **more)  # noqa: E731
     for saved, now, words in (
-        (load(), load(T=9), "T=8, .* T=9"),
-        (load(), load(seed=2), "seed=1337, .* seed=2"),
+        (load(), load(T=9), "T=8, .* T=9"), (load(), load(seed=2), "seed=1337, .* seed=2"),
         (load(), load(shuffle=False), "shuffle=True, .* shuffle=False"),
-        (load(), load("longer"), "tokens=500, .* tokens=501"),
-        (load(), load("one"), "files=2, .* files=1"),
+        (load(), load("longer"), "tokens=500, .* tokens=501"), (load(), load("one"), "files=2, .* files=1"),
         (load(shuffle=False), load(B=3, shuffle=False), r"B \* world_size=2, .* B \* world_size=3"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             now.load_state_dict(saved.state_dict())
 

@@ -81,17 +81,14 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     assert pieces[-1][2]["replaced"] == 4 + 1 + 1
 
 
-BAD_SOURCES = {
-    "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
-    "nested.jsonl": (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
-    "list.jsonl": (b'{"text": "a"}\n\n["a"]\n', "line 3: list .* 'text'"),
-    "field.jsonl": (b'{"body": "a", "id": 1}\n', "line 1: .*'text'.*'body', 'id'.*--text_field"),
-    "number.jsonl": (b'{"text": 5}\n', "line 1: .*'text' holds int"),
-    "truncated.jsonl.gz": (gzip.compress(random.Random(0).randbytes(9999))[:5000], "Truncated"),
-    "empty.jsonl.gz": (b"", "is empty"),
-    "foreign.jsonl.zst": (b"hello", "cannot be read"),
-    "foreign.parquet": (b"hello", "cannot be read"),
-}
+BAD_SOURCES = {"malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
+               "nested.jsonl": (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
+               "list.jsonl": (b'{"text": "a"}\n\n["a"]\n', "line 3: list .* 'text'"),
+               "field.jsonl": (b'{"body": "a", "id": 1}\n', "line 1: .*'text'.*'body', 'id'.*--text_field"),
+               "number.jsonl": (b'{"text": 5}\n', "line 1: .*'text' holds int"),
+               "truncated.jsonl.gz": (gzip.compress(random.Random(0).randbytes(9999))[:5000], "Truncated"),
+               "empty.jsonl.gz": (b"", "is empty"), "foreign.jsonl.zst": (b"hello", "cannot be read"),
+               "foreign.parquet": (b"hello", "cannot be read")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)

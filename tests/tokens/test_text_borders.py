@@ -1,7 +1,6 @@
 """Text that is not UTF-8 of words and lines: other scripts and encodings, endless lines, other files.
 
-Run: python -m pytest tests/tokens/test_text_borders.py
-"""
+Run: python -m pytest tests/tokens/test_text_borders.py"""
 
 import itertools
 import random
@@ -78,21 +77,17 @@ def make(source, out, **flags) -> int:
 
 REPLACE = {"errors": "replace"}
 TEXTS = {
-    "a.TXT": ("a", {}, ["a"]),
-    "a.md": ("# a", {}, ["# a"]),
-    "*.py": ("x = 1", {}, ["x = 1"]),
+    "a.TXT": ("a", {}, ["a"]), "a.md": ("# a", {}, ["# a"]), "*.py": ("x = 1", {}, ["x = 1"]),
     "a.json": ('\n[{"text": "a"}, "b", {"text": null},\n"' + "é" * 99 + '"]\n', {}, ["a", "b", "é" * 99]),
     "a.csv": ('id,body\r\n1,"a ""b"",\nc"\r\n2,\n3,d\n', {"text_field": "body"}, ['a "b",\nc', "d"]),
     "a.jsonl": ('\ufeff{"text": "a"}\n\n\ufeff{"text": "\\u0000"}\n', {}, ["a", "\0"]),
     "b.jsonl": ('{"text": "é"}\n'.encode("utf-16"), {}, ["é"]),
-    "b.csv": ("text\né\n".encode("utf-16"), {}, ["é"]),
-    "b.json": ('["é"]'.encode("utf-32"), {}, ["é"]),
-    "lone.txt": (b"\xff\xfea\0\x00\xd8b\0", REPLACE, ["a\ufffdb"]),
-    "nul.txt": ("a\0b", REPLACE, ["a\0b"]),
+    "b.csv": ("text\né\n".encode("utf-16"), {}, ["é"]), "b.json": ('["é"]'.encode("utf-32"), {}, ["é"]),
+    "lone.txt": (b"\xff\xfea\0\x00\xd8b\0", REPLACE, ["a\ufffdb"]), "nul.txt": ("a\0b", REPLACE, ["a\0b"]),
     "latin.txt": (b"caf\xe9", REPLACE, ["caf\ufffd"]),
     "few.txt": (b"caf\xe9" + b" " * 300, {}, ["caf\ufffd" + " " * 300]),
     "split.txt": (f"a{EOT}\nb\n{EOT}", {"split_on": EOT}, ["a", "\nb\n"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -110,26 +105,23 @@ def test_text_is_read(tmp_path, monkeypatch, name, whole_folder):
     assert [bytes(part[1:].astype(np.uint8)).decode() for part in parts] == documents
 
 
-BAD_TEXTS = {
-    "nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
-    "utf16.csv": ("text\na\n".encode("utf-16-le"), {}, r"utf16\.csv"),
-    "latin.py": ("größer".encode("latin-1"), {}, "UTF-8: 2 of 6 .*--errors replace"),
-    "late.txt": (b"a" * 9900 + b"\xff" * 40, {}, "UTF-8"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', {}, "UTF-8: 1 of 4"),
-    "cut.txt": (b"\xff\xfea\0b", {}, "truncated"),
-    "line.jsonl": (b'{"text": "' + b"a" * 2000, {}, r"line 1: .*1,000 characters.*\.txt"),
-    "line.csv": (b"text\n" + b"a" * 2000, {}, "line 2: .*1,000"),
-    "quote.csv": (b'text\n"a\n' + b"a\n" * 2000, {}, r"quote\.csv.*field.*limit"),
-    "item.json": (b'["a", "' + b"a" * 9000, {}, "item 2: .*1,000"),
-    "open.json": (b'["a"', {}, "item 2"),
-    "object.json": (b'{"text": "a"}', {}, "list"),
-    "number.json": (b"[1]", {}, "item 1: int"),
-    "field.csv": (b"id;body\n1;a\n", {}, "line 2: no field 'text', only 'id;body'.*--text_field"),
-    "fields.jsonl": (b'{"' + b"a" * 900 + b'": 1}', {}, "--text_field"),
-    "errors.txt": (b"a", {"errors": "ignore"}, "errors='ignore'.*strict or replace"),
-    "nothing.txt": (b"a", {"split_on": ""}, "split_on=''"),
-    "records.jsonl": (b'{"text": "a"}', {"split_on": EOT}, "split_on=.*records"),
-}
+BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
+             "utf16.csv": ("text\na\n".encode("utf-16-le"), {}, r"utf16\.csv"),
+             "latin.py": ("größer".encode("latin-1"), {}, "UTF-8: 2 of 6 .*--errors replace"),
+             "late.txt": (b"a" * 9900 + b"\xff" * 40, {}, "UTF-8"),
+             "latin.jsonl": (b'{"text": "caf\xe9"}\n', {}, "UTF-8: 1 of 4"),
+             "cut.txt": (b"\xff\xfea\0b", {}, "truncated"),
+             "line.jsonl": (b'{"text": "' + b"a" * 2000, {}, r"line 1: .*1,000 characters.*\.txt"),
+             "line.csv": (b"text\n" + b"a" * 2000, {}, "line 2: .*1,000"),
+             "quote.csv": (b'text\n"a\n' + b"a\n" * 2000, {}, r"quote\.csv.*field.*limit"),
+             "item.json": (b'["a", "' + b"a" * 9000, {}, "item 2: .*1,000"),
+             "open.json": (b'["a"', {}, "item 2"), "object.json": (b'{"text": "a"}', {}, "list"),
+             "number.json": (b"[1]", {}, "item 1: int"),
+             "field.csv": (b"id;body\n1;a\n", {}, "line 2: no field 'text', only 'id;body'.*--text_field"),
+             "fields.jsonl": (b'{"' + b"a" * 900 + b'": 1}', {}, "--text_field"),
+             "errors.txt": (b"a", {"errors": "ignore"}, "errors='ignore'.*strict or replace"),
+             "nothing.txt": (b"a", {"split_on": ""}, "split_on=''"),
+             "records.jsonl": (b'{"text": "a"}', {"split_on": EOT}, "split_on=.*records")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)

@@ -2,8 +2,7 @@
 
 Run: python -m pytest tests/training/test_checkpoints.py
 
-test_checkpoint_writer.py has the thread that saves them, test_sharded.py the index of a folder.
-"""
+test_checkpoint_writer.py has the thread that saves them, test_sharded.py the index of a folder."""
 
 import errno
 import io
@@ -51,9 +50,8 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(f"fsync {kind(fd)}"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"rename {Path(b).name}"), replace(a, b)))
     save_checkpoint(small(4), tmp_path)
-    assert done == [
-        "fsync file", "rename model_00004.pt", "fsync folder", "fsync file", "rename latest", "fsync folder",
-    ]  # fmt: skip
+    assert done == ["fsync file", "rename model_00004.pt", "fsync folder", "fsync file", "rename latest",
+                    "fsync folder"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- found
@@ -255,16 +253,13 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(good, tmp_path):
 
 
 FOREIGN = {  # name: what writes it
-    "empty": lambda file: None,
-    "text": lambda file: file.write(b"hello\n" * 50),
-    "pickle": lambda file: pickle.dump(small(1), file),
-    "npz": lambda file: np.savez(file, a=np.ones(3)),
-    "list": lambda file: torch.save([1, 2], file),
-    "tensor": lambda file: torch.save(torch.ones(3), file),
+    "empty": lambda file: None, "text": lambda file: file.write(b"hello\n" * 50),
+    "pickle": lambda file: pickle.dump(small(1), file), "npz": lambda file: np.savez(file, a=np.ones(3)),
+    "list": lambda file: torch.save([1, 2], file), "tensor": lambda file: torch.save(torch.ones(3), file),
     "no step": lambda file: torch.save({"model": {}, "config": {}}, file),
     "classes": lambda file: torch.save({**small(1), "config": Path("a class instance")}, file),
     "old torch format": lambda file: torch.save(small(1), file, _use_new_zipfile_serialization=False),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -289,10 +284,8 @@ class Malice:
 @pytest.mark.parametrize("place", ["file", "old torch format", "rest.pt", ".metadata"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
     trace, folder, file = (
-        tmp_path / "trace",
-        save_folder(small(1), tmp_path),
-        tmp_path / "model_00001.pt",
-    )
+        tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt",
+    )  # fmt: skip
     bad = {**small(1), "config": Malice(trace)}
     if place == ".metadata":  # torch's own index, a pickle: it is never opened
         (folder / place).write_bytes(pickle.dumps(bad))

@@ -1,7 +1,6 @@
 """A run's files read back: TensorBoard events, metrics, main.log, the picture drawn meanwhile, wandb.
 
-Run: python -m pytest tests/training/test_log.py
-"""
+Run: python -m pytest tests/training/test_log.py"""
 
 import contextlib
 import io
@@ -93,11 +92,9 @@ def test_other_profiles_are_refused(text, data, tmp_path, refused):
 def test_tensorboard_curves_are_the_metrics(finished):
     names = {
         "loss/train": "loss", "loss/val": "val_loss", "moe/balance_loss": "balance_loss",
-        "moe/z_loss": "z_loss", "optim/lr": "lr", "optim/norm": "norm",
-        "speed/tok_per_s": "tok_per_s", "speed/mfu": "mfu",
-        "moe/max_load": "max_load", "speed/memory_gib": "memory", "moe/starved": "starved",
-        "moe/router_entropy": "router_entropy",
-        "loss/val_bpb": "val_bpb",
+        "moe/z_loss": "z_loss", "optim/lr": "lr", "optim/norm": "norm", "speed/tok_per_s": "tok_per_s",
+        "speed/mfu": "mfu", "moe/max_load": "max_load", "speed/memory_gib": "memory",
+        "moe/starved": "starved", "moe/router_entropy": "router_entropy", "loss/val_bpb": "val_bpb",
     }  # fmt: skip
     for curve, name in names.items():
         steps = "eval_step" if name.startswith("val") else "step"
@@ -242,15 +239,8 @@ def test_wandb_gets_the_same_names(finished):
     steps = [step for _, step in logged]
     assert steps == sorted(steps)  # wandb drops what comes late
     found = {name for values, _ in logged for name in values}
-    assert {
-        "loss/train",
-        "loss/val",
-        "moe/balance_loss",
-        "optim/lr",
-        "optim/norm",
-        "moe/expert_load",
-        "sample",
-    } <= found
+    assert {"loss/train", "loss/val", "moe/balance_loss", "optim/lr", "optim/norm", "moe/expert_load",
+            "sample"} <= found  # fmt: skip
 
 
 @pytest.mark.slow

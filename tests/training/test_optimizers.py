@@ -15,14 +15,10 @@ from training import fsdp_init
 from training.fsdp_init import initial_weights
 from training.optimizers import learning_rate
 
-CONFIGS = {
-    "dense": dict(use_moe=False),
-    "moe": dict(moe_every=2, moe_loss_type="diversity_regularization"),
-    "untied": dict(tie_word_embeddings=False),
-    "qk_norm": dict(qk_norm=True, norm="rmsnorm", position="rope", activation="swiglu", bias=False),
-    "shared expert": dict(num_shared_experts=1),
-    "zero_proj": dict(init="zero_proj"),
-}
+CONFIGS = {"dense": dict(use_moe=False), "moe": dict(moe_every=2, moe_loss_type="diversity_regularization"),
+           "untied": dict(tie_word_embeddings=False),
+           "qk_norm": dict(qk_norm=True, norm="rmsnorm", position="rope", activation="swiglu", bias=False),
+           "shared expert": dict(num_shared_experts=1), "zero_proj": dict(init="zero_proj")}  # fmt: skip
 
 
 def test_every_role_is_found():

@@ -34,30 +34,22 @@ IDLE = 2  # an expert of the first layer that no token ever chooses
 MUON = dict(optimizer="muon", moe_loss_type="diversity_regularization", activation="swiglu")
 MUON |= dict(expert_hidden_size=25)
 # name: processes, settings, micro-steps
-LAYOUTS = {
-    "one process": (1, {}, 1),
-    "one process, muon": (1, MUON, 1),
-    "ddp, muon": (2, MUON, 1),
-    "ddp, zero, muon": (2, MUON | dict(zero_stage=1), 1),
-    "fsdp, muon": (2, MUON | dict(parallel="fsdp"), 2),
-    "ddp": (2, {}, 1),
-    "ddp, accumulation": (2, {}, 2),
-    "ddp, zero": (2, dict(zero_stage=1), 1),
-    "fsdp": (2, dict(parallel="fsdp"), 1),
-    "fsdp, checkpointing": (2, dict(parallel="fsdp", activation_checkpointing="block"), 2),
-    "experts": (2, dict(ep_size=2), 1),
-    "experts, accumulation": (2, dict(ep_size=2, activation_checkpointing="block"), 2),
-    "experts, muon": (2, MUON | dict(ep_size=2), 1),
-    "experts, fsdp": (2, dict(ep_size=2, parallel="fsdp"), 2),
-    "slow one: fsdp": (1, dict(parallel="fsdp"), 1),
-    "slow four: fsdp": (4, dict(parallel="fsdp"), 1),
-    "slow four: ddp x experts": (4, dict(ep_size=2), 1),
-    "slow four: fsdp x experts": (4, dict(ep_size=2, parallel="fsdp"), 2),
-    "slow one: fsdp, muon": (1, MUON | dict(parallel="fsdp"), 1),
-    "slow four: ddp, muon": (4, MUON, 1),
-    "slow four: fsdp, muon": (4, MUON | dict(parallel="fsdp"), 1),
-    "slow four: fsdp x experts, muon": (4, MUON | dict(ep_size=2, parallel="fsdp"), 1),
-}
+LAYOUTS = {"one process": (1, {}, 1), "one process, muon": (1, MUON, 1), "ddp, muon": (2, MUON, 1),
+           "ddp, zero, muon": (2, MUON | dict(zero_stage=1), 1),
+           "fsdp, muon": (2, MUON | dict(parallel="fsdp"), 2), "ddp": (2, {}, 1),
+           "ddp, accumulation": (2, {}, 2), "ddp, zero": (2, dict(zero_stage=1), 1),
+           "fsdp": (2, dict(parallel="fsdp"), 1),
+           "fsdp, checkpointing": (2, dict(parallel="fsdp", activation_checkpointing="block"), 2),
+           "experts": (2, dict(ep_size=2), 1),
+           "experts, accumulation": (2, dict(ep_size=2, activation_checkpointing="block"), 2),
+           "experts, muon": (2, MUON | dict(ep_size=2), 1),
+           "experts, fsdp": (2, dict(ep_size=2, parallel="fsdp"), 2),
+           "slow one: fsdp": (1, dict(parallel="fsdp"), 1), "slow four: fsdp": (4, dict(parallel="fsdp"), 1),
+           "slow four: ddp x experts": (4, dict(ep_size=2), 1),
+           "slow four: fsdp x experts": (4, dict(ep_size=2, parallel="fsdp"), 2),
+           "slow one: fsdp, muon": (1, MUON | dict(parallel="fsdp"), 1), "slow four: ddp, muon": (4, MUON, 1),
+           "slow four: fsdp, muon": (4, MUON | dict(parallel="fsdp"), 1),
+           "slow four: fsdp x experts, muon": (4, MUON | dict(ep_size=2, parallel="fsdp"), 1)}  # fmt: skip
 EACH = [*slow(*(name for name in LAYOUTS if "slow" in name)), *(n for n in LAYOUTS if "slow" not in n)]
 ALONE = ("one process", "one process, muon")  # these need no process group; others are compared with them
 
@@ -67,10 +59,9 @@ RESTORED += [f"{name}, muon" for name in RESTORED]
 SOURCES = ["one process", "fsdp", "experts, fsdp", *(name for name in LAYOUTS if "four" in name)]
 SOURCES += ["one process, muon", "ddp, zero, muon", "fsdp, muon"]
 ALL_PAIRS = [(a, b) for a, b in itertools.product(RESTORED, SOURCES) if ("muon" in a) == ("muon" in b)]
-EVERYDAY_PAIRS = [
-    ("ddp", "experts, fsdp"), ("ddp, zero", "fsdp"), ("fsdp", "one process"), ("experts", "fsdp"),
-    ("ddp, zero, muon", "fsdp, muon"), ("fsdp, muon", "ddp, zero, muon"), ("experts, muon", "fsdp, muon"),
-]  # fmt: skip
+EVERYDAY_PAIRS = [("ddp", "experts, fsdp"), ("ddp, zero", "fsdp"), ("fsdp", "one process"),
+                  ("experts", "fsdp"), ("ddp, zero, muon", "fsdp, muon"), ("fsdp, muon", "ddp, zero, muon"),
+                  ("experts, muon", "fsdp, muon")]  # fmt: skip
 
 
 def settings(**more) -> train_gpt_moe.TrainConfig:

@@ -92,10 +92,8 @@ def test_files_of_settings(tmp_path, monkeypatch):
     yaml.write_text("B: 3\nmax_lr: 0.5\n")
     config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
     assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
-    wrong = {
-        "{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
-        "[" * 10**5: "a.json", '{"preset": []}': "preset=",
-    }  # fmt: skip
+    wrong = {"{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
+             "[" * 10**5: "a.json", '{"preset": []}': "preset="}  # fmt: skip
     for text, words in wrong.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=words):

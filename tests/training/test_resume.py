@@ -151,11 +151,9 @@ def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopp
     more += ["--total_batch_size", 128, "--log_dir", stopped, "--data_dir", tmp_path / "moved"]
     assert resume("auto", *more) == 0
     said = capsys.readouterr().out
-    for line in (
-        "max_steps was 12 and is 8 from step 6 on", "max_lr was 0.003 and is 0.001",
-        "weight_decay was 0.1 and is 0.2", "infer_step was 4 and is 5", "log_every was 1 and is 2",
-        "total_batch_size was 256 and is 128",
-    ):  # fmt: skip
+    for line in ("max_steps was 12 and is 8 from step 6 on", "max_lr was 0.003 and is 0.001",
+                 "weight_decay was 0.1 and is 0.2", "infer_step was 4 and is 5", "log_every was 1 and is 2",
+                 "total_batch_size was 256 and is 128"):  # fmt: skip
         assert f"resume: {line}" in said
     state = ckpt.load_checkpoint(stopped / "model_00008.pt")
     assert max(group["weight_decay"] for group in state["optimizer"]["param_groups"]) == 0.2
@@ -246,10 +244,8 @@ def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, refused):
 def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
     """Steps 0 to 4 were logged, the kill has cut the file, the run goes on from step 3."""
     records = [{"run": {"first_step": 0}}, *({"step": step, "loss": step / 7} for step in range(5))]
-    whole = {
-        "log.txt": "".join(f"{s} val 1.0\n{s} train 1.5\n" for s in range(5)).encode(),
-        "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records).encode(),
-    }
+    whole = {"log.txt": "".join(f"{s} val 1.0\n{s} train 1.5\n" for s in range(5)).encode(),
+             "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records).encode()}  # fmt: skip
     lines = {"log.txt": 6, "metrics.jsonl": 4}
     kept = {name: b"".join(text.splitlines(True)[: lines[name]]) for name, text in whole.items()}
     new = {"log.txt": b"3 train inf\n", "metrics.jsonl": b'{"step": 3, "loss": null}\n'}
@@ -275,8 +271,7 @@ OF_USERS = [b"2 train\n", b"\xff\n", b'{"st\n', b'{"step": "2"}\n', b'{"run": 3}
      [b"2 train 1.500000\n", b"2 train nan\n", b'{"step": 2}\n', b'{"run": {}}\n',
       b'{"run": {"first_step": 2}}\n', *OF_USERS],
      [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"4 tra", b"\0\0\0\n",
-      b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']),
-    (False,
+      b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']), (False,
      [b"3 val 1.500000\n", b"3 val_bpb 1.5\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b"3 val\n"],
      [b'{"step": 3, "val_loss": 1.5}\n', b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n",
       b'{"step": 3, "loss": 1.5}\n', b'{"run": {"first_step": 3}}\n']),

@@ -2,8 +2,7 @@
 
 Run: python -m pytest tests/training/test_sharded.py
 
-test_checkpoints.py damages the files of folders; test_parallel.py has folders that many processes wrote.
-"""
+test_checkpoints.py damages the files of folders; test_parallel.py has folders that many processes wrote."""
 
 import copy
 import json
@@ -86,11 +85,10 @@ def test_parts_that_overlap_or_leave_a_gap_are_refused_though_their_sizes_add_up
     cells = [((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (3, 2)), ((2, 2), (3, 2))]
     check([5, 4], *cells)
     check([], ((), ()))
-    wrong = [
-        ([4, 4], ((0, 0), (3, 4)), ((2, 0), (1, 4))), ([4, 4], ((0, 0), (3, 4)), ((4, 0), (1, 4))),
-        ([5, 4], *cells[:3], cells[2]), ([5, 4], *cells[:3]), ([5], ((0, 0), (5, 1))), ([], ((0,), (1,))),
-        ([-2, -3], ((0, 0), (-2, 3))), ([5, 4],), ([],), ([4], ((1,), (4,))), ([4], ((0,), (4, 1))),
-    ]  # fmt: skip
+    wrong = [([4, 4], ((0, 0), (3, 4)), ((2, 0), (1, 4))), ([4, 4], ((0, 0), (3, 4)), ((4, 0), (1, 4))),
+             ([5, 4], *cells[:3], cells[2]), ([5, 4], *cells[:3]), ([5], ((0, 0), (5, 1))),
+             ([], ((0,), (1,))), ([-2, -3], ((0, 0), (-2, 3))), ([5, 4],), ([],), ([4], ((1,), (4,))),
+             ([4], ((0,), (4, 1)))]  # fmt: skip
     for shape, *parts in wrong:
         with pytest.raises(ValueError, match="the parts of x do not fill its shape"):
             check(shape, *parts)
