@@ -193,9 +193,8 @@ def draw_references(ax, name: str, runs: list[LoggedRun], compare: bool) -> list
             found |= {f"ceiling ln E = {math.log(E):.3g}": math.log(E)}
     for text, y in found.items():
         ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
-        place = (
-            {"xy": (0.01, y), "ha": "left"} if text.startswith("GPT") else {"xy": (0.99, y), "ha": "right"}
-        )
+        left = text.startswith("GPT")
+        place = {"xy": (0.01 if left else 0.99, y), "ha": "left" if left else "right"}
         place |= {"xytext": (0, -2), "va": "top"} if name == "loss" else {"xytext": (0, 1), "va": "bottom"}
         place |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         ax.annotate(text, **place, color=GREY, size=9)
@@ -344,9 +343,8 @@ def save_picture(fig, out: Path) -> None:
     if out.suffix == ".png":  # 256 colours are enough and take a third of the bytes
         from PIL import Image  # a dependency of matplotlib
 
-        small = (
-            Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=0)
-        )
+        colours = Image.open(picture).convert("RGB")
+        small = colours.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=0)
         small.save(picture := io.BytesIO(), "png", optimize=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda file: file.write(picture.getvalue()))

@@ -375,9 +375,8 @@ def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
         hint = f"WARNING: no picture: {problem}; draw it with: {command}"
         terminal.say(hint if problem else f"picture         {run.config.log_dir}/training.png")
     if run.diagnosis:
-        text = (
-            f"stopped at step {step}: {run.health.in_a_row} steps in a row without a finite loss and gradient"
-        )
+        bad = f"{run.health.in_a_row} steps in a row without a finite loss and gradient"
+        text = f"stopped at step {step}: {bad}"
         text = f"train_gpt_moe.py: error: {text}; the newest checkpoint is {newest}{saver.describe_best()}"
         text += f"; {go_on}\n{run.diagnosis}"
         text = text if is_master else run.diagnosis.splitlines()[-1]

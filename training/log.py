@@ -244,9 +244,7 @@ class RunLog:
             self.files[name] = open_own(self.folder / name)
         if lost:
             self.lost = True
-            self.say(
-                f"WARNING: {self.folder} has lost {', '.join(lost)}; they are written again, nothing else"
-            )
+            self.say(f"WARNING: {self.folder} has lost {', '.join(lost)}; only they are written again")
 
     def close(self) -> bool:
         """Close all files and unlock the folder. False if not everything could be written, or was deleted."""

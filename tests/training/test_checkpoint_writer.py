@@ -269,8 +269,7 @@ def test_the_best_step_is_kept_and_patience_ends_the_run(data, tmp_path, monkeyp
     monkeypatch.setattr(train_gpt_moe, "evaluate", measured)
     more = "--max_steps 12 --infer_step 1 --checkpoint_every 0 --keep_last 1 --keep_best True".split()
     assert train_gpt_moe.main(flags(data, tmp_path, *more, "--patience", 2)) == 0
-    said = capsys.readouterr().out
-    assert "2 evaluations without a lower validation loss than 3.0000 at step 2" in said
+    assert "2 evaluations without a lower validation loss than 3.0000 at step 2" in capsys.readouterr().out
     kept = lambda: (steps(tmp_path), load_checkpoint(tmp_path / "best")["step"])  # noqa: E731
     assert kept() == ([4, 2], 2)
     assert train_gpt_moe.main([*AGAIN, str(tmp_path)]) == 0  # it ends at once: nothing has changed

@@ -226,9 +226,6 @@ def test_the_last_evaluation_of_an_older_run_joins_the_next_row(tmp_path):
     assert continued.close() and read_records(tmp_path) == [{"step": 0, "loss": 3.5}, joined]
 
 
-# ---------------------------------------------------------------------------- Weights & Biases
-
-
 def test_wandb_gets_the_same_names(finished):
     wandb = finished.wandb
     fields = wandb.init.call_args.kwargs

@@ -77,7 +77,6 @@ def test_what_no_run_writes_is_refused(good, place, tmp_path):
 @pytest.mark.parametrize(("place", "value", "words"), [
     ("config.n_layer", "x", "n_layer"), ("step", DEEP, "nested"),
     ("model.transformer.ln_f.weight", torch.empty(32, device="meta"), "ln_f.weight"),
-    ("optimizer.param_groups.0.amsgrad", torch.ones(4).to_sparse(), "no plain tensor"),
     ("model.lm_head.weight", None, "model"),
     ("model.transformer.ln_f.weight", torch.tensor([1.0] * 31 + [math.nan]), "transformer.ln_f.weight"),
 ])  # fmt: skip
@@ -95,6 +94,13 @@ def test_every_command_refuses_it_in_one_line(good, place, value, words, refused
         line = refused(main, *arguments)
         assert str(path) in line and words in line and len(line) < 500
     assert not (tmp_path / "exported").exists() and not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("odd", [torch.ones(4).to_sparse(), torch.ones(4).to(torch.float8_e4m3fn)])
+def test_a_tensor_that_no_run_has(good, odd, tmp_path, refused):
+    groups = [{**group, "amsgrad": odd} for group in good["optimizer"]["param_groups"]]
+    torch.save(forge(good, "optimizer.param_groups", groups), tmp_path / "model_00012.pt")
+    assert "no plain tensor" in refused(sample.main, "--checkpoint", tmp_path / "model_00012.pt")
 
 
 @pytest.mark.parametrize("forged", [
