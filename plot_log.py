@@ -390,7 +390,8 @@ def plot_runs(arguments: list[str], out: str = "", x: str = "step", form: str = 
             ax.locator_params("x", nbins=6, steps=[1, 2, 2.5, 5, 10])
             ax.xaxis.set_major_formatter(short)
         if len(runs) == 1:
-            fig.suptitle(headlines(runs)[0], x=0.01, ha="left", weight="bold")
+            title = headlines(runs)[0]
+            fig.suptitle(title, x=0.01, ha="left", weight="bold", size=min(12, 1400 / len(title)))
         else:
             texts = zip(runs, headlines(runs), strict=True)
             keys = [Line2D([], [], **run.line, **run.mark, label=text) for run, text in texts]
