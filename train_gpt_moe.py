@@ -122,9 +122,9 @@ class TrainConfig(llmc.Flags):
     plot_every: int = setting(0, "also draw it every so many steps; 0 = never", least=0)
     tensorboard: bool = setting(True, "write log_dir/tb")
     wandb: bool = setting(False, "send the same curves to Weights & Biases, if it is installed")
+    wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     log_norms: bool = setting(False, "also log the gradient norm of each part: norm/experts, ...")
     profile: str = setting("", "A:B = profile the steps A to B - 1: a trace, and the dearest operators")
-    wandb_project: str = setting("", "its project; empty = WANDB_PROJECT, or gpt-moe; a name turns wandb on")
     # --- machine
     device: str = setting("", "cuda, cuda:1, mps or cpu; empty = the best there is")
     dtype: str = setting("auto", "for matrix products; auto = the best for the device", choices=DTYPES)
@@ -302,13 +302,13 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 continue
             if "val_loss" in measured:
                 val_loss, val_loss_step = measured["val_loss"], step
-                last_step |= saver.is_out_of_patience(step, val_loss)
+                last_step |= saver.judge(step, val_loss)
             if log:
                 layers = run.model.moe_layers() if measured and run.trains and step > 0 else []
                 load = [moe.last_step_counts().tolist() for moe in layers]
                 log.evaluation(step, measured, load, run.elapsed() if last_step else None)
             if last_step:
-                saver.save()
+                saver.save()  # if patience ends the run, its last step is not saved yet
                 saver.retry_until_saved()
                 break
 
@@ -316,9 +316,8 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             if config.overfit_single_batch:
                 run.train_loader.reset()
             saver.request_retry()
-            profiler.before(step)
-            record = one_step(run, step)
-            profiler.before(step + 1)
+            with profiler.recording(step):
+                record = one_step(run, step)
 
             # ---- LOG
             record = step_record(run, record, measured)
@@ -376,9 +375,8 @@ def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
         terminal.say(hint if problem else f"picture         {run.config.log_dir}/training.png")
     if run.diagnosis:
         bad = f"{run.health.in_a_row} steps in a row without a finite loss and gradient"
-        text = f"stopped at step {step}: {bad}"
-        text = f"train_gpt_moe.py: error: {text}; the newest checkpoint is {newest}{saver.describe_best()}"
-        text += f"; {go_on}\n{run.diagnosis}"
+        text = f"train_gpt_moe.py: error: stopped at step {step}: {bad}; the newest checkpoint is {newest}"
+        text += f"{saver.describe_best()}; {go_on}\n{run.diagnosis}"
         text = text if is_master else run.diagnosis.splitlines()[-1]
         print(printable(text, keep="\n"), file=sys.stderr, flush=True)
         return faults.FAILED

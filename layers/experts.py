@@ -121,11 +121,11 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
     if routing.per_token is None:
         rows = rows * routing.weight[:, None].to(rows.dtype) if weighted else rows
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, routing.token, rows)
-    shape, backwards = (num_tokens, routing.per_token, rows.shape[1]), (routing.position, routing.order)
-    rows = Permute.apply(rows, *backwards).view(shape)  # (N, K, D)
+    shape, to_slots = (num_tokens, routing.per_token, rows.shape[1]), (routing.position, routing.order)
+    rows = Permute.apply(rows, *to_slots).view(shape)  # (N, K, D)
     if not weighted:
         return rows.sum(1, dtype=rows.dtype)  # without dtype, autocast on CUDA makes it fp32
-    weight = Permute.apply(routing.weight, *backwards).view(num_tokens, 1, -1)  # (N, 1, K)
+    weight = Permute.apply(routing.weight, *to_slots).view(num_tokens, 1, -1)  # (N, 1, K)
     return torch.bmm(weight.to(rows.dtype), rows)[:, 0]
 
 

@@ -191,9 +191,9 @@ class RunSaver:
             self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
 
-    def is_out_of_patience(self, step: int, val_loss: float) -> bool:
-        """After an evaluation: whether the last `patience` ones found no lower loss. keep_best: it saves a
-        step whose loss is the lowest so far, and the file `best` names its checkpoint. The master decides."""
+    def judge(self, step: int, val_loss: float) -> bool:
+        """Call after each evaluation. With keep_best, save a step with the lowest loss so far, and name its
+        checkpoint in the file `best`. Returns whether the last `patience` evaluations found no lower loss."""
         config, layout, self.losses[step] = self.run.config, self.run.layout, val_loss
         finite = {step: loss for step, loss in self.losses.items() if math.isfinite(loss)}
         best = min(finite, key=finite.get, default=None)

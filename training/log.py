@@ -94,11 +94,12 @@ class RunLog:
 
             threading.excepthook = print_thread_error
             self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=first_step)
-            table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-            self._tensorboard("add_text", "settings", f"| setting | value |\n|---|---|\n{table}", first_step)
-            plain = {k: v for k, v in settings.items() if isinstance(v, (bool, int, float, str))}
-            for summary in hparams(plain, {"loss/val": 0})[: 3 if plain and not resumed else 0]:
-                self._tensorboard("file_writer.add_summary", summary)
+            if settings and resumed is None:
+                table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+                self._tensorboard("add_text", "settings", f"| setting | value |\n|---|---|\n{table}", 0)
+                plain = {k: v for k, v in settings.items() if isinstance(v, (bool, int, float, str))}
+                for summary in hparams(plain, {"loss/val": 0}):
+                    self._tensorboard("file_writer.add_summary", summary)
 
     def record(self, values: dict) -> None:
         """Write a step's row of metrics.jsonl; its numbers also go to the curves."""
@@ -271,10 +272,8 @@ def start_wandb(folder: Path, resumed: bool, project: str, settings: dict):
 
     file = folder / "wandb_id"
     known = file.read_text().strip() if resumed and file.is_file() else None
-    names = dict(
-        project=project, name=os.environ.get("WANDB_NAME", os.path.basename(os.path.realpath(folder)))
-    )
-    run = wandb.init(**names, dir=str(folder), id=known, resume="allow", config=settings)
+    name = os.environ.get("WANDB_NAME", os.path.basename(os.path.realpath(folder)))
+    run = wandb.init(project=project, name=name, dir=folder, id=known, resume="allow", config=settings)
     write_atomically(file, lambda out: out.write(run.id.encode()))
     return run
 

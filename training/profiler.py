@@ -1,6 +1,8 @@
 """--profile A:B: which operators take the time of the steps A to B - 1. Reference: torch.profiler."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +32,22 @@ class Profiler:
         self.folder, self.say, self.device = Path(config.log_dir), run.say, world.device
         self.profile: torch.profiler.profile | None = None
 
-    def before(self, step: int) -> None:
-        """Call before each training step, and after the last one: begins or ends the recording."""
+    @contextlib.contextmanager
+    def recording(self, step: int) -> Iterator[None]:
+        """Around a training step: begins with the first of the steps, and writes the files after the last."""
         if step in self.steps and self.profile is None:
             kinds = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
             self.profile = torch.profiler.profile(activities=kinds & torch.profiler.supported_activities())
             self.profile.start()
-        elif step not in self.steps and self.profile is not None:
-            self._finish(step)
+        yield
+        if self.profile is not None and step + 1 not in self.steps:
+            self._finish(step + 1)
 
     def _finish(self, step: int) -> None:
         self.profile.stop()
         path = self.folder / f"profile_{self.steps.start}_{step}.json"
-        kind = "device" if self.device.type == "cuda" else "cpu"
-        averages = self.profile.key_averages()
-        table = averages.table(sort_by=f"self_{kind}_time_total", row_limit=DEAREST, max_name_column_width=40)
+        by = f"self_{'device' if self.device.type == 'cuda' else 'cpu'}_time_total"
+        table = self.profile.key_averages().table(sort_by=by, row_limit=DEAREST, max_name_column_width=40)
         try:
             self.profile.export_chrome_trace(str(path))
             self.say(f"{table}\nprofile         {printable(str(path))} (open it at https://ui.perfetto.dev)")

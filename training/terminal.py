@@ -134,8 +134,8 @@ class Terminal:
             lines.append(f"peak memory consumption: {mib} MiB")
         elif self.ms:
             lines.append(f"speed           {statistics.median(self.ms):.1f} ms a step (median)")
-        if self.evaluated.get("eval_step") == config.max_steps:
-            lines.append(f"validation loss {loss_text(self.evaluated)}, after {config.max_steps} steps")
+        if self.evaluated and (done := self.evaluated["eval_step"]) == self.newest["step"] + 1:
+            lines.append(f"validation loss {loss_text(self.evaluated)}, after {done} steps")
         if str(checkpoint) != "none":
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
             lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]

@@ -229,7 +229,7 @@ def test_the_last_evaluation_of_an_older_run_joins_the_next_row(tmp_path):
 def test_wandb_gets_the_same_names(finished):
     wandb = finished.wandb
     fields = wandb.init.call_args.kwargs
-    assert fields["id"] is None and fields["dir"] == str(finished.folder)
+    assert fields["id"] is None and fields["dir"] == finished.folder
     assert fields["project"] == "gpt-moe" and fields["config"]["max_lr"] == 0.003
     assert (wandb.init.call_count, wandb.finish.call_count) == (1, 1)
     logged = [call.args for call in wandb.log.call_args_list]
