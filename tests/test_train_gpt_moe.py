@@ -84,7 +84,7 @@ def test_sampling_from_the_checkpoint_is_reproducible(straight, capsys):
 
 def test_sampling_a_model_that_is_not_there(straight, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    for name in ("nope", "log/nope", "gpt2"):
+    for name in ("nope", "log/nope", "log/best", "gpt2"):
         error = refused(sample.main, "--checkpoint", name)
         assert error.startswith(f"sample.py: error: {name}: no such file") and "`ls -d log/model_*`" in error
     assert "no such checkpoint" in refused(sample.main, "--checkpoint", straight / "model_00099.pt")

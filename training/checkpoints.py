@@ -354,7 +354,7 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     if os.path.exists(source) and not is_folder:
         raise CheckpointError(f"{source}: it is no ordinary file")
     missing = f"{source}: no such file or folder (`ls -d log/model_*` lists the checkpoints of a run)"
-    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source, re.ASCII):
+    if not is_folder and not re.fullmatch(r"\w[\w.-]*(/(?!(best|latest)$)[\w.-]+)?", source, re.ASCII):
         raise FileNotFoundError(missing)  # it cannot be a name on the hub
     try:
         model = GPTLMHeadModel.from_pretrained(source)
