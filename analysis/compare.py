@@ -55,7 +55,6 @@ class Setting:
 
     values: dict  # the settings that tell it from the others
     runs: dict[int, dict] = field(default_factory=dict)  # by seed: what `measure` found
-    folders: dict[int, str] = field(default_factory=dict)  # by seed
 
     def of(self, name: str) -> np.ndarray:
         """A number of each run, (seeds,)."""
@@ -122,11 +121,11 @@ def group_runs(folders: list[str]) -> tuple[list[Setting], list[str]]:
         values, seed = {k: v for k, v in run.config.items() if k not in skipped}, run.config.get("seed")
         why, group = why_left_out(run, folder), groups.get(repr(values), Setting(values))
         if not why and seed in group.runs:
-            why = f"its settings and its seed are those of {group.folders[seed]}"
+            why = f"a run that is counted has the same settings and the same seed, {seed}"
         if why:
             left_out.append(f"left out: {folder}: {why}")
             continue
-        groups[repr(values)], group.runs[seed], group.folders[seed] = group, measure(run), folder
+        groups[repr(values)], group.runs[seed] = group, measure(run)
     settings = list(groups.values())
     names = dict.fromkeys(name for setting in settings for name in setting.values)
     differ = [name for name in names if len({repr(setting.values.get(name)) for setting in settings}) > 1]

@@ -53,10 +53,6 @@ class Job:
     process: subprocess.Popen | None = None
     begin: int = 0  # where the process's part of output.txt begins
 
-    @property
-    def output(self) -> Path:  # what the run's processes print
-        return Path(self.folder, "output.txt")
-
 
 # ---------------------------------------------------------------------------- PLAN
 def read_swept(words: list[str], common: list[str]) -> dict[str, list[str]]:
@@ -163,7 +159,7 @@ def start(job: Job, slot: int, jobs: int, processes: int) -> None:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices[i % len(devices)] for i in places))
     os.makedirs(job.folder, exist_ok=True)
     command = PROGRAMS[job.command[0]] + job.command[1:]
-    with open(job.output, "ab") as output:
+    with open(f"{job.folder}/output.txt", "ab") as output:
         job.begin = output.tell()
         # A session of its own: Ctrl-C must not reach the run twice, as the second one ends it unsaved.
         job.process = subprocess.Popen(
@@ -177,9 +173,10 @@ def describe(job: Job) -> str:
         rows = read_run(job.folder).rows
         losses = [f"validation loss {row['val_loss']:.4f}, " for row in rows if row.get("val_loss")]
         return f"{''.join(losses[-1:])}{rows[-1]['step']} steps, {rows[-1].get('elapsed_s') or 0:.1f} s"
-    lines = job.output.read_bytes()[job.begin :].decode(errors="replace").split("\n")
+    path = Path(job.folder, "output.txt")
+    lines = path.read_bytes()[job.begin :].decode(errors="replace").split("\n")
     lines = [line for line in lines if "error" in line.lower()] or [line for line in lines if line.strip()]
-    return one_line(f"{lines[-1] if lines else f'exit code {job.process.returncode}'} ({job.output})")
+    return one_line(f"{lines[-1] if lines else f'exit code {job.process.returncode}'} ({path})")
 
 
 def run_jobs(jobs: list[Job], options: argparse.Namespace) -> tuple[list[Job], int]:

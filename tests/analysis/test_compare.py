@@ -111,7 +111,7 @@ def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
     (row,) = table(tmp_path, "--markdown", str(tmp_path / "o.md"), "--picture", str(tmp_path / "o.png"))
     assert row["seeds"] == "2"
     said = capsys.readouterr().out
-    for name, words in dict(twin="are those of", short="--resume auto", nan="diverged", lost="diverged at",
+    for name, words in dict(twin="same seed", short="--resume auto", nan="diverged", lost="diverged at",
                             empty="no step", failed="output.txt").items():  # fmt: skip
         (line,) = [line for line in said.splitlines() if line.startswith(f"left out: {tmp_path / name}:")]
         assert words in line and line in (tmp_path / "o.md").read_text()

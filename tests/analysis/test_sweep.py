@@ -114,9 +114,9 @@ def test_a_sweep_that_is_stopped_and_started_again_ends_as_undisturbed_runs(data
         first.send_signal(signal.SIGTERM)
         assert first.wait(300) == 128 + signal.SIGTERM
         said = (tmp_path / "printed").read_text()
-        assert said.count("stopped") == 2 and "continue with: python -m analysis sweep" in said, said
+        assert said.count("] stopped") == 2 and "continue with: python -m analysis sweep" in said, said
         assert subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode == 0
-    assert "continued" in (tmp_path / "printed").read_text()
+    assert "] continued" in (tmp_path / "printed").read_text()
     for seed in (1, 2, 3):
         assert train_gpt_moe.main(flags(data, tmp_path / f"s{seed}", "--max_steps", 60, "--seed", seed)) == 0
         assert losses(tmp_path / "out" / f"s{seed}", "val") == losses(tmp_path / f"s{seed}", "val")
