@@ -1,5 +1,7 @@
 """What runs and models show. It reads logs, checkpoints and data, and changes nothing.
 
+python -m analysis sweep --seed 1,2,3 --max_lr 1e-2,2e-2 -- --preset demo    # six runs
+python -m analysis compare log/sweep                     # a row per setting: means over seeds, differences
 python -m analysis evaluate log/latest my_text.txt       # loss, perplexity and bits per byte of a text
 python -m analysis evaluate gpt2 edu_fineweb10B          # ... and of the validation shards in a folder
 python -m analysis --help                                # all commands; COMMAND --help: a command's options
@@ -10,7 +12,11 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = {"evaluate": "loss, perplexity and bits per byte of a text or shards with a model"}
+COMMANDS = {
+    "sweep": "train over all combinations of settings, some runs at a time",
+    "compare": "results of settings over seeds: means, differences, intervals",
+    "evaluate": "loss, perplexity and bits per byte of a text or shards with a model",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, purpose in COMMANDS.items():
         module = importlib.import_module(f"analysis.{name}")
         module.add_options(commands.add_parser(name, help=purpose, description=purpose, **layout))
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    end = words.index("--") if "--" in words else len(words)  # behind it: flags of a sweep's runs
+    options, flags = parser.parse_known_args(words[:end])
+    if options.command == "sweep":
+        options.words, options.flags, options.common = words, flags, words[end + 1 :]
+    elif words[end:] or flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags or words[end:])}")
     from tokens.printable import print_error
 
     try:

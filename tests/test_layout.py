@@ -16,7 +16,7 @@ from train_gpt_moe import TrainConfig
 
 # Imports point one way: a file or folder may import only itself and what stands left of its <.
 ORDER = """tokens layers < mixture_of_experts < huggingface < model < fineweb hellaswag < training < llmc
-    < train_gpt_moe < sample plot_log checkpoint analysis bench"""
+    < train_gpt_moe < sample plot_log checkpoint bench < analysis"""
 PLACES = {name: number for number, names in enumerate(ORDER.split("<")) for name in names.split()}
 PATHS = sorted([*ROOT.glob("*.py"), *(path for name in PLACES for path in ROOT.glob(f"{name}/*.py"))])
 NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]

@@ -56,6 +56,8 @@ LISTED = {
     "python -m llmc --help": "test_help_of_every_command_works",
     "python -m bench gpu": "a GPU; test_gpu.py",
     "python -m bench --help": "test_help_of_every_command_works",
+    "python -m analysis sweep": "eight runs; test_sweep.py", "python -m analysis compare": "test_compare.py",
+    "python -m analysis --help": "test_help_of_every_command_works",
     "python -m bench$": "the name of the program, not a command",
 }  # fmt: skip
 RUN = [command for command in COMMANDS if not f"{command}$".startswith(tuple(LISTED))]
@@ -226,7 +228,7 @@ def test_what_is_listed_and_the_two_first_commands_are_there():
 
 
 @pytest.mark.parametrize(
-    "name", "train_gpt_moe fineweb hellaswag sample checkpoint plot_log bench llmc".split()
+    "name", "train_gpt_moe fineweb hellaswag sample checkpoint plot_log bench llmc analysis".split()
 )  # fmt: skip
 def test_help_of_every_command_works(name, capsys, monkeypatch):
     assert run_module(name, ["--help"], monkeypatch) == 0
