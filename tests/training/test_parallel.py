@@ -118,6 +118,7 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
     with Volume() as volume:
         records = [train_gpt_moe.train_step(run, step) for step in range(STEPS)]
     result = {key: [record[key] for record in records] for key in ("loss", "balance_loss", "z_loss", "norm")}
+    result["diagnostics"] = run.diagnostics.state_dict()
     result |= {"begin": begin, "end": whole(model.state_dict()), "sent": dict(volume.sent)}
     (folder / name).mkdir(exist_ok=True)
     writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
