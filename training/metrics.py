@@ -57,8 +57,7 @@ METRICS = (
     Metric("max_load_ceiling", "E / K", "moe/max_load_ceiling", evaluated=True),
     Metric("starved", "starved experts", "moe/starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
-    Metric("rerouted", "rerouted tokens", "moe/rerouted", evaluated=True, panel=BALANCE,
-           drawn="default", percent=True),  # since the last evaluation, mean over layers
+    Metric("rerouted", "rerouted tokens", "moe/rerouted", evaluated=True),  # mean over layers
     Metric("router_entropy", "entropy", "moe/router_entropy", panel=ROUTER),  # nats, mean over layers
     Metric("balance_loss", "balance loss", "moe/balance_loss", panel=ROUTER),  # sum over layers
     Metric("z_loss", "z-loss", "moe/z_loss", panel=ROUTER),  # sum over layers
