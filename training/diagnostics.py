@@ -171,7 +171,8 @@ class Diagnostics:
         """The step's batch against the noise scale, in words for the summary."""
         tokens, scale = run.config.total_batch_size, self.newest.get("noise_scale")
         if scale is None:
-            return "" if self.noise[0] else "the gradient noise scale needs two micro-steps: lower --B"
+            single = run.trains and run.accumulation == 1 and self.noise[0] == 0
+            return "the gradient noise scale needs two micro-steps: lower --B" if single else ""
         advice = "a larger batch would still pay" if tokens < scale else "a smaller one would learn as much"
         if 0.5 <= tokens / scale <= 2:
             advice = "about right"
