@@ -186,6 +186,8 @@ def draw_references(ax, name: str, runs: list[LoggedRun], compare: bool) -> list
     """Draw grey lines to compare a metric with; return their heights. compare: also with GPT-2's results."""
     found = {"chance, 25%": 0.25} if name.startswith("hella_acc") else {}  # four endings to choose from
     found |= GPT2.get(name, {}) if compare else {}
+    batches = {run.config.get("total_batch_size") for run in runs if name == "noise_scale"}
+    found |= {f"batch of {short(tokens)}": tokens for tokens in batches if is_finite(tokens)}
     experts = {run.experts() for run in runs} - {None}
     for E, K in experts:
         found |= {f"ceiling E/K = {E / K:.3g}": E / K} if name == "max_load" else {}

@@ -49,6 +49,7 @@ from training import faults, parallel
 from training.archives import is_out_of_memory
 from training.checkpoint_writer import RunSaver
 from training.checkpoints import resume_command
+from training.diagnostics import StepGradients
 from training.evaluation import evaluate, evaluates_at, samples_at
 from training.flags import parse_flags, setting
 from training.idle_experts import freeze_idle_experts
@@ -225,18 +226,22 @@ def train_step(run: Run, step: int) -> dict:
     torch.manual_seed(faults.dropout_seed(config.seed, step, layout.world.rank))
     losses = torch.zeros(3, device=layout.world.device)  # sums of cross-entropy, balance loss, z-loss
     run.micro_losses = []
+    gradients = StepGradients(run, step)  # measures only before an evaluation
     for micro_step in range(run.accumulation):
         x, y = faults.next_batch(run.train_loader)  # (B, T), (B, T)
-        parallel.sync_gradients(run.parallel_model, micro_step == run.accumulation - 1)
+        last = micro_step == run.accumulation - 1
+        parallel.sync_gradients(run.parallel_model, last or gradients.reduces)
         with run.autocast():
             output = run.parallel_model(x, targets=y, return_dict=True)
         run.scaler.scale(output.loss / run.accumulation).backward()
+        gradients.end_micro_step()
         losses += output.loss_parts()
         run.micro_losses.append(output.loss.detach())
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)
     norms = parallel.norms_of_parts(model, layout) if config.log_norms else {}
+    norms |= gradients.norms()
     scale = run.scaler.scale(torch.ones_like(losses[0]))  # 1, except with float16
 
     # One all-reduce adds up the losses and the signals that the ranks have received, another the routing.
@@ -267,6 +272,7 @@ def train_step(run: Run, step: int) -> dict:
         record |= expert_load(usage)
         with freeze_idle_experts(moe_layers, optimizer, usage[:, 1:]):
             optimizer.step()
+    run.diagnostics.step(gradients, record, usage, scale=values[4])
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return record | {"seconds": time.perf_counter() - start}
@@ -389,7 +395,7 @@ def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
         terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}\n{go_on}")
         return run.signals.exit_code
     if is_master:
-        terminal.summary(peak_memory(run.layout.world.device), newest)
+        terminal.summary(peak_memory(run.layout.world.device), newest, run.diagnostics.batch_text(run))
     return faults.OK
 
 

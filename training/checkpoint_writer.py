@@ -177,7 +177,7 @@ class RunSaver:
         run.updating = False
         self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)
         self.state |= dict(loader=run.train_loader.state_dict(), health=run.health.state_dict())
-        self.state["rng"] = torch.get_rng_state()
+        self.state |= dict(rng=torch.get_rng_state(), diagnostics=run.diagnostics.state_dict())
         if run.health.in_a_row == 0:
             self.last_good_state = self.state
 

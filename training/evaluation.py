@@ -21,15 +21,17 @@ from training import faults
 def evaluate(
     run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
 ) -> dict | None:
-    """val_loss, val_bpb, hella_acc, hella_acc_norm if `measures` and the run has them, and "eval_step"; a
-    "sample" if `samples`. `terminal` shows them. None as soon as interrupted() is true (on all ranks alike),
-    because the run must then save and stop."""
+    """val_loss, val_bpb, hella_acc, hella_acc_norm, diagnostics if `measures` and the run has them, and
+    "eval_step"; a "sample" if `samples`. `terminal` shows them. None as soon as interrupted() is true (on all
+    ranks alike), because the run must then save and stop."""
     if not (measures or samples):
         return {}
     measured: dict[str, Any] = {}
     with torch.compiler.set_stance("force_eager"), without_cudnn(), terminal.during("evaluating"):
         if measures and run.val_loader is not None:
-            if (losses := validate(run, interrupted)) is None:
+            with run.diagnostics.watching(run.model):
+                losses = validate(run, interrupted)
+            if losses is None:
                 return None
             measured |= losses
             terminal.evaluation(step, losses)
@@ -46,6 +48,8 @@ def evaluate(
             if (accuracies := hellaswag(run, terminal, interrupted)) is None:
                 return None
             measured |= accuracies
+        if measures and run.trains:
+            measured |= run.diagnostics.evaluation(run.model)
     return measured | ({"eval_step": step} if measured.keys() - {"sample"} else {})
 
 

@@ -32,6 +32,7 @@ class Metric:
         return record.get(self.name) not in (None, self.hidden)
 
 
+BY_LAYER = "_by_layer"  # ends the names of lists with a number per MoE layer, which evaluations measure
 OPTIMIZER, SPEED, BALANCE, ROUTER = "Optimizer", "Throughput", "Expert balance", "Router"
 
 METRICS = (
@@ -46,13 +47,17 @@ METRICS = (
            panel="HellaSwag", drawn="default", percent=True, axis_low=0.2),
     Metric("lr", "learning rate", "optim/lr", line="lr {:.3e}", panel=OPTIMIZER, drawn="default"),
     Metric("norm", "gradient norm", "optim/norm", line="norm {:.3f}", panel=OPTIMIZER, log_scale=True),
+    Metric("noise_scale", "noise scale", "optim/noise_scale", evaluated=True, panel=OPTIMIZER,
+           drawn="default", log_scale=True),  # tokens; training/diagnostics.py
     Metric("ms", "milliseconds", line="{:.1f} ms"),
     Metric("tok_per_s", "tokens/s", "speed/tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
     Metric("mfu", "MFU", "speed/mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
     Metric("max_load", "max / mean load", "moe/max_load", "max load {:.2f}",
            panel=BALANCE, log_scale=True, axis_low=1, axis_high=1),
+    Metric("max_load_ceiling", "E / K", "moe/max_load_ceiling", evaluated=True),
     Metric("starved", "starved experts", "moe/starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
+    Metric("rerouted", "rerouted tokens", "moe/rerouted", evaluated=True),  # mean over layers
     Metric("router_entropy", "entropy", "moe/router_entropy", panel=ROUTER),  # nats, mean over layers
     Metric("balance_loss", "balance loss", "moe/balance_loss", panel=ROUTER),  # sum over layers
     Metric("z_loss", "z-loss", "moe/z_loss", panel=ROUTER),  # sum over layers

@@ -300,26 +300,33 @@ def finish_gradients(model: nn.Module, layout: Layout) -> None:
         work.wait()
 
 
-def gradient_norm(model: nn.Module, layout: Layout, part: str = "") -> torch.Tensor:
-    """Norm () of the whole gradient, or of a part that layers/roles.py names: the same on all ranks; every
-    parameter counts once."""
-    chosen = [p for name, p in model.named_parameters() if part in ("", role_of(name).part)]
-    grads = [parameter.grad for parameter in chosen if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
+def gradient_norm(model: nn.Module, layout: Layout) -> torch.Tensor:
+    """Norm () of the whole gradient: the same on all ranks; every parameter counts once."""
+    return gradient_norms([model.parameters()], layout)[0]
+
+
+def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], layout: Layout) -> torch.Tensor:
+    """As gradient_norm, of each group of parameters: (groups,). At most one collective."""
+    zero = torch.zeros((), device=layout.world.device)  # get_total_norm([]) would lie on the CPU
+    total = lambda grads: nn.utils.get_total_norm(grads) if grads else zero  # noqa: E731
+    grads = [[p.grad for p in group if p.grad is not None] for group in groups]
+    norms = torch.stack([total([g for g in group if not isinstance(g, DTensor)]) for group in grads])
     if layout.shares_parameters:
-        square = nn.utils.get_total_norm([local(g) for g in grads if isinstance(g, DTensor)]).square()
-        square = square.to(layout.world.device)  # without such gradients it is a 0 on the CPU
+        shared = [total([local(g) for g in group if isinstance(g, DTensor)]) for group in grads]
+        squares = torch.stack(shared).square()
         # With fsdp all ranks hold different parts; otherwise the ranks of an expert group do.
         group = layout.all_ranks if layout.parallel == "fsdp" else layout.mesh["expert"]
-        dist.all_reduce(square, group=group.get_group())
-        norm = (norm.to(square.device).square() + square).sqrt()
-    return norm
+        dist.all_reduce(squares, group=group.get_group())
+        norms = (norms.square() + squares).sqrt()
+    return norms
 
 
 def norms_of_parts(model: nn.Module, layout: Layout) -> dict[str, torch.Tensor]:
     """The gradient norms (1,) of the parts of the model that layers/roles.py names: "norm/experts", ..."""
-    parts = dict.fromkeys(role_of(name).part for name, _ in model.named_parameters())
-    return {f"norm/{part}": gradient_norm(model, layout, part).float()[None] for part in parts}
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(f"norm/{role_of(name).part}", []).append(parameter)
+    return dict(zip(parts, gradient_norms(parts.values(), layout).float().split(1), strict=True))
 
 
 def clip_gradients(model: nn.Module, largest: float, norm: torch.Tensor) -> None:

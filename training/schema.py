@@ -56,6 +56,16 @@ def is_optimizer(value: Any) -> bool:
     return counts and state.keys() <= set(numbers) and all(map(are_named(is_tensor), state.values()))
 
 
+def is_diagnostics(value: Any) -> bool:
+    """Whether it is what diagnostics.Diagnostics.state_dict() returns."""
+    kinds = {"choices": (torch.int16, (2,)), "noise": (torch.float64, (1,))}  # and numbers of dimensions
+    if not are_named(is_tensor)(value) or value.get("noise", torch.zeros(3)).shape[:1] != (3,):
+        return False
+    others = (torch.float64, (0, 1))
+    pairs = [(tensor, *kinds.get(name, others)) for name, tensor in value.items()]
+    return all(tensor.dtype == dtype and tensor.dim() in sizes for tensor, dtype, sizes in pairs)
+
+
 are_settings = are_named(lambda value: value is None or type(value) in (bool, int, float, str))
 # name: (kind of the value, its words). The first three are in every checkpoint, the others in those of a run.
 ENTRIES = {
@@ -73,6 +83,7 @@ ENTRIES = {
         lambda v: are_named(is_number)(v) and HEALTH <= v.keys() <= HEALTH | {"scale_steps"},
         f"numbers named {', '.join(sorted(HEALTH))}",
     ),
+    "diagnostics": (is_diagnostics, "a run's diagnostics"),
     "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
     "world_size": (lambda value: is_count(value) and value > 0, "a number of processes"),
 }

@@ -24,6 +24,7 @@ from tokens.demo import prepare_demo
 from tokens.shards import DistributedDataLoader, find_shards, read_meta
 from training import checkpoints as ckpt
 from training import faults, parallel, profiler
+from training.diagnostics import Diagnostics
 from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
@@ -61,6 +62,7 @@ class Run:
         device = self.layout.world.device
         self.parallel_model = parallel.wrap(self.model, self.layout, self.accumulation)
         self.health = faults.Health(self.resumed.get("health"))
+        self.diagnostics = Diagnostics(self.resumed.get("diagnostics"))
         self.signals = faults.Signals(talkative=self.layout.world.is_master)
         # float16 loses small gradients: the scaler scales the loss up, and adapts (arXiv 1710.03740, 3.2).
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")

@@ -124,8 +124,9 @@ class Terminal:
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
-    def summary(self, memory: int, checkpoint: Any) -> None:
-        """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none"."""
+    def summary(self, memory: int, checkpoint: Any, batch: str = "") -> None:
+        """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none".
+        batch: the batch against the gradient noise scale, in words."""
         config, mib = self.config, memory // 2**20
         lines = [f"memory          {mib:,} MiB at most"]
         if config.preset == "llmc":  # as train_gpt2.py: at most 19 steps, without the first, which compiles
@@ -136,6 +137,8 @@ class Terminal:
             lines.append(f"speed           {statistics.median(self.ms):.1f} ms a step (median)")
         if self.evaluated and (done := self.evaluated["eval_step"]) == self.newest["step"] + 1:
             lines.append(f"validation loss {loss_text(self.evaluated)}, after {done} steps")
+        if batch:
+            lines.append(f"batch           {batch}")
         if str(checkpoint) != "none":
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
             lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]

@@ -100,6 +100,11 @@ def test_tensorboard_curves_are_the_metrics(finished):
         steps = "eval_step" if name.startswith("val") else "step"
         expected = {record[steps]: record[name] for record in finished.records if name in record}
         assert expected and points(finished.events, curve) == pytest.approx(expected, rel=1e-6), curve
+    evaluated = [r for r in finished.records if r.get("eval_step")]
+    for name in ("max_load", "starved", "router_entropy", "router_norm", "bias_range", "rerouted"):
+        expected = {r["eval_step"]: r[f"{name}_by_layer"][1] for r in evaluated}
+        found = points(finished.events, f"moe/{name}/layer_1")
+        assert len(expected) == 3 and found == pytest.approx(found | expected), name
     (image, *_) = finished.events.Images("moe/expert_load")
     assert (image.width, image.height) == (16 * 4, 16 * 2)
     assert "settings/text_summary" in finished.events.Tags()["tensors"]

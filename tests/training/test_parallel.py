@@ -20,7 +20,7 @@ import train_gpt_moe
 from layers.roles import role_of
 from layers.sharding import local
 from training import checkpoints as ckpt
-from training import muon, parallel
+from training import faults, muon, parallel
 from training.checkpoint_writer import CheckpointWriter
 from training.expert_parallel import AllToAll
 from training.optimizers import build_optimizer
@@ -91,12 +91,29 @@ def build(world: parallel.World, micro_steps: int, **more) -> tuple:
     return config, layout, model, parallel.share_optimizer(build_optimizer(config, model), layout)
 
 
+def sequences() -> torch.Tensor:
+    """The data, (steps * sequences, T + 1)."""
+    return torch.randint(257, (STEPS * SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
+
+
+def gradients_of_sequences(model) -> list[torch.Tensor]:
+    """The gradient of each sequence of the last step, (sequences, numbers): all but the experts, experts."""
+    rows = []
+    for tokens in sequences()[-SEQUENCES:, None]:
+        model(tokens[..., :-1], targets=tokens[..., 1:], return_dict=True).loss.backward()
+        named = list(model.named_parameters())
+        parts = [[p.grad.flatten() for n, p in named if (".experts." in n) == experts] for experts in (0, 1)]
+        rows.append([torch.cat(part) for part in parts])
+        model.zero_grad()
+    faults.discard_routing(model)
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
+
+
 class Loader:
     """In the place of a DistributedDataLoader: this rank's part of each micro-step's eight sequences."""
 
     def __init__(self, world: parallel.World, B: int):
-        data = torch.randint(257, (STEPS * SEQUENCES, T + 1), generator=torch.Generator().manual_seed(0))
-        self.batches = iter(data.split(B)[world.rank :: world.size])
+        self.batches = iter(sequences().split(B)[world.rank :: world.size])
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = next(self.batches)
@@ -116,9 +133,17 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
     run = Run(config, layout, model, optimizer, Loader(world, config.B), micro_steps)
     model.update_routers()
     with Volume() as volume:
-        records = [train_gpt_moe.train_step(run, step) for step in range(STEPS)]
+        records = [train_gpt_moe.train_step(run, step) for step in range(STEPS - 1)]
+        sequences = gradients_of_sequences(model) if name in ALONE else None
+        records.append(train_gpt_moe.train_step(run, STEPS - 1))  # an evaluation would follow
     result = {key: [record[key] for record in records] for key in ("loss", "balance_loss", "z_loss", "norm")}
-    result |= {"begin": begin, "end": whole(model.state_dict()), "sent": dict(volume.sent)}
+    result |= {
+        "diagnostics": run.diagnostics.state_dict(),
+        "sequences": sequences,
+        "begin": begin,
+        "end": whole(model.state_dict()),
+    }
+    result["sent"] = dict(volume.sent)
     (folder / name).mkdir(exist_ok=True)
     writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}
@@ -240,6 +265,28 @@ def test_layouts_train_the_same_model(folder, name):
             torch.testing.assert_close(many["end"][key], value, rtol=1e-5, atol=0 if exact else 20)
     idle = "transformer.h.0.mlp.experts.c_fc"
     assert torch.equal(many["end"][idle][IDLE], one["begin"][idle][IDLE])
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_layouts_measure_the_same_routers_and_noise(folder, name):
+    """The noise is that of arXiv 1812.06162, appendix A.1, computed from the gradients of sequences."""
+    one, found = result(folder, ALONE["muon" in name]), result(folder, name)["diagnostics"]
+    size, more, micro_steps = LAYOUTS[name]
+    together, expected = SEQUENCES // micro_steps, [0.0, 0.0]  # sequences in a micro-step of all ranks
+    for ranks, gradients in zip((1, more.get("ep_size", 1)), one["sequences"], strict=True):
+        b = together if more.get("parallel") == "fsdp" else together // size * ranks
+        small = sum(rows.mean(0).square().sum() for rows in gradients[:together].split(b)) / (together // b)
+        small, big = small.item(), gradients.mean(0).square().sum().item()
+        if b < SEQUENCES:
+            expected[0] += (SEQUENCES * big - b * small) / (SEQUENCES - b)
+            expected[1] += T * (small - big) / (1 / b - 1 / SEQUENCES)
+    measured = b < SEQUENCES  # the experts' batch is the larger one
+    assert found.pop("noise").tolist() == pytest.approx([1, *expected] if measured else [0, 0, 0], rel=1e-3)
+    assert ("noise_scale" in found) == (measured and min(expected) > 0)
+    found.pop("noise_scale", None)
+    assert {"router_norm_by_layer", "router_entropy_by_layer", "max_load_by_layer"} <= found.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, one["diagnostics"][key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("name", EACH)

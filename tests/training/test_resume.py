@@ -67,6 +67,7 @@ def test_the_parts_that_must_be_the_same_are_in_the_comparison(straight):
     assert {"exp_avg", "exp_avg_sq", "step"} <= moments.keys() and moments["step"] == 12
     assert state["loader"]["position"] == 12 * 256 // 32
     assert state["rng"].numel() > 1000 and state["health"]["seen"] == 12
+    assert state["diagnostics"]["noise"][0] == 3 and state["diagnostics"]["choices"].any()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", *slow("muon")])
