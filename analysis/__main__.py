@@ -2,6 +2,7 @@
 
 python -m analysis evaluate log/latest my_text.txt       # loss, perplexity and bits per byte of a text
 python -m analysis evaluate gpt2 edu_fineweb10B          # ... and of the validation shards in a folder
+python -m analysis routing log/latest                    # what its experts have learnt, as a page
 python -m analysis --help                                # all commands; COMMAND --help: a command's options
 """
 
@@ -10,7 +11,10 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = {"evaluate": "loss, perplexity and bits per byte of a text or shards with a model"}
+COMMANDS = {
+    "evaluate": "loss, perplexity and bits per byte of a text or shards with a model",
+    "routing": "what the experts of a checkpoint have learnt: a page, pictures and JSON",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
