@@ -3,9 +3,9 @@
 For every MoE layer it counts which experts the router chooses for the tokens of a text. Then it measures the
 loss without each expert, with random experts, and with the router of the run's start.
 
-Sources: OLMoE (arXiv 2409.02060, section 5): saturation, co-activation, specialisation by domain and by token.
-FLAME-MoE (arXiv 2505.20225): the same measures in the course of training. ST-MoE (arXiv 2202.08906): routers at
-low precision, and the tokens that experts learn.
+Sources: OLMoE (arXiv 2409.02060, section 5): saturation, co-activation, specialisation by domain and token.
+FLAME-MoE (arXiv 2505.20225): the same measures in the course of training. ST-MoE (arXiv 2202.08906): routers
+at low precision, and the tokens that experts learn.
 
 Letters: N tokens, E experts, K experts per token, T tokens of a window.
 """
@@ -27,6 +27,7 @@ NOISE, SEED = (
     0,
 )  # noise on a router's input, relative to its rms; seed of the noise and of random experts
 BUCKETS = 8  # parts of a window, for the lift by position
+SHAPE = "use_moe num_experts num_experts_per_tok moe_every n_layer n_embd vocab_size block_size".split()
 TOP, MIN_COUNT = 8, 20  # tokens listed for an expert; rarer ones are left out, because chance would list them
 
 
@@ -43,9 +44,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop_tokens", type=int, default=16384, help="tokens for the losses; 0 = no losses")
     parser.add_argument("--B", type=int, default=8, help="windows at a time")
     parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
-
-
-# ---------------------------------------------------------------------------- CHANGED ROUTING
 
 
 @contextlib.contextmanager
@@ -106,17 +104,14 @@ def at_random() -> Callable:
     return route
 
 
-# ---------------------------------------------------------------------------- COUNTS
-
-
 def agreement(chosen, other) -> float:
     """The share of the chosen experts (N, K) that are also in `other` (N, K), in any order."""
     return (chosen[:, :, None] == other[:, None, :]).any(2).mean(dtype=float).item()
 
 
 def lift(chosen: np.ndarray, label: np.ndarray, E: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each expert with each label, (E, labels), and their lift P(label | expert) / P(label), NaN where
-    an expert or a label has no rows. chosen (N, K); label (N,), the token's, from 0."""
+    """Rows of each expert with each label, (E, labels), and their lift P(label | expert) / P(label), NaN
+    where an expert or a label has no rows. chosen (N, K); label (N,), the token's, from 0."""
     occurs = np.bincount(label)
     cells = (chosen.astype(np.int64) * len(occurs) + label[:, None]).ravel()
     counts = np.bincount(cells, minlength=E * len(occurs)).reshape(E, -1)
@@ -147,8 +142,8 @@ def mean_loss(model, parts: dict[str, np.ndarray], T: int, B: int) -> float:
 
 def record(model, parts: dict[str, np.ndarray], T: int, B: int) -> tuple[float, list[dict[str, Any]]]:
     """The loss, and per MoE layer: chosen (N, K); mass (E,), means of the experts' weights; entropy of the
-    router's probabilities, nats, mean over tokens; stays_bf16 and stays_noise, the shares of choices that stay
-    when the router's input is rounded to bf16, or gets NOISE of its rms as noise."""
+    router's probabilities, nats, mean over tokens; stays_bf16 and stays_noise, the shares of choices that
+    stay when the router's input is rounded to bf16, or gets NOISE of its rms as noise."""
     import torch
 
     layers, chance = model.moe_layers(), torch.Generator().manual_seed(SEED)
@@ -219,9 +214,6 @@ def add_losses(found: dict, model, start, parts: dict[str, np.ndarray], T: int, 
         into["dropped"] = [loss(some, route=without(expert)) for expert in range(found["num_experts"])]
 
 
-# ---------------------------------------------------------------------------- COMMAND
-
-
 def token_name(token: int, encoding: str) -> str:
     """A token's text as it can be shown: escapes for control characters, ␣ for spaces."""
     from tokens.encodings import load_encoding
@@ -241,7 +233,7 @@ def find_data(words: list[str], settings: dict, model) -> dict[str, np.ndarray]:
     from tokens.encodings import encode_pieces
 
     if not words:
-        where = settings.get("input_val_bin") or settings.get("data_dir") or ""
+        where = str(settings.get("input_val_bin") or settings.get("data_dir") or "")
         words = [where] if os.path.exists(where) else []
     named = [("", word) if os.path.exists(word) else word.rpartition("=")[::2] for word in words]
     parts = {name or place: read_for(model, place) for name, place in named}
@@ -250,32 +242,32 @@ def find_data(words: list[str], settings: dict, model) -> dict[str, np.ndarray]:
     if not parts and model.config.encoding == "bytes":
         parts["demo corpus"] = encode_pieces([(True, text) for text in demo_documents()], "bytes")
     if not parts:
-        raise ValueError(
-            "the validation data of the run is not there; name a text or shards with --data PATH"
-        )
+        raise ValueError("the run's validation data is not there; name a text or shards with --data PATH")
     return parts
 
 
-def find_earlier(before: str, path: Path, run: dict, model) -> list[tuple[str, Any]]:
+def find_earlier(before: str, path: Path, settings: dict, resumed_at, model) -> list[tuple[str, Any]]:
     """[(name, model) before, (name, model) at the start]. `before`, or else the first checkpoint in the run's
-    folder; the start is made again from the seed in run.json, unless the run began from other weights or was
-    resumed (then run.json does not know). If one is missing, the other stands for it, or ("", None)."""
+    folder; the start is made again from the run's seed, unless the run began from other weights or was
+    resumed (its settings then do not tell). If one is missing, the other stands for it, or ("", None)."""
     import torch
 
     from training.checkpoints import list_checkpoints, load_model
 
-    first, found = list_checkpoints(path.parent)[-1:] if path.suffix == ".pt" else [], {}
-    before = before or "".join(str(other) for other in first if other != path)
-    if before:
-        found[before] = load_model(before).to(model.device)
-        shapes = [[layer.gate.weight.shape for layer in m.moe_layers()] for m in (model, found[before])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"--before {before}: its routers have shapes {shapes[1]}, not {shapes[0]}")
-    settings = run.get("config", {})
-    if run.get("first_step") == 0 and not settings.get("init_from"):
+    found, listed = {}, list_checkpoints(path.parent)  # newest first
+    if before or path in listed[:-1]:
+        before = before or str(listed[-1])
+        found[before] = earlier = load_model(before).to(model.device)
+        unlike = [name for name in SHAPE if getattr(model.config, name) != getattr(earlier.config, name)]
+        if unlike:
+            raise ValueError(
+                f"--before {before} has another {', '.join(unlike)}; give a checkpoint of this run"
+            )
+    seed = settings.get("seed")
+    if resumed_at == 0 and type(seed) is int and not settings.get("init_from"):
         with torch.random.fork_rng():
-            torch.manual_seed(settings["seed"])
-            found[f"the start, seed {settings['seed']}"] = type(model)(model.config).eval().to(model.device)
+            torch.manual_seed(seed)
+            found[f"the start, seed {seed}"] = type(model)(model.config).eval().to(model.device)
     both = list(found.items()) or [("", None)]
     return [both[0], both[-1]]
 
@@ -286,8 +278,10 @@ def analyse(options: argparse.Namespace, path: Path, model) -> dict:
 
     config, file = model.config, path.parent / "run.json"
     run = read_record(file.read_bytes()) if file.is_file() else {}
-    parts = find_data(options.data, run.get("config", {}), model)
-    (before_name, before), (start_name, start) = find_earlier(options.before, path, run, model)
+    settings = run["config"] if isinstance(run.get("config"), dict) else {}
+    parts = find_data(options.data, settings, model)
+    earlier = find_earlier(options.before, path, settings, run.get("first_step"), model)
+    (before_name, before), (start_name, start) = earlier
     T = min(config.block_size, *(len(ids) - 1 for ids in parts.values()))
 
     def cut(tokens: int) -> dict[str, np.ndarray]:  # whole windows, and one more token to predict

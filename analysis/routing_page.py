@@ -11,6 +11,8 @@ from html import escape
 
 import numpy as np
 
+from tokens.printable import printable
+
 STYLE = """:root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem 3rem }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886 }
@@ -21,31 +23,35 @@ td span { white-space: nowrap; margin-right: .7rem } img { max-width: 100%; back
 
 # Of each picture or table: its title, and how to read it.
 SECTIONS = {
-    "load": ("Load", """Load is an expert's share of all assignments, and gate mass its share of the routing weights,
-        in fair shares: 1 is an equal share, 0 an idle expert. More mass than load: the router is sure of its tokens."""),
-    "tokens": ("Tokens", """A token's lift says how much more often this expert computes it than the expert's load
-        explains: P(token | expert) / P(token), at most {most:.3g} for an expert with a fair load. Below, each token is
-        followed by its lift and the share of its occurrences that this expert computes; ␣ is a space. Rare tokens
-        are left out."""),
-    "position": ("Position", """The number is the lift of a part of the window of {T} tokens, from its first part to its
-        last: near 1, the expert does not care where a token stands. Tokens of the first part have little context."""),
-    "source": ("Source", """The number is the lift of a source of text: at 2 its tokens come to this expert twice as
-        often as the expert's load explains, at 1 the expert does not tell the sources apart."""),
-    "coactivation": ("Pairs", """The number says how often two experts compute the same token, relative to what their
-        loads explain: above 1 they work together, below 1 they do each other's work and seldom meet."""),
-    "drops": ("What each expert is worth", """The number is what the loss gains, in nats per token, when only the
-        routing changes: one expert is left out and the next best get its tokens, experts are random, or the router
-        is that of {start}. 0 means no harm, and the unchanged loss on these {few:,} tokens is {base:.4f}."""),
-    "sure": ("How sure the routers are", """Effective experts, exp(entropy of the loads), is {num_experts} if all loads
-        are equal; the router's entropy is {top:.2f} nats if it prefers no expert, 0 if it is certain. Stays: the share
-        of choices that survive when the router's input is rounded to bf16, or gets 1% of noise, and that
-        {before} makes too (chance alone gives {chance:.0%})."""),
+    "load": ("Load", """Load is an expert's share of all assignments, and gate mass its share of the routing
+        weights, in fair shares: 1 is an equal share, 0 an idle expert. More mass than load: the router is
+        sure of its tokens."""),
+    "tokens": ("Tokens", """A token's lift says how much more often this expert computes it than the
+        expert's load explains: P(token | expert) / P(token), at most {most:.3g} for an expert with a fair
+        load. Below, each token is followed by its lift and the share of its occurrences that this expert
+        computes; ␣ is a space. Rare tokens are left out."""),
+    "position": ("Position", """The number is the lift of a part of the window of {T} tokens, from its first
+        part to its last: near 1, the expert does not care where a token stands. Tokens of the first part
+        have little context."""),
+    "source": ("Source", """The number is the lift of a source of text: at 2 its tokens come to this expert
+        twice as often as the expert's load explains, at 1 the expert does not tell the sources apart."""),
+    "coactivation": ("Pairs", """The number says how often two experts compute the same token, relative to
+        what their loads explain: above 1 they work together, below 1 they do each other's work and seldom
+        meet."""),
+    "drops": ("What each expert is worth", """The number is what the loss gains, in nats per token, when
+        only the routing changes: one expert is left out and the next best get its tokens, experts are
+        random, or the router is that of {start}. 0 means no harm, and the unchanged loss on these {few:,}
+        tokens is {base:.4f}."""),
+    "sure": ("How sure the routers are", """Effective experts, exp(entropy of the loads), is {num_experts}
+        if all loads are equal; the router's entropy is {top:.2f} nats if it prefers no expert, 0 if it is
+        certain. Stays: the share of choices that survive when the router's input is rounded to bf16, or
+        gets 1% of noise, and that {before} makes too (chance alone gives {chance:.0%})."""),
 }  # fmt: skip
 
 
 def heat_maps(panels: dict, label: str, x: str, y: str = "expert", centre: float = 1, texts=None) -> bytes:
-    """A PNG with a heat map of each panel, {title: table (rows, columns)}; `centre` is white, None grey. texts:
-    what to write into the cells of each panel, instead of the values."""
+    """A PNG with a heat map of each panel, {title: table (rows, columns)}; `centre` is white, None grey.
+    texts: what to write into the cells of each panel, instead of the values."""
     from matplotlib import colormaps, rc_context
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure  # pyplot would open windows and keep figures
@@ -83,11 +89,9 @@ def pictures(found: dict) -> dict[str, bytes]:
     shares = {name: np.array([one[name] for one in layers]) * E for name in ("load", "gate_mass")}
     made = {"load": heat_maps(shares, "1 = fair share", "expert", "MoE layer")}
     tops = [[(top + [{}] * 8)[:8] for top in one["top_tokens"]] for one in layers]
-    lifts = {
-        f"MoE layer {n}": [[t.get("lift") for t in top] for top in layer] for n, layer in enumerate(tops)
-    }
-    plain = lambda t: t.get("text", "").replace("␣", "_").encode("ascii", "backslashreplace")[:10].decode()  # noqa: E731
-    texts = [[[plain(t) for t in top] for top in layer] for layer in tops]
+    lifts = {f"MoE layer {n}": [[t.get("lift") for t in top] for top in rows] for n, rows in enumerate(tops)}
+    plain = lambda text: text.replace("␣", "_").encode("ascii", "backslashreplace")[:10].decode()  # noqa: E731
+    texts = [[[plain(t.get("text", "")) for t in top] for top in rows] for rows in tops]
     made["tokens"] = heat_maps(lifts, "lift", "rank of the token", texts=texts)
     made["position"] = of_layers("position_lift", "lift", "part of the window")
     if len(found["data"]) > 1:
@@ -101,8 +105,8 @@ def pictures(found: dict) -> dict[str, bytes]:
 
 def dropped(found: dict) -> list[list[float]]:
     """What the loss gains without each expert, nats, (MoE layers, E); [] if that was not measured."""
-    return [[loss - found["changed"]["loss"] for loss in one.get("dropped", [])] for one in found["layers"]
-            if "dropped" in one]  # fmt: skip
+    base = found.get("changed", {}).get("loss")
+    return [[loss - base for loss in one["dropped"]] for one in found["layers"] if "dropped" in one]
 
 
 def summary(found: dict) -> list[list[str]]:
@@ -111,13 +115,14 @@ def summary(found: dict) -> list[list[str]]:
     names = {name: text for name, text in names.items() if name in found["layers"][0]}
     rows = [["MoE layer", "max load", "effective experts", "entropy", *names.values()]]
     for n, one in enumerate(found["layers"]):
-        numbers = (
-            f"{max(one['load']) * len(one['load']):.2f}",
-            f"{one['effective_experts']:.2f}",
-            f"{one['entropy']:.3f}",
-        )
-        rows.append([str(n), *numbers, *(f"{one[name]:.1%}" for name in names)])
+        numbers = max(one["load"]) * len(one["load"]), one["effective_experts"], one["entropy"]
+        rows.append([str(n), *map("{:.2f}".format, numbers), *(f"{one[name]:.1%}" for name in names)])
     return rows
+
+
+def safe(text: str) -> str:
+    """HTML that shows any text, with escapes for control characters."""
+    return escape(printable(text))
 
 
 def grid(rows: list[list[str]]) -> str:
@@ -132,7 +137,7 @@ def tables(found: dict) -> dict[str, str]:
     for n, one in enumerate(found["layers"]):
         rows = [["expert", "its most typical tokens"]]
         for e, top in enumerate(one["top_tokens"]):
-            rows.append([str(e), " ".join(token(escape(t["text"]), t["lift"], t["share"]) for t in top)])
+            rows.append([str(e), " ".join(token(safe(t["text"]), t["lift"], t["share"]) for t in top)])
         folded += f"<details{' open' * (n == 0)}><summary>MoE layer {n}</summary>{grid(rows)}</details>"
     made = {"tokens": folded, "sure": grid(summary(found))}
     if costs := dropped(found):
@@ -149,21 +154,17 @@ def tables(found: dict) -> dict[str, str]:
 
 def headlines(found: dict) -> list[str]:
     """The facts to know first, as sentences."""
-    layers, costs = found["layers"], dropped(found)
-    places = [(n, e) for n, one in enumerate(layers) for e, top in enumerate(one["top_tokens"]) if top]
-    n, e = max(
-        places, key=lambda place: layers[place[0]]["top_tokens"][place[1]][0]["lift"], default=(0, None)
-    )
-    facts = []
-    if e is not None:
-        best = "“{text}”, {lift:.1f} times as many as its load explains.".format(
-            **layers[n]["top_tokens"][e][0]
-        )
-        facts.append(f"The clearest specialist is expert {e} of layer {n}, with the token {best}")
+    facts, costs = [], dropped(found)
+    best = [(top[0]["lift"], n, e, top[0]["text"]) for n, one in enumerate(found["layers"])
+            for e, top in enumerate(one["top_tokens"]) if top]  # fmt: skip
+    if best:
+        lift, n, e, text = max(best)
+        times = f"{lift:.1f} times as often as its load explains"
+        facts.append(f"The clearest specialist is expert {e} of layer {n}: it computes “{text}” {times}.")
     if costs:
         n, e = np.unravel_index(np.argmax(costs), np.shape(costs))
         facts.append(
-            f"The expert that is hardest to replace is {e} of layer {n}: {costs[n][e]:+.4f} nats without it."
+            f"The hardest to replace is expert {e} of layer {n}: {costs[n][e]:+.4f} nats without it."
         )
         loss, random = found["changed"]["loss"], found["changed"]["random"]
         facts.append(
@@ -175,19 +176,18 @@ def headlines(found: dict) -> list[str]:
 def render(found: dict, images: dict[str, bytes]) -> str:
     """The page, with the pictures in it."""
     data = ", ".join(f"{count:,} tokens of {name}" for name, count in found["data"].items())
-    E, K, html = found["num_experts"], found["num_experts_per_tok"], tables(found)
-    text = (f"Measured on {data}. In each of {len(found['layers'])} MoE layers a router sends each token to {K} of "
-            f"{E} experts. The loss is {found['loss']:.4f} nats per token.")  # fmt: skip
-    facts = "".join(f"<li>{escape(fact)}</li>" for fact in headlines(found))
-    page = f"<h1>What the experts learnt: {escape(found['checkpoint'])}</h1><p>{escape(text)}</p><ul>{facts}</ul>"
+    layers, html = found["layers"], tables(found)
+    E, K = found["num_experts"], found["num_experts_per_tok"]
+    text = f"Measured on {data}; a token visits {K} of {E} experts in each of the {len(layers)} MoE layers."
+    page = f"<h1>What the experts learnt: {safe(found['checkpoint'])}</h1><p>{safe(text)} "
+    page += f"The loss is {found['loss']:.4f} nats per token.</p>"
+    page += f"<ul>{''.join(f'<li>{safe(fact)}</li>' for fact in headlines(found))}</ul>"
     changed = found.get("changed", {"tokens": 0, "loss": 0.0})
-    words = found | dict(
-        most=E / K, top=math.log(E), chance=K / E, few=changed["tokens"], base=changed["loss"]
-    )
-    words["before"] = found["before"] or "an earlier checkpoint"
+    words = dict(most=E / K, top=math.log(E), chance=K / E, few=changed["tokens"], base=changed["loss"])
+    words |= found | {"before": found["before"] or "an earlier checkpoint"}
     for name, (title, text) in SECTIONS.items():
         if f"{name}.png" in images or name in html:
-            page += f"<h2>{title}</h2><p>{escape(text.format(**words))}</p>"
+            page += f"<h2>{title}</h2><p>{safe(text.format(**words))}</p>"
         if f"{name}.png" in images:
             code = base64.b64encode(images[f"{name}.png"]).decode()
             page += f'<div class="wide"><img alt="{title}" src="data:image/png;base64,{code}"></div>'

@@ -2,6 +2,7 @@
 
 Run: python -m pytest tests/analysis/test_routing.py"""
 
+import itertools
 import json
 import math
 import re
@@ -80,10 +81,8 @@ def test_counts_are_those_of_plain_python(made):
         rows = [sum(e in row for row in taken) for e in range(E)]
         assert found["load"] == pytest.approx([count / (N * K) for count in rows])
         probs = [[math.exp(value) for value in row] for row in logits]
-        mass = [0.0] * E
-        for row, p in zip(taken, probs, strict=True):
-            for e in row:
-                mass[e] += p[e] / sum(p[i] for i in row) / N
+        pairs = [*zip(taken, probs, strict=True)]
+        mass = [sum(p[e] / sum(p[i] for i in row) for row, p in pairs if e in row) / N for e in range(E)]
         assert found["gate_mass"] == pytest.approx(mass, abs=1e-5)
         entropy = -sum(q / sum(p) * math.log(q / sum(p)) for p in probs for q in p) / N
         spread = -sum(load * math.log(load) for load in found["load"])
@@ -105,9 +104,8 @@ def test_counts_are_those_of_plain_python(made):
             assert all(t["lift"] == pytest.approx(lift(e, "token", t["id"])) for t in listed)
             assert all(t["share"] == t["rows"] / labels["token"].count(t["id"]) for t in listed)
 
-        both = {
-            (i, j): sum(i in row and j in row for row in taken) for i in range(E) for j in range(E) if i != j
-        }
+        pairs = itertools.permutations(range(E), 2)
+        both = {(i, j): sum(i in row and j in row for row in taken) for i, j in pairs}
         scale = sum(both.values()) / sum(rows[i] * rows[j] for i, j in both)
         for (i, j), count in both.items():
             assert found["coactivation"][i][j] == pytest.approx(count / (rows[i] * rows[j] * scale))
@@ -119,13 +117,11 @@ def test_counts_are_those_of_plain_python(made):
 
 
 def test_losses_are_those_of_a_forward_with_masked_logits(made):
-    def masked(layer, expert):
-        column = torch.tensor([expert])
-        return lambda n, logits: logits.index_fill(1, column, -math.inf) if n == layer else logits
-
     every = made[1]["changed"]
     for n, found in enumerate(made[1]["layers"]):
-        expected = [forward(masked(n, e))[0] for e in range(E)]
+        masks = [torch.arange(E) == e for e in range(E)]
+        hooks = [lambda at, out, m=m, n=n: out.masked_fill(m, -math.inf) if at == n else out for m in masks]
+        expected = [forward(hook)[0] for hook in hooks]
         assert found["dropped"] == pytest.approx(expected, abs=1e-5) and min(expected) != every["loss"]
         assert found["start_router"] == every["start_router"] == every["loss"] != found["random"]
 
@@ -146,16 +142,14 @@ def test_random_experts_and_one_that_is_left_out_despite_its_bias():
 def test_the_layers_are_as_before_also_after_an_error():
     model, x = byte_model(), tokens(2, T)
     before = model(x).logits
-    with (
-        pytest.raises(ZeroDivisionError),
-        routing.patched(model.moe_layers(), lambda *_: 1 / 0, routing.at_random()),
-    ):
+    layers, failing = model.moe_layers(), lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError), routing.patched(layers, failing, routing.at_random()):
         model(x)
     ids = {"": x.flatten().numpy()}
     routing.record(model, ids, T, 2)
     routing.add_losses({"layers": [{}, {}], "num_experts": E}, model, byte_model(), ids, T, 2)
     assert torch.equal(model(x).logits, before)
-    assert not any(layer.gate._forward_hooks or "route" in vars(layer) for layer in model.moe_layers())
+    assert not any(layer.gate._forward_hooks or "route" in vars(layer) for layer in layers)
 
 
 def test_a_planted_specialist_is_found(tmp_path):
@@ -175,7 +169,7 @@ def test_a_planted_specialist_is_found(tmp_path):
     (top,) = found["layers"][0]["top_tokens"][3]
     assert (top["id"], top["share"]) == (7, 1.0) and top["lift"] == pytest.approx(960 / top["rows"])
     page = (tmp_path / "routing.html").read_text()
-    assert r"expert 3 of layer 0, with the token “\x07”" in page and "\x07" not in page
+    assert r"expert 3 of layer 0: it computes “\x07” " in page and "\x07" not in page
 
 
 def test_a_run_that_learns_nothing_agrees_with_its_start(data, tmp_path):
@@ -216,8 +210,9 @@ def test_a_browser_opens_the_page_without_errors(made, tmp_path):
 def test_what_is_refused(made, refused, tmp_path):
     model, text = made[0] / "model", f"{made[0]}/0.txt"
     for arguments, words in (
-        ((made[0] / "dense",), "use_moe=False"), ((model, "--before", made[0] / "other"), "--before"),
-        ((model, "--data", text, text), "NAME=PATH"), ((model, "--tokens=0"), "--tokens 0"),
+        ((made[0] / "dense",), "use_moe=False"), ((model, "--tokens=0"), "--tokens 0"),
+        ((model, "--data", text, "--before", made[0] / "other"), "num_experts;"),
+        ((model, "--data", text, text), "NAME=PATH"),
         ((model, "--data", f"x={tmp_path}/none"), "none"), ((tmp_path / "none.pt",), "none.pt"),
     ):  # fmt: skip
         assert words in refused(main, "routing", *arguments)
