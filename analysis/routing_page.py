@@ -57,7 +57,9 @@ def heat_maps(panels: dict, label: str, x: str, y: str = "expert", centre: float
     from matplotlib.figure import Figure  # pyplot would open windows and keep figures
 
     values = np.array(list(panels.values()), dtype=float)  # (panels, rows, columns)
-    far = max(np.nanmax(abs(values - centre), initial=0), 1e-9)
+    far = np.nanmax(
+        abs(values - centre), initial=centre or 1e-9
+    )  # lifts from 0 to 2 at least: chance is pale
     norm = TwoSlopeNorm(centre, 0 if centre else -far, centre + far)
     colours = {"cmap": colormaps["PuOr_r"].with_extremes(bad="#BBBBBB"), "norm": norm, "aspect": "auto"}
     count, rows, columns = values.shape
@@ -86,7 +88,7 @@ def pictures(found: dict) -> dict[str, bytes]:
     def of_layers(name: str, label: str, x: str) -> bytes:
         return heat_maps({f"MoE layer {n}": one[name] for n, one in enumerate(layers)}, label, x)
 
-    shares = {name: np.array([one[name] for one in layers]) * E for name in ("load", "gate_mass")}
+    shares = {k.replace("_", " "): np.array([one[k] for one in layers]) * E for k in ("load", "gate_mass")}
     made = {"load": heat_maps(shares, "1 = fair share", "expert", "MoE layer")}
     tops = [[(top + [{}] * 8)[:8] for top in one["top_tokens"]] for one in layers]
     lifts = {f"MoE layer {n}": [[t.get("lift") for t in top] for top in rows] for n, rows in enumerate(tops)}
@@ -187,7 +189,7 @@ def render(found: dict, images: dict[str, bytes]) -> str:
     words |= found | {"before": found["before"] or "an earlier checkpoint"}
     for name, (title, text) in SECTIONS.items():
         if f"{name}.png" in images or name in html:
-            page += f"<h2>{title}</h2><p>{safe(text.format(**words))}</p>"
+            page += f"<h2>{title}</h2><p>{safe(' '.join(text.format(**words).split()))}</p>"
         if f"{name}.png" in images:
             code = base64.b64encode(images[f"{name}.png"]).decode()
             page += f'<div class="wide"><img alt="{title}" src="data:image/png;base64,{code}"></div>'
