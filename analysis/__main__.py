@@ -4,6 +4,7 @@ python -m analysis sweep --seed 1,2,3 --max_lr 1e-2,2e-2 -- --preset demo    # s
 python -m analysis compare log/sweep                     # a row per setting: means over seeds, differences
 python -m analysis evaluate log/latest my_text.txt       # loss, perplexity and bits per byte of a text
 python -m analysis evaluate gpt2 edu_fineweb10B          # ... and of the validation shards in a folder
+python -m analysis routing log/latest                    # what its experts have learnt, as a page
 python -m analysis --help                                # all commands; COMMAND --help: a command's options
 """
 
@@ -16,6 +17,7 @@ COMMANDS = {
     "sweep": "train over all combinations of settings, some runs at a time",
     "compare": "results of settings over seeds: means, differences, intervals",
     "evaluate": "loss, perplexity and bits per byte of a text or shards with a model",
+    "routing": "what the experts of a checkpoint have learnt: a page, pictures and JSON",
 }
 
 

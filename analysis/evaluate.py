@@ -38,6 +38,16 @@ def read_tokens(path: str, encoding: str) -> np.ndarray:
         return encode_pieces([(True, decode(file.read()))], encoding)
 
 
+def read_for(model, path: str) -> np.ndarray:
+    """Token ids (n,) of a text file or shards, 2 or more of the vocabulary. ValueError if not."""
+    ids = read_tokens(path, model.config.encoding)
+    if len(ids) < 2:
+        raise ValueError(f"{path} holds {len(ids)} tokens; at least 2 are needed")
+    if (largest := int(ids.max())) >= model.config.vocab_size:
+        raise ValueError(f"{path} has token {largest}, but vocab_size={model.config.vocab_size}")
+    return ids
+
+
 def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, float]:
     """tokens, bytes, loss (nats per token), perplexity and bits_per_byte of the ids (n,) after the first."""
     import torch
@@ -77,12 +87,7 @@ def run(options: argparse.Namespace) -> int:
         if value < 1 or (name == "T" and T > model.config.block_size):
             most = f" and at most block_size={model.config.block_size}" if name == "T" else ""
             raise ValueError(f"--{name} {value}: must be at least 1{most}")
-    ids = read_tokens(options.data, model.config.encoding)
-    ids = ids[: options.max_tokens or None]
-    if len(ids) < 2:
-        raise ValueError(f"{options.data} holds {len(ids)} tokens; at least 2 are needed")
-    if (largest := int(ids.max())) >= model.config.vocab_size:
-        raise ValueError(f"{options.data} has token {largest}, but vocab_size={model.config.vocab_size}")
+    ids = read_for(model, options.data)[: options.max_tokens or None]
     found = measure(model, ids, T, options.B, options.dtype)
     if not math.isfinite(found["loss"]):
         raise FloatingPointError(f"{options.model} gives a loss of {found['loss']}: it has diverged")

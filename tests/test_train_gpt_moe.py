@@ -70,7 +70,8 @@ def test_what_a_finished_run_prints(straight):
     printed = (straight.parent / "printed").read_text()
     command = f"python sample.py --checkpoint {straight}/model_00012.pt"
     once = ("step    11/12 | loss", " bits per byte, after 12 steps", "step 12: MoE layer  1 |", command)
-    assert [printed.count(text) for text in once] == [1] * 4 and "iters avg" not in printed
+    once += (f"see what the experts learnt: python -m analysis routing {straight}/model_00012.pt",)
+    assert [printed.count(text) for text in once] == [1] * 5 and "iters avg" not in printed
 
 
 def test_sampling_from_the_checkpoint_is_reproducible(straight, capsys):

@@ -142,6 +142,9 @@ class Terminal:
         if str(checkpoint) != "none":
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
             lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
+            if config.use_moe and not config.init_from:
+                command = ["python", "-m", "analysis", "routing", str(checkpoint)]
+                lines.append(f"                see what the experts learnt: {shlex.join(command)}")
         self.say("\n".join(lines))
 
 
