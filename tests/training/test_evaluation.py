@@ -15,7 +15,7 @@ from models import tiny
 from model import GPTLMHeadModel
 from tokens.encodings import encode_pieces, get_encoding, token_bytes
 from tokens.shards import DistributedDataLoader, write_shard
-from training.evaluation import evaluate, table_of_bytes
+from training.evaluation import ValidationSet, evaluate, table_of_bytes
 from training.parallel import World
 
 STEPS, T = 3, 16
@@ -33,7 +33,8 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     loader, world = DistributedDataLoader(str(shard), B=4, T=T, seed=0), World(0, 0, 1, torch.device("cpu"))
     layout = SimpleNamespace(world=world, any=bool)
     table = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, layout)
-    run = SimpleNamespace(model=model, val_loader=loader, layout=layout, token_bytes=table)
+    sets = [ValidationSet("", loader, 1.0)]
+    run = SimpleNamespace(model=model, val_sets=sets, layout=layout, token_bytes=table)
     run.config, run.autocast = SimpleNamespace(val_steps=STEPS), contextlib.nullcontext
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     run.trains, run.hellaswag, seen = False, False, []
