@@ -235,9 +235,9 @@ def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: 
             if not len(y):
                 continue
             line = {"color": COLOURS[1 + i % 6] if one else run.line["color"], "linewidth": 1.2, **run.mark}
-            line |= {"marker": MARKERS[i % 5]} if one else {}
+            line |= {"marker": MARKERS[i % 5], "label": f"validation {key[9:]}".strip()} if one else {}
             line |= {"linestyle": "-" if one and len(y) > 20 else "none", "markevery": 1 + len(y) // 40}
-            ax.plot(x, y, **line, label=key.replace("val_loss", "validation", 1).replace("/", " ", 1))
+            ax.plot(x, y, **line)
             losses.append((x, y, line["color"]))
             inside += [*y[y.argmin() :]]
     inside += draw_references(ax, "loss", runs, compare)

@@ -11,37 +11,27 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 
-from tokens.shards import DistributedDataLoader, find_shards, read_meta
+from tokens.shards import DistributedDataLoader, read_meta
 
-FINEST = 100_000  # shares are multiples of 1 / FINEST, or of a fraction with a smaller denominator
-PERIOD = 10_000  # samples after which a schedule repeats, about; at most FINEST
+FINEST = 100_000  # shares have a common denominator of at most this
+PERIOD = 10_000  # samples after which a schedule repeats, about
+NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?"
 
 
-# -------------------------------------------------------------------------------------------------- SETTINGS
 def parse_mixture(text: str) -> dict[str, Fraction]:
     """{folder: weight} of data_dir: FOLDER:WEIGHT,FOLDER:WEIGHT, or a plain path, which gets the weight 1.
-    ValueError: a weight that is no positive number, a folder given twice. FileNotFoundError: no folder."""
-    pairs = re.findall(r"(.+?):([\d.eE+-]+)(?:,|$)", text)
+    ValueError for a weight that is no positive number, and a folder given twice."""
+    pairs = re.findall(rf"(.+?):({NUMBER})(?:,|$)", text)
     if os.path.isdir(text) or not pairs:
         return {text: Fraction(1)}
-    if ",".join(map(":".join, pairs)) != text:
-        raise ValueError(f"data_dir={text!r}: write a mixture as FOLDER:WEIGHT,FOLDER:WEIGHT")
-    weights: dict[str, Fraction] = {}
-    for folder, weight in pairs:
-        if not os.path.isdir(folder):
-            mixture = "a mixture is FOLDER:WEIGHT,FOLDER:WEIGHT"
-            raise FileNotFoundError(f"data_dir={text!r}: there is no folder {folder!r}; {mixture}")
-        if folder in weights:
-            raise ValueError(f"data_dir={text!r}: {folder!r} is there twice; give it once")
-        try:
-            usable = 0 < float(weight) < math.inf  # Fraction("1e999999999") would fill the memory
-            weights[folder] = Fraction(weight if usable else "")
-        except ValueError:
-            wrong = f"the weight {weight} of {folder!r} is not a positive number"
-            raise ValueError(f"data_dir={text!r}: {wrong}") from None
+    weights = {folder: Fraction(weight) for folder, weight in pairs}
+    if ",".join(map(":".join, pairs)) != text or len(weights) < len(pairs) or not all(weights.values()):
+        how = "write FOLDER:WEIGHT,FOLDER:WEIGHT, with each folder once and weights above 0"
+        raise ValueError(f"data_dir={text!r}: {how}")
     return weights
 
 
@@ -49,8 +39,8 @@ def parse_named(text: str) -> dict[str, str]:
     """{name: folder} of val: NAME=FOLDER,NAME=FOLDER. ValueError for anything else, or a name given twice."""
     pairs = re.findall(r"([A-Za-z0-9_-]+)=(.+?)(?=,[A-Za-z0-9_-]+=|$)", text)
     if ",".join(map("=".join, pairs)) != text or len(dict(pairs)) < len(pairs):
-        names = "a name has letters, digits, - and _, and is there once"
-        raise ValueError(f"val={text!r}: write NAME=FOLDER,NAME=FOLDER; {names}")
+        names = "with each name once, of letters, digits, - and _"
+        raise ValueError(f"val={text!r}: write NAME=FOLDER,NAME=FOLDER, {names}")
     return dict(pairs)
 
 
@@ -62,30 +52,24 @@ def source_names(folders: Sequence[str]) -> list[str]:
 
 def read_metas(folders: Sequence[str], pattern: str = "") -> dict:
     """read_meta of the first folder (or pattern). ValueError if another folder has another encoding."""
-    first, *others = folders
-    meta = read_meta(first, pattern)
-    for folder in others:
+    meta = read_meta(folders[0], pattern)
+    for folder in folders[1:]:
         theirs = read_meta(folder)
         for name in ("encoding", "vocab_size", "eot_token"):
             if theirs[name] != meta[name]:
-                unlike = f"{name} is {theirs[name]!r}, but {meta[name]!r} in {pattern or first}"
-                mend = f"make both with the same `python fineweb.py --encoding {meta['encoding']}`"
+                unlike = f"{name} is {theirs[name]!r}, but {meta[name]!r} in {pattern or folders[0]}"
+                mend = f"make it again with `python fineweb.py --encoding {meta['encoding']}`"
                 raise ValueError(f"{folder}: {unlike}; {mend}")
     return meta
 
 
-# -------------------------------------------------------------------------------------------------- SCHEDULE
-def shares_of(weights: Mapping[str, Fraction]) -> list[int]:
-    """Whole numbers in the proportion of the weights, with a sum of at most FINEST. Weights that need a
-    larger sum are rounded. ValueError if one would become 0."""
-    total = sum(weights.values())
-    shares = [weight / total for weight in weights.values()]
+def shares_of(weights: Mapping[str, Fraction | float]) -> list[int]:
+    """Whole numbers in the proportion of the weights. Their sum is at most FINEST; weights that need a larger
+    one are rounded. ValueError if a weight would become 0."""
+    exact = [Fraction(weight) for weight in weights.values()]
+    shares = [weight / sum(exact) for weight in exact]
     size = min(FINEST, math.lcm(*(share.denominator for share in shares)))
-    counts = [int(share * size) for share in shares]
-    # What is missing in the sum goes to the largest remainders.
-    order = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * size)
-    for i in order[: size - sum(counts)]:
-        counts[i] += 1
+    counts = [end - start for start, end in pairwise(round(x * size) for x in accumulate(shares, initial=0))]
     if 0 in counts:
         small = list(weights)[counts.index(0)]
         raise ValueError(f"data_dir: {small!r} would give less than 1 of {FINEST:,} samples; omit it")
@@ -103,24 +87,20 @@ class Schedule:
 
     def __init__(self, shares: Sequence[int], seed: int):
         period = sum(shares)
-        repeats = max(1, PERIOD // period)
-        size = repeats * period
-        self.per_period = np.array(shares) * repeats  # (sources,) samples
-        ties = iter(np.random.SeedSequence(seed).generate_state(size, np.uint64).tolist())
-        draws = []  # (first position, deadline, tie, source)
-        for source, share in enumerate(shares):
-            j = np.arange(share * repeats)
-            first, deadline = j * period // share, -(-(j + 1) * period // share)
-            windows = zip(first.tolist(), deadline.tolist(), strict=True)
-            draws += [(*window, next(ties), source) for window in windows]
-        draws.sort(reverse=True)
-        waiting: list[tuple] = []
+        self.per_period = np.array(shares) * max(1, PERIOD // period)  # (sources,) samples
+        size = int(self.per_period.sum())
         self.source = np.empty(size, dtype=np.int64)  # of each sample of a period
-        for n in range(size):
-            while draws and draws[-1][0] <= n:
-                heapq.heappush(waiting, draws.pop()[1:])
-            self.source[n] = heapq.heappop(waiting)[-1]
         self.number = np.empty(size, dtype=np.int64)  # of each sample, among those of its source
+        ties = iter(np.random.SeedSequence(seed).generate_state(size, np.uint64).tolist())
+        coming, waiting = [], []  # (first position, deadline, tie, source); the same without first position
+        for source, share in enumerate(shares):
+            for j in range(self.per_period[source]):
+                coming.append((j * period // share, -(-(j + 1) * period // share), next(ties), source))
+        coming.sort(reverse=True)
+        for n in range(size):
+            while coming and coming[-1][0] <= n:
+                heapq.heappush(waiting, coming.pop()[1:])
+            self.source[n] = heapq.heappop(waiting)[-1]
         for source, count in enumerate(self.per_period):
             self.number[self.source == source] = np.arange(count)
 
@@ -136,26 +116,24 @@ class Schedule:
         return periods * self.per_period + np.bincount(self.source[:place], minlength=len(self.per_period))
 
 
-# -------------------------------------------------------------------------------------------------- LOADER
 class MixtureLoader(DistributedDataLoader):
     """A DistributedDataLoader over the train shards of several folders, {folder: weight}.
 
-    Its order depends on the files, T, seed, weights and the number of the sample only. Arguments, batches and
-    errors are those of DistributedDataLoader. If the weights change at a resume, the new ones hold from there
-    on, and every source goes on where it stopped. A source is known by its name (source_names)."""
+    Its order depends on the files, T, seed, weights and the number of the sample only. If the weights change
+    at a resume, the new ones hold from there on, and every source goes on where it stopped. A source is known
+    by its name (source_names)."""
 
-    def __init__(self, weights: Mapping[str, Fraction], B: int, T: int, rank: int = 0, world_size: int = 1,
-                 shuffle: bool = True, seed: int = 1337, **more):  # fmt: skip
-        named = sorted(zip(source_names(list(weights)), weights, strict=True))
-        each = (find_shards(folder, "train") for _, folder in named)
-        loaders = [DistributedDataLoader(files, 1, T, shuffle=shuffle, seed=seed) for files in each]
-        self.sources = dict(zip([name for name, _ in named], loaders, strict=True))
-        files = [file for source in loaders for file in source.files]
-        super().__init__(files, B, T, rank, world_size, seed=seed, **more)
-        self._stream = {"sources": ", ".join(self.sources), **self._stream, "shuffle": shuffle}
-        self._first_file = np.cumsum([0, *(len(source.files) for source in loaders)])
-        shares = shares_of({folder: weights[folder] for _, folder in named})
-        self._weights, self._schedule = _joined(shares), Schedule(shares, seed)
+    def __init__(self, weights: Mapping[str, Fraction | float], B: int, T: int, rank: int = 0,
+                 world_size: int = 1, shuffle: bool = True, seed: int = 1337, **more):  # fmt: skip
+        named = dict(sorted(zip(source_names(list(weights)), weights.items(), strict=True)))
+        shares = shares_of(dict(named.values()))
+        how = dict(shuffle=shuffle, seed=seed)
+        self.sources = {name: DistributedDataLoader(where, 1, T, **how) for name, (where, _) in named.items()}
+        files = [source.files for source in self.sources.values()]
+        super().__init__([*chain(*files)], B, T, rank, world_size, seed=seed, **more)
+        self._stream = {"sources": ", ".join(named), **self._stream, "shuffle": shuffle}
+        self._first_file = np.cumsum([0, *map(len, files)])
+        self._weights, self._schedule = " ".join(map(str, shares)), Schedule(shares, seed)
         # The weights hold from this position on. Before it, each source has given so many samples.
         self._start, self._before = 0, np.zeros(len(shares), dtype=np.int64)
 
@@ -166,28 +144,25 @@ class MixtureLoader(DistributedDataLoader):
         for i, loader in enumerate(self.sources.values()):
             mine = source == i
             file[mine], offset[mine] = loader._locate(number[mine])
-            file[mine] += self._first_file[i]
-        return file, offset
-
-    def _counts(self, position: int) -> np.ndarray:
-        return self._before + self._schedule.counts(position - self._start)
+        return file + self._first_file[source], offset
 
     def progress(self, position: int | None = None) -> dict[str, tuple[int, float]]:
         """{source: (samples, epochs)} read up to a position; by default up to now."""
-        counts = self._counts(self.position if position is None else position).tolist()
-        pairs = zip(self.sources.items(), counts, strict=True)
+        n = (self.position if position is None else position) - self._start
+        pairs = zip(self.sources.items(), (self._before + self._schedule.counts(n)).tolist(), strict=True)
         return {name: (count, count / source.samples_per_epoch) for (name, source), count in pairs}
 
     def reset(self, position: int = 0) -> None:
-        """Go to a position. Before that from which the weights hold, they hold from the first sample on."""
+        """Go to a position. If it is before that from which the weights hold, they now hold from sample 0."""
         super().reset(position)
         if position < self._start:
             self._start, self._before = 0, np.zeros_like(self._before)
 
     def state_dict(self) -> dict:
         """DistributedDataLoader's, the weights, and the samples that each source has given."""
-        mine = {"weights": self._weights, "weights_from": self._start, "read_before": _joined(self._before)}
-        return {**super().state_dict(), **mine, "read": _joined(self._counts(self.position))}
+        counts = {"read_before": self._before, "read": [n for n, _ in self.progress().values()]}
+        mine = {"weights": self._weights, "weights_from": self._start}
+        return super().state_dict() | mine | {name: " ".join(map(str, ns)) for name, ns in counts.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """DistributedDataLoader's; other weights than those of `state` hold from its position on."""
@@ -198,7 +173,3 @@ class MixtureLoader(DistributedDataLoader):
             raise ValueError("the data loader cannot continue: its state lacks the samples of each source")
         same = state.get("weights") == self._weights
         self._start, self._before = (start, before) if same else (self.position, read)
-
-
-def _joined(numbers: Sequence[int] | np.ndarray) -> str:
-    return " ".join(map(str, numbers))

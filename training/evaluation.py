@@ -6,9 +6,9 @@ graph. `run` is training/setup.py's Run throughout.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hellaswag import evaluate as score_hellaswag
@@ -21,42 +21,27 @@ from tokens.shards import DistributedDataLoader, find_shards
 from training import faults
 
 
-@dataclass
-class ValidationSet:
-    """Data that evaluations measure: as val_loss/NAME if it has a name."""
-
-    name: str
-    loader: DistributedDataLoader
-    share: float  # of it in val_loss, which is the mean over the sets by these shares
-
-
-def validation_sets(config: Any, weights: Mapping[str, Any], arguments: dict) -> list[ValidationSet]:
-    """The validation shards of the data, whose folders have these weights, and the sets of --val; if the data
-    has no validation shards, the first of --val is the main set. arguments: for the loaders."""
-    found, missing = [], None  # found: (name, shards, weight)
-    if config.input_val_bin:
-        found = [("", config.input_val_bin, 1)]
-    elif not config.input_bin:
-        names = source_names(list(weights)) if len(weights) > 1 else [""]
-        for name, (folder, weight) in zip(names, weights.items(), strict=True):
-            try:
-                found.append((name, find_shards(folder, "val"), weight))
-            except FileNotFoundError as error:
-                missing = error
-    named = parse_named(config.val)
-    if missing and not found and not named:
-        raise missing
-    if taken := named.keys() & {name for name, *_ in found}:
-        raise ValueError(f"val={config.val!r}: {min(taken)!r} is a source's name; choose another one")
+def validation_sets(config: Any, weights: Mapping[str, Any], arguments: dict) -> dict:
+    """{name: (loader, its share in val_loss)} of the data's validation shards (weights: of its folders; a
+    single folder has the name "") and of --val, whose first set is the main one if the data has none.
+    arguments: for the loaders. FileNotFoundError if without --val a folder has no validation shards."""
+    found = {"": (config.input_val_bin, 1)} if config.input_val_bin else {}  # {name: (shards, weight)}
+    named, weights = parse_named(config.val), {} if found else weights
+    names = source_names(list(weights)) if len(weights) > 1 else [""] * len(weights)
+    for name, (folder, weight) in zip(names, weights.items(), strict=True):
+        try:
+            found[name] = find_shards(folder, "val"), weight
+        except FileNotFoundError:
+            if not named:
+                raise
     for name, folder in named.items():
-        found.append((name, find_shards(folder, "val"), 0 if found else 1))
+        if name in found:
+            raise ValueError(f"val={config.val!r}: {name!r} is a source's name; choose another one")
+        found[name] = find_shards(folder, "val"), 0 if found else 1
     # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
     arguments = arguments | dict(seed=0, shuffle=config.shuffle or config.val_steps == 0)
-    total = sum(weight for *_, weight in found)
-    return [
-        ValidationSet(name, DistributedDataLoader(files, **arguments), float(weight / total))
-        for name, files, weight in found
-    ]
+    total = sum(weight for _, weight in found.values())
+    return {k: (DistributedDataLoader(v, **arguments), float(w / total)) for k, (v, w) in found.items()}
 
 
 def evaluate(
@@ -111,25 +96,21 @@ def validate(run: Any, interrupted: Callable[[], bool]) -> dict[str, float] | No
     per byte. <|endoftext|> stands for 0 bytes, but its cross-entropy counts: models must also predict the end
     of a text (nanochat's loss_eval.py leaves it out). There is none without run.token_bytes.
     """
-    main, named = [0.0, 0.0], {}  # nats and bytes per token
-    for each in run.val_sets:
-        if (means := measure(run, each.loader, interrupted)) is None:
+    means = {"": np.zeros(2)}  # nats and bytes per token, of the main set and by the names of the others
+    for name, (loader, share) in run.val_sets.items():
+        if (mean := measure(run, loader, interrupted)) is None:
             return None
-        if each.share:
-            main = [value + each.share * mean for value, mean in zip(main, means, strict=True)]
-        named |= in_units(*means, f"/{each.name}") if each.name else {}
-    return in_units(*main) | named
+        if share:  # 0 * NaN would be NaN
+            means[""] += share * np.array(mean)
+        means |= {f"/{name}": mean} if name else {}
+    measured = {}
+    for name, (nats, text) in means.items():
+        measured[f"val_loss{name}"] = float(nats)
+        measured |= {f"val_bpb{name}": float(nats / (math.log(2) * text))} if text else {}
+    return measured
 
 
-def in_units(nats: float, text: float, suffix: str = "") -> dict[str, float]:
-    """val_loss, and val_bpb if it is known, from nats and bytes of text per token."""
-    bits = {f"val_bpb{suffix}": nats / (math.log(2) * text)} if text else {}
-    return {f"val_loss{suffix}": nats} | bits
-
-
-def measure(
-    run: Any, loader: DistributedDataLoader, interrupted: Callable[[], bool]
-) -> tuple[float, float] | None:
+def measure(run: Any, loader: Any, interrupted: Callable[[], bool]) -> tuple[float, float] | None:
     """Nats and bytes of text per target, over all ranks' first val_steps batches, or with val_steps=0 over
     every window once; None if interrupted(). Bytes are 0 without run.token_bytes."""
     model, world = run.model, run.layout.world

@@ -159,10 +159,10 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
     per_step, warnings = config.total_batch_size, []
     epochs = config.max_steps * per_step / num_tokens
     seen = f"seen {epochs:.2f} times"
+    repeated = {"the data": epochs}
     if sources:
-        parts = [f"{name} {n:,} samples, {times:.2f} times" for name, (n, times) in sources.items()]
-        seen = f"seen as {'; '.join(parts)}"
-    repeated = {f"source {name}": times for name, (_, times) in sources.items()} or {"the data": epochs}
+        seen = ", ".join(f"{name} {n:,} samples = {times:.2f} epochs" for name, (n, times) in sources.items())
+        repeated = {f"source {name}": times for name, (_, times) in sources.items()}
     if config.overfit_single_batch:
         repeated, seen = {}, f"the same {per_step:,} of them at every step"
     memory = memory_estimate(model, config, dtype, world.size)
@@ -193,6 +193,6 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
     for name, times in repeated.items():
         if times > REPEATS_THAT_HURT:
             text = f"{name} will be seen {times:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps"
-            lower = "its weight or max_steps" if sources else "max_steps"
-            warnings.append(f"{text} little: lower {lower}, or make more data with fineweb.py")
+            mend = f"lower {'its weight or ' if sources else ''}max_steps, or make more data with fineweb.py"
+            warnings.append(f"{text} little: {mend}")
     return "\n".join(f"{name:12s}{text}" for name, text in rows.items()), warnings

@@ -22,10 +22,10 @@ from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
 from tokens.mixtures import MixtureLoader, parse_mixture, parse_named, read_metas
-from tokens.shards import DistributedDataLoader, find_shards
+from tokens.shards import DistributedDataLoader
 from training import checkpoints as ckpt
 from training import faults, parallel, profiler
-from training.evaluation import ValidationSet, cannot_sample, evaluates_at, table_of_bytes, validation_sets
+from training.evaluation import cannot_sample, evaluates_at, table_of_bytes, validation_sets
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
 from training.log import RunLog, run_record
@@ -45,7 +45,7 @@ class Run:
     train_loader: DistributedDataLoader
     accumulation: int = 1  # micro-steps per optimizer step
     dtype: str = "float32"  # of matrix products
-    val_sets: list[ValidationSet] = field(default_factory=list)  # none with --input_bin alone, as in llm.c
+    val_sets: dict = field(default_factory=dict)  # {name: (loader, share in val_loss)}, see validation_sets
     resumed: dict = field(default_factory=dict)  # the checkpoint it continues, without weights and moments
     resumed_from: Path | None = None
     log: RunLog | None = None  # on the master only
@@ -107,8 +107,8 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     meta = read_data(config, world, print0)
     train_loader, val_sets = build_loaders(config, world, meta)
     world.check_equal("training data", meta | train_loader.state_dict())
-    for each in val_sets:
-        world.check_equal(f"validation data {each.name}".strip(), each.loader.state_dict())
+    for name, (loader, _) in val_sets.items():
+        world.check_equal(f"validation data {name}".strip(), loader.state_dict())
     if state:
         world.check_equal("checkpoints", {"step": state["step"]})
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
@@ -149,12 +149,10 @@ def open_log(run: Run) -> None:
         more = dict(evaluates_first=evaluates_at(first_step, config), say=tell)
         run.log = RunLog(*files, wandb, record=run_record(config, model, world, first_step), **more)
         tokens = run.train_loader.num_tokens
-        val_tokens = min((each.loader.num_tokens for each in run.val_sets), default=None)
+        val_tokens = min((loader.num_tokens for loader, _ in run.val_sets.values()), default=None)
         left = (config.max_steps - first_step) * config.total_batch_size // config.T  # samples
-        sources = run.train_loader.progress(run.train_loader.position + left)
-        table, cautions = preflight(
-            config, model, run.accumulation, world, tokens, run.dtype, val_tokens, sources
-        )
+        more = val_tokens, run.train_loader.progress(run.train_loader.position + left)
+        table, cautions = preflight(config, model, run.accumulation, world, tokens, run.dtype, *more)
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
     if world.device.type == "cuda":  # the peak of the set-up does not count
         torch.cuda.empty_cache()
@@ -283,10 +281,8 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     return read_metas([*folders, *parse_named(config.val).values()], config.input_bin)
 
 
-def build_loaders(
-    config: Any, world: parallel.World, meta: dict
-) -> tuple[DistributedDataLoader, list[ValidationSet]]:
-    """(training loader, validation sets). With input_bin alone there is no validation, as in llm.c."""
+def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[DistributedDataLoader, dict]:
+    """(training loader, validation_sets). With input_bin alone there is no validation, as in llm.c."""
     weights = {} if config.input_bin else parse_mixture(config.data_dir)  # by folder
     arguments = dict(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
@@ -296,11 +292,10 @@ def build_loaders(
     if len(weights) > 1:
         train_loader = MixtureLoader(weights, **order, **arguments)
     else:
-        train_files = config.input_bin or find_shards(config.data_dir, "train")
-        train_loader = DistributedDataLoader(train_files, **order, **arguments)
+        train_loader = DistributedDataLoader(config.input_bin or config.data_dir, **order, **arguments)
     val_sets = validation_sets(config, weights, arguments)
-    for each in val_sets:
-        train_loader.watch(each.loader, f"validation/{each.name}".rstrip("/"))
+    for name, (loader, _) in val_sets.items():
+        train_loader.watch(loader, f"validation/{name}".rstrip("/"))
     return train_loader, val_sets
 
 

@@ -116,9 +116,10 @@ class Terminal:
     def evaluation(self, step: int, measured: dict) -> None:
         """Print what validate() measured after `step` steps. The live line shows it from now on."""
         self.evaluated = measured | {"eval_step": step}
-        names = [name.removeprefix("val_loss/") for name in measured if name.startswith("val_loss/")]
         lines = [f"step {step}: validation loss {loss_text(measured)}"]
-        lines += [f"step {step}: {name}: {loss_text(measured, f'/{name}')}" for name in names]
+        for key in measured:
+            if name := key.partition("val_loss/")[2]:
+                lines.append(f"step {step}: validation loss of {name} {loss_text(measured, f'/{name}')}")
         self.say("\n".join(lines))
 
     def experts(self, step: int, model: Any) -> None:
