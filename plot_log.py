@@ -146,8 +146,9 @@ def read_run(folder: str) -> LoggedRun:
                 if "step" in record:
                     rows.setdefault(record["step"], {}).update(record)
                 if (after := record.get("eval_step")) == record.get("step", 0) + 1:  # after the last step
-                    row, names = rows[record["step"]], [m.name for m in METRICS if m.evaluated]
-                    measured = {name: row.pop(name) for name in names if name in record}
+                    row, evaluated = rows[record["step"]], {m.name for m in METRICS if m.evaluated}
+                    names = [name for name in record if name.split("/")[0] in evaluated]
+                    measured = {name: row.pop(name) for name in names}
                     rows[after] = measured | {"step": after, "elapsed_s": row.get("elapsed_s")}
         if bad:
             run.problems.append(f"{path.name}: {len(bad)} unreadable line(s) skipped, first line {bad[0]}")
@@ -230,11 +231,15 @@ def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: 
         lost = [run.x[i] for i, row in enumerate(run.rows) if "loss" in row and not is_finite(row["loss"])]
         label = "loss not finite" if lost else None
         ax.plot(lost, [0.03] * len(lost), marker="x", color="black", label=label, **edge)
-        x, y = run.points("val_loss")
-        if len(y):
-            line = {"color": COLOURS[1] if one else run.line["color"], "linewidth": 1.2, **run.mark}
+        sets = {key: None for row in run.rows for key in row if key.startswith("val_loss/")} if one else {}
+        for i, key in enumerate(["val_loss", *sets]):
+            x, y = run.points(key)
+            if not len(y):
+                continue
+            line = {"color": COLOURS[1 + i % 6] if one else run.line["color"], "linewidth": 1.2, **run.mark}
+            line |= {"marker": MARKERS[i % 5], "label": f"validation {key[9:]}".strip()} if one else {}
             line |= {"linestyle": "-" if one and len(y) > 20 else "none", "markevery": 1 + len(y) // 40}
-            ax.plot(x, y, **line, label="validation" if one else None)
+            ax.plot(x, y, **line)
             losses.append((x, y, line["color"]))
             inside += [*y[y.argmin() :]]
     inside += draw_references(ax, "loss", runs, compare)

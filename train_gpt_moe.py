@@ -74,7 +74,7 @@ class TrainConfig(llmc.Flags):
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
     text: str = setting("", "train on this text file, or folder of texts, as bytes; 10% of it validates")
-    data_dir: str = setting("edu_fineweb10B", "folder with the shards that fineweb.py wrote")
+    data_dir: str = setting("edu_fineweb10B", "folder of fineweb.py's shards; or a mixture, A:0.7,B:0.3")
     input_bin: str = setting("", "pattern of training shards, instead of data_dir/train_*.bin")
     input_val_bin: str = setting("", "pattern of validation shards, instead of data_dir/val_*.bin")
     log_dir: str = setting("log", "folder that everything is written to", "--output_dir")
@@ -104,7 +104,8 @@ class TrainConfig(llmc.Flags):
     expert_lr_mult: float = setting(1.0, "learning rate of the experts, relative to max_lr", least=0)
     # --- evaluation, samples, checkpoints, log
     infer_step: int = setting(250, "steps between evaluations; 0 = at the end", "--val_loss_every", least=0)
-    val_steps: int = setting(20, "validation batches per rank", "--val_max_steps", least=1)
+    val_steps: int = setting(20, "validation batches per rank; 0 = the whole set", "--val_max_steps", least=0)
+    val: str = setting("", "more validation sets, NAME=FOLDER,NAME=FOLDER")
     sample_every: int = setting(-1, "steps between samples; -1 = infer_step, 0 = never", least=-1)
     hellaswag: bool = setting(True, "score HellaSwag at every evaluation, if the data has GPT-2's tokens")
     hellaswag_data: str = setting("", "file of HellaSwag questions; empty = download it once")
@@ -356,6 +357,7 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
         "elapsed_s": run.elapsed(), "bad_steps": health.bad_steps, "scale_steps": health.scale_steps,
         "memory": peak_memory(run.layout.world.device) / 2**30, **measured,
     }  # fmt: skip
+    record |= {f"epoch/{name}": epochs for name, (_, epochs) in run.train_loader.progress().items()}
     if record.get("skipped") == "scale":
         run.say(f"step {record['step']}: no update: float16's loss scale was too large, and is halved")
     elif record.get("skipped"):

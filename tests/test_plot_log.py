@@ -100,6 +100,13 @@ def test_png_of_a_long_run_is_readable_and_small(tmp_path, draw):
     assert (abs(pixels - [0, 0x72, 0xB2]).max(-1) < 12).sum() > 1000  # the run's blue line is there
 
 
+def test_the_losses_of_named_validation_sets_are_drawn(tmp_path, draw):
+    rows = [dict(step=i, loss=3.0 - i, val_loss=3.1 - i, **{"val_loss/web": 3.2 - i}) for i in range(3)]
+    axes, _ = draw(write_log(tmp_path, rows))
+    assert points(axes["Loss"], "validation web")[:, 1].tolist() == [3.2, 2.2, pytest.approx(1.2)]
+    assert points(axes["Loss"], "validation")[0, 1] == 3.1
+
+
 def test_a_failing_write_leaves_the_old_picture_and_no_litter(tmp_path):
     write_log(tmp_path, [{"step": 0, "loss": 3.0}])
     (tmp_path / "training.png").write_bytes(b"old")

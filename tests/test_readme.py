@@ -52,6 +52,7 @@ LISTED = {
     "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
     "python sample.py --checkpoint log/latest --interactive": "test_sample.py",
     "python train_gpt_moe.py --preset demo --wandb_project": "wandb; test_log.py",
+    "python train_gpt_moe.py --data_dir web:": "four folders; test_evaluation.py",
     "python train_gpt_moe.py --preset demo --profile": "too few steps; test_log.py",
     "python -m llmc --help": "test_help_of_every_command_works",
     "python -m bench gpu": "a GPU; test_gpu.py",

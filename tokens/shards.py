@@ -346,9 +346,13 @@ class DistributedDataLoader:
         self._batches.clear()
         self.position = position
 
-    def watch(self, validation: DistributedDataLoader) -> None:
+    def progress(self, position: int | None = None) -> dict[str, tuple[int, float]]:
+        """{source: (samples, epochs)} of a mixture (tokens/mixtures.py); a plain loader has no sources."""
+        return {}
+
+    def watch(self, validation: DistributedDataLoader, name: str = "validation") -> None:
         """Save what identifies the validation shards too, and compare it in load_state_dict."""
-        self._prints["validation"] = validation._prints["fingerprints"]
+        self._prints[name] = validation._prints["fingerprints"]
 
     def state_dict(self) -> dict:
         """The position (prefetched batches do not count), and what identifies the stream."""

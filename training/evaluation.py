@@ -5,9 +5,10 @@ graph. `run` is training/setup.py's Run throughout.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from hellaswag import evaluate as score_hellaswag
@@ -15,7 +16,32 @@ from huggingface.text import encode_prompt
 from layers.attention import without_cudnn
 from model import GPTLMHeadModel
 from tokens.encodings import token_bytes
+from tokens.mixtures import parse_named, source_names
+from tokens.shards import DistributedDataLoader, find_shards
 from training import faults
+
+
+def validation_sets(config: Any, weights: Mapping[str, Any], arguments: dict) -> dict:
+    """{name: (loader, its share in val_loss)} of the data's validation shards (weights: of its folders; a
+    single folder has the name "") and of --val, whose first set is the main one if the data has none.
+    arguments: for the loaders. FileNotFoundError if without --val a folder has no validation shards."""
+    found = {"": (config.input_val_bin, 1)} if config.input_val_bin else {}  # {name: (shards, weight)}
+    named, weights = parse_named(config.val), {} if found else weights
+    names = source_names(list(weights)) if len(weights) > 1 else [""] * len(weights)
+    for name, (folder, weight) in zip(names, weights.items(), strict=True):
+        try:
+            found[name] = find_shards(folder, "val"), weight
+        except FileNotFoundError:
+            if not named:
+                raise
+    for name, folder in named.items():
+        if name in found:
+            raise ValueError(f"val={config.val!r}: {name!r} is a source's name; choose another one")
+        found[name] = find_shards(folder, "val"), 0 if found else 1
+    # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
+    arguments = arguments | dict(seed=0, shuffle=config.shuffle or config.val_steps == 0)
+    total = sum(weight for _, weight in found.values())
+    return {k: (DistributedDataLoader(v, **arguments), float(w / total)) for k, (v, w) in found.items()}
 
 
 def evaluate(
@@ -28,7 +54,7 @@ def evaluate(
         return {}
     measured: dict[str, Any] = {}
     with torch.compiler.set_stance("force_eager"), without_cudnn(), terminal.during("evaluating"):
-        if measures and run.val_loader is not None:
+        if measures and run.val_sets:
             with run.diagnostics.watching(run.model):
                 losses = validate(run, interrupted)
             if losses is None:
@@ -66,31 +92,52 @@ def samples_at(step: int, config: Any) -> bool:
 
 @torch.no_grad()
 def validate(run: Any, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-    """val_loss and val_bpb of all ranks' first val_steps batches; None if interrupted().
+    """val_loss and val_bpb, and val_loss/NAME and val_bpb/NAME of every named set; None if interrupted().
 
-    val_loss: sum of the targets' cross-entropies / number of targets, in nats per token.
+    val_loss: sum of the targets' cross-entropies / number of targets, in nats per token; of a mixture it is
+    the mean over the sources by their weights.
     val_bpb: sum of the targets' cross-entropies / (ln 2 * bytes of text that the targets stand for), in bits
     per byte. <|endoftext|> stands for 0 bytes, but its cross-entropy counts: models must also predict the end
     of a text (nanochat's loss_eval.py leaves it out). There is none without run.token_bytes.
     """
-    model, loader, world, steps = run.model, run.val_loader, run.layout.world, run.config.val_steps
+    means = {"": np.zeros(2)}  # nats and bytes per token, of the main set and by the names of the others
+    for name, (loader, share) in run.val_sets.items():
+        if (mean := measure(run, loader, interrupted)) is None:
+            return None
+        if share:  # 0 * NaN would be NaN
+            means[""] += share * np.array(mean)
+        means |= {f"/{name}": mean} if name else {}
+    measured = {}
+    for name, (nats, text) in means.items():
+        measured[f"val_loss{name}"] = float(nats)
+        measured |= {f"val_bpb{name}": float(nats / (math.log(2) * text))} if text else {}
+    return measured
+
+
+def measure(run: Any, loader: Any, interrupted: Callable[[], bool]) -> tuple[float, float] | None:
+    """Nats and bytes of text per target, over all ranks' first val_steps batches, or with val_steps=0 over
+    every window once; None if interrupted(). Bytes are 0 without run.token_bytes."""
+    model, world = run.model, run.layout.world
     model.eval()
     loader.reset()
-    total = torch.zeros((), device=world.device)  # sum of the batches' losses
+    samples = run.config.val_steps * loader.B * loader.world_size or loader.samples_per_epoch
+    exact = torch.float32 if world.device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.zeros((), device=world.device, dtype=exact)  # sum of the batches' losses
     text = torch.zeros((), device=world.device, dtype=torch.long)  # bytes
-    for _ in range(steps):
+    while loader.position < samples:
         if interrupted():
             return None
+        rows = max(0, min(loader.B, samples - loader.position - loader.rank * loader.B))
         x, y = faults.next_batch(loader)  # (B, T), (B, T)
+        y[rows:] = -1  # of the next epoch: the loss ignores them
         with run.autocast():
-            total += model(x, targets=y, return_dict=True).loss
+            loss = model(x, targets=y, return_dict=True).loss
+        if rows:  # without any target the loss is NaN
+            total += loss * (rows / loader.B)
         if run.token_bytes is not None:
-            text += run.token_bytes[y].sum()
-    batches, text_bytes = steps * world.size, world.sum(text).item()
-    loss = world.sum(total).item() / batches
-    if not text_bytes:
-        return {"val_loss": loss}
-    return {"val_loss": loss, "val_bpb": loss * batches * y.numel() / (math.log(2) * text_bytes)}
+            text += run.token_bytes[y[:rows]].sum()
+    batches = samples / loader.B
+    return world.sum(total).item() / batches, world.sum(text).item() / (batches * y.numel())
 
 
 def table_of_bytes(meta: dict, layout: Any) -> torch.Tensor | None:

@@ -29,7 +29,7 @@ import transformers
 from layers.usage import STARVED_BELOW
 from tokens.files import remove_temporaries, sync_folder, write_atomically
 from training.checkpoints import list_checkpoints
-from training.metrics import BY_LAYER, METRICS
+from training.metrics import BY_LAYER, METRICS, PARTS
 
 try:
     import fcntl
@@ -185,7 +185,9 @@ class RunLog:
 
     def _add_points(self, record: dict) -> None:
         points = {m.curve: record[m.name] for m in METRICS if m.curve and type(record.get(m.name)) is float}
-        points |= {f"optim/{name}": record[name] for name in record if name.startswith("norm/")}
+        for name, value in record.items():
+            kind, _, part = name.partition("/")
+            points |= {f"{PARTS[kind]}/{part}": value} if part and kind in PARTS else {}
         for name in [name for name in record if name.endswith(BY_LAYER)]:
             curve = f"moe/{name.removesuffix(BY_LAYER)}/layer_"
             points |= {f"{curve}{layer}": value for layer, value in enumerate(record[name])}
@@ -374,8 +376,8 @@ def read_evaluation(path: Path, step: int) -> dict:
     """What metrics.jsonl has of an evaluation after `step` steps, with "eval_step"; {} if there was none."""
     for line in reversed(path.read_bytes().splitlines()):
         record = read_record(line)
-        names = [m.name for m in METRICS if m.evaluated] + [n for n in record if n.endswith(BY_LAYER)]
-        values = {name: record[name] for name in names if name in record}
+        evaluated = {m.name for m in METRICS if m.evaluated}  # val_loss/NAME is one, too
+        values = {k: v for k, v in record.items() if k.split("/")[0] in evaluated or k.endswith(BY_LAYER)}
         if values and record.get("eval_step", record.get("step")) == step:
             return values | {"eval_step": step}
     return {}

@@ -66,3 +66,5 @@ METRICS = (
     Metric("scale_steps", "steps so far that only halved float16's loss scale"),
     Metric("bad_steps", "steps without an update so far", live="bad steps {}", hidden=0),
 )  # fmt: skip
+# Numbers called NAME/PART, such as norm/experts, by NAME: the curve is called so, and /PART.
+PARTS = {"norm": "optim/norm", "val_loss": "loss/val", "val_bpb": "loss/val_bpb", "epoch": "data/epoch"}

@@ -5,6 +5,7 @@ and the logits. `size`: bytes of a number in the dtype of matrix products. `conf
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -152,13 +153,18 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str,
-              val_tokens: int | None = None) -> tuple[str, list[str]]:  # fmt: skip
-    """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data."""
+              val_tokens: int | None = None, sources: Mapping = {}) -> tuple[str, list[str]]:  # fmt: skip
+    """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data.
+    val_tokens: of the smallest validation set. sources: {name: (samples, epochs)} that a mixture reads."""
     per_step, warnings = config.total_batch_size, []
     epochs = config.max_steps * per_step / num_tokens
     seen = f"seen {epochs:.2f} times"
+    repeated = {"the data": epochs}
+    if sources:
+        seen = ", ".join(f"{name} {n:,} samples = {times:.2f} epochs" for name, (n, times) in sources.items())
+        repeated = {f"source {name}": times for name, (_, times) in sources.items()}
     if config.overfit_single_batch:
-        epochs, seen = 0.0, f"the same {per_step:,} of them at every step"
+        repeated, seen = {}, f"the same {per_step:,} of them at every step"
     memory = memory_estimate(model, config, dtype, world.size)
     need, have = sum(memory.values()), device_memory(model.device)
     uses = ", ".join(f"{use} {amount / 2**30:.2f}" for use, amount in memory.items())
@@ -184,7 +190,9 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
     if val_tokens is not None and config.val_steps * config.B * config.T * world.size > val_tokens:
         text = f"reads the {val_tokens:,} tokens of validation more than once; lower it"
         warnings.append(f"val_steps={config.val_steps} {text}")
-    if epochs > REPEATS_THAT_HURT:
-        text = f"the data will be seen {epochs:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps little"
-        warnings.append(f"{text}: lower max_steps or make more data with fineweb.py")
+    for name, times in repeated.items():
+        if times > REPEATS_THAT_HURT:
+            text = f"{name} will be seen {times:.1f} times; beyond {REPEATS_THAT_HURT} repetition helps"
+            mend = f"lower {'its weight or ' if sources else ''}max_steps, or make more data with fineweb.py"
+            warnings.append(f"{text} little: {mend}")
     return "\n".join(f"{name:12s}{text}" for name, text in rows.items()), warnings

@@ -21,11 +21,12 @@ from fineweb import DataConfig, build
 from layers.attention import BACKENDS, choose_backend
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
-from tokens.shards import DistributedDataLoader, find_shards, read_meta
+from tokens.mixtures import MixtureLoader, parse_mixture, parse_named, read_metas
+from tokens.shards import DistributedDataLoader
 from training import checkpoints as ckpt
 from training import faults, parallel, profiler
 from training.diagnostics import Diagnostics
-from training.evaluation import cannot_sample, evaluates_at, table_of_bytes
+from training.evaluation import cannot_sample, evaluates_at, table_of_bytes, validation_sets
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
 from training.log import RunLog, run_record
@@ -45,7 +46,7 @@ class Run:
     train_loader: DistributedDataLoader
     accumulation: int = 1  # micro-steps per optimizer step
     dtype: str = "float32"  # of matrix products
-    val_loader: DistributedDataLoader | None = None  # None with --input_bin alone, as in llm.c
+    val_sets: dict = field(default_factory=dict)  # {name: (loader, share in val_loss)}, see validation_sets
     resumed: dict = field(default_factory=dict)  # the checkpoint it continues, without weights and moments
     resumed_from: Path | None = None
     log: RunLog | None = None  # on the master only
@@ -106,10 +107,10 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     if config.use_compile:
         parallel.check_compiler(world.device)
     meta = read_data(config, world, print0)
-    train_loader, val_loader = build_loaders(config, world, meta)
+    train_loader, val_sets = build_loaders(config, world, meta)
     world.check_equal("training data", meta | train_loader.state_dict())
-    if val_loader:
-        world.check_equal("validation data", val_loader.state_dict())
+    for name, (loader, _) in val_sets.items():
+        world.check_equal(f"validation data {name}".strip(), loader.state_dict())
     if state:
         world.check_equal("checkpoints", {"step": state["step"]})
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
@@ -133,9 +134,9 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     if config.use_compile:
         parallel.compile_blocks(model, layout)
     return Run(
-        config, layout, model, optimizer, train_loader, accumulation, dtype, val_loader, resumed, path,
+        config, layout, model, optimizer, train_loader, accumulation, dtype, val_sets, resumed, path,
         hellaswag=config.hellaswag and (model.config.encoding == "gpt2" or bool(config.hellaswag_data)),
-        samples=samples, token_bytes=table_of_bytes(meta, layout) if val_loader else None,
+        samples=samples, token_bytes=table_of_bytes(meta, layout) if val_sets else None,
     )  # fmt: skip
 
 
@@ -149,8 +150,11 @@ def open_log(run: Run) -> None:
         wandb = config.wandb_project or (os.environ.get("WANDB_PROJECT", "gpt-moe") if config.wandb else "")
         more = dict(evaluates_first=evaluates_at(first_step, config), say=tell)
         run.log = RunLog(*files, wandb, record=run_record(config, model, world, first_step), **more)
-        tokens = run.train_loader.num_tokens, run.val_loader and run.val_loader.num_tokens
-        table, cautions = preflight(config, model, run.accumulation, world, tokens[0], run.dtype, tokens[1])
+        tokens = run.train_loader.num_tokens
+        val_tokens = min((loader.num_tokens for loader, _ in run.val_sets.values()), default=None)
+        left = (config.max_steps - first_step) * config.total_batch_size // config.T  # samples
+        more = val_tokens, run.train_loader.progress(run.train_loader.position + left)
+        table, cautions = preflight(config, model, run.accumulation, world, tokens, run.dtype, *more)
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
     if world.device.type == "cuda":  # the peak of the set-up does not count
         torch.cuda.empty_cache()
@@ -275,26 +279,26 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
         if world.is_master:
             prepare_demo(config.data_dir)
         world.barrier()
-    return read_meta(config.data_dir, config.input_bin)
+    folders = [config.data_dir] if config.input_bin else parse_mixture(config.data_dir)
+    return read_metas([*folders, *parse_named(config.val).values()], config.input_bin)
 
 
-def build_loaders(
-    config: Any, world: parallel.World, meta: dict
-) -> tuple[DistributedDataLoader, DistributedDataLoader | None]:
-    """(training loader, validation loader). With input_bin alone there is no validation, as in llm.c."""
-    train_files = config.input_bin or find_shards(config.data_dir, "train")
-    val_files = config.input_val_bin or (None if config.input_bin else find_shards(config.data_dir, "val"))
+def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[DistributedDataLoader, dict]:
+    """(training loader, validation_sets). With input_bin alone there is no validation, as in llm.c."""
+    weights = {} if config.input_bin else parse_mixture(config.data_dir)  # by folder
     arguments = dict(
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
-    train_loader = DistributedDataLoader(train_files, seed=config.seed, shuffle=config.shuffle, **arguments)
-    if not val_files:
-        return train_loader, None
-    # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
-    val_loader = DistributedDataLoader(val_files, seed=0, shuffle=config.shuffle, **arguments)
-    train_loader.watch(val_loader)
-    return train_loader, val_loader
+    order = dict(seed=config.seed, shuffle=config.shuffle)
+    if len(weights) > 1:
+        train_loader = MixtureLoader(weights, **order, **arguments)
+    else:
+        train_loader = DistributedDataLoader(config.input_bin or config.data_dir, **order, **arguments)
+    val_sets = validation_sets(config, weights, arguments)
+    for name, (loader, _) in val_sets.items():
+        train_loader.watch(loader, f"validation/{name}".rstrip("/"))
+    return train_loader, val_sets
 
 
 # ---------------------------------------------------------------------------- MODEL

@@ -114,9 +114,13 @@ class Terminal:
             self.say(f"step {step}: {text}")
 
     def evaluation(self, step: int, measured: dict) -> None:
-        """Print val_loss and val_bpb, measured after `step` steps. The live line shows them from now on."""
+        """Print what validate() measured after `step` steps. The live line shows it from now on."""
         self.evaluated = measured | {"eval_step": step}
-        self.say(f"step {step}: validation loss {loss_text(measured)}")
+        lines = [f"step {step}: validation loss {loss_text(measured)}"]
+        for key in measured:
+            if name := key.partition("val_loss/")[2]:
+                lines.append(f"step {step}: validation loss of {name} {loss_text(measured, f'/{name}')}")
+        self.say("\n".join(lines))
 
     def experts(self, step: int, model: Any) -> None:
         """Show how the last optimizer step used the experts; nothing before the first step."""
@@ -139,6 +143,9 @@ class Terminal:
             lines.append(f"validation loss {loss_text(self.evaluated)}, after {done} steps")
         if batch:
             lines.append(f"batch           {batch}")
+        if epochs := [name for name in self.newest if name.startswith("epoch/")]:
+            each = (f"{name.removeprefix('epoch/')} {self.newest[name]:.2f}" for name in epochs)
+            lines.append(f"epochs          {', '.join(each)}")
         if str(checkpoint) != "none":
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
             lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
@@ -156,10 +163,11 @@ def columns() -> int:
         return 1000
 
 
-def loss_text(measured: dict) -> str:
-    """The validation loss in nats per token and, if it is known, in bits per byte."""
-    bits = f", {measured['val_bpb']:.4f} bits per byte" if "val_bpb" in measured else ""
-    return f"{measured['val_loss']:.4f} nats per token{bits}"
+def loss_text(measured: dict, suffix: str = "") -> str:
+    """The validation loss in nats per token and, if it is known, in bits per byte. suffix: of a named set."""
+    bits = measured.get(f"val_bpb{suffix}")
+    words = f"{measured[f'val_loss{suffix}']:.4f} nats per token"
+    return words if bits is None else f"{words}, {bits:.4f} bits per byte"
 
 
 def live_line(record: dict, max_steps: int, width: int, state: str = "", eta: str = "") -> str:

@@ -4,6 +4,7 @@ Run: python -m pytest tests/training/test_evaluation.py"""
 
 import contextlib
 import math
+import shutil
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny
+from processes import flags, losses, metrics
+from test_log import points, read_events
 
+import train_gpt_moe
 from model import GPTLMHeadModel
 from tokens.encodings import encode_pieces, get_encoding, token_bytes
 from tokens.shards import DistributedDataLoader, write_shard
 from training.diagnostics import Diagnostics
-from training.evaluation import evaluate, table_of_bytes
+from training.evaluation import evaluate, measure, table_of_bytes
 from training.parallel import World
 
 STEPS, T = 3, 16
@@ -34,7 +38,7 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     loader, world = DistributedDataLoader(str(shard), B=4, T=T, seed=0), World(0, 0, 1, torch.device("cpu"))
     layout = SimpleNamespace(world=world, any=bool)
     table = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, layout)
-    run = SimpleNamespace(model=model, val_loader=loader, layout=layout, token_bytes=table)
+    run = SimpleNamespace(model=model, val_sets={"": (loader, 1.0)}, layout=layout, token_bytes=table)
     run.diagnostics = Diagnostics()
     run.config, run.autocast = SimpleNamespace(val_steps=STEPS), contextlib.nullcontext
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
@@ -52,6 +56,62 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     assert ends > 0
     expected = {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / len(text)}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_whole_set_is_every_window_once_on_any_number_of_ranks(size, tmp_path):
+    """49 windows: the last batch is short, and of three ranks two have none of it."""
+    write_shard(tmp_path / "val_000000.bin", tokens := encode_pieces(TEXTS, "bytes")[: 49 * T + 5])
+    model = GPTLMHeadModel(tiny(vocab_size=257, block_size=T)).eval()
+    windows = torch.from_numpy(tokens[: 49 * T + 1].astype(int))
+    x, y = windows[:-1].view(49, T), windows[1:].view(49, T)
+    nats, parts = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item(), []
+    for rank in range(size):
+        loader = DistributedDataLoader(str(tmp_path / "*"), B=4, T=T, rank=rank, world_size=size, seed=0)
+        run = SimpleNamespace(model=model, token_bytes=torch.arange(257), autocast=contextlib.nullcontext)
+        run.layout = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu"), sum=lambda part: part))
+        run.config = SimpleNamespace(val_steps=0)
+        parts.append(measure(run, loader, lambda: False))
+    assert torch.tensor(parts).sum(0).tolist() == pytest.approx([nats, y.double().mean().item()], rel=1e-6)
+
+
+def test_a_mixture_with_several_validation_sets(data, tmp_path, monkeypatch, capsys, refused):
+    """A run, its log, and its resume with other weights; `blind` has no validation shards."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("web", "code", "blind"):
+        shutil.copytree(data, name)
+    write_shard("code/val_000000.bin", encode_pieces(TEXTS, "bytes"))
+    (tmp_path / "blind" / "val_000000.bin").unlink()
+    more = "--max_steps 4 --infer_step 2 --tensorboard 1 --val".split()
+    assert train_gpt_moe.main(flags("web:0.7,code:0.3", "log", *more, "c2=code,all=web")) == 0
+    said, last = capsys.readouterr().out, metrics("log")[-1]
+    web, code = last["val_loss/web"], last["val_loss/code"]
+    assert (last["val_loss/all"], last["val_loss/c2"]) == (web, code) and web != code
+    assert last["val_bpb/web"] == pytest.approx(web / math.log(2))  # every token is a byte
+    assert losses(tmp_path / "log", "val")[-1] == pytest.approx(0.7 * web + 0.3 * code, abs=1e-6)
+    assert len(losses(tmp_path / "log", "val")) == 3  # of the steps 0, 2 and 4
+    for curve, step, name in (("loss/val/c2", 4, "val_loss/c2"), ("data/epoch/web", 3, "epoch/web")):
+        assert points(read_events(tmp_path / "log"), curve)[step] == pytest.approx(last[name])
+    assert last["epoch/web"] == pytest.approx(23 / 9 * last["epoch/code"])
+    for words in (
+        "code 9 samples = 0.",
+        "web 23 samples = 0.",
+        "validation loss of c2 ",
+        "epochs          code 0.",
+    ):
+        assert words in said, said
+    resume = "--resume auto --log_dir log --device cpu --max_steps 5 --data_dir".split()
+    assert train_gpt_moe.main([*resume, "web:1,code:1"]) == 0
+    assert "data_dir was 'web:0.7,code:0.3' and is 'web:1,code:1' from step 4 on" in capsys.readouterr().out
+    assert metrics("log")[4]["epoch/code"] == pytest.approx(13 / 9 * last["epoch/code"])
+    said = refused(train_gpt_moe.main, *resume, "web:1,code:1,blind:1")
+    assert "sources='code, web', but here sources='blind, code, web'" in said
+    said = refused(train_gpt_moe.main, *flags("web:1,code:1", "new", "--val", "web=code"))
+    assert "val='web=code': 'web' is a source's name" in said
+    # Without validation shards of the data, the first of --val is the main set.
+    assert train_gpt_moe.main(flags("blind", "new", *more, "a=code,b=web")) == 0
+    row = metrics("new")[-1]
+    assert row["val_loss"] == row["val_loss/a"] != row["val_loss/b"]
 
 
 def test_bytes_of_tokens_and_encodings_that_nobody_knows(gpt2_encoding):

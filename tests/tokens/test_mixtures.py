@@ -1,0 +1,134 @@
+"""Mixtures: shares at every sample, order, epochs, resuming with the same and other weights, what is refused.
+
+Run: python -m pytest tests/tokens/test_mixtures.py"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from corpus import make_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shards import META, next_tokens
+
+from tokens import mixtures
+from tokens.mixtures import MixtureLoader, Schedule, parse_mixture, parse_named, read_metas, shares_of
+from tokens.shards import DistributedDataLoader
+
+T, WEIGHTS = 8, {"a": 6, "b": 3, "c": 1}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> None:
+    """The working folder has folders a, b and c with shards of random tokens."""
+    monkeypatch.chdir(tmp_path)
+    for name, lengths in {"a": [301, 99], "b": [120], "c": [57, 30]}.items():
+        make_shards(Path(name), lengths)
+
+
+def ranks_of(
+    size: int, B: int = 2, weights: dict = WEIGHTS, state: dict | None = None
+) -> list[MixtureLoader]:
+    """A mixture's loaders on all ranks, which continue `state`."""
+    ranks = [MixtureLoader(weights, B, T, rank, size, prefetch=3) for rank in range(size)]
+    for rank in ranks:
+        if state:
+            rank.load_state_dict(json.loads(json.dumps(state)))
+    return ranks
+
+
+def rows_alone(order: np.ndarray, before=(0, 0, 0), **more) -> torch.Tensor:
+    """The rows that plain loaders of a, b and c give in this order of sources, each from its sample on."""
+    alone = [DistributedDataLoader(name, B=1, T=T, **more) for name in WEIGHTS]
+    for loader, position in zip(alone, before, strict=True):
+        loader.reset(position)
+    return torch.cat([next_tokens(alone[source], n=1) for source in order])
+
+
+WHOLE = st.lists(st.integers(1, 40), min_size=1, max_size=9)
+REAL = st.lists(st.floats(0.1, 100), min_size=2, max_size=4)
+
+
+@settings(max_examples=40)
+@given(weights=WHOLE | REAL, seed=st.integers(0, 2**63 - 1))
+def test_every_source_is_within_one_sample_of_its_share_at_every_sample(weights, seed):
+    """In whole numbers, for some periods from the first sample on, or from one that is far behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixtures, "FINEST", 20_000)
+        shares = shares_of(dict(zip("abcdefghi", weights, strict=False)))
+    schedule, size = Schedule(shares, seed), sum(shares)
+    assert np.abs(np.array(shares) / size - np.array(weights) / sum(weights)).max() <= 1 / 20_000
+    periods = 10**12 // len(schedule.source) * (seed % 2)
+    n = np.arange(min(3 * len(schedule.source), 30_000))
+    source, number = schedule.locate(periods * len(schedule.source) + n)
+    for i, share in enumerate(shares):
+        drawn = np.cumsum(source == i)
+        assert (np.abs(drawn * size - (n + 1) * share) < size).all()
+        assert np.array_equal(number[source == i], periods * schedule.per_period[i] + np.arange(drawn[-1]))
+        assert schedule.counts(len(n))[i] == drawn[-1]
+
+
+def test_the_seed_decides_between_equal_shares():
+    orders = [Schedule([1, 1, 1], seed).source for seed in (0, 0, 1)]
+    assert np.array_equal(*orders[:2]) and not np.array_equal(*orders[1:])
+    assert len({tuple(orders[0][i : i + 3]) for i in range(0, 300, 3)}) == 6
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_source_is_read_as_if_it_were_alone(folders, shuffle):
+    """For several epochs. test_shards.py shows that a plain loader has every window once in each."""
+    loader = MixtureLoader(WEIGHTS, B=5, T=T, shuffle=shuffle)
+    order = loader._schedule.source[:400]
+    assert torch.equal(next_tokens(loader, n=80), rows_alone(order, shuffle=shuffle))
+    for sample in (0, 7, 399):
+        file, offset = loader.locate(sample)
+        assert Path(file).parent.name == "abc"[order[sample]] and offset % T == 0
+    assert loader.progress() == {"a": (240, 240 / 49), "b": (120, 120 / 14), "c": (40, 4.0)}
+
+
+def test_a_mixture_resumes_on_other_ranks_and_with_other_weights(folders):
+    stream = next_tokens(*ranks_of(1, B=1), n=155)
+    (loader,) = ranks_of(1, B=5)
+    assert torch.equal(next_tokens(loader, n=7), stream[:35])
+    ranks = ranks_of(3, state=loader.state_dict())
+    assert torch.equal(next_tokens(*ranks, n=20), stream[35:])
+    before = [n for n, _ in ranks[0].progress().values()]
+    # Now other weights hold, and every source goes on where it stopped. Then a resume without a change.
+    weights = dict(c=0.5, a=0.25, b=0.25)
+    (other,) = ranks_of(1, 4, weights, ranks[0].state_dict())
+    expected = rows_alone(other._schedule.source[:100], before)
+    assert torch.equal(next_tokens(other, n=10), expected[:40])
+    assert [n for n, _ in other.progress().values()] == [before[0] + 10, before[1] + 10, before[2] + 20]
+    ranks = ranks_of(3, 2, weights, other.state_dict())
+    assert ranks[2].progress() == other.progress()
+    assert torch.equal(next_tokens(*ranks, n=10), expected[40:])
+    other.reset()  # as overfit_single_batch does: the weights then hold from the first sample on
+    assert torch.equal(next_tokens(other, n=10), next_tokens(*ranks_of(1, 4, weights), n=10))
+
+
+def test_what_is_refused_names_the_cause(folders):
+    for name in ("x:1", "p,q"):
+        Path(name).mkdir()
+    assert parse_mixture("x:1") == {"x:1": 1} and parse_mixture("C:\\data") == {"C:\\data": 1}
+    assert parse_mixture("x:1:25e-2,p,q:3") == {"x:1": 0.25, "p,q": 3}
+    assert parse_named("v=x,y=1,w-2=/tmp/a:b") == {"v": "x", "y": "1", "w-2": "/tmp/a:b"}
+    assert mixtures.source_names(["p/a", "b/"]) == ["a", "b"]
+    assert mixtures.source_names(["p/a", "q/a"]) == ["p/a", "q/a"]
+    for name, encoding in (("a", "gpt2"), ("b", "bytes")):
+        Path(name, "meta.json").write_text(json.dumps(META | dict(encoding=encoding, tokens={})))
+    (mixed,), (two,) = ranks_of(1), ranks_of(1, weights=dict(a=1, b=1))
+    mixed, plain = mixed.state_dict(), DistributedDataLoader("a", B=1, T=T).state_dict()
+    bad = ("", ":0", ":-1", ":1e999999999", ":--", ":0.1.2", ":1,a:2", ":1,", ":nan")
+    for refuse, text, words in (
+        *((parse_mixture, f"a:1,b{end}", f"data_dir='a:1,b{end}': write FOLDER:WEIGHT") for end in bad),
+        (shares_of, {"a": 1, "b": 1e-6}, "data_dir: 'b' .*100,000"),
+        *((parse_named, text, f"val='{text}': write") for text in ("a", "a=", "a b=c", "a=b,a=c", "é=a")),
+        (read_metas, ["a", "b"], "b: encoding is 'bytes', but 'gpt2' in a; .*--encoding gpt2"),
+        (two.load_state_dict, mixed, "sources='a, b, c', but here sources='a, b'"),
+        (two.load_state_dict, plain, "sources=None, but here sources='a, b'"),
+        (ranks_of(1)[0].load_state_dict, mixed | {"read": "1 2"}, "samples of each source"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            refuse(text)
