@@ -1,7 +1,6 @@
 """A forecast of a training step on up to 1,024 ranks, in every layout: bytes sent, seconds, memory per rank.
 
     python -m bench scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16
-    python -m bench scale --size d12 --dtype bfloat16          # from a micro-step measured on this machine
 
 docs/many_gpus.md, "How the forecast is made", has the formulas, their explanation and the references. W is
 the number of ranks, `a` the number of micro-steps; other letters as in model.py."""
@@ -9,37 +8,27 @@ the number of ranks, `a` the number of micro-steps; other letters as in model.py
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch
 
-from bench.measure import RandomBatch, alternate, make_run
 from bench.models import size_of
 from model import GPTConfig, GPTLMHeadModel
-from train_gpt_moe import train_step
+from train_gpt_moe import TrainConfig
 from training import preflight
 from training.preflight import elements, expert_elements, shapes_by_part
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 LAYOUTS = {"ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
-           "fsdp+ep": {"parallel": "fsdp", "ep_size": 2}}  # name: fields of Plan  # fmt: skip
+           "fsdp+ep": {"parallel": "fsdp", "ep_size": 2}}  # name: settings  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Settings of a run, named as in train_gpt_moe.py, and its number of ranks and micro-steps."""
+@dataclass
+class Plan(TrainConfig):
+    """Settings of a run, and its number of ranks and micro-steps."""
 
-    ranks: int
-    parallel: str = "ddp"
-    zero_stage: int = 0
-    ep_size: int = 1
-    B: int = 16
-    T: int = 1024
-    dtype: str = "bfloat16"
+    ranks: int = 1
     micro_steps: int = 1
-    activation_checkpointing: str = "none"
-    loss_chunk: int = -1
 
     @property
     def element(self) -> int:
@@ -187,13 +176,16 @@ def bench_scale(options) -> list[dict]:
         raise ValueError(f"layouts={unknown[0]!r}: choose from {', '.join(LAYOUTS)}")
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
+    if not options.micro_ms:
+        raise ValueError(
+            "micro_ms=0: give a micro-step's milliseconds, such as `python -m bench train` measures"
+        )
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
     links = Links(options.nvlink * 1e9, options.network * 1e9, options.gpus, options.latency * 1e-6)
     micro, update = options.micro_ms / 1e3, options.update_ms / 1e3
-    if not micro:
-        micro, update = measure_step(config, options)
-    timed = f"micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms"
-    print(f"{options.size}, B = {B}, T = {T}: {timed}\n")
+    print(
+        f"{options.size}, B = {B}, T = {T}: micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms\n"
+    )
     model, rows = meta_model(config), []
     if not model.moe_layers():
         names = [name for name in names if "ep" not in name]
@@ -202,7 +194,7 @@ def bench_scale(options) -> list[dict]:
         steps = max(1, options.total_batch_size // (B * T * W))
         largest = max(n for n in groups if W % n == 0)  # ep group within a machine
         fields = LAYOUTS[name] | ({"ep_size": largest} if "ep" in name else {})
-        plan = Plan(W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
+        plan = Plan(ranks=W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
         step, communication, waits = step_seconds(model, plan, links, micro, update)
         tokens = W * steps * B * T
         shape = f" {W // plan.ep_size} x {plan.ep_size}" if "ep" in name else ""
@@ -213,17 +205,3 @@ def bench_scale(options) -> list[dict]:
             "tokens/s": round(tokens / step), "efficiency %": 100 * (step - waits) / step,
             "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30})  # fmt: skip
     return rows
-
-
-def measure_step(config: GPTConfig, options) -> tuple[float, float]:
-    """Seconds of a micro-step and of the rest of a step (clip, update), with evenly loaded experts."""
-    model = GPTLMHeadModel(config).to(options.device)
-    model.loss_chunk = -1
-    for moe in model.moe_layers():
-        moe.force_balanced = True
-    one = make_run(model, RandomBatch(model, options.B, options.T), dtype=options.dtype)
-    two = make_run(model, one.train_loader, optimizer=one.optimizer, dtype=options.dtype, accumulation=2)
-    steps = {"one": partial(train_step, one, 0), "two": partial(train_step, two, 0)}
-    seconds = alternate(steps, options.device, options.rounds)
-    micro = seconds["two"] - seconds["one"]  # the steps differ by one micro-step
-    return micro, max(0.0, seconds["one"] - micro)
