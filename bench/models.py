@@ -127,13 +127,8 @@ def bench_train(options) -> list[dict]:
 
 def bench_attention(options) -> list[dict]:
     """A row per backend: one layer's attention, forward and backward; inf if it cannot run."""
-    how = (
-        GPTConfig(**size_of(options.size)),
-        options.B,
-        options.T,
-        options.device,
-        getattr(torch, options.dtype),
-    )
+    config, dtype = GPTConfig(**size_of(options.size)), getattr(torch, options.dtype)
+    how = config, options.B, options.T, options.device, dtype
     return [{"attention": name, "ms": 1e3 * time_backend(kind, *how)} for name, kind in BACKENDS.items()]
 
 

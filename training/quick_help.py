@@ -4,8 +4,7 @@
         answer(__file__, sys.argv[1:])
 
 Importing torch takes seconds. So this file imports nothing that needs torch, and reads the settings from the
-source text of the script. training/flags.py parses the flags.
-"""
+source text of the script. training/flags.py parses the flags."""
 
 import ast
 import difflib
