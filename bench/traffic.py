@@ -17,6 +17,7 @@ from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
 from training import preflight
 from training.preflight import elements, expert_elements, shapes_by_part
+from training.setup import new_model
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 LAYOUTS = {"ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
@@ -29,11 +30,6 @@ class Plan(TrainConfig):
 
     ranks: int = 1
     micro_steps: int = 1
-
-    @property
-    def element(self) -> int:
-        """Bytes per element of matrix products."""
-        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -76,16 +72,10 @@ class Links:
         return hops + sent / min(self.inside, neighbours * self.outside)
 
 
-def meta_model(config: GPTConfig) -> GPTLMHeadModel:
-    """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        return GPTLMHeadModel(config)
-
-
 def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
     """All collectives of one optimizer step."""
     part, W, ep, a = shapes_by_part(model), plan.ranks, plan.ep_size, plan.micro_steps
-    layers, config, found = model.moe_layers(), model.config, []
+    layers, config, element, found = model.moe_layers(), model.config, getattr(torch, plan.dtype).itemsize, []
     mine, replicas = preflight.split(part["experts"], ep), W // ep
     if plan.parallel == "fsdp":
         found = fsdp_traffic(part, mine, plan, config.n_layer, len(layers))
@@ -100,7 +90,7 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
         if plan.zero_stage:
             found.append(Collective("broadcast", whole, W, 1, tensors))
     if ep > 1:
-        rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd * plan.element
+        rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd * element
         calls = len(layers) * a
         found.append(Collective("all_to_all", 4 * calls * rows, ep, 1, 4 * calls))
         found.append(Collective("all_to_all", calls * 8 * config.num_experts, ep, 1, calls))
@@ -115,12 +105,13 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
 def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks: int) -> list[Collective]:
     """The gathers and scatters of fsdp. experts: their shapes on each rank of an ep group, before fsdp."""
     W, ep, a, found = plan.ranks, plan.ep_size, plan.micro_steps, []
+    element = getattr(torch, plan.dtype).itemsize  # of matrix products
     # (elements, bytes of each when gathered, ranks, stride, groups, whether gathered for the backward, too)
     groups = [
         (elements(part["outside"], W), 4, W, 1, 1, False),
         (elements(part["gates"], W), 4, W, 1, moe_blocks, True),
-        (elements(part["blocks"], W), plan.element, W, 1, blocks, True),
-        (expert_elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
+        (elements(part["blocks"], W), element, W, 1, blocks, True),
+        (expert_elements(experts, W // ep), element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
     late = 1 / (blocks + 1)
     for count, size, ranks, stride, calls, again in groups:
@@ -152,18 +143,18 @@ def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    part, config = shapes_by_part(model), model.config
+    part, config, element = shapes_by_part(model), model.config, getattr(torch, plan.dtype).itemsize
     uses = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
         outside = elements(part["outside"], plan.ranks)
-        uses["gathered"] = 2 * block * plan.element + 4 * outside + 4 * max(block, outside)
+        uses["gathered"] = 2 * block * element + 4 * outside + 4 * max(block, outside)
         if plan.micro_steps > 1:
             uses["gathered"] += 4 * (block * config.n_layer + outside)
     if plan.ep_size > 1:
         rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd
-        uses["rows"] = 2 * len(model.moe_layers()) * rows * plan.element
+        uses["rows"] = 2 * len(model.moe_layers()) * rows * element
     return uses
 
 
@@ -186,7 +177,7 @@ def bench_scale(options) -> list[dict]:
     print(
         f"{options.size}, B = {B}, T = {T}: micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms\n"
     )
-    model, rows = meta_model(config), []
+    model, rows = new_model(config, "fsdp"), []  # on the meta device
     if not model.moe_layers():
         names = [name for name in names if "ep" not in name]
     groups = [n for n in (1, 2, 4, 8, 16) if n <= options.gpus and config.num_experts % n == 0]

@@ -15,6 +15,7 @@ from bench import __main__ as bench
 from bench import traffic
 from bench.traffic import LAYOUTS, Collective, Links, Plan, memory_by_use, step_seconds, step_traffic
 from model import GPTConfig
+from training.setup import new_model
 
 # 2 layers, C = 8, 4 experts of H = 32, 2 per token, no biases, V = 32, T = 16: P by hand
 SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=32, num_experts=4, num_experts_per_tok=2, bias=False)
@@ -32,7 +33,7 @@ FSDP_SENDS = {"reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 
 
 
 def model(**fields):
-    return traffic.meta_model(GPTConfig(block_size=16, **SMALL | fields))
+    return new_model(GPTConfig(block_size=16, **SMALL | fields), "fsdp")
 
 
 def sent(collectives: list[Collective]) -> dict[str, float]:
