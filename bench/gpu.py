@@ -37,7 +37,8 @@ def list_parts(on_cuda: bool) -> dict[str, tuple[int, str]]:
         **{name: (3, f"-m bench train {compiled} {which}") for name, which in sizes.items()},
         "ladder": (8, f"-m bench ladder {how}"), "head": (1, f"-m bench head {how} {low} --tokens {tokens}"),
         "attention": (1, f"-m bench attention {how} {low} --size {dense} --B {B} --T {tokens // 8}"),
-        "hellaswag": (1, f"-m bench hellaswag --data random --limit {tokens // 16} {how} {low} --size {dense}"),
+        "hellaswag": (
+            1, f"-m bench hellaswag {how} {low} --size {dense} --data random --limit {tokens // 16}"),
         "loop": (2, f"-m bench loop {compiled} --size {dense} --B {B}"),
         **{name: (1, f"-m bench train {compiled} {which}") for name, which in layouts.items()},
         "checkpoint": (2, f"-m bench checkpoint {how} --size {dense}")}  # fmt: skip
