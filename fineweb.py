@@ -9,8 +9,7 @@
     python fineweb.py --verify --out book              # compare every token with the checksums in meta.json
 
 After a kill, the same command continues after the last complete shard. It makes the same bytes as a run that
-was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json.
-"""
+was never killed. tokens/sources.py reads texts, tokens/shard_writer.py writes shards and meta.json."""
 
 from __future__ import annotations
 
@@ -128,10 +127,8 @@ def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
 
 def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
     """(position before the task, tokens) of each task, in order, computed by `workers` processes.
-
     Python's process pools can hang when a process is killed, and their processes outlive a killed parent. So
-    each process here has a pipe, and a thread waits for it. Raises ChildProcessError if a process dies.
-    """
+    each process here has a pipe, and a thread waits for it. Raises ChildProcessError if a process dies."""
     if workers == 1:
         yield from ((position, encode_pieces(pieces, encoding)) for position, pieces in tasks)
         return

@@ -3,8 +3,7 @@
 python sample.py --checkpoint log/model_00500.pt --prompt "Hello, I'm a language model," --num_samples 3
 python sample.py --model gpt2 --prompt FILE:essay.txt --stop "The End"     # a hub name or an exported folder
 python sample.py --checkpoint log/latest --temperature 0                   # the newest checkpoint; 0 = greedy
-python sample.py --checkpoint log/latest --interactive                     # each line you type is a prompt
-"""
+python sample.py --checkpoint log/latest --interactive                     # each line you type is a prompt"""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse

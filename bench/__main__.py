@@ -15,14 +15,13 @@ from pathlib import Path
 STEPS = dict(device="", rounds=15)
 LAYERS = STEPS | dict(dtype="float32")
 MODELS = LAYERS | dict(compile=0, vocab_size=50304)
-EVERYWHERE = dict(threads=0, csv="")
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
     "moe": ("layer", "a MoE layer, a dense MLP, other MoE layers", LAYERS | dict(compile=0, tokens=0)),
     "gpu": ("gpu", "all of these on one GPU, with the tests that need it", dict(device="cuda", minutes=8.0)),
-    "step": ("models", "one optimizer step, dense against 8 experts top-2", LAYERS | dict(compile=0)),
     "train": ("models", "optimizer steps of whole models, compiled and not, beside nanoGPT's",
-        MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, nanogpt="")),
-    "ladder": ("ladder", "the optimisation ladder, rung by rung", STEPS | dict(compile=0, B=0, T=0)),
+        MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, layout="none", nanogpt="")),
+    "attention": ("models", "attention by each fused kernel", LAYERS | dict(size="d12", B=16, T=1024)),
+    "ladder": ("ladder", "the optimisation ladder, rung by rung", STEPS | dict(compile=0)),
     "head": ("layer", "the loss head: all logits at once, and in chunks", LAYERS | dict(tokens=0)),
     "hellaswag": ("models", "HellaSwag, plain and ours", LAYERS | dict(size="d12", data="", limit=30)),
     "checkpoint": ("loop", "saving, verifying and loading a checkpoint", STEPS | dict(size="d12")),
@@ -30,31 +29,30 @@ COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options
     "time_to_loss": ("recipes", "loss against time", dict(text="", nanogpt="", steps=2000, png="")),
     "moe_pays": ("recipes", "the loss with experts, and dense", dict(text="", steps=500, seeds=3)),
     "scale": ("traffic", "a forecast of a step on up to 1,024 ranks",
-        LAYERS | dict(size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
+        dict(dtype="float32", size="d12-moe8x2", B=16, T=1024, vocab_size=50304, total_batch_size=2**19,
             micro_ms=0.0, update_ms=0.0, nvlink=360.0, network=40.0, gpus=8, latency=10.0,
             ranks="1,2,4,8,16,32,64,128,256,512,1024", layouts="ddp,zero,fsdp,ep"))}  # fmt: skip
 HELP = {
     "device": "cuda, cuda:1 or cpu; empty = CUDA if there is one", "dtype": "dtype of matrix products",
-    "compile": "1 = with torch.compile; step and train: 2 = with and without",
+    "compile": "1 = with torch.compile; train: 2 = with and without",
     "rounds": "measured calls of each function", "vocab_size": "number of token ids",
     "tokens": "number of tokens; 0 = each size's default",
     "size": "a name in models.py's MODEL_SIZES; train takes several, separated by commas",
-    "B": "sequences per micro-step (ladder: 0 = the default of the device)",
-    "T": "tokens per sequence (ladder: 0 = the default of the device)",
+    "B": "sequences per micro-step", "T": "tokens per sequence",
+    "layout": "fsdp, ep: in a group of one process",
     "nanogpt": "a checkout of nanoGPT to take turns with", "text": "the text file to train on",
-    "data": "HellaSwag's questions; empty = downloaded once", "seeds": "runs of each model",
+    "data": "HellaSwag's questions, or random; empty = downloaded once", "seeds": "runs of each model",
     "minutes": "for all parts together", "total_batch_size": "tokens per step",
     "limit": "questions, taken evenly from the whole file",
     "steps": "optimizer steps of the baseline (time_to_loss), of each run (moe_pays)",
-    "micro_ms": "milliseconds of a micro-step; 0 = measured here",
-    "update_ms": "with micro_ms: milliseconds of the rest of a step",
+    "micro_ms": "milliseconds of a micro-step", "update_ms": "milliseconds of the rest of a step",
     "nvlink": "GB/s per GPU within a machine", "network": "GB/s per GPU between machines",
     "gpus": "GPUs per machine, each with a network card", "latency": "microseconds per call and hop",
     "ranks": "numbers of ranks, separated by commas",
     "layouts": "some of ddp, zero, fsdp, ep, fsdp+ep, separated by commas",
-    "threads": "CPU threads; 0 = torch's choice", "csv": "write the table to this file as well",
+    "csv": "write the table to this file as well",
     "png": "draw loss against seconds into this file (.png, .svg or .pdf)"}  # fmt: skip
-CHOICES = {"dtype": ("float32", "bfloat16"), "compile": (0, 1, 2)}
+CHOICES = {"dtype": ("float32", "bfloat16"), "compile": (0, 1, 2), "layout": ("none", "fsdp", "ep")}
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -64,12 +62,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     layout = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for command, (_, purpose, options) in COMMANDS.items():
         one = commands.add_parser(command, help=purpose, description=purpose, **layout)
-        for name, value in (options | EVERYWHERE).items():
+        for name, value in (options | dict(csv="")).items():
             more = dict(default=value, choices=CHOICES.get(name), help=HELP[name])
             one.add_argument(f"--{name}", type=type(value), **more)
     options = parser.parse_args(arguments)
-    for name, default in (COMMANDS[options.command][2] | EVERYWHERE).items():
-        value = getattr(options, name)
+    defaults = COMMANDS[options.command][2]
+    for name, value in vars(options).items():
+        default = defaults.get(name)
         if isinstance(value, int | float) and (value < 0 or (value == 0 and default != 0)):
             parser.error(f"--{name} {value}: must be {'at least' if default == 0 else 'above'} 0")
         if name in ("csv", "png") and not Path(value).parent.is_dir():
@@ -88,8 +87,6 @@ def main(arguments: list[str] | None = None) -> int:
     from tokens.printable import print_error
     from training.parallel import choose_device
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     module = importlib.import_module(f"bench.{COMMANDS[options.command][0]}")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ RUNGS = {
     "micro-batch twice as large": dict(times_B=2), "prefetched batches": dict(prefetch=2),
     "8 experts top-2, same active FLOPs": dict(moe=True)}  # fmt: skip
 CUDA_ONLY = ("TF32", "cuDNN attention")
-SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}  # n_layer, n_head, C; defaults of B, T
+SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}  # n_layer, n_head, C, B, T
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
@@ -49,7 +49,7 @@ def climb(settings: dict, options, shard: str) -> tuple[Callable, GPTLMHeadModel
     """A rung's training step, its model, and the tokens of a step."""
     device = options.device
     n_layer, n_head, C, B, T = SHAPES["cuda" if device.type == "cuda" else "cpu"]
-    B, T = (options.B or B) * settings["times_B"], options.T or T
+    B *= settings["times_B"]
     torch.manual_seed(0)
     config = GPTConfig(
         n_layer=n_layer, n_head=n_head, n_embd=C, block_size=T, vocab_size=settings["vocab_size"],

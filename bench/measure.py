@@ -4,8 +4,8 @@ import csv
 import statistics
 import time
 from collections.abc import Callable
-from itertools import accumulate, pairwise
-from typing import Any, TextIO
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -67,18 +67,14 @@ def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
     return run
 
 
-def print_row(row: dict, above: dict, file: TextIO | None = None) -> None:
-    """Print a row of a Markdown table, under a head unless the row above has the same columns."""
-    if row.keys() != above.keys():
-        print("\n| " + " | ".join(row) + " |\n|" + "---|" * len(row), file=file)
-    values = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-    print("| " + " | ".join(values) + " |", file=file, flush=True)
-
-
 def print_table(rows: list[dict], csv_path: str = "") -> None:
     """Print the rows as a Markdown table; with a path, also write them as CSV."""
-    for above, row in pairwise([{}, *rows]):
-        print_row(row, above)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    for number, line in enumerate(lines):
+        texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in line)
+        print("\n" * (number == 0) + "| " + " | ".join(texts) + " |")
+        if number == 0:
+            print("|" + "---|" * len(line))
     if csv_path:
         with open(csv_path, "w", newline="") as file:
-            csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
+            csv.writer(file).writerows(lines)

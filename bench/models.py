@@ -1,6 +1,5 @@
 """Whole models: optimizer steps, compiled or not, compared with nanoGPT; HellaSwag's questions per second.
 
-    python -m bench step                  # a small model, dense and with 8 experts top-2
     python -m bench train --size d12 --dtype bfloat16 --compile 2 --nanogpt DIR
     python -m bench hellaswag --data FILE
 Reference: train.py and model.py of https://github.com/karpathy/nanoGPT"""
@@ -9,25 +8,30 @@ import contextlib
 import importlib.util
 import io
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import hellaswag as hs
 from bench.measure import RandomBatch, alternate, make_run, memory_bytes
+from layers.attention import BACKENDS, time_backend
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import train_step
-from training.parallel import Layout, World, compile_blocks, place
+from training.parallel import Layout, World, compile_blocks, make_layout, place, stop
 
+SMALL, MOE8X2 = dict(n_layer=4, n_head=6, n_embd=384), dict(num_experts=8, num_experts_per_tok=2)
 D4, D12 = dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=12, n_head=12, n_embd=768)
 MODEL_SIZES = {
     "d4": D4 | dict(use_moe=False),  # nanoGPT's for a CPU
     "d4-moe4x2": D4 | dict(num_experts=4, num_experts_per_tok=2, expert_hidden_size=256),
     "d6": dict(n_layer=6, n_head=6, n_embd=384, use_moe=False),  # nanoGPT's for Shakespeare
+    "d4-384": SMALL | dict(use_moe=False), "d4-384-moe8x2": SMALL | MOE8X2,
+    "d4-384-moe8x2-equal": SMALL | MOE8X2 | dict(expert_hidden_size=768),  # FLOPs equal to d4-384's
     "d12": D12 | dict(use_moe=False), "d24": dict(n_layer=24, n_head=16, n_embd=1024, use_moe=False),
-    "d12-moe8x2": D12 | dict(num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
+    "d12-moe8x2": D12 | MOE8X2 | dict(expert_hidden_size=1536),
     "d12-moe64x8": D12 | dict(num_experts=64, num_experts_per_tok=8, expert_hidden_size=384)}  # fmt: skip
 
 
@@ -65,27 +69,26 @@ class NanoGPT:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def bench_step(options) -> list[dict]:
-    """4 layers, 384 wide, dense and 8 experts top-2, at B = 8, T = 256, V = 8192."""
-    small = dict(n_layer=4, n_head=6, n_embd=384)
-    experts = small | dict(num_experts=8, num_experts_per_tok=2)
-    sizes = {"dense": small | dict(use_moe=False), "8 experts top-2": experts,
-             "8 experts top-2, same active FLOPs": experts | dict(expert_hidden_size=768)}  # fmt: skip
-    return compare_models(options, sizes, B=8, T=256, V=8192)
+def alone(name: str, device: torch.device) -> Layout:
+    """A layout of this process: "none" without a group, or "fsdp" or "ep" in a group of one process."""
+    world = World(0, 0, 1, device)
+    if name == "none":
+        return Layout(world)
+    how = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **how)
+    if name == "fsdp":
+        return make_layout(world, "fsdp", 0, 1)
+    # ep_size=2 chooses the code of expert parallelism. The group's one process has all experts.
+    mesh = init_device_mesh(device.type, (1, 1), mesh_dim_names=("replica", "expert"))
+    return Layout(world, ep_size=2, mesh=mesh)
 
 
 def bench_train(options) -> list[dict]:
-    """The sizes that --size names."""
+    """A row per model that --size names. Dense ones take turns with nanoGPT from --nanogpt, if given."""
     sizes = {name: size_of(name) for name in options.size.split(",")}
-    return compare_models(options, sizes, options.B, options.T, options.vocab_size, options.nanogpt)
-
-
-def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nanogpt: str = "",
-                   layout: Layout | None = None) -> list[dict]:  # fmt: skip
-    """A row per model. Each dense size takes turns with nanoGPT from the checkout `nanogpt`, if given.
-    layout: None for one process without a group."""
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
-    layout = layout or Layout(World(0, 0, 1, device))
+    B, T, V, nanogpt = options.B, options.T, options.vocab_size, options.nanogpt
+    layout = alone(options.layout, device)
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
             torch.manual_seed(0)
@@ -118,22 +121,30 @@ def compare_models(options, sizes: dict[str, dict], B: int, T: int, V: int, nano
         for what, found in (("time", seconds), ("memory", peaks)) if nanogpt else ():
             row[f"{what} x nanoGPT"] = found[key] / found[theirs] if theirs in found else ""
         rows.append(row)
+    stop()  # of the group, if there is one
     return rows
 
 
+def bench_attention(options) -> list[dict]:
+    """A row per backend: one layer's attention, forward and backward; inf if it cannot run."""
+    config, dtype = GPTConfig(**size_of(options.size)), getattr(torch, options.dtype)
+    how = config, options.B, options.T, options.device, dtype
+    return [{"attention": name, "ms": 1e3 * time_backend(kind, *how)} for name, kind in BACKENDS.items()]
+
+
 def bench_hellaswag(options) -> list[dict]:
-    """HellaSwag's questions, taken evenly from the whole file."""
-    size_of(options.size)  # an unknown name must not wait for a download
-    path = Path(options.data) if options.data else hs.download("val")
-    every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
-    return compare_scoring(options, every[:: max(1, len(every) // options.limit)][: options.limit])
-
-
-def compare_scoring(options, questions: Sequence[hs.Question]) -> list[dict]:
     """Questions per second of an untrained model. "plain" scores each question alone, with all logits."""
-    device = options.device
+    device, size = options.device, size_of(options.size)
+    if options.data == "random":  # tokens, about as many as in HellaSwag
+        context, *endings = torch.randint(256, (5, 80)).tolist()
+        rows = [(context, ending[: 20 + 5 * i]) for i, ending in enumerate(endings)]
+        questions = [hs.Question(rows, [1] * 4, 0, False, False)] * options.limit
+    else:
+        path = Path(options.data) if options.data else hs.download("val")
+        every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
+        questions = every[:: max(1, len(every) // options.limit)][: options.limit]
     torch.manual_seed(0)
-    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size_of(options.size))).to(device).eval()
+    model = GPTLMHeadModel(GPTConfig(vocab_size=50304, **size)).to(device).eval()
 
     def score(method):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):

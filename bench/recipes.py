@@ -102,11 +102,6 @@ class Contender:
         self.last = time.perf_counter() - begin
         self.seconds, self.done = self.seconds + self.last, self.done + 1
 
-    def run(self, until: int) -> None:
-        """Train up to a step."""
-        while self.done < until:
-            self.step((self.done + 0.5) / self.config.max_steps)
-
 
 def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed=SEED) -> Contender:
     """A contender with our model and optimizer from settings of TrainConfig."""
@@ -137,7 +132,8 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
     for turn in range(1, rounds + 1):
         for one in contenders:
             if one.share is None:
-                one.run(one.config.max_steps * turn // rounds)
+                while one.done < one.config.max_steps * turn // rounds:
+                    one.step((one.done + 0.5) / one.config.max_steps)
             else:
                 start, until = one.seconds, one.share * contenders[0].seconds
                 while one.seconds + one.last < until:  # there is time for one step

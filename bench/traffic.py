@@ -1,7 +1,6 @@
 """A forecast of a training step on up to 1,024 ranks, in every layout: bytes sent, seconds, memory per rank.
 
     python -m bench scale --size d12-moe8x2 --micro_ms 90 --update_ms 8 --dtype bfloat16
-    python -m bench scale --size d12 --dtype bfloat16          # from a micro-step measured on this machine
 
 docs/many_gpus.md, "How the forecast is made", has the formulas, their explanation and the references. W is
 the number of ranks, `a` the number of micro-steps; other letters as in model.py."""
@@ -9,42 +8,28 @@ the number of ranks, `a` the number of micro-steps; other letters as in model.py
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch
 
-from bench.measure import RandomBatch, alternate, make_run
 from bench.models import size_of
 from model import GPTConfig, GPTLMHeadModel
-from train_gpt_moe import train_step
+from train_gpt_moe import TrainConfig
 from training import preflight
 from training.preflight import elements, expert_elements, shapes_by_part
+from training.setup import new_model
 
 BUCKET = 25 * 2**20  # bytes; DDP's bucket_cap_mb
 LAYOUTS = {"ddp": {}, "zero": {"zero_stage": 1}, "fsdp": {"parallel": "fsdp"}, "ep": {"ep_size": 2},
-           "fsdp+ep": {"parallel": "fsdp", "ep_size": 2}}  # name: fields of Plan  # fmt: skip
+           "fsdp+ep": {"parallel": "fsdp", "ep_size": 2}}  # name: settings  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Settings of a run, named as in train_gpt_moe.py, and its number of ranks and micro-steps."""
+@dataclass
+class Plan(TrainConfig):
+    """Settings of a run, and its number of ranks and micro-steps."""
 
-    ranks: int
-    parallel: str = "ddp"
-    zero_stage: int = 0
-    ep_size: int = 1
-    B: int = 16
-    T: int = 1024
-    dtype: str = "bfloat16"
+    ranks: int = 1
     micro_steps: int = 1
-    activation_checkpointing: str = "none"
-    loss_chunk: int = -1
-
-    @property
-    def element(self) -> int:
-        """Bytes per element of matrix products."""
-        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True)
@@ -87,16 +72,10 @@ class Links:
         return hops + sent / min(self.inside, neighbours * self.outside)
 
 
-def meta_model(config: GPTConfig) -> GPTLMHeadModel:
-    """The model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
-        return GPTLMHeadModel(config)
-
-
 def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
     """All collectives of one optimizer step."""
     part, W, ep, a = shapes_by_part(model), plan.ranks, plan.ep_size, plan.micro_steps
-    layers, config, found = model.moe_layers(), model.config, []
+    layers, config, element, found = model.moe_layers(), model.config, getattr(torch, plan.dtype).itemsize, []
     mine, replicas = preflight.split(part["experts"], ep), W // ep
     if plan.parallel == "fsdp":
         found = fsdp_traffic(part, mine, plan, config.n_layer, len(layers))
@@ -111,7 +90,7 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
         if plan.zero_stage:
             found.append(Collective("broadcast", whole, W, 1, tensors))
     if ep > 1:
-        rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd * plan.element
+        rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd * element
         calls = len(layers) * a
         found.append(Collective("all_to_all", 4 * calls * rows, ep, 1, 4 * calls))
         found.append(Collective("all_to_all", calls * 8 * config.num_experts, ep, 1, calls))
@@ -126,12 +105,13 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
 def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks: int) -> list[Collective]:
     """The gathers and scatters of fsdp. experts: their shapes on each rank of an ep group, before fsdp."""
     W, ep, a, found = plan.ranks, plan.ep_size, plan.micro_steps, []
+    element = getattr(torch, plan.dtype).itemsize  # of matrix products
     # (elements, bytes of each when gathered, ranks, stride, groups, whether gathered for the backward, too)
     groups = [
         (elements(part["outside"], W), 4, W, 1, 1, False),
         (elements(part["gates"], W), 4, W, 1, moe_blocks, True),
-        (elements(part["blocks"], W), plan.element, W, 1, blocks, True),
-        (expert_elements(experts, W // ep), plan.element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
+        (elements(part["blocks"], W), element, W, 1, blocks, True),
+        (expert_elements(experts, W // ep), element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
     late = 1 / (blocks + 1)
     for count, size, ranks, stride, calls, again in groups:
@@ -163,18 +143,18 @@ def step_seconds(model: GPTLMHeadModel, plan: Plan, links: Links, micro: float, 
 
 def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     """Bytes on each rank, by what they are used for."""
-    part, config = shapes_by_part(model), model.config
+    part, config, element = shapes_by_part(model), model.config, getattr(torch, plan.dtype).itemsize
     uses = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
         block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
         outside = elements(part["outside"], plan.ranks)
-        uses["gathered"] = 2 * block * plan.element + 4 * outside + 4 * max(block, outside)
+        uses["gathered"] = 2 * block * element + 4 * outside + 4 * max(block, outside)
         if plan.micro_steps > 1:
             uses["gathered"] += 4 * (block * config.n_layer + outside)
     if plan.ep_size > 1:
         rows = plan.B * plan.T * config.num_experts_per_tok * config.n_embd
-        uses["rows"] = 2 * len(model.moe_layers()) * rows * plan.element
+        uses["rows"] = 2 * len(model.moe_layers()) * rows * element
     return uses
 
 
@@ -187,14 +167,17 @@ def bench_scale(options) -> list[dict]:
         raise ValueError(f"layouts={unknown[0]!r}: choose from {', '.join(LAYOUTS)}")
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
+    if not options.micro_ms:
+        raise ValueError(
+            "micro_ms=0: give a micro-step's milliseconds, such as `python -m bench train` measures"
+        )
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
     links = Links(options.nvlink * 1e9, options.network * 1e9, options.gpus, options.latency * 1e-6)
     micro, update = options.micro_ms / 1e3, options.update_ms / 1e3
-    if not micro:
-        micro, update = measure_step(config, options)
-    timed = f"micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms"
-    print(f"{options.size}, B = {B}, T = {T}: {timed}\n")
-    model, rows = meta_model(config), []
+    print(
+        f"{options.size}, B = {B}, T = {T}: micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms\n"
+    )
+    model, rows = new_model(config, "fsdp"), []  # on the meta device
     if not model.moe_layers():
         names = [name for name in names if "ep" not in name]
     groups = [n for n in (1, 2, 4, 8, 16) if n <= options.gpus and config.num_experts % n == 0]
@@ -202,7 +185,7 @@ def bench_scale(options) -> list[dict]:
         steps = max(1, options.total_batch_size // (B * T * W))
         largest = max(n for n in groups if W % n == 0)  # ep group within a machine
         fields = LAYOUTS[name] | ({"ep_size": largest} if "ep" in name else {})
-        plan = Plan(W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
+        plan = Plan(ranks=W, B=B, T=T, dtype=options.dtype, micro_steps=steps, **fields)
         step, communication, waits = step_seconds(model, plan, links, micro, update)
         tokens = W * steps * B * T
         shape = f" {W // plan.ep_size} x {plan.ep_size}" if "ep" in name else ""
@@ -213,17 +196,3 @@ def bench_scale(options) -> list[dict]:
             "tokens/s": round(tokens / step), "efficiency %": 100 * (step - waits) / step,
             "GiB per rank": sum(memory_by_use(model, plan).values()) / 2**30})  # fmt: skip
     return rows
-
-
-def measure_step(config: GPTConfig, options) -> tuple[float, float]:
-    """Seconds of a micro-step and of the rest of a step (clip, update), with evenly loaded experts."""
-    model = GPTLMHeadModel(config).to(options.device)
-    model.loss_chunk = -1
-    for moe in model.moe_layers():
-        moe.force_balanced = True
-    one = make_run(model, RandomBatch(model, options.B, options.T), dtype=options.dtype)
-    two = make_run(model, one.train_loader, optimizer=one.optimizer, dtype=options.dtype, accumulation=2)
-    steps = {"one": partial(train_step, one, 0), "two": partial(train_step, two, 0)}
-    seconds = alternate(steps, options.device, options.rounds)
-    micro = seconds["two"] - seconds["one"]  # the steps differ by one micro-step
-    return micro, max(0.0, seconds["one"] - micro)

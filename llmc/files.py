@@ -140,8 +140,6 @@ def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], 
 
 def write_model(model: GPT, path: str | Path, dtype: str = "float32") -> None:
     """Write the weights for llm.c, as "float32" or "bfloat16". ValueError, naming the field, as sizes_of."""
-    if dtype not in VERSIONS:
-        raise ValueError(f"dtype={dtype!r}: llm.c's models are {' or '.join(VERSIONS)}")
     sizes, state = sizes_of(model.config), model.state_dict()
 
     def write(file: BinaryIO) -> None:
@@ -198,8 +196,6 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     """Write inputs x (B, T), targets y (B, T), and the logits, mean loss and gradients that they give, in
     fp32, without dropout; the model stays as it is. ValueError as sizes_of; for ids or a T it cannot take."""
     sizes = sizes_of(model.config)
-    if x.dim() != 2 or x.shape != y.shape or x.numel() == 0:
-        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}: both must be (B, T)")
     if x.size(1) > sizes.P:
         raise ValueError(f"T={x.size(1)} is longer than the model's block_size={sizes.P}; take a shorter T")
     for name, ids in (("x", x), ("y", y)):

@@ -86,13 +86,13 @@ SHAPES = {  # of checkpoints that have these formats
 MORE = {
     "fineweb.py": "--encoding bytes --workers 1", "sample.py": "--max_new_tokens 4 --device cpu",
     "hellaswag.py": "--data questions.jsonl --encoding bytes --device cpu", "state": "--B 1 --T 16",
-    "moe": "--rounds 1 --tokens 64 --compile 0", "step": "--rounds 1", "head": "--rounds 1 --tokens 16",
+    "moe": "--rounds 1 --tokens 64 --compile 0", "head": "--rounds 1 --tokens 16",
     "train": "--rounds 1 --size d4 --B 1 --T 8 --vocab_size 64 --compile 0",
-    "ladder": "--rounds 1 --B 1 --T 16", "loop": "--rounds 1 --B 1 --T 16",
+    "ladder": "--rounds 1", "loop": "--rounds 1 --B 1 --T 16",
     "checkpoint": "--rounds 1 --size d4", "hellaswag": "--rounds 1 --size d4 --limit 1",
     "routing": "--tokens 512 --drop_tokens 128 --device cpu",
     "time_to_loss": "--steps 2", "moe_pays": "--steps 2 --seeds 1",
-    "scale": "--size d4 --ranks 1,8 --rounds 1 --B 1 --T 16",
+    "scale": "--size d4 --ranks 1,8 --micro_ms 1 --B 1 --T 16",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What ranks that train together really send, counted in two ways, and what they hold.
 
     sizes = dict(n_layer=2, n_head=2, n_embd=32)
-    for found in train_ranks(tmp_path, Plan(2, B=2, T=16, dtype="float32"), sizes, ["ddp"]):
+    for found in train_ranks(tmp_path, Plan(ranks=2, B=2, T=16, dtype="float32"), sizes, ["ddp"]):
         found["ddp"]["sent"], found["ddp"]["wire"], found["ddp"]["held"]
 
 "sent" are the bytes of each kind of collective, by its formula, from the calls that pass torch's dispatcher.

@@ -1,8 +1,7 @@
 """Imported first by every script: an old Python, a missing package and a warning get one line each.
 It also chooses how torch allocates GPU memory, which torch reads when it is imported.
 
-An old Python must be able to read this file and what the scripts have before it. So it is written for 3.8.
-"""
+An old Python must be able to read this file and what the scripts have before it. So it is written for 3.8."""
 
 import os
 import re

@@ -5,8 +5,7 @@
     for begins, text in select(pieces, config, position): ...
 
 A document comes in pieces; `begins` says whether a piece is its first. `position` is the end of the last
-piece that select has yielded: a reader that starts from a copy of it repeats and skips nothing.
-"""
+piece that select has yielded: a reader that starts from a copy of it repeats and skips nothing."""
 
 import codecs
 import csv
@@ -44,10 +43,8 @@ def decode(raw: bytes) -> str:
 
 
 def skip_mark(file: BinaryIO) -> tuple[str, str]:
-    """(encoding, error handler) of a file at its beginning. Moves behind its byte order mark.
-
-    The handler turns what is invalid into surrogates, for replace_invalid.
-    """
+    """(encoding, error handler) of a file at its beginning. Moves behind its byte order mark. The handler
+    turns what is invalid into surrogates, for replace_invalid."""
     head = file.peek(4)
     encoding = next((name for name in MARKED if head.startswith("\ufeff".encode(name))), "")
     file.read(len("\ufeff".encode(encoding)) if encoding else 0)
@@ -76,9 +73,7 @@ def split_documents(blocks: Iterable[str], split_on: str | None) -> Iterator[tup
 
 def read_txt(path: str, at: int, field: str = "", split_on: str | None = None) -> Pieces:
     """Pieces of a text file from byte `at` on: one document, or those between the separators `split_on`.
-
-    A document need not fit into memory. Its pieces give the tokens of the whole, as far as split_text does.
-    """
+    A document need not fit into memory. Its pieces give the tokens of the whole, as split_text does."""
     with open(path, "rb") as file:
         codec = skip_mark(file)
         decoder = codecs.getincrementaldecoder(codec[0])(codec[1])

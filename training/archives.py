@@ -1,7 +1,6 @@
 """Read torch.save's zip archives, which checkpoints consist of, without trust in their content.
 
-References: https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only, torch's serialization notes
-"""
+References: https://pkware.com/appnote (CRC-32: 4.4.7); torch.load's weights_only, serialization notes"""
 
 import contextlib
 import errno

@@ -58,7 +58,16 @@ class FlagParser(HfArgumentParser):
         """transformers hands all metadata to argparse, which does not know limits."""
         field = copy.copy(field)
         field.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
+        field.type = whole_number if "int" in str(field.type) else field.type
         HfArgumentParser._parse_dataclass_field(parser, field)
+
+
+def whole_number(text: str) -> int:
+    """int(text), which may also be written as 2**19 or 5e5. ValueError."""
+    if power := re.fullmatch(r"(\d{1,6})\*\*(\d{1,2})", text):
+        return int(power[1]) ** int(power[2])
+    is_whole = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", text) and float(text).is_integer()
+    return int(float(text)) if is_whole else int(text)
 
 
 def parse_flags(
@@ -79,8 +88,7 @@ def parse_flags(
     parser = FlagParser(kind, allow_abbrev=False, add_help=False)
     marker = object()  # the default of all flags; a flag that is given has another value
     parser.set_defaults(**{name: marker for name in names})
-    whole = {flag for field, all_names in flags.items() if "int" in str(field.type) for flag in all_names}
-    values, unknown = parser.parse_known_args(write_out_numbers(whole, arguments))
+    values, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ValueError(f"{unknown[0][:80]!r} is no flag, nor the value of one; --help lists all flags")
     given = {name: value for name, value in vars(values).items() if value is not marker}
@@ -93,20 +101,6 @@ def parse_flags(
         config.log_dir = f"log/{config.run_name}"
     check_limits(config)
     return config, set(given)
-
-
-def write_out_numbers(whole: set[str], arguments: list[str]) -> list[str]:
-    """The arguments, with 2**19 and 5e5 written out for int(). whole: the flags that take whole numbers."""
-    written = []
-    for argument in arguments:
-        name, is_pair, value = argument.partition("=")
-        written += [name, value] if is_pair and name in whole else [argument]
-        if len(written) > 1 and written[-2] in whole:
-            if power := re.fullmatch(r"(\d{1,6})\*\*(\d{1,2})", written[-1]):
-                written[-1] = str(int(power[1]) ** int(power[2]))
-            elif re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", written[-1]) and float(written[-1]).is_integer():
-                written[-1] = str(int(float(written[-1])))
-    return written
 
 
 def read_settings(file: str, names: set[str]) -> dict:

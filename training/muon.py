@@ -109,21 +109,14 @@ class Owners:
 class MuonAdamW(torch.optim.Optimizer):
     """Parameter groups with method="muon" or "adamw", lr and weight_decay. A Muon group also has row_blocks,
     as row_blocks() returns them, and replicated: whether all ranks update the same plain parameters, and so
-    can share the work. ValueError unless a matrix has 2 or 3 dimensions."""
+    can share the work. Its parameters have 2 or 3 dimensions."""
 
     def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
                  betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
         muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
         defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
-        for group in param_groups:
-            if group.get("method") not in defaults:
-                raise ValueError(f"method={group.get('method')!r} of a group: choose muon or adamw")
         groups = [defaults[group["method"]] | group for group in param_groups]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
-        for group in self.param_groups:
-            for parameter in group["params"] if group["method"] == "muon" else []:
-                if parameter.dim() not in (2, 3):
-                    raise ValueError(f"Muon is for matrices, not for shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -40,12 +40,10 @@ class Profiler:
             self.profile = torch.profiler.profile(activities=kinds & torch.profiler.supported_activities())
             self.profile.start()
         yield
-        if self.profile is not None and step + 1 not in self.steps:
-            self._finish(step + 1)
-
-    def _finish(self, step: int) -> None:
+        if self.profile is None or step + 1 in self.steps:
+            return
         self.profile.stop()
-        path = self.folder / f"profile_{self.steps.start}_{step}.json"
+        path = self.folder / f"profile_{self.steps.start}_{step + 1}.json"
         by = f"self_{'device' if self.device.type == 'cuda' else 'cpu'}_time_total"
         table = self.profile.key_averages().table(sort_by=by, row_limit=DEAREST, max_name_column_width=40)
         try:

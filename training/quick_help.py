@@ -4,8 +4,7 @@
         answer(__file__, sys.argv[1:])
 
 Importing torch takes seconds. So this file imports nothing that needs torch, and reads the settings from the
-source text of the script. training/flags.py parses the flags.
-"""
+source text of the script. training/flags.py parses the flags."""
 
 import ast
 import difflib
@@ -19,28 +18,23 @@ from typing import NamedTuple
 
 from tokens.printable import print_error
 
-# What users of nanoGPT, nanochat, llm.c and Hugging Face type: our flag, and how it differs.
-SYNONYMS = {
-    "lr": "max_lr", "lr_decay_iters": "max_steps", "decay_lr": "schedule", "lr_scheduler_type": "schedule",
-    "max_iters": "max_steps", "steps": "max_steps", "num_steps": "max_steps",
-    "epochs": "max_steps, in steps of total_batch_size tokens",
-    "num_train_epochs": "max_steps, in steps of total_batch_size tokens",
-    "warmup_ratio": "warmup_steps", "wd": "weight_decay", "max_grad_norm": "grad_clip",
-    "gradient_accumulation_steps": "total_batch_size, in tokens: B * T * processes * accumulation",
-    "grad_accum_steps": "total_batch_size, in tokens: B * T * processes * accumulation",
-    "device_batch_size": "B", "micro_batch_size": "B", "per_device_train_batch_size": "B",
-    "seq_len": "T", "max_seq_len": "T", "context_length": "T", "eval_interval": "infer_step",
-    "eval_every": "infer_step", "eval_steps": "infer_step", "eval_iters": "val_steps",
-    "save_every": "checkpoint_every", "save_steps": "checkpoint_every", "save_interval": "checkpoint_every",
-    "save_total_limit": "keep_last", "logging_steps": "log_every", "log_interval": "log_every",
-    "bf16": "dtype bfloat16", "fp16": "dtype float16", "out_dir": "log_dir", "dataset": "data_dir",
-    "wandb_log": "wandb", "report_to": "wandb or --tensorboard", "num_layers": "n_layer",
-    "n_layers": "n_layer", "num_heads": "n_head", "n_heads": "n_head", "hidden_size": "n_embd",
-    "d_model": "n_embd",
-    "n_experts": "num_experts", "top_k": "num_experts_per_tok", "n_exp": "num_experts",
-    "aux_loss_coef": "moe_loss_coef", "router_aux_loss_coef": "moe_loss_coef", "resume_from": "resume",
-    "resume_from_checkpoint": "resume", "gradient_checkpointing": "activation_checkpointing block",
-}  # fmt: skip
+# Our flag, and how it differs: what users of nanoGPT, nanochat, llm.c and Hugging Face type.
+OURS = {
+    "max_lr": "lr", "schedule": "decay_lr lr_scheduler_type", "warmup_steps": "warmup_ratio",
+    "max_steps": "max_iters lr_decay_iters steps num_steps", "weight_decay": "wd",
+    "max_steps, in steps of total_batch_size tokens": "epochs num_train_epochs",
+    "total_batch_size, in tokens: B * T * processes * accumulation":
+        "gradient_accumulation_steps grad_accum_steps",
+    "B": "device_batch_size micro_batch_size per_device_train_batch_size", "grad_clip": "max_grad_norm",
+    "T": "seq_len max_seq_len context_length", "infer_step": "eval_interval eval_every eval_steps",
+    "val_steps": "eval_iters", "checkpoint_every": "save_every save_steps save_interval",
+    "keep_last": "save_total_limit", "log_every": "logging_steps log_interval", "dtype bfloat16": "bf16",
+    "dtype float16": "fp16", "log_dir": "out_dir", "data_dir": "dataset", "wandb": "wandb_log",
+    "wandb or --tensorboard": "report_to", "n_layer": "num_layers n_layers", "n_head": "num_heads n_heads",
+    "n_embd": "hidden_size d_model", "num_experts": "n_experts n_exp", "num_experts_per_tok": "top_k",
+    "moe_loss_coef": "aux_loss_coef router_aux_loss_coef", "resume": "resume_from resume_from_checkpoint",
+    "activation_checkpointing block": "gradient_checkpointing"}  # fmt: skip
+SYNONYMS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 
 
 class Flag(NamedTuple):

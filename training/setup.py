@@ -1,7 +1,5 @@
 """Make everything that a run needs from its settings: data, layout, model, optimizer, resumed state, log.
-
-`config` is train_gpt_moe.py's TrainConfig throughout.
-"""
+`config` is train_gpt_moe.py's TrainConfig throughout."""
 
 import dataclasses
 import math
@@ -89,10 +87,8 @@ class Run:
 
 
 def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
-    """Prepare a run, except its log files. given: the settings that flags have set.
-
-    ValueError, OSError: settings, data or files that cannot be used.
-    """
+    """Prepare a run, except its log files. given: the settings that flags have set. ValueError, OSError:
+    settings, data or files that cannot be used."""
     print0 = tell if world.is_master else lambda text: None
     if not world.is_master:  # the master prints the same warnings
         warnings.simplefilter("ignore")
@@ -162,14 +158,10 @@ def open_log(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------- SETTINGS
-
-
 def check_config(config: Any, world: parallel.World, given: set[str] | None = None, say=print) -> int:
     """The number of micro-steps per optimizer step. Fills in settings that follow from others (min_lr).
-
     given: the settings that flags have set; None for a resumed run, which keeps its settings. ValueError,
-    naming field and value, for settings that cannot work.
-    """
+    naming field and value, for settings that cannot work."""
     check_limits(config)
     if not config.log_dir.strip():
         raise ValueError("log_dir='': name a folder, such as --log_dir log")
@@ -196,10 +188,8 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
 
 
 def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
-    """Shorten a default or preset warmup to a tenth of max_steps if it is not below max_steps.
-
-    ValueError if a flag or a resumed run has set that warmup. given: as in check_config.
-    """
+    """Shorten a default or preset warmup to a tenth of max_steps if it is not below max_steps. ValueError if
+    a flag or a resumed run has set that warmup. given: as in check_config."""
     warmup, steps = config.warmup_steps, config.max_steps
     if not 0 < steps <= warmup:
         return
@@ -227,31 +217,25 @@ def choose_dtype(config: Any, device: torch.device) -> str:
 def check_layout(config, world: parallel.World) -> None:
     """ValueError for layouts that cannot be combined, or that this number of processes cannot have."""
     fsdp, zero, ep_size = config.parallel == "fsdp", config.zero_stage > 0, config.ep_size
-    if (fsdp or zero) and not dist.is_initialized():
-        what = "parallel=fsdp" if fsdp else "zero_stage=1"
-        more = "type `torchrun --nproc_per_node=1` (or more) in place of `python`"
-        raise ValueError(f"{what} needs processes: {more}")
-    if zero and config.parallel != "ddp":
-        raise ValueError(
-            f"zero_stage=1 works with --parallel ddp only, but parallel={config.parallel}"
-            + (", which already shards the optimizer state; omit --zero_stage" if fsdp else "")
-        )
-    if zero and ep_size > 1:
-        raise ValueError(
+    shares = ", which already shards the optimizer state; omit --zero_stage" if fsdp else ""
+    for is_wrong, text in (
+        ((fsdp or zero) and not dist.is_initialized(), f"{'parallel=fsdp' if fsdp else 'zero_stage=1'} needs "
+            "processes: type `torchrun --nproc_per_node=1` (or more) in place of `python`"),
+        (zero and config.parallel != "ddp",
+            f"zero_stage=1 works with --parallel ddp only, but parallel={config.parallel}{shares}"),
+        (zero and ep_size > 1,
             f"zero_stage=1 needs the same parameters on all ranks, but with ep_size={ep_size} ranks hold "
-            "different experts; use --parallel fsdp with --ep_size to shard the optimizer state too"
-        )
-    if config.dtype == "float16" and (fsdp or ep_size > 1):
-        raise ValueError(
+            "different experts; use --parallel fsdp with --ep_size to shard the optimizer state too"),
+        (config.dtype == "float16" and (fsdp or ep_size > 1),
             "dtype=float16 checks all gradients for overflow, but with --parallel fsdp or --ep_size no rank "
-            "holds them all; use --dtype bfloat16"
-        )
-    if ep_size == 1:
-        return
-    if config.parallel == "none":
-        raise ValueError(f"ep_size={ep_size} needs several processes, but parallel=none; use --parallel ddp")
-    if world.size % ep_size != 0:
-        raise ValueError(f"the number of processes, {world.size}, is not a multiple of ep_size={ep_size}")
+            "holds them all; use --dtype bfloat16"),
+        (ep_size > 1 and config.parallel == "none",
+            f"ep_size={ep_size} needs several processes, but parallel=none; use --parallel ddp"),
+        (world.size % ep_size != 0,
+            f"the number of processes, {world.size}, is not a multiple of ep_size={ep_size}"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise ValueError(text)
     if not config.init_from:  # otherwise the loaded model decides about experts
         check_experts(config, ep_size)
 
@@ -265,8 +249,6 @@ def check_experts(config, ep_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------- DATA
-
-
 def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     """meta.json of the data; first makes the shards of --text or the demo. FileNotFoundError, ValueError."""
     if config.text:
@@ -302,15 +284,10 @@ def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[Distr
 
 
 # ---------------------------------------------------------------------------- MODEL
-
-
 def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
-
-    With parallel="fsdp" and no init_from the model is on the meta device, without weights, because it may be
-    larger than the memory. ValueError for settings that contradict each other, the data, or the source of the
-    weights.
-    """
+    With parallel="fsdp" and no init_from it is on the meta device, without weights, because it may be larger
+    than the memory. ValueError for settings that contradict each other, the data, or init_from."""
     names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
     if resumed:

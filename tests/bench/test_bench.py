@@ -68,16 +68,17 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, refused):
     scale |= {f"--size {sizes}": f"size='{sizes}': choose from d4" for sizes in ("d13", "d4,d6")}
     wrong |= {f"scale --micro_ms 1 {flags}": message for flags, message in scale.items()}
     wrong[f"train --size d4 --nanogpt {tmp_path}"] = "git clone https://github.com/karpathy/nanoGPT"
-    wrong["step --device xyz"] = "device='xyz' is no device"
+    wrong["scale --size d12"] = "micro_ms=0: give a micro-step's milliseconds"
+    wrong["moe --device xyz"] = "device='xyz' is no device"
     for flags, message in wrong.items():
         assert message in refused(bench.main, *flags.split())
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("step --rounds 0", "--rounds 0: must be above 0"), ("hellaswag --limit 0", "--limit 0: must be above 0"),
-    ("moe_pays --steps -3", "--steps -3: must be above 0"), ("step --threads -1", "-1: must be at least 0"),
+    ("moe --rounds 0", "--rounds 0: must be above 0"), ("hellaswag --limit 0", "--limit 0: must be above 0"),
+    ("moe_pays --steps -3", "--steps -3: must be above 0"), ("moe --tokens -1", "-1: must be at least 0"),
     ("scale --micro_ms -1", "--micro_ms -1.0: must be at least 0"),
-    ("step --csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
+    ("moe --csv nowhere/x.csv", "--csv nowhere/x.csv: there is no such folder"),
     ("time_to_loss --png x.bmp", "--png x.bmp: the name must end in .png, .svg or .pdf"),
     ("moe --size d12", "unrecognized arguments: --size d12"),
 ])  # fmt: skip
@@ -105,6 +106,7 @@ def test_hellaswag_of_both_methods(d4, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(hellaswag, "load_questions", bytes_)
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
     plain, ours = rows_of(tmp_path, "hellaswag", *flags)
+    assert rows_of(tmp_path, "hellaswag", *flags, "--data", "random")[1]["same choices"] == "3"
     assert (plain["questions"], plain["same choices"], ours["same choices"]) == ("3", "3", "3")
     assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
     error = refused(bench.main, "hellaswag", *flags, "--data", tmp_path / "none")

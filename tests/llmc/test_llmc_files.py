@@ -151,16 +151,13 @@ def test_state_of_a_bf16_model_is_computed_in_fp32(model, batch, tmp_path):
     assert (tmp_path / "held.bin").read_bytes() == (tmp_path / "widened.bin").read_bytes()
 
 
-def test_bad_batches_and_dtypes_are_refused(model, tmp_path):
+def test_bad_batches_are_refused(model, tmp_path):
     path, ids, long = tmp_path / "s.bin", torch.zeros(2, 9, dtype=torch.long), tokens(1, 13, 300)
-    for x, y, message in ((ids, ids[:, 1:], r"x \(2, 9\) and y \(2, 8\)"),
-                          (ids[0], ids[0], r"must be \(B, T\)"), (long, long, "T=13.*block_size=12"),
+    for x, y, message in ((long, long, "T=13.*block_size=12"),
                           (ids, ids - 1, "y has ids from -1 to -1"),
                           (ids + 300, ids, "x has ids from 300 to 300.*0 to 299")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             llmc.write_state(model, x, y, path)
-    with pytest.raises(ValueError, match=r"dtype='float16'.*float32 or bfloat16"):
-        llmc.write_model(model, path, "float16")
     assert not path.exists()
 
 

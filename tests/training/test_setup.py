@@ -59,7 +59,7 @@ REFUSED = {
     "--beta1 inf": "beta1=inf: must be a finite", "--beta2 1": "beta2=1.0: must be below 1",
     "--save_retry_s nan": "save_retry_s=nan: must be a finite", f"--max_steps {2**70}": f"max_steps={2**70}",
     "--router_lr_mult 1e999": "router_lr_mult=inf: must be a", "--rope_theta inf": "rope_theta=inf: must be",
-    f"--seed {2**63}": f"seed={2**63}: it is too large", f"--keep_every {'9' * 5000}": "invalid int value",
+    f"--seed {2**63}": f"seed={2**63}: it is too large", f"--keep_every {'9' * 5000}": "invalid whole_number",
     f"--n_layer {2**40}": f"n_layer={2**40}: must be at most 10000", f"--vocab_size {2**58}": "out of memory",
     f"--n_embd {2**50}": "out of memory with B=4, T=32, n_layer=2",
     "--prompt caf\udce9": r"prompt='caf\\udce9': must be text in UTF-8",
