@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from huggingface.export_code import export_code
 
 # Where transformers' Auto classes find our classes in a saved folder.
 AUTO_MAP = {"AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
-            "AutoModelForCausalLM": "model.GPTLMHeadModel"}  # fmt: skip
+            "AutoModelForCausalLM": "model.GPTLMHeadModel",
+            "AutoModelForSequenceClassification": "model.GPTForSequenceClassification"}  # fmt: skip
 # Names that transformers or our older versions may pass, in addition to the fields.
 OTHER_NAMES = {
     "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
-    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types"}  # fmt: skip
+    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
+    "output_router_logits"}  # fmt: skip
 # Fields that have the same name in the configurations of other architectures.
 SHARED_FIELDS = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 # Names of the number of layers, and in weights the number of a layer and the token embedding.
@@ -36,6 +38,23 @@ LIMITS = {"least": (operator.ge, "at least"), "most": (operator.le, "at most"),
 def setting(default: Any, **limits: Any) -> Any:
     """A dataclass field with limits in its metadata: numbers least, most, above, below; a tuple choices."""
     return field(default=default, metadata=limits)
+
+
+class Resolved:
+    """A standard name of the setting `field`. Where the field is None, it is the value that default(config)
+    gives. Only the field is saved."""
+
+    def __init__(self, field: str, default: Callable[[Any], Any]):
+        self.field, self.default = field, default
+
+    def __get__(self, config, owner=None) -> Any:
+        if config is None:
+            return self
+        value = getattr(config, self.field)
+        return self.default(config) if value is None else value
+
+    def __set__(self, config, value: Any) -> None:
+        setattr(config, self.field, value)
 
 
 def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -99,10 +118,11 @@ class CheckedConfig(PreTrainedConfig):
     """Checks limits and names of settings when it is made. save_pretrained also saves the model's code."""
 
     code = ""  # path of the file that defines the model; without annotation: no field
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]  # noqa: RUF012
 
     def __post_init__(self, **kwargs):
-        ours = set(self.__dataclass_fields__) | set(self.attribute_map)
+        resolved = {name for name, value in vars(type(self)).items() if isinstance(value, Resolved)}
+        ours = set(self.__dataclass_fields__) | set(self.attribute_map) | resolved
         known = ours | OTHER_NAMES | set(GenerationConfig._get_default_generation_params())
         # A dictionary that transformers wrote carries its version, and may hold other names.
         if self.transformers_version is None and (unknown := kwargs.keys() - known):
