@@ -35,10 +35,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from huggingface.callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback  # noqa: F401
 from huggingface.classification import Classification
-from huggingface.configuration import CheckedConfig, Resolved, setting
+from huggingface.configuration import CheckedConfig, setting
 from huggingface.generation import GPTGenerationMixin
 from huggingface.outputs import CACHE, GPTLMOutput, GPTOutput, choose_cache, lm_output
 from huggingface.pretrained import GPTPreTrainedModel
+from huggingface.standard_names import StandardNames
 from layers.attention import BlockMask, attention_reference, flex_window, fused_attention, upcast
 from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
@@ -58,20 +59,12 @@ PEAK_FLOPS = {
 
 
 @strict
-class GPTConfig(CheckedConfig):
+class GPTConfig(StandardNames, CheckedConfig):
     """Every setting of the architecture. Types are checked at every assignment, limits at construction.
     Raises ValueError, naming field and value, for impossible combinations and for unknown names."""
 
     model_type = "gpt_moe"
     code = __file__  # save_pretrained copies this file and those that it imports
-    attribute_map = {  # noqa: RUF012 (names that transformers' clients read, here and in the three lines below)
-        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "max_position_embeddings": "block_size", "rms_norm_eps": "norm_eps",
-        "num_local_experts": "num_experts", "decoder_sparse_step": "moe_every"}  # fmt: skip
-    num_key_value_heads = Resolved("n_kv_head", lambda config: config.n_head)
-    intermediate_size = Resolved("mlp_hidden_size", lambda config: 4 * config.n_embd)
-    moe_intermediate_size = Resolved("expert_hidden_size", lambda config: 4 * config.n_embd)
-    output_router_logits = False  # no field: TRL switches it on
 
     block_size: int = setting(1024, least=1)  # longest sequence
     vocab_size: int = setting(50257, least=1)
@@ -134,31 +127,6 @@ class GPTConfig(CheckedConfig):
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:
             raise ValueError(f"encoding_size={self.encoding_size} is more than vocab_size={self.vocab_size}")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def router_aux_loss_coef(self) -> float:
-        """moe_loss_coef for transformers' balance loss, which TRL computes: K times the mean of the layers',
-        where ours is their sum."""
-        layers = sum(map(self.is_moe_layer, range(self.n_layer)))
-        return self.moe_loss_coef * layers / self.num_experts_per_tok if self.moe_loss else 0.0
-
-    @router_aux_loss_coef.setter
-    def router_aux_loss_coef(self, value: float) -> None:
-        layers = sum(map(self.is_moe_layer, range(self.n_layer)))
-        if layers == 0 and value != 0:
-            raise ValueError(f"router_aux_loss_coef={value}: this model has no MoE layers")
-        if value != self.router_aux_loss_coef:
-            self.moe_loss_coef = value * self.num_experts_per_tok / layers
-
-    @property
-    def final_logit_softcapping(self) -> float | None:
-        """logit_softcap under transformers' name, for clients that apply the head themselves."""
-        return self.logit_softcap or None
 
     @property
     def layer_types(self) -> list[str]:
@@ -335,8 +303,7 @@ class Transformer(nn.ModuleDict):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if use_cache is None:
             use_cache = config.use_cache and not self.training
-        if output_attentions is None:
-            output_attentions = config.output_attentions
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_router_logits is None:
