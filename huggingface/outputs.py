@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, PreTrainedConfig
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-)
+from transformers import Cache, PreTrainedConfig, modeling_outputs
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 # transformers' field for the cache of keys and values. From version 5.24 on its name is "cache".
 CACHE = "cache" if hasattr(CausalLMOutputWithCrossAttentions, "cache") else "past_key_values"
 
 
 @dataclass
-class GPTOutput(BaseModelOutputWithPastAndCrossAttentions):
+class GPTOutput(modeling_outputs.BaseModelOutputWithPastAndCrossAttentions):
     """transformers' output, router_logits if asked for, one (N, E) for each MoE layer, and in training the
     routers' losses, () each: sums over the MoE layers."""
 
