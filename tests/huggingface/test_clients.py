@@ -1,6 +1,6 @@
 """Clients that nobody here wrote: TRL and PEFT, on exported folders and on GPTLMHeadModel.
 
-Run: pip install trl peft && python -m pytest -m slow tests/huggingface/test_clients.py"""
+Run: python -m pytest tests/huggingface/test_clients.py -m slow    # after pip install trl peft"""
 
 import copy
 import math
