@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from huggingface.callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback  # noqa: F401
+from huggingface.classification import Classification
 from huggingface.configuration import CheckedConfig, setting
 from huggingface.generation import GPTGenerationMixin
-from huggingface.outputs import CACHE, GPTLMOutput
+from huggingface.outputs import CACHE, GPTLMOutput, GPTOutput, choose_cache, lm_output
 from huggingface.pretrained import GPTPreTrainedModel
+from huggingface.standard_names import StandardNames
 from layers.attention import BlockMask, attention_reference, flex_window, fused_attention, upcast
 from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
@@ -58,15 +59,12 @@ PEAK_FLOPS = {
 
 
 @strict
-class GPTConfig(CheckedConfig):
+class GPTConfig(StandardNames, CheckedConfig):
     """Every setting of the architecture. Types are checked at every assignment, limits at construction.
     Raises ValueError, naming field and value, for impossible combinations and for unknown names."""
 
     model_type = "gpt_moe"
     code = __file__  # save_pretrained copies this file and those that it imports
-    attribute_map = {  # noqa: RUF012 (names that transformers, lm_eval and PEFT look for)
-        "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size"}  # fmt: skip
 
     block_size: int = setting(1024, least=1)  # longest sequence
     vocab_size: int = setting(50257, least=1)
@@ -216,9 +214,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.config, self.layer, self.head_size = config, layer, config.n_embd // config.n_head
+        self.config, self.layer, self.head_size = config, layer, config.head_dim
         # rows of c_attn: all queries, then all keys, then all values (GPT-2's order)
-        self.kv_size = (config.n_kv_head or config.n_head) * self.head_size
+        self.kv_size = config.num_key_value_heads * self.head_size
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * self.kv_size, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
@@ -254,26 +252,114 @@ class Block(GradientCheckpointingLayer):
         self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = build_norm(config)
-        dense_size = config.mlp_hidden_size or 4 * config.n_embd
-        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, dense_size)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config, config.intermediate_size)
 
     def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
                 rotary: tuple[Tensor, Tensor] | None = None, token_mask: Tensor | None = None,
                 num_tokens: Tensor | int | None = None, past_key_values=None, output_attentions: bool = False,
-                return_auxiliary: bool = False) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
-        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's report.
+                output_router_logits: bool = False, return_auxiliary: bool = False,
+    ) -> Tensor | tuple[Tensor | None, ...]:  # fmt: skip
+        """x (B, T, C) -> x; with return_auxiliary a tuple: x, attention weights or None, the router's logits
+        (N, E) or None (only output_router_logits computes them, again), the router's report.
         token_mask (B, T), num_tokens: as in MoE. Only an MoE in training has a report. It is the fields of a
         RouterAuxiliary one by one, because reentrant checkpointing gives gradients to plain tensors only. The
         caller must accumulate() it, because checkpointing runs this forward twice."""
         y = self.attn(self.ln_1(x), mask, rotary, past_key_values, output_attentions)
         y, weight = y if output_attentions else (y, None)
         x = x + y
+        h, logits, report = self.ln_2(x), None, None
         if isinstance(self.mlp, MoE):
-            y = self.mlp(self.ln_2(x), token_mask, num_tokens, return_auxiliary)
+            y = self.mlp(h, token_mask, num_tokens, return_auxiliary)
             y, report = y if return_auxiliary else (y, None)
+            logits = self.mlp.gate(h.flatten(0, 1)) if output_router_logits else None
         else:
-            y, report = self.mlp(self.ln_2(x)), None
-        return (x + y, weight, *(report or ())) if return_auxiliary else x + y
+            y = self.mlp(h)
+        return (x + y, weight, logits, *(report or ())) if return_auxiliary else x + y
+
+
+class Transformer(nn.ModuleDict):
+    """The network without its head, which transformers' clients call by themselves as `model.base_model`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
+        self.config = config
+        if config.position == "learned":
+            self["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self["drop"] = nn.Dropout(config.dropout)
+        self["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self["ln_f"] = build_norm(config)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+        inputs_embeds=None, use_cache: bool | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, output_router_logits: bool | None = None, cache=None,
+        counted: Tensor | None = None, num_tokens: Tensor | int | None = None,
+    ) -> GPTOutput:  # fmt: skip
+        """Hidden states (B, T, C) after the last norm; arguments and ValueErrors as for GPT.forward.
+        counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does.
+        num_tokens: the divisor of the routers' losses, as in MoE."""
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        past_key_values = choose_cache(past_key_values, cache)
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        T = x.size(1)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        checkpointing = self.training and any(block.gradient_checkpointing for block in self.h)
+        if past_key_values is not None and checkpointing:
+            past_key_values = None  # the second forward of a block would add its keys again
+        flexible = self.training and not output_attentions
+        masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
+        padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
+        if padding is not None:
+            present = padding[:, -T:].bool()  # (B, T)
+            counted = present if counted is None else counted & present
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
+                raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
+            position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
+            if padding is not None:  # padding gets no position: a left-padded row equals the row alone
+                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+        if config.position == "rope":
+            rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta)
+        else:
+            rotary, x = None, x + self.wpe(position_ids)
+        x = self.drop(x)
+
+        hidden_states, attentions, router_logits, reports = [x], [], [], []
+        kw = dict(past_key_values=past_key_values, output_attentions=output_attentions,
+                  output_router_logits=output_router_logits, return_auxiliary=True)  # fmt: skip
+        for block, kind in zip(self.h, config.layer_types, strict=True):
+            x, weight, logits, *report = block(x, masks[kind], rotary, counted, num_tokens, **kw)
+            if output_hidden_states:
+                hidden_states.append(x)
+            attentions.append(weight)
+            if logits is not None:
+                router_logits.append(logits)
+            if report:
+                reports.append(RouterAuxiliary(*report))
+                block.mlp.accumulate(reports[-1])
+        x = self.ln_f(x)
+        hidden_states[-1] = x  # the last one is normalised, as in GPT-2
+        losses = {}
+        for name in ("balance_loss", "z_loss") if reports else ():
+            losses[name] = torch.stack([getattr(report, name) for report in reports]).sum()
+        return GPTOutput(
+            last_hidden_state=x,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) or None,
+            **{CACHE: past_key_values if use_cache else None}, **losses,
+        )  # fmt: skip
 
 
 class GPT(GPTPreTrainedModel, GPTGenerationMixin):
@@ -288,12 +374,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def __init__(self, config: GPTConfig | dict):
         super().__init__(config)
         config = self.config
-        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd)))
-        if config.position == "learned":
-            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = nn.Dropout(config.dropout)
-        self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer["ln_f"] = build_norm(config)
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, module in self.named_modules():
             if name.endswith("c_proj"):
@@ -387,10 +468,11 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         labels: torch.LongTensor | None = None,  # (B, T), unshifted, -100 is ignored
         targets: torch.LongTensor | None = None,  # (B, T), shifted, -1 is ignored
         use_cache: bool | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        output_hidden_states: bool | None = None, output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0, num_items_in_batch: Tensor | int | None = None,
         cache=None,  # another name of past_key_values
-    ) -> BaseModelOutputWithPastAndCrossAttentions | GPTLMOutput | tuple:  # fmt: skip
+    ) -> GPTOutput | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
         With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
@@ -399,100 +481,40 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
         not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments."""
         config = self.config
-        if cache is not None and past_key_values is not None:
-            raise ValueError("give past_key_values or cache (two names of one argument), not both")
         if labels is not None and targets is not None:
             raise ValueError("give labels (unshifted) or targets (shifted), not both")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
         as_pair, ignore_index = targets is not None and not return_dict, -1
         if labels is not None:
             targets, ignore_index = F.pad(labels[:, 1:], (0, 1), value=-100), -100
         if targets is not None:
             use_cache, logits_to_keep = False, 0
-        elif use_cache is None:
-            use_cache = config.use_cache and not self.training
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-
-        x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        cache = past_key_values if cache is None else cache
         in_parts = targets is not None and num_items_in_batch is not None
         part = (targets != ignore_index, num_items_in_batch) if in_parts else (None, None)
-        hidden, extras, reports = self._transform(
-            x, attention_mask, position_ids, cache, use_cache, output_attentions, output_hidden_states, *part
-        )
-        if targets is None and not self._gives_logits:
-            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden, **extras)
-        else:
-            logits, losses = None, {}
+        output = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            output_attentions, output_hidden_states, output_router_logits, cache, *part
+        )  # fmt: skip
+        if targets is not None or self._gives_logits:
+            hidden, logits, losses = output.last_hidden_state, None, {}
             # An adapter or quantisation may have replaced the head. linear_cross_entropy needs an nn.Linear.
             chunk = self.loss_chunk if type(self.lm_head) is nn.Linear and not as_pair else 0
             if targets is None or not chunk:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 logits = self._logits(hidden[:, kept])  # (B, T or kept, V)
             if targets is not None:
-                losses = self._losses(hidden, logits, targets, ignore_index, num_items_in_batch, reports)
+                losses = self._losses(hidden, logits, targets, ignore_index, num_items_in_batch, output)
             if as_pair:
                 return logits, losses["loss"]
-            output = GPTLMOutput(logits=logits, **losses, **extras)
+            output = lm_output(output, config, attention_mask, logits=logits, **losses)
         as_dict = config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-    def _transform(self, x, attention_mask, position_ids, past_key_values, use_cache, output_attentions,
-                   output_hidden_states, counted, num_tokens) -> tuple[Tensor, dict, list]:  # fmt: skip
-        """Token embeddings x (B, T, C) -> hidden states (B, T, C), other output fields, routers' reports.
-        counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does."""
-        config, T = self.config, x.size(1)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        if past_key_values is not None and self.training and self.is_gradient_checkpointing:
-            past_key_values = None  # the second forward of a block would add its keys again
-        flexible = self.training and not output_attentions
-        masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
-        padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
-        if padding is not None:
-            present = padding[:, -T:].bool()  # (B, T)
-            counted = present if counted is None else counted & present
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
-                raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
-            position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
-            if padding is not None:  # padding gets no position: a left-padded row equals the row alone
-                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
-        if config.position == "rope":
-            rotary = rotary_angles(position_ids, config.n_embd // config.n_head, config.rope_theta)
-        else:
-            rotary, x = None, x + self.transformer.wpe(position_ids)
-        x = self.transformer.drop(x)
-
-        hidden_states, attentions, reports = [x], [], []
-        kw = dict(past_key_values=past_key_values, output_attentions=output_attentions, return_auxiliary=True)
-        for block, kind in zip(self.transformer.h, config.layer_types, strict=True):
-            x, weight, *report = block(x, masks[kind], rotary, counted, num_tokens, **kw)
-            if output_hidden_states:
-                hidden_states.append(x)
-            attentions.append(weight)
-            if report:
-                reports.append(RouterAuxiliary(*report))
-                block.mlp.accumulate(reports[-1])
-        x = self.transformer.ln_f(x)
-        hidden_states[-1] = x  # the last one is normalised, as in GPT-2
-        extras = {
-            "hidden_states": tuple(hidden_states) if output_hidden_states else None,
-            "attentions": tuple(attentions) if output_attentions else None,
-            CACHE: past_key_values if use_cache else None,
-        }
-        return x, extras, reports
 
     def _logits(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> logits (B, T, V), soft-capped if configured (Gemma 2, arXiv 2408.00118)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
-    def _losses(self, hidden, logits, targets, ignore_index, num_items, reports) -> dict[str, Tensor]:
+    def _losses(self, hidden, logits, targets, ignore_index, num_items, output) -> dict[str, Tensor]:
         """The loss on targets (B, T) and, in training, its parts. Cross-entropy, nats, from logits (B, T, V)
         or, if they are None, hidden (B, T, C): the mean over the targets, or their sum / num_items."""
         config = self.config
@@ -504,11 +526,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             loss = F.cross_entropy(upcast(logits).flatten(0, -2), targets.flatten(), **how)
             loss = loss if num_items is None else loss / num_items
         losses = {"loss": loss, "cross_entropy": loss} if self.training else {"loss": loss}
-        if reports:
-            balance_loss = torch.stack([report.balance_loss for report in reports]).sum()
-            z_loss = torch.stack([report.z_loss for report in reports]).sum()
-            loss = loss + config.moe_loss_coef * balance_loss + config.router_z_loss_coef * z_loss
-            losses |= {"loss": loss, "balance_loss": balance_loss, "z_loss": z_loss}
+        if output.balance_loss is not None:
+            balance, z = config.moe_loss_coef * output.balance_loss, config.router_z_loss_coef * output.z_loss
+            losses["loss"] = loss + balance + z
         return losses
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
@@ -524,3 +544,7 @@ class GPTLMHeadModel(GPT):
     """GPT for generation and next-token prediction: `forward` returns logits. Same state dict as GPT."""
 
     _gives_logits = True
+
+
+class GPTForSequenceClassification(Classification, GPT):
+    """GPT with a linear layer `score` in place of its head: one row of logits for each text."""

@@ -155,6 +155,7 @@ class TrainConfig(llmc.Flags):
     moe_every: int = setting(1, "an MoE in every k-th block, counted from the last")
     moe_loss: bool = setting(True, "add a balance loss")
     moe_loss_type: str = setting("load_balancing", "balance loss", choices=BALANCE_LOSSES)
+    # Summed over L layers: a coefficient copied from a Mixtral config is about L/K times as strong here.
     moe_loss_coef: float = setting(0.01, "weight of the balance loss, summed over layers")
     router_z_loss_coef: float = setting(0.0, "weight of the router z-loss; ST-MoE uses 0.001")
     router_score: str = setting("softmax", "turns router logits into scores", choices=ROUTER_SCORES)

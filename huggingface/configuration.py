@@ -18,11 +18,13 @@ from huggingface.export_code import export_code
 
 # Where transformers' Auto classes find our classes in a saved folder.
 AUTO_MAP = {"AutoConfig": "model.GPTConfig", "AutoModel": "model.GPT",
-            "AutoModelForCausalLM": "model.GPTLMHeadModel"}  # fmt: skip
+            "AutoModelForCausalLM": "model.GPTLMHeadModel",
+            "AutoModelForSequenceClassification": "model.GPTForSequenceClassification"}  # fmt: skip
 # Names that transformers or our older versions may pass, in addition to the fields.
 OTHER_NAMES = {
     "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "output_attentions",
-    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types"}  # fmt: skip
+    "attn_implementation", "experts_implementation", "auto_map", "model_type", "layer_types",
+    "output_router_logits", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"}  # fmt: skip
 # Fields that have the same name in the configurations of other architectures.
 SHARED_FIELDS = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 # Names of the number of layers, and in weights the number of a layer and the token embedding.
@@ -99,7 +101,7 @@ class CheckedConfig(PreTrainedConfig):
     """Checks limits and names of settings when it is made. save_pretrained also saves the model's code."""
 
     code = ""  # path of the file that defines the model; without annotation: no field
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "router_logits", "aux_loss"]  # noqa: RUF012
 
     def __post_init__(self, **kwargs):
         ours = set(self.__dataclass_fields__) | set(self.attribute_map)
@@ -109,6 +111,9 @@ class CheckedConfig(PreTrainedConfig):
             name = min(unknown)
             hint = "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, ours, n=1))
             raise ValueError(f"{type(self).__name__} has no field {name!r}{hint}")
+        heads, same = self.n_kv_head, kwargs.get("num_key_value_heads")
+        if None not in (heads, same) and heads != same:
+            raise ValueError(f"n_kv_head={heads} and num_key_value_heads={same} must be equal")
         super().__post_init__(**kwargs)
         if self._attn_implementation is None:  # a model would set it, but masks can be built without a model
             self._attn_implementation = "sdpa"

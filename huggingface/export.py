@@ -45,7 +45,8 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
         if len(words) > rows:
             problem = f"encoding={encoding!r} has {len(words)} tokens, but vocab_size={rows}"
             raise ValueError(f"{problem}; name the right encoding, or export with --no-tokenizer")
-        for config, name in itertools.product((model.config, model.generation_config), ("bos", "eos")):
+        names = ("bos", "eos") + ("pad",) * (format == "gpt_moe")  # Llama does not train the pad token
+        for config, name in itertools.product((model.config, model.generation_config), names):
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None

@@ -80,7 +80,8 @@ class GPTGenerationMixin(GenerationMixin):
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
             kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
         kwargs |= dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return inputs | {"past_key_values": inputs.get(CACHE)}  # PEFT knows only the older name
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)

@@ -34,7 +34,7 @@ def fresh_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 class GPTPreTrainedModel(PreTrainedModel):
     """Base class of a model with `transformer` (wte and perhaps wpe in it) and an `lm_head`."""
 
-    base_model_prefix = ""
+    base_model_prefix = "transformer"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 (accelerate does not move caches)
@@ -109,6 +109,10 @@ class GPTPreTrainedModel(PreTrainedModel):
         if size is not None and size < self.config.vocab_size and generation.suppress_tokens is None:
             generation.suppress_tokens = list(range(size, self.config.vocab_size))
 
+    def get_decoder(self) -> nn.Module:
+        """The network without its head."""
+        return self.transformer
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding, (V, C)."""
         return self.transformer.wte
@@ -116,7 +120,7 @@ class GPTPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         """Replace the token embedding (V, C) and, if it is tied, the head."""
         self.transformer.wte = new_embeddings
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None:
             self.lm_head.weight = new_embeddings.weight
             self.lm_head.out_features = new_embeddings.num_embeddings
 
@@ -128,11 +132,17 @@ class GPTPreTrainedModel(PreTrainedModel):
             self.transformer.wte.num_embeddings = new_embeddings.weight.size(0)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """transformers' method; tied weights stay tied. If the size changes, all ids can be generated."""
-        old_size = self.config.vocab_size
+        """transformers' method; tied weights stay tied. All ids below a smaller new_num_tokens become tokens,
+        and all that a larger one adds. Other ids that only pad the vocabulary are still never generated."""
+        config, generation, old_size = self.config, self.generation_config, self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        if self.config.vocab_size != old_size:
-            self.config.encoding_size = self.generation_config.suppress_tokens = None
+        asked, size = new_num_tokens or old_size, config.vocab_size  # size: with pad_to_multiple_of
+        if (asked, size) != (old_size, old_size):
+            kept = generation.suppress_tokens or [] if asked >= old_size else []
+            padding = [*kept, *range(asked, size)]
+            generation.suppress_tokens = padding or None
+            at_end = padding and padding == list(range(padding[0], size))
+            config.encoding_size = padding[0] if at_end else None
         return embeddings
 
     def crop_block_size(self, block_size: int) -> None:

@@ -37,7 +37,8 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     shown = bytes_to_unicode()  # the character for each byte in GPT-2's vocabulary
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()} | {EOT: end}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
-    return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, padding_side="left")
+    how = dict(pad_token=EOT, padding_side="right")  # for training; pipelines that generate pad left
+    return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, **how)
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import ARCHITECTURES, strong, tiny, tokens
+from transformers import DynamicCache
 
 import model as model_module
 from huggingface.outputs import CACHE
@@ -114,7 +115,20 @@ def test_configuration_survives_dictionary_file_and_older_names(tmp_path):
     assert again.pop("auto_map")["AutoModel"] == "model.GPT" and again == config.to_dict()
     # A file of a later version may hold names that this one does not know.
     assert GPTConfig(**config.to_dict() | {"name_of_tomorrow": 1}).n_layer == 2
-    assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (64, 2, 24)
+    with pytest.raises(ValueError, match="n_kv_head=2 and num_key_value_heads=4"):
+        GPTConfig(**config.to_dict() | {"num_key_value_heads": 4})
+
+
+def test_every_standard_name_gives_the_resolved_value(tmp_path):
+    names = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16, num_local_experts=4,
+                 max_position_embeddings=24, rms_norm_eps=1e-5, decoder_sparse_step=1)  # fmt: skip
+    given = dict(num_key_value_heads=2, intermediate_size=5, moe_intermediate_size=7)
+    usual = dict(num_key_value_heads=4, intermediate_size=256, moe_intermediate_size=256)
+    ours = dict(n_kv_head=2, mlp_hidden_size=5, expert_hidden_size=7)
+    for fields, resolved in (({}, usual), (ours, given), (given, given)):
+        tiny(**fields).save_pretrained(tmp_path)
+        for each in (tiny(**fields), GPTConfig.from_pretrained(tmp_path)):
+            assert {name: getattr(each, name) for name in names | resolved} == names | resolved
 
 
 def test_layer_kinds():
@@ -283,5 +297,12 @@ def test_a_cache_goes_by_two_names():
     for name in ("past_key_values", "cache"):
         begun = model(ids[:, :-1])[CACHE]
         assert torch.allclose(model(ids[:, -1:], **{name: begun}).logits, expected, atol=1e-5)
+    for empty in (0, 1):  # PEFT's prefix and transformers' empty cache, or the reverse
+        both = [model(ids[:, :-1])[CACHE] for _ in range(2)]
+        both[empty] = DynamicCache(config=model.config)
+        found = model(ids[:, -1:], past_key_values=both[0], cache=both[1]).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+    both = [model(ids[:, :-1])[CACHE] for _ in range(2)]
+    assert torch.equal(model(ids[:, -1:], past_key_values=both[0], cache=both[0]).logits, found)
     with pytest.raises(ValueError, match="past_key_values or cache"):
-        model(ids[:, -1:], past_key_values=begun, cache=begun)
+        model(ids[:, -1:], past_key_values=both[0], cache=both[1])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sample
 from huggingface.export import export_folder
-from model import GPTConfig, GPTLMHeadModel, build_masks
+from model import GPTConfig, GPTForSequenceClassification, GPTLMHeadModel, build_masks
 from training.checkpoints import load_model
 
 DENSE = dict(use_moe=False, position="rope", norm="rmsnorm", activation="swiglu", bias=False)
@@ -120,17 +120,8 @@ def test_generation_settings_that_fail_while_sampling(saved, tmp_path, refused, 
     refused(sample.main, "--model", folder, "--device=cpu", "--top_k=0", "--max_new_tokens=2")
 
 
-class WithNewHead(GPTLMHeadModel):
-    """A model with a part that no folder has."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.score = torch.nn.Linear(config.n_embd, 2)
-        self.post_init()
-
-
 def test_what_stays_allowed(saved, tmp_path):
-    assert WithNewHead.from_pretrained(saved / "ours").score.weight.std() > 0
+    assert GPTForSequenceClassification.from_pretrained(saved / "ours").score.weight.std() > 0
     export_folder(GPTLMHeadModel(tiny(use_moe=False)), tmp_path / "gpt2", format="gpt2", tokenizer=False)
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 24, 24) for i in (0, 1)}  # in old GPT-2 files
     rewrite(tmp_path / "gpt2", lambda weights: weights.update(masks))

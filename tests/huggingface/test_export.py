@@ -24,7 +24,7 @@ def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
     export_folder(model, tmp_path / "out")
     for file in ("config.json", "generation_config.json"):
         saved = json.loads((tmp_path / "out" / file).read_text())
-        assert saved["eos_token_id"] == saved["bos_token_id"] == 256
+        assert saved["eos_token_id"] == saved["bos_token_id"] == saved["pad_token_id"] == 256
     assert model.config.eos_token_id is None and "auto_map" not in model.config.to_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     again = GPTLMHeadModel.from_pretrained(tmp_path / "out")

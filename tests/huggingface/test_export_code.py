@@ -35,7 +35,6 @@ kinds = AutoConfig, AutoModelForCausalLM, AutoModel, AutoTokenizer
 config, model, base, tokenizer = parts = [kind.from_pretrained("exported", **trust) for kind in kinds]
 writer = pipeline("text-generation", "exported", **trust)
 alone = [writer(prompt, **greedy) for prompt in prompts]
-writer.tokenizer.pad_token_id = config.eos_token_id
 batch = writer(prompts, batch_size=2, **greedy)
 with torch.no_grad():
     hidden = base(torch.arange(20)[None]).last_hidden_state

@@ -6,8 +6,11 @@ import pytest
 import torch
 from models import ARCHITECTURES, strong, tiny, tokens
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from model import GPT, GPTLMHeadModel
+from huggingface.export import export_folder
+from model import GPT, GPTForSequenceClassification, GPTLMHeadModel
 
 
 def trained(**fields) -> GPTLMHeadModel:
@@ -91,19 +94,85 @@ def test_embeddings_can_be_replaced_and_ties_hold(cls, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("size", [120, 60])
-def test_resizing_the_vocabulary(tied, size):
+@pytest.mark.parametrize("size, multiple, padding, encoding_size", [
+    (120, None, range(90, 97), None), (60, None, [], None), (93, 64, range(93, 128), 93),
+    (None, 64, range(90, 128), 90), (100, 64, [*range(90, 97), *range(100, 128)], None),
+])  # fmt: skip
+def test_resizing_the_vocabulary(tied, size, multiple, padding, encoding_size, tmp_path):
     model = strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, encoding_size=90)))
     ids = tokens(V=60)
     before = model(ids).logits
     assert model.resize_token_embeddings(None).num_embeddings == 97 and model.config.encoding_size == 90
-    model.resize_token_embeddings(size, mean_resizing=False)
-    assert model.config.vocab_size == size and model.config.encoding_size is None
+    model.resize_token_embeddings(size, multiple, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    V, again = size if multiple is None else 128, GPTLMHeadModel.from_pretrained(tmp_path)
+    for config, generation in ((each.config, each.generation_config) for each in (model, again)):
+        assert (config.vocab_size, config.encoding_size) == (V, encoding_size)
+        assert (generation.suppress_tokens or []) == list(padding)
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
     after = model(ids).logits
-    assert after.shape[-1] == size
-    assert torch.allclose(after[..., : min(size, 97)], before[..., : min(size, 97)], atol=1e-6)
+    assert after.shape[-1] == V
+    assert torch.allclose(after[..., : min(V, 97)], before[..., : min(V, 97)], atol=1e-6)
     assert model.generate(ids[:1], max_new_tokens=3).shape == (1, 27)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("cls", [GPT, GPTLMHeadModel])
+def test_clients_get_the_network_without_its_head(cls, name):
+    """TRL calls base_model and applies the head itself, soft-capped by final_logit_softcapping."""
+    model, ids = strong(cls(tiny(**ARCHITECTURES[name]))), tokens()
+    assert model.base_model is model.get_decoder() is model.transformer
+    hidden, head = model.base_model(input_ids=ids, use_cache=False), model.lm_head
+    logits, cap = head(hidden.last_hidden_state), model.config.final_logit_softcapping
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    assert torch.equal(logits, model(ids, labels=ids).logits) and hidden.keys() == {"last_hidden_state"}
+
+
+@pytest.mark.parametrize("training, checkpointing", [
+    (False, {}), (True, {}), (True, {"use_reentrant": True}), (True, {"use_reentrant": False}),
+])  # fmt: skip
+@pytest.mark.parametrize("moe_every", [1, 2])
+def test_router_logits_give_the_balance_loss_of_transformers(training, checkpointing, moe_every):
+    """In a layer K times ours, padding left out; router_aux_loss_coef makes up for K and the layers."""
+    model, ids = strong(GPTLMHeadModel(tiny(moe_every=moe_every))).train(training), tokens()
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+    config, mask, layers, K = model.config, torch.ones_like(ids).tril(12), model.moe_layers(), 2
+    output = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    assert torch.equal(output.aux_loss, load_balancing_loss_func(output.router_logits, 4, K, mask))
+    for layer, logits in zip(layers if training else (), output.router_logits, strict=training):
+        theirs, ours = load_balancing_loss_func((logits,), 4, K, mask), layer.get_auxiliary_loss()
+        assert torch.allclose(theirs, K * ours, rtol=1e-5) and theirs.requires_grad
+    if training and moe_every == 2:
+        assert torch.allclose(config.router_aux_loss_coef * output.aux_loss, 0.01 * output.balance_loss)
+    assert config.router_aux_loss_coef == pytest.approx(0.01 * len(layers) / K)
+    config.router_aux_loss_coef = 0.5
+    assert config.moe_loss_coef == pytest.approx(0.5 * K / len(layers))
+    dense = GPTLMHeadModel(tiny(use_moe=False))
+    assert dense(ids, output_router_logits=True).aux_loss is None
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.5"):
+        dense.config.router_aux_loss_coef = 0.5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_from_a_folder_of_a_language_model(tied, tmp_path, own_modules):
+    model, trust = (
+        strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, pad_token_id=0))),
+        dict(trust_remote_code=True),
+    )
+    model.save_pretrained(tmp_path / "words")
+    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words", num_labels=3, **trust)
+    new.resize_token_embeddings(100, mean_resizing=False)
+    new.save_pretrained(tmp_path / "classes")
+    again, ids = GPTForSequenceClassification.from_pretrained(tmp_path / "classes"), tokens(V=96) + 1
+    ids[0, 9:] = 0
+    hidden = model.transformer(ids).last_hidden_state[[0, 1, 2], [8, 23, 23]]
+    assert torch.allclose(again(ids).logits, new.score(hidden), atol=1e-5)
+    again(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(part.grad is not None for part in again.parameters())  # there is no head
+    export_folder(GPTLMHeadModel(tiny(use_moe=False)), tmp_path / "gpt2", format="gpt2", tokenizer=False)
+    with pytest.raises(ValueError, match="model_type=gpt2: a classifier"):
+        GPTForSequenceClassification.from_pretrained(tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])

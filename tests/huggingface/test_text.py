@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import shared_file
 from models import byte_model, greedy_by_hand, strong, tiny
-from transformers import GPT2TokenizerFast
+from transformers import DataCollatorForLanguageModeling, GPT2TokenizerFast
 
 from huggingface.text import build_tokenizer
 from model import GPT, GPTLMHeadModel
@@ -56,6 +56,7 @@ def test_the_tokenizer_is_the_encoding(name, end, tmp_path, request):
     tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path)
     assert len(tokenizer) == end + 1
     assert [tokenizer.convert_tokens_to_ids(t) for t in (tokenizer.eos_token, "<|endoftext|>")] == [end, end]
+    assert (tokenizer.pad_token_id, tokenizer.padding_side) == (end, "right")
     texts = STRANGE + [shared_file("tinyshakespeare.txt").read_text(encoding="utf-8")[:20_000]] * (end > 256)
     for text in texts:
         ids = tokenizer(text)["input_ids"]
@@ -69,3 +70,16 @@ def test_the_tokenizer_is_the_encoding(name, end, tmp_path, request):
         files = [path.read_text(encoding="utf-8") for path in shared_file("tiktoken_cache").iterdir()]
         original = next(text for text in files if text.startswith("#version"))
         assert [" ".join(pair) for pair in merges] == original.strip().split("\n")[1:]
+
+
+def test_accumulated_parts_of_a_padded_batch_give_the_loss_of_the_whole():
+    """On the left, padding would predict each text's first token, and shorter parts have less of it."""
+    model, rows = byte_model().train(), [dict(input_ids=encode_text(text, "bytes")) for text in STRANGE[1:7]]
+    rows = [row for row in rows if len(row["input_ids"]) < 48]
+    collate, losses = DataCollatorForLanguageModeling(build_tokenizer("bytes", 48), mlm=False), []
+    items = sum(len(row["input_ids"]) - 1 for row in rows)
+    for parts in ([rows], [rows[:2], rows[2:3], rows[3:]]):
+        batches = [collate(part) for part in parts]
+        losses.append(sum(model(**batch, num_items_in_batch=items).cross_entropy for batch in batches).item())
+        assert sum((batch["labels"][:, 1:] != -100).sum() for batch in batches) == items
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
