@@ -67,7 +67,6 @@ class Case:
     script: str
     arguments: list[str]
     names: list[str]
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     keep: list[Path] = dataclasses.field(default_factory=list)
 
 
@@ -78,20 +77,18 @@ for _ in range(40):
     DOUBLED = [DOUBLED, DOUBLED]  # a few bytes in a pickle, 2^40 entries when printed
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 NUMBERS = [0, -1, 1, 2, 3, True, 2**31, 2**63, 2**70, 10**400, 0.5, 1e-320, 1e300, math.nan, math.inf]
-ODD_JSON = [None, *NUMBERS, "", "x", "1", "../../x", "x" * 100_000, RED, "\ud800", [], {}, [[[[[[[[[]]]]]]]]]]
-ODD_JSON += [{"a": {"b": {"c": [None]}}}, [0] * 1000, [None], ["x", 1]]
-ODD_TENSORS = [torch.tensor([]), torch.tensor(math.nan), torch.zeros(3, dtype=torch.int8)]
-ODD_TENSORS += [torch.full((32,), math.inf), torch.zeros(256, 32)]  # those below are in no safetensors file
-ODD_TENSORS += [torch.eye(3).to_sparse(), torch.zeros(1).expand(2**40), torch.empty(9, device="meta")]
-ODD_VALUES = [*ODD_JSON, 10**5000, (), b"bytes", {1, 2}, {(1, 2): 3}, 1j, DOUBLED, *ODD_TENSORS]
-ODD_LINES = ["", "x", "1 val nan", "9" * 40 + " val 1", "-1 train 2", "1 val 1e999", "1 train 2 3", DEEP]
-ODD_LINES += [RED, "{}", "\0", '{"step": "x"}', '{"step": -5, "lr": {}}', '{"run": 1}', '{"step": 1e400}']
-ODD_LINES += ['{"step": 1, "loss": NaN, "val_loss": [1], "expert_load": [[1], [1, 2]]}', "\udcff", "[" * 9**5]
-ODD_PATHS = ["", ".", "..", "data", "fifo", "/dev/zero", "/dev/null/x", "nope/nope", "a/" * 3000, "n" * 300]
+ODD_JSON = [None, *NUMBERS, "", "x", "1", "../../x", "x" * 100_000, RED, "\ud800", [], {}]
+ODD_JSON += [[[[[[[]]]]]], [0] * 1000, [None], {"a": {"b": [1]}}]
+ODD_TENSORS = [torch.tensor([]), torch.tensor(math.nan), torch.full((32,), math.inf), torch.zeros(256, 32)]
+ODD_VALUES = [*ODD_JSON, *ODD_TENSORS, 10**5000, (), b"bytes", {1, 2}, {(1, 2): 3}, 1j, DOUBLED]
+ODD_VALUES += [torch.eye(3).to_sparse(), torch.zeros(1).expand(2**40), torch.empty(9, device="meta")]
+ODD_LINES = ["", "x", "1 val nan", "9" * 40 + " val 1", "-1 train 2", "1 val 1e999", DEEP, RED, "{}", "\0"]
+ODD_LINES += ['{"step": "x"}', '{"step": -5, "lr": {}}', '{"run": 1}', '{"step": 1e400}', "\udcff"]
+ODD_PATHS = ["", ".", "data", "fifo", "/dev/zero", "/dev/null/x", "nope/nope", "a/" * 3000, "n" * 300]
 ODD_PATHS += ["\udc80", RED, "data/meta.json", "log/latest", "log", "*", "~", "-"]
 ODD_TEXTS = [*map(str, NUMBERS), "1_0", "\uff11", "0x10", "1e3", " 1", "None", "yes", *ODD_PATHS]
-WORDS = ["the words of a book ", "слова одной книги ", "书中的文字没有空格", "كلمات كتاب ", "ACGTGCA", "😀"]
-WORDS += ["a", " ", "\n", "\0", "<|endoftext|>", "def f(x):\n\treturn x\n", "\u2028\ufeff", "\ufffd", RED]
+WORDS = ["the words of a book ", "слова одной книги ", "书中的文字没有空格", "ACGTGCA", "😀", " ", "\n", "\0"]
+WORDS += ["<|endoftext|>", "\r\n", "\u2028\ufeff", "\ufffd", RED]
 ENCODINGS = "utf-8 utf-8 utf-8-sig utf-16 utf-16-le utf-32 latin-1 cp1251 shift_jis gb18030".split()
 SUFFIXES = ".txt .txt .txt .TXT .md .jsonl .jsonl .json .csv .jsonl.gz .jsonl.zst .parquet .pdf".split()
 # Legal, but they take long within one step or before the first, where no signal is answered.
@@ -118,11 +115,25 @@ def forge(chance: random.Random, tree: Any, odd: list) -> list[str]:
     return keys
 
 
-def forge_json(chance: random.Random, path: Path) -> list[str]:
-    """Forge an entry of a JSON file, or nest it deeply. Returns the keys that lead to the entry."""
-    tree = json.loads(path.read_text())
-    keys = forge(chance, tree, ODD_JSON)
-    path.write_text(DEEP if chance.random() < 0.02 else json.dumps(tree))
+def forge_file(chance: random.Random, file: Path) -> list[str]:
+    """Forge an entry of a file of JSON or tensors; checksums stay right. Returns the keys that lead to it."""
+    if file.suffix == ".safetensors":
+        keys = forge(chance, content := load_file(file), ODD_TENSORS)
+        save_file(content, file, {"format": "pt"})
+    elif file.suffix == ".pt":
+        keys = forge(chance, content := torch.load(file), ODD_VALUES)
+        torch.save(content, file)
+    elif file.name != "index.json":
+        keys = forge(chance, content := json.loads(file.read_text()), ODD_JSON)
+        file.write_text(json.dumps(content))
+    if file.name in ("index.json", "rest.pt"):
+        path = file.with_name("index.json")
+        index = json.loads(json.loads(path.read_text())["index"])
+        if file == path:
+            keys = forge(chance, index, ODD_JSON)
+        else:
+            index["files"][file.name] = size_and_checksum(file)
+        processes.write_index(file.parent, index)
     return keys
 
 
@@ -153,94 +164,41 @@ def training(*more: object) -> list[str]:
 
 
 # ---------------------------------------------------------------------------- GROUPS
-def use_of(chance: random.Random, path: Path, what: str, *names: str) -> Case:
-    """One of the commands that read a checkpoint or an exported folder."""
-    flag, short = "--checkpoint" if path.name.startswith("model") else "--model", ["--max_new_tokens", "2"]
-    dense = "--use_moe False --num_experts 2 --num_experts_per_tok 1".split() if path.name == "stock" else []
-    uses = [("checkpoint", ["verify", path]), ("checkpoint", ["export", path, "new"]),
-            ("sample", [flag, path, "--prompt", "a", *short]),
-            ("hellaswag", ["--model", path, "--data", "questions.jsonl", "--limit", "2"]),
-            ("train_gpt_moe", training("--resume", path, "--max_steps", 3)),
-            ("train_gpt_moe", training("--init_from", path, "--log_dir", "new", *dense))]  # fmt: skip
-    script, arguments = chance.choice(uses if flag == "--checkpoint" else [*uses[2:4], uses[5]])
-    return Case(what, script, list(map(str, arguments)), [path.stem, *names])
-
-
-def checkpoints(chance: random.Random) -> Case:
-    """A checkpoint file: a forged entry, or damage."""
-    path = Path("log/model_00002.pt")
+def models(chance: random.Random) -> Case:
+    """A checkpoint, as a file or as a folder, or an exported folder: a forged entry, or damage."""
+    names = ["log/model_00002.pt", "log/model_00002.pt", "parts/model_00002", "exported", "stock"]
+    path = Path(chance.choice(names))
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     if chance.random() < 0.3:
-        return use_of(chance, path, damage(chance, path))
-    content = torch.load(path)
-    keys = forge(chance, content, ODD_VALUES)
-    torch.save(content, path)
-    return use_of(chance, path, f"{path}: {'.'.join(keys)}")
-
-
-def folders(chance: random.Random) -> Case:
-    """A checkpoint's folder: a forged entry of index.json or rest.pt, with right checksums, or damage."""
-    path, kind = Path("parts/model_00002"), chance.choice(["index.json", "rest.pt", "damage"])
-    if kind == "damage":
-        return use_of(chance, path, damage(chance, *sorted(path.iterdir())))
-    index = json.loads(json.loads((path / "index.json").read_text())["index"])
-    content = torch.load(path / kind) if kind == "rest.pt" else index
-    keys = forge(chance, content, ODD_VALUES if kind == "rest.pt" else ODD_JSON)
-    if kind == "rest.pt":
-        torch.save(content, path / kind)
-        index["files"][kind] = size_and_checksum(path / kind)
-    processes.write_index(path, index)
-    return use_of(chance, path, f"{path / kind}: {'.'.join(keys)}")
-
-
-def exports(chance: random.Random) -> Case:
-    """An exported folder: forged settings or tensors, damage, or weights in another format or place."""
-    folder, odd = Path(chance.choice(["exported", "stock"])), chance.choice(ODD_TENSORS[:5])
-    kinds = "config config damage legacy outside renamed missing added forged cast nan reshaped"
-    kind, weights = chance.choice(kinds.split()), folder / "model.safetensors"
-    if kind == "config":
-        path = chance.choice([folder / "config.json"] * 4 + sorted(folder.glob("*.json")))
-        keys = forge_json(chance, path)
-        return use_of(chance, folder, f"{path}: {'.'.join(keys)}", *keys)
-    if kind == "damage":
-        return use_of(chance, folder, damage(chance, weights, *sorted(folder.iterdir())))
-    tensors = load_file(weights)
-    name = chance.choice(list(tensors))
-    old = tensors[name]
-    if kind == "legacy":
-        weights.unlink()
-        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    elif kind == "outside":
-        weights.rename("outside.safetensors")
-        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../outside.safetensors")}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        what = damage(chance, *files)
     else:
-        if kind in ("renamed", "missing"):
-            del tensors[name]
-        news = {"cast": old.to(torch.int64), "nan": old * math.nan, "reshaped": old[None], "forged": odd}
-        tensors |= {name: news[kind]} if kind in news else {}
-        tensors |= {RED: old} if kind == "renamed" else {"odd": odd} if kind == "added" else {}
-        save_file(tensors, weights, {"format": "pt"})
-    return use_of(chance, folder, f"{weights}: {name} {kind}", name, "odd")
+        file = chance.choice([file for file in files if file.suffix in (".json", ".pt", ".safetensors")])
+        what = f"{file}: {'.'.join(forge_file(chance, file))}"
+    init = training("--init_from", path, "--log_dir", "new")
+    init += "--use_moe False --num_experts 2 --num_experts_per_tok 1".split() * (path.name == "stock")
+    flag, short = "--checkpoint" if "model" in path.name else "--model", ["--max_new_tokens", "2"]
+    uses = [("sample", [flag, path, "--prompt", "a", *short]), ("train_gpt_moe", init),
+            ("hellaswag", ["--model", path, "--data", "questions.jsonl", "--limit", "2"])]  # fmt: skip
+    if flag == "--checkpoint":
+        uses += [("checkpoint", ["verify", path]), ("checkpoint", ["export", path, "new"])]
+        uses += [("train_gpt_moe", training("--resume", path, "--max_steps", 3))]
+    script, arguments = chance.choice(uses)
+    return Case(what, script, list(map(str, arguments)), [path.stem])
 
 
 def data(chance: random.Random) -> Case:
-    """Shards and meta.json."""
-    path, kinds = Path("data/train_000000.bin"), ["header", "token", "format", "meta.json", "damage"]
-    kind, names = chance.choice(kinds), [path.stem, "meta.json"]
-    what = f"{path}: {kind}"
-    if kind == "meta.json":
-        names += forge_json(chance, path.with_name(kind))
-        what = f"{kind}: {'.'.join(names[2:])}"
+    """Shards and meta.json: a forged entry, an odd number, another format, or damage."""
+    path, kind = Path("data/train_000000.bin"), chance.choice(["header", "token", "format", "json", "damage"])
+    what, names, meta = f"{path}: {kind}", [path.stem, "meta.json"], path.with_name("meta.json")
+    if kind == "json":
+        names += forge_file(chance, meta)
+        what = f"{meta}: {'.'.join(names[2:])}"
     elif kind == "damage":
         what = damage(chance, *sorted(path.parent.iterdir()))
         names += ["val_000000", "no train shard", "no val shard"]
     elif kind == "format":
         contents = [b"text\n" * 999, b"\x93NUMPY" + chance.randbytes(200), bytes(9999), b"x"]
         path.write_bytes(chance.choice(contents))
-        if chance.random() < 0.5:
-            path.unlink()
-            array = np.array(chance.choice([[], [1.5], ["x"], [[1, 2]], [-1] * 999]))
-            np.save(path.with_suffix(".npy"), array)
     else:
         words = np.fromfile(path, dtype="<i4")
         place = chance.randrange(4) if kind == "header" else 256 + chance.randrange(len(words) - 256)
@@ -250,21 +208,18 @@ def data(chance: random.Random) -> Case:
 
 
 def sources(chance: random.Random) -> Case:
-    """Text sources: languages, encodings, sizes, separators, formats, names."""
-    between = chance.choice(["", "", "\n", "\r\n", "\n\n", "<|endoftext|>", "\0", "\r", "\u2028"])
-    text = between.join(chance.choices(chance.sample(WORDS, 2), k=chance.choice([0, 1, 9, 999, 99_999])))
+    """Text sources: languages, encodings, sizes, formats, names."""
+    text = "".join(chance.choices(chance.sample(WORDS, 3), k=chance.choice([0, 1, 9, 999, 99_999])))
     coding, suffix = chance.choice(ENCODINGS), chance.choice(SUFFIXES)
     path = Path(chance.choice(["odd", "odd", "odd", f"odd{RED}", "odd ü", "odd\udc80"]) + suffix)
     if suffix.startswith(".json"):
-        rows = [{"text": text[i : i + 999]} for i in range(0, len(text), 999)] or [{}]
-        if len(rows) > 1 and chance.random() < 0.5:
+        rows = [{"text": text[i : i + 999]} for i in range(0, len(text) + 1, 999)]
+        if chance.random() < 0.5:
             forge(chance, rows, ODD_JSON)
         text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
     content = text.encode(coding, errors="replace")
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
-    what = f"{path}, {coding}, {len(content)} bytes"
-    if chance.random() < 0.25:
-        what = damage(chance, path)
+    what = damage(chance, path) if chance.random() < 0.25 else f"{path}, {coding}, {len(content)} bytes"
     encoding = chance.choice(["bytes", "gpt2"]) if "TIKTOKEN_CACHE_DIR" in os.environ else "bytes"
     arguments = f"--out new --workers 1 --shard_size 20000000 --val_tokens 100 --encoding {encoding}".split()
     return Case(f"{what}, {encoding}", "fineweb", ["--source", str(path), *arguments], ["odd", "source"])
@@ -283,56 +238,34 @@ def flags(chance: random.Random) -> Case:
 
 def logs(chance: random.Random) -> Case:
     """A folder of logs: odd lines, odd files, links, files of the user's; read, resumed, or used afresh."""
-    folder, keep = Path("log"), []
-    kind = chance.choice(["line", "line", "json", "damage", "user's file", "link", "latest"])
-    names = ["metrics.jsonl"] if kind == "json" else ["metrics.jsonl", "log.txt", "main.log"]
-    file = folder / chance.choice(names)
-    lines = file.read_bytes().splitlines()
-    what, at = f"{file}: {kind}", chance.randrange(len(lines))
+    file, keep = Path("log", chance.choice(["metrics.jsonl", "log.txt", "main.log"])), []
+    kind = chance.choice(["line", "line", "damage", "user's file", "link", "latest"])
+    what = f"{file}: {kind}"
     if kind == "line":
-        lines[at : at + chance.randrange(2)] = [chance.choice(ODD_LINES).encode(errors="surrogateescape")]
-    elif kind == "json":
-        tree = json.loads(lines[at])
-        what = f"{file}, line {at + 1}: {'.'.join(forge(chance, tree, ODD_JSON))}"
-        lines[at] = json.dumps(tree).encode()
-    file.write_bytes(b"\n".join([*lines, b""]))
-    if kind == "damage":
-        what = damage(chance, file, folder / "latest", folder / "model_00002.pt")
+        lines = file.read_bytes().splitlines()
+        lines[chance.randrange(len(lines))] = chance.choice(ODD_LINES).encode(errors="surrogateescape")
+        file.write_bytes(b"\n".join([*lines, b""]))
+    elif kind == "damage":
+        what = damage(chance, file, Path("log/latest"), Path("log/model_00002.pt"))
     elif kind == "user's file":
         mine = "model_card.md training.log .notes.tmp model_x.pt model_00009.txt log.txt.bak".split()
-        keep = [folder / chance.choice([*mine, f"notes{RED}"])]
+        keep = [Path("log", chance.choice([*mine, f"notes{RED}"]))]
         keep[0].write_text(what := f"user's file {keep[0].name}")
     elif kind == "link":
         keep = [Path(name := chance.choice([file.name, "model_00002.pt", "latest"]))]
-        (folder / name).rename(name)
-        (folder / name).symlink_to(Path("..", name))
-        what = f"{folder / name}: a link"
+        Path("log", name).rename(name)
+        Path("log", name).symlink_to(Path("..", name))
+        what = f"log/{name}: a link"
     elif kind == "latest":
         odd = ["", "x", "../model_00002.pt", "/etc/passwd", "model_99999.pt", RED, "model_0000\uff12.pt"]
-        (folder / kind).write_text(chance.choice(odd))
-    uses = [("plot_log", ["log"]), ("checkpoint", ["list", "log"])]
+        Path("log/latest").write_text(chance.choice(odd))
     more = [["--plot", True], ["--resume", "auto"], ["--resume", "log/latest"]]
-    uses += [("train_gpt_moe", training("--max_steps", 3, *each)) for each in more]
-    return Case(what, *chance.choice(uses), ["log/", "latest", "model_"], keep=keep)
+    uses = [("train_gpt_moe", training("--max_steps", 3, *each)) for each in more]
+    uses += [("plot_log", ["log"]), ("checkpoint", ["list", "log"])]
+    return Case(what, *chance.choice(uses), ["log/", "latest", "model_"], keep)
 
 
-def ranks(chance: random.Random) -> Case:
-    """What a launcher sets in the environment of a rank: one or two variables are odd or missing."""
-    odd = ["", "0", "1", "x", "-1", "1_0", "\uff11", "1.0", " 1", "1 ", RED, str(2**70), "9" * 5000]
-    addresses = ["", "nope.invalid", "256.1.1.1", "1" * 999, "::1", RED, "127.0.0.1", "http://localhost"]
-    values = {"MASTER_ADDR": addresses, "MASTER_PORT": [*odd, "99999"]}  # 99999 ranks would be waited for
-    port = str(processes.free_port())
-    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
-    chosen, what = chance.sample(list(environment), chance.choice([1, 1, 2])), []
-    for name in chosen:
-        environment[name] = chance.choice(values.get(name, odd))
-        if chance.random() < 0.15:
-            del environment[name]
-        what.append(f"{name}={environment.get(name)}")
-    return Case(", ".join(what), "train_gpt_moe", training("--log_dir", "new"), chosen, environment)
-
-
-MAKERS = (checkpoints, folders, exports, data, sources, flags, logs, ranks)
+MAKERS = (models, data, sources, flags, logs)
 GROUPS: dict[str, Callable[[random.Random], Case]] = {make.__name__: make for make in MAKERS}
 
 
@@ -346,11 +279,6 @@ def prepare() -> int:
     codes += [checkpoint.main(["export", "log/model_00002.pt", "exported"])]
     codes += [checkpoint.main(["export", "dense/model_00001.pt", "stock", "--format", "gpt2"])]
     return max(codes)
-
-
-def use(case: Case) -> int:
-    os.environ.update(case.environment)
-    return importlib.import_module(case.script).main(case.arguments)
 
 
 def in_child(work: Callable[[], int], limit: float) -> tuple[int | None, str, str]:
@@ -405,7 +333,8 @@ def trial(make: Callable[[random.Random], Case], key: str, world: Path) -> tuple
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(shutil.copytree(world, f"{folder}/here")):
         case = make(random.Random(key))
         before = [path.read_bytes() for path in case.keep]
-        code, out, err = in_child(lambda: use(case), LIMIT)
+        script = importlib.import_module(case.script)
+        code, out, err = in_child(lambda: script.main(case.arguments), LIMIT)
         verdict = judge(case, code, out, err)
         for path, content in zip(case.keep, before, strict=True):
             if not path.is_file() or not path.read_bytes().startswith(content):

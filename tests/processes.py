@@ -25,7 +25,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 
 from tokens import shards
 from tokens.encodings import get_encoding
@@ -34,8 +33,6 @@ from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
-# A change of a file: (place from 0 to 1, number of bytes removed, bytes inserted).
-CUT = st.tuples(st.floats(0, 1), st.integers(0, 40), st.binary(max_size=40))
 PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
 STEPS = 12

@@ -17,8 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import shared_file, slow
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import make_examples, strong, tiny
 from processes import full_disk, run_ranks
 
@@ -164,14 +162,14 @@ def test_modes_and_router_statistics_are_left_as_they_were(write):
     assert not model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("how", ["block.compile()", *slow("torch.compile(model)", "model.compile()")])
+@pytest.mark.parametrize("how", ["block.compile()", *slow("torch.compile(model)")])
 def test_a_compiled_model_builds_no_further_graph(how, write):
     torch._dynamo.reset()
     model, path, idx = make_model(use_moe=True), write(make_examples(5)), torch.randint(256, (2, 32))
     plain = evaluate(model, path).losses
     compiled = torch.compile(model, backend="eager") if how == "torch.compile(model)" else model
-    for part in {"model.compile()": [model], "block.compile()": model.transformer.h}.get(how, ()):
-        part.compile(backend="eager")
+    for block in model.transformer.h if compiled is model else ():
+        block.compile(backend="eager")
 
     def train_and_count():
         model.train()
@@ -311,27 +309,6 @@ def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
         evaluate(make_model(), tmp_path)  # missing files: test_two_ranks
 
 
-WRONG = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text())
-VALUES = st.lists(st.text(), min_size=4, max_size=4) | WRONG  # four texts are right for endings alone
-CHANGES = st.dictionaries(st.sampled_from([*make_examples(1)[0]]), VALUES, max_size=2)
-LINES = st.binary(max_size=60) | CHANGES.map(lambda changes: make_examples(1)[0] | changes)
-
-
-@settings(max_examples=70)
-@given(st.lists(LINES, max_size=3), st.sampled_from(["completion", "harness"]), st.integers(1, 80))
-def test_any_file_is_read_or_refused(write, lines, style, block):
-    path = write(lines)
-    try:
-        examples = list(iterate_examples(data=path))
-    except ValueError as error:
-        assert f"{path}, line " in str(error) and str(error).isascii()
-        return
-    for example in examples:
-        assert example["label"] in range(4) and len(example["endings"]) == 4
-        for context, ending in build_question(example, "bytes", style, block).rows:
-            assert context and ending and len(context) + len(ending) <= block + 1
-
-
 @pytest.fixture
 def urlopen(monkeypatch, tmp_path):
     """A stand-in for the network, which answers with one question."""
@@ -379,11 +356,8 @@ def test_script(tmp_path, write, capsys):
         assert code == 0 and str(evaluate(model, path)) in printed.out
     code, printed = run("exported", path, "--style", "harness", "--limit", "2", "--dtype", "bfloat16")
     assert code == 0 and "2 questions" in printed.out
-    for source, data, words in (
-        ("missing", path, f"{tmp_path / 'missing'}: no such file or folder (`ls -d log/model_*`"),
-        ("missing.pt", path, "missing.pt"), ("exported", "missing", "missing"),
-        ("exported", write([b"{"], "bad"), "bad, line 1"),
-    ):  # fmt: skip
+    missing = f"{tmp_path / 'missing'}: no such file or folder (`ls -d log/model_*`"
+    for source, data, words in (("missing", path, missing), ("exported", write([b"{"]), "line 1")):
         code, printed = run(source, data)
         last = printed.err.splitlines()[-1]  # after transformers' bar
         assert code == 2 and last.startswith("hellaswag.py: error: ") and words in last

@@ -1,4 +1,4 @@
-"""The MoE layer against loops in float64: routing, balance losses, accounts, compilation, two ranks.
+"""The MoE layer against loops in float64: routing, accounts, two ranks.
 
 Run: python -m pytest tests/test_mixture_of_experts.py"""
 
@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs_compiler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import ENGINES, chosen, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from processes import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,27 +112,17 @@ def test_nan_surfaces_where_it_came_from(score, norm):
     assert layer.get_usage_counts().sum() == 3 * 2 * 8
 
 
-SIZES = st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e3])
-SHIFTS = st.sampled_from([0.0, -1e4, 1e4, -69.0, -300.0, 17.0])  # sigmoid(-69) is 1e-30
-
-
-@settings(max_examples=60)
-@given(st.sampled_from(list(ROUTER_SCORES)), st.sampled_from([(1, 1), (5, 1), (5, 2), (5, 5)]), SIZES, SHIFTS,
-       st.integers(0, 99))  # fmt: skip
-def test_no_balance_loss_is_below_its_value_at_balance(score, sizes, size, shift, seed):
-    """Whatever the logits; for load_balancing if all tokens have the same, because f and P can disagree."""
-    (E, K), random = sizes, torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("score", ROUTER_SCORES)
+@pytest.mark.parametrize("shift", [1e4, -1e4, -300.0, -69.0])  # sigmoid(-69) is 1e-30
+def test_extreme_logits_give_finite_losses_and_gradients(score, shift):
     for loss_type in BALANCE_LOSSES:
-        fields = dict(num_experts=E, num_experts_per_tok=K, router_score=score)
-        layer = moe_layer(moe_loss_type=loss_type, **fields)
-        rows, lowest = (1, 1) if loss_type == "load_balancing" else (6, 0)
-        logits = (shift + size * torch.randn(rows, E, generator=random)).requires_grad_()
+        layer = moe_layer(moe_loss_type=loss_type, router_score=score)
+        logits = (shift + 30 * torch.randn(6, 4)).requires_grad_()
         routing, probs = layer.route(logits)
         auxiliary = layer.measure(logits, probs, routing, None, None)
-        assert auxiliary.balance_loss >= lowest - 1e-5, loss_type
-        torch.testing.assert_close(probs.sum(-1), torch.ones(rows))
-        (auxiliary.balance_loss + (routing.weight * torch.arange(len(routing.weight))).sum()).backward()
-        assert logits.grad.isfinite().all()
+        torch.testing.assert_close(probs.sum(-1), torch.ones(6))
+        (auxiliary.balance_loss + (routing.weight * torch.arange(12)).sum()).backward()
+        assert auxiliary.balance_loss.isfinite() and logits.grad.isfinite().all(), loss_type
 
 
 def test_loss_free_balancing():
@@ -176,14 +163,6 @@ def test_the_grouped_engines_never_read_a_number_on_the_host(engine):
         y = layer(x.requires_grad_(), torch.ones(2, 12, dtype=torch.bool))
         (y.sum() + layer.get_auxiliary_loss()).backward()
         assert x.grad.shape == x.shape and all(p.grad.shape == p.shape for p in layer.parameters())
-
-
-def test_forced_balance_for_benchmarks():
-    layer = moe_layer(num_experts=8, num_experts_per_tok=2)
-    layer.force_balanced = True
-    layer(torch.randn(2, 16, 8)).sum().backward()
-    assert layer.get_usage_counts().tolist() == [8] * 8
-    assert layer.gate.weight.grad.norm() > 0
 
 
 # ---------------------------------------------------------------------------- accounts
@@ -238,18 +217,6 @@ def test_copies_pickles_and_meta_construction():
         assert all(tensor.is_meta for tensor in MoE(tiny(num_shared_experts=1)).state_dict().values())
 
 
-def test_fresh_parameters_are_initialised():
-    layer = MoE(tiny(num_shared_experts=2, expert_hidden_size=80))
-    for name, parameter in layer.named_parameters():
-        if "shared" not in name:  # a GPT initialises nn.Linear
-            assert parameter.std().item() == pytest.approx(0 if "bias" in name else 0.02, rel=0.1), name
-    assert {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()} == {
-        "gate.weight": (4, 64), "experts.c_fc": (4, 80, 64), "experts.c_proj": (4, 64, 80),
-        "experts.c_fc_bias": (4, 80), "experts.c_proj_bias": (4, 64), "shared.c_fc.weight": (160, 64),
-        "shared.c_fc.bias": (160,), "shared.c_proj.weight": (64, 160), "shared.c_proj.bias": (64,),
-    }  # fmt: skip
-
-
 def test_bad_arguments():
     """MoE checks what GPTConfig has checked, for configurations of other classes."""
     for field, value in dict(num_experts_per_tok=0, moe_loss_type="balance", router_score="tanh").items():
@@ -260,43 +227,6 @@ def test_bad_arguments():
 
 
 # ---------------------------------------------------------------------------- compilation
-WITH_GROUPED_MM = ENGINES[-1]
-COMPILED = [
-    ("aot_eager", "loop", False, dict(moe_loss_type="diversity_regularization", router_bias_update_rate=0.1)),
-    ("aot_eager", WITH_GROUPED_MM, True, dict()),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("aot_eager", "loop", True, dict()), ("aot_eager", "loop", False, dict(num_experts_per_tok=1)),
-        ("aot_eager", "loop", False, dict(moe_loss_type="variance_penalty", router_score="sigmoid")),
-        ("aot_eager", "loop", False, dict(moe_loss_type="entropy_regularization", activation="swiglu")))),
-    pytest.param("inductor", "loop", False, dict(num_shared_experts=1, bias=False),
-                 marks=[needs_compiler, pytest.mark.slow]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("backend, engine, bf16, fields", COMPILED)
-def test_compiles_without_break_or_recompilation(backend, engine, bf16, fields):
-    layer, eager = (moe_layer(n_embd=16, expert_hidden_size=16, **fields) for _ in range(2))
-    layer.experts.engine = eager.experts.engine = engine
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for _ in range(4):
-        x, mask, results = torch.randn(2, 16, 16), torch.rand(2, 16) < 0.8, []
-        for forward, module in ((compiled, layer), (eager, eager)):
-            module.zero_grad()
-            update_routers([module])
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                y, auxiliary = forward(x, mask, mask.sum(), return_auxiliary=True)
-            module.accumulate(auxiliary)
-            (y.float().square().mean() + auxiliary.balance_loss + auxiliary.z_loss).backward()
-            results.append((y, tuple(auxiliary), gradients(module), module.get_usage_counts()))
-        rtol, atol = (2e-2, 2e-2) if bf16 else (1e-4, 1e-5)
-        torch.testing.assert_close(*results, rtol=rtol, atol=atol)
-        with torch.no_grad():
-            for module in (layer, eager):
-                module.gate.weight.copy_(module.gate.weight.roll(1, 0))  # the routing changes at every step
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 # ---------------------------------------------------------------------------- two ranks

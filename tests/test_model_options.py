@@ -22,7 +22,8 @@ OPTIONS = {
     "untied": dict(tie_word_embeddings=False), "gqa": dict(n_kv_head=2), "mqa": dict(n_kv_head=1),
     "window": dict(sliding_window=4), "window and global": dict(sliding_window=4, global_every=2),
     "no bias": dict(bias=False), "moe": dict(use_moe=True, expert_hidden_size=24, moe_every=2),
-    "shared expert": dict(use_moe=True, num_experts_per_tok=1, num_shared_experts=2, expert_hidden_size=24),
+    "shared expert": dict(use_moe=True, num_experts_per_tok=1, num_shared_experts=2, expert_hidden_size=24,
+                          moe_loss_type="diversity_regularization", router_bias_update_rate=0.1),
     "zero_proj": dict(init="zero_proj"),
 }  # fmt: skip
 # These options stand for their kind; two values of one field are no pair.

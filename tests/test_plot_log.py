@@ -1,4 +1,4 @@
-"""The picture of a run: what is read from logs good and bad, what is drawn, and how the file is written.
+"""The picture of a run: what is read from logs good and bad, and what is drawn.
 
 Run: python -m pytest tests/test_plot_log.py"""
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,33 +86,11 @@ def by_label(fig, label: str):
     return next(ax for ax in fig.axes if ax.get_ylabel() == label)
 
 
-def test_png_of_a_long_run_is_readable_and_small(tmp_path, draw):
-    from PIL import Image
-
-    out = tmp_path / "new" / "training.png"
-    draw(fake_log(tmp_path / "log", steps=5000), out=out)
-    with Image.open(out) as image:
-        assert image.width == 1320 and 900 < image.height < 1300
-        pixels = np.asarray(image.convert("RGB"), dtype=float)
-    assert out.stat().st_size < 200_000
-    assert (pixels.min(-1) > 250).mean() > 0.5 and (pixels.max(-1) < 60).any()  # dark ink on a white page
-    assert (abs(pixels - [0, 0x72, 0xB2]).max(-1) < 12).sum() > 1000  # the run's blue line is there
-
-
 def test_the_losses_of_named_validation_sets_are_drawn(tmp_path, draw):
     rows = [dict(step=i, loss=3.0 - i, val_loss=3.1 - i, **{"val_loss/web": 3.2 - i}) for i in range(3)]
     axes, _ = draw(write_log(tmp_path, rows))
     assert points(axes["Loss"], "validation web")[:, 1].tolist() == [3.2, 2.2, pytest.approx(1.2)]
     assert points(axes["Loss"], "validation")[0, 1] == 3.1
-
-
-def test_a_failing_write_leaves_the_old_picture_and_no_litter(tmp_path):
-    write_log(tmp_path, [{"step": 0, "loss": 3.0}])
-    (tmp_path / "training.png").write_bytes(b"old")
-    with full_disk(1000), pytest.raises(OSError, match="File too large"):
-        plot_log.plot_runs([str(tmp_path)], str(tmp_path / "training.png"))
-    assert (tmp_path / "training.png").read_bytes() == b"old"
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "training.png"]
 
 
 def test_command_line_draws_without_pyplot_and_torch(tmp_path):
@@ -252,34 +229,6 @@ def test_gpt2s_results_are_drawn_only_beside_its_vocabulary(tmp_path, draw, voca
     assert heights == ({0.25, 0.294463, 0.337} if compared else {0.25})
 
 
-def test_a_rising_validation_loss_and_a_reference_above_all_losses_are_in_view(tmp_path, draw):
-    for vocab, shift, last, top in ((257, 0, 2.99, 2.99), (50257, 0, 2.99, 3.2924), (None, 1, 4.0, 4.0)):
-        rows = [dict(step=i, loss=3 - shift - i / 100, val_loss=2.5 + abs(i - 50) / 100) for i in range(100)]
-        run, end = {"run": {"config": {"vocab_size": vocab}}}, {"step": 100, "val_loss": last}
-        low, high = draw(write_log(tmp_path, [run, *rows, end]))[0]["Loss"].get_ylim()
-        assert low < 2 and high > top, vocab
-
-
-def test_every_panel_has_room(tmp_path, draw):
-    """No panel is a sliver or passes the edge: a run with starved experts, one without, and both."""
-    starved = fake_log(tmp_path / "starved", steps=20)
-    healthy = write_log(tmp_path / "healthy", read_log(starved)[:9])
-    for folders in ([starved], [healthy], [healthy, starved]):
-        axes, fig = draw(*folders)
-        fig.draw_without_rendering()
-        for ax in axes.values():
-            box = ax.get_position()
-            assert (box.width > 0.15 and box.height > 0.03) or ax.get_label() == "<colorbar>", ax
-            assert box.x0 > 0.02 and box.x1 <= 1 and box.y0 > 0.02 and box.y1 < 0.98
-
-
-def test_a_load_at_every_step_is_thinned_to_the_end(tmp_path, draw):
-    write_log(tmp_path, [{"step": step, "expert_load": [[0.5, 0.5]]} for step in range(1234)])
-    mesh = draw(tmp_path)[0]["Expert load over time, a row per expert"].collections[0]
-    corners = mesh.get_coordinates()  # (2 + 1, columns + 1, 2)
-    assert 200 < corners.shape[1] <= 402 and corners[0, -2:, 0].mean() == 1233  # the last record's column
-
-
 def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, draw):
     folders = [fake_log(tmp_path / name, steps=20) for name in ("a", "_b", "x/c$d$", "y/c$d$")]
     folders.append(fake_log(tmp_path / "dense", steps=20, experts=0))
@@ -293,9 +242,6 @@ def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, d
     assert maps == [f"{name} at step 20" for name in names[:4]]
     looks = [(line.get_color(), line.get_linestyle()) for line in axes["HellaSwag"].lines[:4]]
     assert len({colour for colour, _ in looks}) == len({style for _, style in looks}) == 4
-    copies = [shutil.copytree(folders[-1], tmp_path / f"copy{i}") for i in range(20)]
-    keys = draw(*copies)[1].legends[0].legend_handles
-    assert len({(key.get_color(), key.get_linestyle(), key.get_marker()) for key in keys}) == 20
 
 
 def one_warning(capsys) -> str:
@@ -334,21 +280,9 @@ def test_nothing_logged_yet(tmp_path, capsys):
         out = plot_log.plot_runs([str(tmp_path)], str(tmp_path / f"training.{form}"))
         assert "metrics.jsonl holds no step" in one_warning(capsys)
         assert Path(out).read_bytes().startswith(magic)
-
-
-def test_a_single_step_and_rows_of_oddities_can_be_drawn(tmp_path, draw):
-    oddities = [
-        [{"step": 0, "loss": 10.9, "norm": 0.0, "tok_per_s": 0.0, "mfu": 0.0, "lr": 0.0, "elapsed_s": 0.0}],
-        [{"step": 5}, {"step": 6, "loss": "high", "val_loss": True, "lr": None, "expert_load": None}],
-        [{"run": {"config": {"vocab_size": "50257", "total_batch_size": "many"}}}, {"step": 0, "loss": 1}],
-        [{"step": 0, "expert_load": [[0.1, 0.9]]}, {"step": 1, "expert_load": [[0.2, 0.3, 0.5]]}],
-        [{"step": 3, "loss": 10**400, "norm": 1e308, "hella_acc": 0.25}],
-    ]
-    folders = [write_log(tmp_path / str(i), rows) for i, rows in enumerate(oddities)]
-    for folder in folders:
-        draw(folder)[1].draw_without_rendering()
-    draw(*folders, out=tmp_path / "all.png")
-    assert (tmp_path / "all.png").stat().st_size > 5000
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        plot_log.plot_runs([str(tmp_path)], out)
+    assert len(os.listdir(tmp_path)) == 4 and Path(out).read_bytes().endswith(b"%%EOF\n")  # the old one stays
 
 
 def test_log_txt_alone_and_behind_an_empty_metrics_file(tmp_path, draw, capsys):

@@ -7,12 +7,10 @@ from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import slow
 from wire import train_ranks
 
 from bench import __main__ as bench
-from bench import traffic
 from bench.traffic import LAYOUTS, Collective, Links, Plan, memory_by_use, step_seconds, step_traffic
 from model import GPTConfig
 from training.setup import new_model
@@ -26,10 +24,8 @@ INSIDE = GATES + BLOCKS + EXPERTS
 P = OUTSIDE + INSIDE
 # Losses and signals; and per layer entropy, counts twice, sums of probabilities.
 STATISTICS = 9 * 4 + 2 * 8 * (1 + 4 + 4 + 4)
-ROWS = 2 * 16 * 2 * 8  # B T K C
 PLAN = Plan(ranks=4, B=2, T=16, dtype="float32")
 FSDP = replace(PLAN, parallel="fsdp")
-FSDP_SENDS = {"reduce_scatter": 0.75 * 4 * P, "all_reduce": 1.5 * (STATISTICS + 4)}  # and gathers
 
 
 def model(**fields):
@@ -42,21 +38,6 @@ def sent(collectives: list[Collective]) -> dict[str, float]:
     for collective in collectives:
         total[collective.kind] += collective.sent
     return {kind: size for kind, size in total.items() if size}
-
-
-@pytest.mark.parametrize("fields, expected", [
-    ({}, {"all_reduce": 1.5 * (4 * P + STATISTICS)}),
-    (dict(zero_stage=1), {"all_reduce": 1.5 * (4 * P + STATISTICS), "broadcast": 0.75 * 4 * P}),
-    (dict(parallel="fsdp"), FSDP_SENDS | {"all_gather": 0.75 * 3 * 4 * (OUTSIDE + 2 * INSIDE)}),
-    (dict(parallel="fsdp", dtype="bfloat16"), FSDP_SENDS | {
-        "all_gather": 0.75 * 3 * (4 * OUTSIDE + 2 * (4 * GATES + 2 * (BLOCKS + EXPERTS)))}),
-    (dict(ep_size=2), {  # 2 replicas x 2; layers, micro-steps, all-to-alls, bytes; counts
-        "all_to_all": 0.5 * 2 * 3 * (4 * 4 * ROWS + 8 * 4),
-        "all_reduce": 1.5 * (4 * (P - EXPERTS) + STATISTICS) + 4 * EXPERTS / 2 + 4}),
-], ids=["ddp", "zero", "fsdp", "fsdp in bf16", "ep"])  # fmt: skip
-def test_bytes_of_each_layout(fields, expected):
-    assert sum(p.numel() for p in model().parameters()) == P
-    assert sent(step_traffic(model(), replace(PLAN, micro_steps=3, **fields))) == expected
 
 
 def test_seconds_of_links():
@@ -87,29 +68,6 @@ def test_what_hides_behind_what():
     assert slow[2] == pytest.approx(1e3 * communication - 2 * 3.0)  # both phases of both micro-steps are full
     zero = step_seconds(model(), replace(PLAN, zero_stage=1), links, 3.0, 1.0)
     assert zero[0] == pytest.approx(3.25 + zero[1])
-
-
-def test_memory_by_hand():
-    alone = memory_by_use(model(), PLAN)
-    assert (alone["parameters"], alone["gradients"], alone["optimizer"]) == (4 * P, 4 * P, 8 * P)
-    assert memory_by_use(model(), replace(PLAN, zero_stage=1))["optimizer"] == 2 * P
-    fsdp = memory_by_use(model(), FSDP)
-    assert (fsdp["parameters"], fsdp["gradients"], fsdp["optimizer"]) == (P, P, 2 * P)
-    block = (BLOCKS + EXPERTS) / 2
-    assert fsdp["gathered"] == 2 * 4 * block + 4 * OUTSIDE + 4 * block
-    ep = memory_by_use(model(), replace(PLAN, ep_size=4))
-    assert ep["parameters"] == 4 * (P - EXPERTS + EXPERTS // 4) and ep["rows"] == 2 * 2 * 4 * ROWS
-    assert {one["activations"] for one in (alone, fsdp, ep)} == {alone["activations"]}
-
-
-@pytest.mark.parametrize("function, shapes, ranks, expected", [
-    (traffic.elements, [(3, 5)], 2, 4 * 5), (traffic.elements, [(8, 7, 5)], 1, 8 * 7 * 5),
-    (traffic.elements, [(8, 7, 5), (8,)], 64, 64 * 7 * 5 + 64),
-    (traffic.expert_elements, [(8, 7, 6)], 14, 14 * 7 * 6),  # 14 divides none of them
-    (traffic.expert_elements, [(8, 28, 6), (8, 7, 42)], 14, 8 * 28 * 6 + 8 * 7 * 42),
-])  # fmt: skip
-def test_padding_of_what_does_not_divide(function, shapes, ranks, expected):
-    assert function([torch.Size(shape) for shape in shapes], ranks) == expected
 
 
 @pytest.mark.parametrize("case", [(2, "float32"), *slow((4, "float32"), (2, "bfloat16"))], ids=str)

@@ -106,12 +106,6 @@ def test_on_a_cpu_there_is_nothing_to_choose():
             assert torch.equal(model(ids).logits, expected)
 
 
-def test_a_backend_that_cannot_do_a_shape_takes_forever():
-    shape = tiny(n_kv_head=2), 2, 8, CPU, torch.float32
-    assert attention.time_backend(attention.BACKENDS["math"], *shape) < 60
-    assert attention.time_backend(attention.BACKENDS["cudnn"], *shape) == float("inf")
-
-
 def test_the_preferred_backend_comes_first_and_the_others_stand_in(monkeypatch):
     """Without a GPU: which calls are made. The first attention on CUDA must come before the order is set,
     because torch then overwrites any order."""

@@ -215,23 +215,6 @@ def test_tokenizer_of_bytes_and_others(tmp_path):
     assert not (tmp_path / "refused.bin").exists()
 
 
-@pytest.mark.parametrize("names, c_names, labels", [
-    ("d24", True, ["d24", "124M"]), ("gpt2", True, ["124M"]), ("gpt2-xl", False, ["1558M"]),
-])  # fmt: skip
-def test_names_of_the_files(batch, tmp_path, names, c_names, labels):
-    """What `--write_tensors 1` leaves behind, and with c_names the same bytes under the C programs' names."""
-    model = randomised(vocab_size=257, encoding_size=None, encoding="bytes")
-    x, y = (ids % 257 for ids in batch)
-    written = llmc.write_all(model, x, y, tmp_path, names=names, c_names=c_names)
-    patterns = ("gpt2_{}.bin", "gpt2_{}_bf16.bin", "gpt2_{}_debug_state.bin")
-    expected = {p.format(label) for p in patterns for label in labels} | {"gpt2_tokenizer.bin"}
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written} == expected
-    for pattern in patterns:
-        assert len({(tmp_path / pattern.format(label)).read_bytes() for label in labels}) == 1
-    versions = [llmc.read_sizes(tmp_path / pattern.format(labels[0]))[1] for pattern in patterns[:2]]
-    assert versions == [3, 5]
-
-
 def test_command_line(tmp_path, capsys):
     """Checkpoint -> llm.c -> Hugging Face folder -> llm.c, and a state from a shard."""
     model = randomised(vocab_size=384, encoding_size=257, encoding="bytes")

@@ -24,8 +24,7 @@ from llmc import files as llmc
 from tokens.shards import read_meta, write_shard
 from train_gpt_moe import TrainConfig, parse_config
 from training import checkpoints as ckpt
-from training import parallel
-from training.setup import build_loaders, build_model
+from training.setup import build_model
 
 B, T, STEPS, RATE = 2, 16, 6, 1e-3
 META = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256}
@@ -151,20 +150,6 @@ def test_validation_is_of_its_batches(gpt2, shard, val_shards, tmp_path):
     with torch.no_grad():
         expected = np.mean([loss_at(model, tokens, B * T * number).item() for tokens, number in batches])
     assert logged(tmp_path, "tel") == pytest.approx([expected] * 4, rel=1e-5)
-
-
-def test_two_ranks_validate_on_its_batches(val_shards):
-    config = TrainConfig(B=B, T=T, shuffle=False, input_bin=str(val_shards[0]))
-    config.input_val_bin = str(val_shards[0].parents[1] / "*" / "*.bin")
-    found = []
-    for rank in range(2):
-        loader = build_loaders(config, parallel.World(rank, rank, 2, torch.device("cpu")), META)[1]
-        for _ in range(2):  # the second one as the first
-            loader.reset()
-            found.append([loader.next_batch()[0][0, 0].item() for _ in range(3)])
-    first, second = (np.fromfile(path, dtype=np.uint16)[512 :: B * T].tolist() for path in val_shards)
-    assert found[0] == found[1] == [first[0], second[0], first[0]]  # the rest is no batch of both ranks
-    assert found[2] == found[3] == [first[1], second[1], first[1]]
 
 
 @pytest.mark.parametrize("preset", ["--preset llmc", "--shuffle 0 --overfit_single_batch 1 --hellaswag 0"])

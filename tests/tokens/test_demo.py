@@ -61,12 +61,3 @@ def test_the_corpus_is_made_once_and_again_if_damaged(library, tmp_path, capsys)
     (out / "meta.json").write_text(json.dumps(meta).replace('"bytes"', '"gpt2"'))
     with pytest.raises(ValueError, match=r"encoding='gpt2'.* encoding='bytes'"):
         prepare_demo(out)
-
-
-@pytest.mark.slow
-def test_the_whole_library_gives_a_corpus_without_twins(tmp_path):
-    prepare_demo(tmp_path)
-    train, val = (" ".join(documents(tmp_path, split)).lower().split() for split in ("train", "val"))
-    assert len(train) > 100_000 and 0.04 < len(val) / len(train) < 0.2
-    known, held_out = (list(zip(*(words[i:] for i in range(8)), strict=False)) for words in (train, val))
-    assert len(set(held_out) & set(known)) < 0.01 * len(held_out)  # runs of eight words

@@ -23,11 +23,6 @@ def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
     assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
 
 
-def test_endless_whitespace_does_not_crash_tiktoken(gpt2_encoding):
-    text = "a" + " " * 1_300_000 + "b"
-    assert gpt2_encoding.decode(encodings.encode(gpt2_encoding, text).tolist()) == text
-
-
 def offline(name):
     raise requests.exceptions.ConnectionError("no route")
 

@@ -164,22 +164,11 @@ def test_copied_sources_and_older_folders_continue(corpus, killed, tmp_path, cap
     assert "3 of them have no checksum" in capsys.readouterr().out
 
 
-def test_parts_of_other_sources_are_refused(corpus, tmp_path, capsys, monkeypatch):
+def test_parts_of_other_sources_are_refused(corpus, tmp_path, capsys):
     out, parts = tmp_path / "out", ["--num_parts=2"]
     assert build(corpus, out, *parts, "--part=0") == 0
     CHANGES["replaced"][0](corpus)
     assert build(corpus, out, *parts, "--part=1") == 2 and "file 'corpus/b.txt'" in error_line(capsys)
-    flush = shard_writer.ShardWriter._flush
-
-    def flush_when_part_0_has_come(writer, following):
-        if writer.n == 1:
-            shutil.copy(out / "meta_p0000.json", writer.folder)
-        flush(writer, following)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.ShardWriter, "_flush", flush_when_part_0_has_come)
-        assert build(corpus, tmp_path / "late", *parts, "--part=1") == 2
-    assert not json.loads((tmp_path / "late" / "meta_p0001.json").read_text())["complete"]
     assert build(corpus, tmp_path / "apart", *parts, "--part=1") == 0
     shutil.copytree(tmp_path / "apart", out, dirs_exist_ok=True)
     capsys.readouterr()

@@ -78,38 +78,6 @@ def test_bad_shard_is_refused_by_name_cause_and_cure(tmp_path, kind):
         DistributedDataLoader(tmp_path, B=1, T=4)
 
 
-def damaged(raw: bytes, changes: list[tuple[int, int]], end: int | None, more: bytes) -> bytes:
-    raw = bytearray(raw)
-    for place, value in changes:
-        raw[place] = value
-    return bytes(raw[:end]) + more
-
-
-WHOLE = st.sampled_from([shard_bytes(), npy(make_tokens(100)), make_tokens(100).tobytes()])
-CHANGES = st.lists(st.tuples(st.integers(0, 140), st.integers(0, 255)), max_size=3)
-END = st.none() | st.integers(0, 1300) | st.sampled_from([6, 8, 128, 1024])
-
-
-@settings(max_examples=200)
-@given(raw=st.builds(damaged, WHOLE, CHANGES, END, st.binary(max_size=4) | st.binary(max_size=300)))
-def test_random_bytes_give_an_error_or_the_right_tokens(tmp_path, raw):
-    path = tmp_path / "random.bin"
-    path.write_bytes(raw)
-    try:
-        tokens = read_shard(path)
-    except ValueError as error:
-        assert str(path) in str(error)
-        return
-    head = raw[: len(raw) - tokens.nbytes]
-    assert head + tokens.tobytes() == raw
-    if raw.startswith(b"\x93NUMPY"):
-        assert np.array_equal(np.load(io.BytesIO(raw)), tokens) and tokens.ndim == 1
-    elif raw.startswith(shard_bytes()[:4]):
-        assert len(head) == 1024 and head.startswith(shard_bytes(count=len(tokens))[:12])
-    else:
-        assert not head
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.bin", make_tokens(10))
     before, full = content(tmp_path), mock.Mock(side_effect=OSError(28, "No space left on device"))

@@ -1,20 +1,17 @@
-"""Readers of documents: formats, folders, going on anywhere, invalid text, bad files.
+"""Readers of documents: formats, folders, going on anywhere, invalid text.
 
 Run: python -m pytest tests/tokens/test_sources.py"""
 
-import gzip
 import os
-import random
 from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import shared_file
 from corpus import DOCUMENTS, write_source
 from pyarrow import parquet
 
 from fineweb import DataConfig
-from tokens import encodings, sources
+from tokens import sources
 
 
 def read(path: Path, field="text", position=sources.START_POSITION, **share) -> list[tuple[bool, str, dict]]:
@@ -40,23 +37,6 @@ def test_every_format_is_read_and_can_be_gone_on_from_anywhere(tmp_path, name):
     assert 0 <= sum(map(os.path.getsize, files)) - end["read"] <= 1  # an empty line may follow
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_cutting_a_text_does_not_change_its_tokens(tmp_path, monkeypatch, name):
-    if name == "gpt2":
-        shared_file("tiktoken_cache")
-    parts = ["word", " ", "\n", "  \n", "don't", "1234", "!?", "é", "。", "\u3000", "\u00a0", "a b", "\r\n"]
-    text = "".join(random.Random(0).choices(parts, k=6000))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    monkeypatch.setattr(sources, "TASK_CHARS", 37)
-    pieces = read(tmp_path / "a.txt")
-    assert len(pieces) > 300
-    encoding = encodings.get_encoding(name)
-    tokens = encodings.encode_pieces([(begins, text) for begins, text, _ in pieces], name)
-    assert tokens.tolist() == [encoding.eot_token, *encoding.encode_ordinary(text)]
-    rest = read(tmp_path / "a.txt", position=pieces[99][2])  # with other cuts, perhaps
-    assert "".join(piece[1] for piece in rest) == "".join(piece[1] for piece in pieces[100:])
-
-
 def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path):
     texts = {"in/sub/a.txt": "a", "in/.hidden/b.txt": "b", "elsewhere/c.txt": "c", "in/ignored.md": "d"}
     for name, text in texts.items():
@@ -79,24 +59,6 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     texts = ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd", "caf\ufffd", "lone \ufffd, pair 😀"]
     assert documents_of(pieces) == texts
     assert pieces[-1][2]["replaced"] == 4 + 1 + 1
-
-
-BAD_SOURCES = {"malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object"),
-               "nested.jsonl": (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
-               "list.jsonl": (b'{"text": "a"}\n\n["a"]\n', "line 3: list .* 'text'"),
-               "field.jsonl": (b'{"body": "a", "id": 1}\n', "line 1: .*'text'.*'body', 'id'.*--text_field"),
-               "number.jsonl": (b'{"text": 5}\n', "line 1: .*'text' holds int"),
-               "truncated.jsonl.gz": (gzip.compress(random.Random(0).randbytes(9999))[:5000], "Truncated"),
-               "empty.jsonl.gz": (b"", "is empty"), "foreign.jsonl.zst": (b"hello", "cannot be read"),
-               "foreign.parquet": (b"hello", "cannot be read")}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_SOURCES)
-def test_bad_source_is_refused_by_file_and_line(tmp_path, name):
-    raw, words = BAD_SOURCES[name]
-    (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=f"{tmp_path / name}.*{words}"):
-        read(tmp_path / name)
 
 
 def test_columns_of_parquet(tmp_path):

@@ -1,7 +1,8 @@
-"""Text that is not UTF-8 of words and lines: other scripts and encodings, endless lines, other files.
+"""Text that is not UTF-8 of words and lines: other scripts and encodings, endless lines, bad files.
 
 Run: python -m pytest tests/tokens/test_text_borders.py"""
 
+import gzip
 import itertools
 import random
 import re
@@ -121,7 +122,15 @@ BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
              "fields.jsonl": (b'{"' + b"a" * 900 + b'": 1}', {}, "--text_field"),
              "errors.txt": (b"a", {"errors": "ignore"}, "errors='ignore'.*strict or replace"),
              "nothing.txt": (b"a", {"split_on": ""}, "split_on=''"),
-             "records.jsonl": (b'{"text": "a"}', {"split_on": EOT}, "split_on=.*records")}  # fmt: skip
+             "records.jsonl": (b'{"text": "a"}', {"split_on": EOT}, "split_on=.*records"),
+             "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', {}, "line 2: not a JSON object"),
+             "nested.jsonl": (b"[" * 900 + b"\n", {}, "line 1: not a JSON object"),
+             "list.jsonl": (b'{"text": "a"}\n\n["a"]\n', {}, "line 3: list .* 'text'"),
+             "field.jsonl": (b'{"body": "a", "id": 1}\n', {}, "line 1: .*'text'.*'body', 'id'.*--text_field"),
+             "type.jsonl": (b'{"text": 5}\n', {}, "line 1: .*'text' holds int"),
+             "cut.jsonl.gz": (gzip.compress(random.Random(0).randbytes(9999))[:5000], {}, "Truncated"),
+             "empty.jsonl.gz": (b"", {}, "is empty"), "foreign.jsonl.zst": (b"hello", {}, "cannot be read"),
+             "foreign.parquet": (b"hello", {}, "cannot be read")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
@@ -133,6 +142,7 @@ def test_text_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys, name
     assert make(tmp_path / name, tmp_path / "out", **flags) == 2
     (line,) = re.findall("error: .*\n", capsys.readouterr().err)
     assert re.search(words, line) and len(line) < 400
+    assert name in line or "=" in words  # which names a setting
 
 
 def test_end_marks_are_counted_and_splitting_is_a_setting(tmp_path, capsys):

@@ -62,19 +62,6 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
     assert path.stat().st_size < 8000
 
 
-def test_copies_share_buffers_that_the_next_save_uses_again(monkeypatch):
-    monkeypatch.setattr(checkpoint_writer, "BUFFER_BYTES", 2**12)
-    dtypes, writer = (torch.bfloat16, torch.float32), CheckpointWriter("nowhere")
-    sizes = enumerate((900, 1, 0, 3000, 5, 40, 300))
-    state = {str(i): torch.arange(2.0 * size).to(dtypes[i % 2]).view(size, 2).t() for i, size in sizes}
-    first, writer._used = writer._copy(state, {}), (0, 0)
-    assert equal(first, state) and [len(buffer) for buffer in writer._buffers] == [2**12, 2**15]
-    assert all(copy.untyped_storage().nbytes() == copy.nbytes for copy in first.values())
-    again = writer._copy({name: tensor + 1 for name, tensor in state.items()}, {})
-    assert [a.data_ptr() for a in again.values()] == [b.data_ptr() for b in first.values()]
-    assert len(writer._buffers) == 2 == len({buffer.data_ptr() for buffer in writer._buffers})
-
-
 @pytest.mark.slow
 def test_a_save_that_takes_longer_than_timeout_ends_no_rank(data, tmp_path):
     """Rank 0 writes each file for 12 s, and collectives may take 5 s (main, below)."""
@@ -165,18 +152,6 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     may_write.set()
     assert writer.wait() is None and writer.error is None and not writer.wants_retry()
     assert steps(tmp_path) == [3, 1]
-
-
-@pytest.mark.parametrize(
-    "room, folder, advice", [(100, ".", "free space"), (10**9, "gone", "can be written")]
-)
-def test_the_advice_after_a_failed_save_fits_its_cause(room, folder, advice, tmp_path):
-    said = []
-    with full_disk(room):
-        writer = CheckpointWriter(tmp_path / folder, say=said.append, retry_s=0)
-        writer.save({"step": 1, "model": {"w": torch.zeros(99)}})
-        assert writer.wants_last_retry(stop=False)
-    assert advice in said[-1]
 
 
 def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):

@@ -1,4 +1,4 @@
-"""Parameter roles, schedules, and FSDP's initial weights.
+"""Schedules and FSDP's initial weights.
 
 Run: python -m pytest tests/training/test_optimizers.py"""
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import tiny
 
-from layers.roles import ROLES, role_of
 from model import GPTLMHeadModel
 from train_gpt_moe import TrainConfig
 from training import fsdp_init
@@ -19,15 +18,6 @@ CONFIGS = {"dense": dict(use_moe=False), "moe": dict(moe_every=2, moe_loss_type=
            "untied": dict(tie_word_embeddings=False),
            "qk_norm": dict(qk_norm=True, norm="rmsnorm", position="rope", activation="swiglu", bias=False),
            "shared expert": dict(num_shared_experts=1), "zero_proj": dict(init="zero_proj")}  # fmt: skip
-
-
-def test_every_role_is_found():
-    h = "transformer.h.0."
-    names = "attn.q_norm mlp.gate mlp.experts.c_fc mlp.shared.c_fc attn.c_attn mlp.c_proj".split()
-    names = [*(f"{h}{name}.weight" for name in names), "lm_head.weight", "transformer.wpe.weight"]
-    assert tuple(map(role_of, names)) == ROLES
-    bias = role_of(f"{h}mlp.experts.c_fc_bias")
-    assert (bias.lr_group, bias.decays, bias.is_matrix) == ("experts", False, False)
 
 
 @pytest.mark.parametrize(("fields", "rates"), [

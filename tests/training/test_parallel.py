@@ -22,7 +22,6 @@ from layers.sharding import local
 from training import checkpoints as ckpt
 from training import faults, muon, parallel
 from training.checkpoint_writer import CheckpointWriter
-from training.expert_parallel import AllToAll
 from training.optimizers import build_optimizer
 from training.setup import Run, build_model, check_config, place_model
 
@@ -158,24 +157,6 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
         torch.save(result, folder / name / "result")
 
 
-def order_of_work(world: parallel.World) -> list[str]:
-    """What happens in one forward and backward of a layer whose two ranks share the experts."""
-    events = []
-
-    def noted(name):
-        function = getattr(AllToAll, name)
-        return lambda *args, **kwargs: (events.append(name), function(*args, **kwargs))[1]
-
-    _, _, model, _ = build(world, 1, ep_size=2)
-    moe, x = model.moe_layers()[0], torch.randn(1, T, 32, requires_grad=True)
-    for name, parameter in {"experts": moe.experts.c_fc, "shared": moe.shared.c_proj.weight}.items():
-        getattr(moe, name).register_forward_pre_hook(lambda *args, name=name: events.append(name))
-        parameter.register_hook(lambda grad, name=name: events.append(name))
-    with mock.patch.multiple(AllToAll, start=noted("start"), wait=noted("wait")):
-        moe(x).sum().backward()
-    return events
-
-
 def restore(world: parallel.World, path: Path, **more) -> dict:
     """What a checkpoint becomes in this layout: weights, buffers and moments, put together again."""
     _, layout, model, optimizer = build(world, 1, **more)
@@ -204,8 +185,6 @@ def main(arguments: list[str]) -> int:
         if not (folder / name).exists():
             world.barrier()
             train(world, folder, name)
-    if world.size == 2:
-        torch.save(order_of_work(world), folder / f"events of {world.rank}")
     world.barrier()  # rank 0 has given the last folder its name
     pairs = ALL_PAIRS if any(folder.glob("slow four*")) else EVERYDAY_PAIRS
     todo = [(a, b) for a, b in pairs if a in mine and not (folder / a / f"from {b}").exists()]
@@ -320,12 +299,6 @@ def test_muon_sends_what_its_docstring_says(everyday, name, kind, experts, share
         counts = role_of(key).is_matrix and (experts or ".experts." not in key)
         matrices += tensor.numel() if counts and tensor.dim() > 1 else 0
     assert found["sent"].get(kind, 0) == STEPS * 4 * matrices * share
-
-
-def test_shared_experts_work_while_rows_are_under_way(folder):
-    forward = ["start", "shared", "wait", "experts", "start", "wait"]
-    backward = ["start", "wait", "experts", "start", "shared", "wait"]
-    assert torch.load(folder / "events of 0") == forward + backward
 
 
 REFUSED = {  # flags: words of the message

@@ -5,17 +5,16 @@ Run: python -m pytest tests/training/test_resume.py"""
 import json
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import slow
 from processes import equal, finish, flags, full_disk, metrics, newest, run_ranks, same_run, start
 
 import train_gpt_moe
-from tokens.shards import read_shard, write_shard
 from training import checkpoints as ckpt
 from training import log as run_log
 from training.log import RunLog
@@ -54,20 +53,6 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(straight, data, t
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
     elapsed = [record["elapsed_s"] for record in records if "step" in record]
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
-
-
-def test_the_parts_that_must_be_the_same_are_in_the_comparison(straight):
-    """What same_run compares holds all that makes a run: moments, biases, counters, position, randomness."""
-    state = ckpt.load_checkpoint(straight / "latest")
-    names = state["model"].keys()
-    for part in ("router_bias", "usage_counts", "reference_totals"):
-        found = [name for name in names if name.endswith(part)]
-        assert found and all(state["model"][name].any() for name in found), part
-    moments = state["optimizer"]["state"][0]
-    assert {"exp_avg", "exp_avg_sq", "step"} <= moments.keys() and moments["step"] == 12
-    assert state["loader"]["position"] == 12 * 256 // 32
-    assert state["rng"].numel() > 1000 and state["health"]["seen"] == 12
-    assert state["diagnostics"]["noise"][0] == 3 and state["diagnostics"]["choices"].any()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", *slow("muon")])
@@ -132,18 +117,12 @@ def test_another_run_is_refused_naming_field_and_values(stopped, refused, flag, 
     assert content == {path: path.read_bytes() for path in stopped.glob("*.*")}
 
 
-def test_other_data_is_refused(stopped, data, tmp_path, refused):
-    other = tmp_path / "other"
-    meta, shard = other / "meta.json", other / "train_000000.bin"
-    for change, named in (
-        (lambda: write_shard(shard, np.array(read_shard(shard)[::-1])), ["sha256="]),
-        (lambda: meta.write_text(meta.read_text().replace("bytes", "gpt2")), ["encoding='bytes'", "'gpt2'"]),
-    ):
-        shutil.copytree(data, other)
-        change()
-        error = refused(train_gpt_moe.main, *RESUME, stopped, "--data_dir", other)
-        assert all(text in error for text in named), error
-        shutil.rmtree(other)
+def test_data_of_another_encoding_is_refused(stopped, data, tmp_path, refused):
+    """test_identity.py has other tokens."""
+    meta = Path(shutil.copytree(data, tmp_path / "other"), "meta.json")
+    meta.write_text(meta.read_text().replace("bytes", "gpt2"))
+    error = refused(train_gpt_moe.main, *RESUME, stopped, "--data_dir", tmp_path / "other")
+    assert "encoding='bytes'" in error and "'gpt2'" in error
 
 
 def test_the_same_data_elsewhere_and_settings_that_may_change_are_accepted(stopped, data, tmp_path, capsys):
@@ -263,26 +242,6 @@ def test_a_log_cut_at_any_byte_gets_every_step_once(tmp_path):
             tmp_path.mkdir()
 
 
-OF_USERS = [b"2 train\n", b"\xff\n", b'{"st\n', b'{"step": "2"}\n', b'{"run": 3}\n', b"[1]\n", b"\n",
-            b"4 apples\n", b"4 apples", b"[" * 9999 + b"\n"]  # fmt: skip
-
-
-@pytest.mark.parametrize(("evaluates_first", "kept", "dropped"), [
-    (True,
-     [b"2 train 1.500000\n", b"2 train nan\n", b'{"step": 2}\n', b'{"run": {}}\n',
-      b'{"run": {"first_step": 2}}\n', *OF_USERS],
-     [b"3 train 1.500000\n", b"3 val 1.500000\n", b"2 train 1.5", b"4 tra", b"\0\0\0\n",
-      b'{"step": 3}\n', b'{"step": 2}', b'{"run": {"first_step": 3}}\n']), (False,
-     [b"3 val 1.500000\n", b"3 val_bpb 1.5\n", b"3 hella 0.25\n", b"s:3 tel:1.5\n", b"3 val\n"],
-     [b'{"step": 3, "val_loss": 1.5}\n', b"3 train 1.500000\n", b"s:3 trl:1.5\n", b"4 val 1.5\n",
-      b'{"step": 3, "loss": 1.5}\n', b'{"run": {"first_step": 3}}\n']),
-])  # fmt: skip
-def test_which_lines_stay_where_a_run_continues_from_step_3(evaluates_first, kept, dropped):
-    """evaluates_first: whether it evaluates step 3 again, so that the old line must go."""
-    stay = [line for line in kept + dropped if run_log.stays_after_resume(line, 3, evaluates_first)]
-    assert stay == kept
-
-
 def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
     log = RunLog(tmp_path, None, 0, tensorboard=False)
     for step in range(40):
@@ -301,8 +260,8 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, capsys):
     assert lines == [f"{step} train 1.500000" for step in range(40)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its thread
-def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capsys):
+def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # in place of pytest's
     log = RunLog(tmp_path, None, 0, tensorboard=True)
     with full_disk(2000):  # 200 of its events do not fit, and neither do all lines of the logs
         for step in range(40):
@@ -310,6 +269,7 @@ def test_tensorboard_on_a_full_disk_stops_alone(tmp_path, capsys):
             time.sleep(0.002)  # its writer is a thread
     log.step({"step": 40, "loss": 1.5})
     assert log.close() and log.tensorboard is None
-    said = capsys.readouterr().out
+    said, error = capfd.readouterr()
     assert said.count("WARNING: no more TensorBoard events") == 1 and said.count("cannot be written") == 1
+    assert "Trace" not in error
     assert [record["step"] for record in metrics(tmp_path)] == list(range(41))

@@ -220,14 +220,3 @@ def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
     for given_now in (given, None):  # a flag's warmup is refused, and that of a resumed run
         with pytest.raises(ValueError, match=rf"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"):
             check_config(config, ALONE, given_now)
-
-
-def test_a_shortened_warmup_is_a_setting_of_the_run_from_then_on(data, tmp_path, capsys):
-    words = flags(data, tmp_path, "--max_steps", 10, "--infer_step", 0)
-    del words[(at := words.index("--warmup_steps")) : at + 2]
-    assert train_gpt_moe.main(words) == 0
-    assert capsys.readouterr().out.count("warmup_steps=1, not 715: max_steps=10") == 1
-    resume = ["--resume", str(tmp_path / "model_00010.pt"), "--device", "cpu", "--max_steps", "11"]
-    assert train_gpt_moe.main(resume) == 0 and "not 715" not in capsys.readouterr().out
-    saved = ckpt.load_checkpoint(tmp_path / "model_00011.pt")["train_config"]
-    assert (saved["warmup_steps"], saved["max_steps"]) == (1, 11)

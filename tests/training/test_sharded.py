@@ -7,18 +7,16 @@ test_checkpoints.py damages the files of folders; test_parallel.py has folders t
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import WTE, dense_model, small_checkpoint, tiny
+from models import WTE, dense_model, small_checkpoint
 from processes import equal, write_index
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import checkpoint
-from model import GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import sharded
 from training.archives import CheckpointError
@@ -141,12 +139,3 @@ def test_a_folder_is_a_checkpoint_even_if_latest_lies_in_it(tmp_path):
     (path / "latest").write_text("model_00007.pt")
     assert ckpt.follow_latest(f"{path}/") == path and ckpt.load_checkpoint(f"{path}/")["step"] == 5
     assert equal(dict(ckpt.load_model(path).state_dict()), dict(model.state_dict()))
-
-
-def test_another_model_is_refused_by_the_name_of_a_tensor(straight, tmp_path):
-    sharded.save(ckpt.load_checkpoint(straight / "latest"), tmp_path / "model_00012")
-    model = GPTLMHeadModel(tiny(vocab_size=384))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
-    state = ckpt.load_checkpoint(tmp_path / "model_00012", whole=False)
-    with pytest.raises(CheckpointError, match=r"wte.weight should be \[384, 64\], but there is \[384, 32\]"):
-        ckpt.restore(state, model, optimizer, SimpleNamespace(load_state_dict=lambda state: None))
