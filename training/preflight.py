@@ -29,12 +29,14 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-def shapes_by_part(model: nn.Module) -> dict[str, list[torch.Size]]:
-    """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them."""
+def shapes_by_part(model: nn.Module, only_matrices: bool = False) -> dict[str, list[torch.Size]]:
+    """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them.
+    only_matrices: of those that Muon may update."""
     shapes = {"experts": [], "gates": [], "blocks": [], "outside": []}
     part_of = {"experts": "experts", "router": "gates", "rest": "blocks"}
     for name, parameter in model.named_parameters():
-        shapes[part_of[role_of(name).lr_group] if ".h." in name else "outside"].append(parameter.shape)
+        if role_of(name).is_matrix or not only_matrices:
+            shapes[part_of[role_of(name).lr_group] if ".h." in name else "outside"].append(parameter.shape)
     return shapes
 
 
@@ -53,9 +55,9 @@ def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
     return sum(math.prod(s) if dimension_to_shard(s, ranks) else elements([s], ranks) for s in shapes)
 
 
-def parameters_held(model: nn.Module, config, world_size: int) -> int:
+def parameters_held(model: nn.Module, config, world_size: int, only_matrices: bool = False) -> int:
     """Elements of parameters that each rank holds. Of config it reads parallel and ep_size."""
-    part, ranks = shapes_by_part(model), world_size // config.ep_size
+    part, ranks = shapes_by_part(model, only_matrices), world_size // config.ep_size
     rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], config.ep_size)
     if config.parallel == "fsdp":
         return elements(rest, world_size) // world_size + expert_elements(mine, ranks) // ranks
@@ -123,10 +125,12 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 
 
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
-    """Bytes on one device, by use, of training with AdamW and micro-steps of (B, T), in fp32. FSDP divides
-    all but activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
+    """Bytes on one device, by use, of training with micro-steps of (B, T), in fp32. FSDP divides all but
+    activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
     held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
-    moments = 8 * held * trains // (world_size if config.zero_stage else 1)
+    by_muon = parameters_held(model, config, world_size, True) if config.optimizer == "muon" else 0
+    moments = (8 * held - 4 * by_muon) * trains  # Muon keeps one moment, AdamW two
+    moments //= world_size if config.zero_stage else 1
     activations = activation_bytes(model, config, dtype)
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
 

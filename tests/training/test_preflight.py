@@ -13,6 +13,7 @@ from models import tiny
 from bench.measure import memory_bytes
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
+from training.optimizers import OPTIMIZERS, build_optimizer
 from training.preflight import activation_bytes, memory_estimate, parameters_by_part, preflight
 
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, vocab_size=512, block_size=64)
@@ -80,6 +81,16 @@ def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
     memory = memory_estimate(model, TrainConfig(**settings), "float32", world_size=8)
     assert memory["parameters"] == memory["gradients"] == pytest.approx(expected, rel=2e-3)
     assert memory["optimizer"] == pytest.approx(moments * expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_are_counted_to_the_byte(optimizer):
+    model, config = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4)), TrainConfig(optimizer=optimizer)
+    trained = build_optimizer(config, model)
+    model(x := torch.zeros(2, 8, dtype=torch.long), targets=x)[1].backward()
+    trained.step()
+    moments = [v for state in trained.state.values() for k, v in state.items() if k != "step"]
+    assert memory_estimate(model, config, "float32")["optimizer"] == sum(v.nbytes for v in moments)
 
 
 def test_warnings_name_the_cure():
