@@ -12,7 +12,6 @@ from huggingface.text import encode_prompt
 from layers.attention import without_cudnn
 from tokens.encodings import decode_tokens
 
-
 # The arguments of nanoGPT's generate(), in its order and with its defaults; it always samples.
 NANOGPT = {"max_new_tokens": 0, "temperature": 1.0, "top_k": None, "do_sample": True}
 

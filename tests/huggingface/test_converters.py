@@ -1,7 +1,7 @@
 """torch.export, ONNX, torchao and llama.cpp with models that have experts.
 
 Run: python -m pytest tests/huggingface/test_converters.py
-LLAMA_CPP=llama.cpp python -m pytest -m slow tests/huggingface/test_converters.py     # a checkout of llama.cpp
+LLAMA_CPP=llama.cpp python -m pytest -m slow tests/huggingface/test_converters.py    # a checkout
 
 The slow tests skip where the other program is not installed: pip install onnxruntime onnxscript torchao
 llama-cpp-python gguf"""
@@ -23,7 +23,8 @@ MODERN = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2,
               num_shared_experts=1, router_score="sigmoid")  # fmt: skip
 LOADS = """
 import sys, torch
-logits = torch.export.load("program.pt2").module()(torch.load("ids.pt"), use_cache=False, return_dict=False)[0]
+program = torch.export.load("program.pt2").module()
+logits = program(torch.load("ids.pt"), use_cache=False, return_dict=False)[0]
 assert not {"model", "layers", "huggingface", "transformers"} & sys.modules.keys()
 torch.save(logits, "logits.pt")
 """
@@ -36,6 +37,7 @@ def exported_how(T: int = 24) -> dict:
     return dict(kwargs=plain, dynamic_shapes=dict(input_ids=sizes, **dict.fromkeys(plain)))
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_where_our_code_is_missing(tmp_path):
     model, ids = strong(GPTLMHeadModel(tiny(**MODERN))), tokens(B=2, T=7, seed=3)
     program = torch.export.export(model, (tokens(),), **exported_how())

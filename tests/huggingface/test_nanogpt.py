@@ -2,8 +2,8 @@
 
 Run: python -m pytest tests/huggingface/test_nanogpt.py
 
-The files are built here, with a network of our own in nanoGPT's names. docs/huggingface.md names the runs with
-nanoGPT's own code."""
+The files are built here, with a network of our own in nanoGPT's names. docs/huggingface.md names the runs
+with nanoGPT's own code."""
 
 import dataclasses
 import os
@@ -35,7 +35,8 @@ class Network(nn.Module):
         norm, linear = (lambda: nn.LayerNorm(C, bias=bias)), (lambda *sizes: nn.Linear(*sizes, bias=bias))
         block = lambda: nn.ModuleDict(dict(  # noqa: E731
             ln_1=norm(), attn=nn.ModuleDict(dict(c_attn=linear(C, 3 * C), c_proj=linear(C, C))),
-            ln_2=norm(), mlp=nn.ModuleDict(dict(c_fc=linear(C, 4 * C), c_proj=linear(4 * C, C)))))  # fmt: skip
+            ln_2=norm(), mlp=nn.ModuleDict(dict(c_fc=linear(C, 4 * C), c_proj=linear(4 * C, C)))
+        ))  # fmt: skip
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(V, C), wpe=nn.Embedding(SIZES["block_size"], C),
             h=nn.ModuleList(block() for _ in range(SIZES["n_layer"])), ln_f=norm()))  # fmt: skip
@@ -55,9 +56,10 @@ class Network(nn.Module):
 
     def groups(self) -> list[dict]:
         """nanoGPT's groups: matrices, which decay, and the rest."""
-        is_matrix = lambda p: p.dim() >= 2  # noqa: E731
-        return [dict(params=[p for p in self.parameters() if is_matrix(p)], weight_decay=0.1),
-                dict(params=[p for p in self.parameters() if not is_matrix(p)], weight_decay=0.0)]  # fmt: skip
+        return [
+            dict(params=[p for p in self.parameters() if (p.dim() >= 2) == is_matrix], weight_decay=decay)
+            for is_matrix, decay in ((True, 0.1), (False, 0.0))
+        ]
 
 
 def losses(network, optimizer, seeds) -> list[float]:
