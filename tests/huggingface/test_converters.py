@@ -16,7 +16,6 @@ from models import strong, tiny, tokens
 from test_foreign import EXPERTS, small
 
 from huggingface.export import export_folder
-from layers.experts import Experts, dispatch
 from model import GPTLMHeadModel
 
 MODERN = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False, qk_norm=True,
@@ -46,14 +45,6 @@ def test_an_exported_program_runs_where_our_code_is_missing(tmp_path):
     torch.save(ids, tmp_path / "ids.pt")
     subprocess.run([sys.executable, "-P", "-I", "-c", LOADS], cwd=tmp_path, check=True)
     assert (torch.load(tmp_path / "logits.pt") - model(ids).logits).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("fields", [dict(), dict(activation="swiglu", bias=False)])
-def test_the_engine_of_exported_programs_equals_the_loop(fields):
-    experts, x = strong(Experts(tiny(n_embd=8, **fields)), 0.5), torch.randn(9, 8)
-    routing = dispatch(torch.rand(9, 4).topk(2).indices, torch.rand(9, 2), 4)
-    expected, experts.engine = experts(x, routing), "all"
-    torch.testing.assert_close(experts(x, routing), expected)
 
 
 @pytest.mark.parametrize("kind, fields, words", [
