@@ -50,7 +50,7 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None
     for problem in unreadable(model.config, format, words is not None):
-        logger.warning(f"llama.cpp's converter refuses this folder: {problem}; vLLM and transformers read it")
+        logger.warning(f"llama.cpp cannot read this folder: {problem}; transformers can")
     if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
         size = model.config.encoding_size or rows
         model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
@@ -76,9 +76,11 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
 
 
 def unreadable(config: PreTrainedConfig, format: str, has_tokenizer: bool) -> list[str]:
-    """What llama.cpp's converter cannot read in a folder of a stock format. It was tried (docs)."""
+    """What llama.cpp and its converter cannot read in a folder of a stock format. It was tried (docs)."""
     problems = {
-        f"moe_every={config.moe_every}, its qwen3_moe has experts in every layer":
+        f"mlp_hidden_size={config.mlp_hidden_size}, its gpt2 has 4 * n_embd":
+            format == "gpt2" and config.mlp_hidden_size not in (None, 4 * config.n_embd),
+        f"moe_every={config.moe_every}, its qwen3_moe has experts in every layer (vLLM serves it)":
             format == "qwen3_moe" and config.moe_every > 1,
         f"encoding={config.encoding!r}, it does not know this tokenizer":
             format in FOREIGN and has_tokenizer and config.encoding != "gpt2",

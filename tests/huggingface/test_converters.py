@@ -49,6 +49,7 @@ def test_an_exported_program_runs_where_our_code_is_missing(tmp_path):
 
 @pytest.mark.parametrize("kind, fields, words", [
     ("qwen3_moe", EXPERTS | dict(moe_every=2), "moe_every=2"), ("qwen3_moe", EXPERTS, ""),
+    ("gpt2", dict(), "mlp_hidden_size=40"), ("gpt2", dict(mlp_hidden_size=None), ""),
     ("llama", dict(encoding="bytes", vocab_size=384, encoding_size=257), "encoding='bytes'"),
 ])  # fmt: skip
 def test_export_warns_of_folders_that_llama_cpp_refuses(kind, fields, words, tmp_path, caplog):
@@ -94,7 +95,7 @@ def test_llama_cpp_computes_the_same_logits(kind, tmp_path):
     llama = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python gguf")
     if "LLAMA_CPP" not in os.environ:
         pytest.skip("LLAMA_CPP names no checkout of llama.cpp, which has the converter")
-    wide = dict(vocab_size=50304, encoding_size=50257, n_embd=64, block_size=64, mlp_hidden_size=96)
+    wide = dict(vocab_size=50304, encoding_size=50257, n_embd=64, block_size=64, mlp_hidden_size=256)
     fields = dict(use_moe=False) if kind in ("gpt2", "llama", "qwen3") else EXPERTS
     model = strong(GPTLMHeadModel(small(kind, **wide | fields | dict(expert_hidden_size=64))), 0.1)
     export_folder(model, tmp_path / "hf", format=kind)
