@@ -96,7 +96,7 @@ class GPTConfig(StandardNames, CheckedConfig):
     global_every: int | None = setting(None, least=1)  # with a window: every k-th layer sees everything
     norm: str = setting("layernorm", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, above=0)
-    activation: str = setting("gelu", choices=ACTIVATIONS)  # gelu: the tanh form, as in GPT-2
+    activation: str = setting("gelu", choices=ACTIVATIONS)  # gelu: GPT-2's tanh form; gelu_erf: exact
     qk_norm: bool = False
     logit_softcap: float | int = setting(0.0, least=0)
     tie_word_embeddings: bool = True

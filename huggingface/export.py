@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from huggingface.gpt2 import to_gpt2
 from huggingface.llama import FAMILY, to_llama
@@ -50,6 +50,8 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
             if getattr(config, f"{name}_token_id") is None:
                 setattr(config, f"{name}_token_id", words.eos_token_id)
     weights = None
+    for problem in unreadable(model.config, format, words is not None):
+        logger.warning(f"llama.cpp cannot read this folder: {problem}; transformers can")
     if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
         size = model.config.encoding_size or rows
         model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
@@ -72,6 +74,19 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
             words.save_pretrained(temporary)
         manifest = {"format": format, "files": sorted([MANIFEST, *os.listdir(temporary)])}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def unreadable(config: PreTrainedConfig, format: str, has_tokenizer: bool) -> list[str]:
+    """What llama.cpp and its converter cannot read in a folder of a stock format. It was tried (docs)."""
+    problems = {
+        f"mlp_hidden_size={config.mlp_hidden_size}, its gpt2 has 4 * n_embd":
+            format == "gpt2" and config.mlp_hidden_size not in (None, 4 * config.n_embd),
+        f"moe_every={config.moe_every}, its qwen3_moe has experts in every layer (vLLM serves it)":
+            format == "qwen3_moe" and config.moe_every > 1,
+        f"encoding={config.encoding!r}, it does not know this tokenizer":
+            format in FOREIGN and has_tokenizer and config.encoding != "gpt2",
+    }  # fmt: skip
+    return [problem for problem, applies in problems.items() if applies]
 
 
 def refuse_other_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Generation: transformers' generate(), also for a string, and for texts longer than block_size."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,9 @@ from huggingface.outputs import CACHE
 from huggingface.text import encode_prompt
 from layers.attention import without_cudnn
 from tokens.encodings import decode_tokens
+
+# The arguments of nanoGPT's generate(), in its order and with its defaults; it always samples.
+NANOGPT = {"max_new_tokens": 0, "temperature": 1.0, "top_k": None, "do_sample": True}
 
 
 @contextlib.contextmanager
@@ -43,6 +47,7 @@ class GPTGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | str | None = None, *args, **kwargs):
         """transformers' generate(), in evaluation mode; for a string, the prompt and its continuation.
         max_length and max_new_tokens count tokens. With num_return_sequences > 1 it returns a list of texts.
+        generate(idx, max_new_tokens, temperature, top_k) samples as nanoGPT does, past any <|endoftext|>.
         ValueError for a string that the vocabulary cannot hold, FloatingPointError for logits not finite."""
         # accelerate may have bound the forward to this model, and it then reads the flag of this model.
         self._gives_logits, gave = True, self._gives_logits
@@ -53,6 +58,11 @@ class GPTGenerationMixin(GenerationMixin):
                 model = object.__new__(type(self))
                 model.__setstate__(self.__getstate__())
                 generate = super(GPTGenerationMixin, model).generate
+                if args and isinstance(args[0], int):  # transformers has no number in this place
+                    model.generation_config = copy.deepcopy(self.generation_config)
+                    model.generation_config.eos_token_id = None
+                    args, kwargs = (), NANOGPT | dict(zip(NANOGPT, args, strict=False)) | kwargs
+                    kwargs["top_k"] = kwargs["top_k"] or 0
                 if not isinstance(inputs, str):
                     return generate(inputs, *args, **kwargs)
                 ids = torch.tensor([encode_prompt(inputs, self.config)], device=self.device)  # (1, T)

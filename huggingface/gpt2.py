@@ -17,12 +17,13 @@ from huggingface.configuration import SHARED_FIELDS, refuse
 FIELDS = {name: name for name in (*SHARED_FIELDS, "n_layer", "n_head", "n_embd")} | {
     "block_size": "n_positions", "mlp_hidden_size": "n_inner", "dropout": "resid_pdrop",
     "norm_eps": "layer_norm_epsilon"}  # fmt: skip
+ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}  # theirs, and ours
 
 
 def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Our fields and weights for a GPT2LMHeadModel. ValueError names a field that we cannot express."""
     config = theirs.config
-    only = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)}
+    only = {"activation_function": tuple(ACTIVATIONS), "scale_attn_weights": (True,)}
     others = "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"
     refuse("this GPT-2 has", config, only | dict.fromkeys(others, (False,)), "; only {!r} can be loaded")
     if not config.resid_pdrop == config.embd_pdrop == config.attn_pdrop:
@@ -30,6 +31,7 @@ def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
         raise ValueError(f"this GPT-2 has resid_pdrop={config.resid_pdrop}, {others}; they must be equal")
     fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
     fields |= {"use_moe": False, "encoding": getattr(config, "encoding", "gpt2"),
+               "activation": ACTIVATIONS[config.activation_function],
                "attn_implementation": config._attn_implementation}  # fmt: skip
     return fields, transpose_weights(theirs.state_dict())
 
@@ -51,9 +53,11 @@ def to_gpt2(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
     """A dense GPT-2-style model as transformers' GPT2LMHeadModel, on the CPU, with equal logits.
     vocab_size: rows of the embeddings to keep. Absent biases become 0. ValueError for what GPT-2 lacks."""
     config, remedy = model.config, ", only {!r}; export with format='gpt_moe'"
-    refuse("GPT-2 cannot express", config, gpt2_features(config), remedy)
+    features = gpt2_features(config) | {"activation": ("gelu", "gelu_erf")}
+    refuse("GPT-2 cannot express", config, features, remedy)
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    fields |= dict(vocab_size=vocab_size, encoding=config.encoding)
+    fields |= dict(vocab_size=vocab_size, encoding=config.encoding, n_ctx=config.block_size)  # for llama.cpp
+    fields["activation_function"] = "gelu_new" if config.activation == "gelu" else "gelu"
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).to(model.dtype)
     weights = {name: torch.zeros_like(p) for name, p in theirs.state_dict().items() if name.endswith("bias")}

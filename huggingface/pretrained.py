@@ -63,7 +63,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         name, ours, load = pretrained_model_name_or_path, cls.config_class, super().from_pretrained
         if name is None:  # the caller gives config and state_dict
             return load(None, *args, config=config, output_loading_info=output_loading_info, **kwargs)
-        if unread := [key for key in ("variant", "gguf_file", "state_dict") if kwargs.get(key)]:
+        refused = "variant", "gguf_file", "state_dict", "quantization_config"
+        if unread := [key for key in refused if kwargs.get(key)]:
             raise ValueError(f"{name}: {unread[0]} cannot be given; only {WEIGHTS} is read")
         where = {key: kwargs.pop(key) for key in HUB_OPTIONS & kwargs.keys()}
         new_sizes, settings = kwargs.pop("ignore_mismatched_sizes", False), {}

@@ -100,9 +100,14 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     """Sort the routed rows by expert. expert and weight (N, K) give each token K rows. If the number varies,
     expert, weight and token are (R,), token by token."""
     K = expert.shape[1] if token is None else None
-    expert, order = expert.reshape(-1).to(torch.int16).sort(stable=True)  # three times faster than int64
-    experts = torch.arange(num_experts, device=order.device, dtype=torch.int16)
-    ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
+    expert = expert.reshape(-1).to(torch.int16)  # sorting takes a third of int64's time
+    experts = torch.arange(num_experts, device=expert.device, dtype=torch.int16)
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, and the engine "all" needs no order
+        order = torch.arange(expert.shape[0], device=expert.device)
+        ends = (expert[:, None] <= experts).sum(0).int()  # (E,)
+    else:
+        expert, order = expert.sort(stable=True)
+        ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
     token = order // K if token is None else token[order]  # (R,)
     rows = torch.arange(order.shape[0], device=order.device, dtype=torch.int32)
     position = torch.empty_like(rows)
@@ -268,6 +273,12 @@ def _idle_gradients_are_garbage() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
 
 
+def plain(parameter: Tensor) -> Tensor:
+    """This rank's part, as an ordinary tensor: what torchao has quantised is dequantised for this product."""
+    parameter = local(parameter)
+    return parameter.dequantize() if hasattr(parameter, "qdata") else parameter
+
+
 class ZeroIdleGradients(torch.autograd.Function):
     """Returns stacked weights (E, ...) unchanged. Sets the gradient of each expert without rows to zero."""
 
@@ -292,6 +303,7 @@ class Experts(nn.Module):
                     fewer than MOST_GROUPS experts
       "triton"      our grouped_product; auto for all other cases on CUDA capability 8 or higher, with Triton
       "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
+      "all"         every expert computes every token, by plain operators; auto while torch.export traces
     Other GPUs use the loop, which waits for the device once per layer in each pass. Weights are cast as under
     autocast: expert by expert in the loop, else all of them."""
 
@@ -324,11 +336,15 @@ class Experts(nn.Module):
             return self._grouped(x, routing, grouped_product)
         if engine == "gather":
             return self._gathered(x, routing)
+        if engine == "all":
+            return self._all(x, routing)
         biases = [] if self.c_fc_bias is None else [self.c_fc_bias, self.c_proj_bias]
-        parameters = [local(p) for p in (self.c_fc, self.c_proj, *biases)]
+        parameters = [plain(p) for p in (self.c_fc, self.c_proj, *biases)]
         return expert_mlp(x, routing.weight, routing.token, routing.ends, parameters, self.activation)[0]
 
     def _choose_engine(self, x: Tensor, rows: int) -> str:
+        if torch.compiler.is_exporting():  # the program must run in a process that lacks our operators
+            return "all"
         if x.device.type != "cuda" or rows == 0:  # with expert parallelism a rank may get no row
             return "loop"
         groups = local(self.c_fc).shape[0]
@@ -341,24 +357,34 @@ class Experts(nn.Module):
 
     def _grouped(self, x: Tensor, routing: Routing, product: Callable) -> Tensor:
         act, ends, w = get_activation(self.activation), routing.ends, routing.weight[:, None]  # (R, 1)
-        c_fc, c_proj = (local(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
+        c_fc, c_proj = (plain(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
         if product is not grouped_product and _idle_gradients_are_garbage():
             c_fc, c_proj = (ZeroIdleGradients.apply(p, routing.counts()) for p in (c_fc, c_proj))
         h = product(take_rows(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
         if self.c_fc_bias is not None:
-            h = h + BiasOfRows.apply(local(self.c_fc_bias).to(x.dtype), routing.expert, None)
+            h = h + BiasOfRows.apply(plain(self.c_fc_bias).to(x.dtype), routing.expert, None)
         # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
         h = (act.forward(h) * w).to(x.dtype)
         y = product(h, c_proj.mT, ends)  # (R, C)
         if self.c_proj_bias is not None:
-            y = y + BiasOfRows.apply(local(self.c_proj_bias).to(x.dtype), routing.expert, w)
+            y = y + BiasOfRows.apply(plain(self.c_proj_bias).to(x.dtype), routing.expert, w)
         return combine(y, routing, x.shape[0])  # (N, C)
 
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
         expert = routing.expert.int()
-        chosen = {name: local(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every row
+        chosen = {name: plain(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every row
         y = take_rows(x, routing)  # (R, C)
         h = (chosen["c_fc"] @ y[:, :, None])[:, :, 0] + chosen.get("c_fc_bias", 0)  # (R, H), gated (R, 2H)
         h = get_activation(self.activation).forward(h)
         y = (chosen["c_proj"] @ h[:, :, None])[:, :, 0] + chosen.get("c_proj_bias", 0)  # (R, C)
         return combine(y * routing.weight[:, None], routing, x.shape[0]).to(x.dtype)  # (N, C)
+
+    def _all(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = routing.weight.new_zeros(x.shape[0], self.c_fc.shape[0])  # (N, E), 0 if not chosen
+        weights = weights.index_put((routing.token, routing.expert.long()), routing.weight)
+        c_fc, c_proj = (plain(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
+        h = x @ c_fc.mT  # (E, N, H), gated (E, N, 2H)
+        h = h if self.c_fc_bias is None else h + plain(self.c_fc_bias).to(x.dtype)[:, None]
+        y = get_activation(self.activation).forward(h) @ c_proj.mT  # (E, N, C)
+        y = y if self.c_proj_bias is None else y + plain(self.c_proj_bias).to(x.dtype)[:, None]
+        return (y * weights.t()[:, :, None]).sum(0).to(x.dtype)  # (N, C)

@@ -55,6 +55,9 @@ ACTIVATIONS = {
         parts=1, forward=lambda h: F.gelu(h, approximate="tanh"),
         forward_into=lambda out, h: aten.gelu.out(h, approximate="tanh", out=out),
         backward=lambda grad, h: aten.gelu_backward(grad, h, approximate="tanh")),
+    "gelu_erf": Activation(  # the exact form, as in nanoGPT
+        parts=1, forward=F.gelu, forward_into=lambda out, h: aten.gelu.out(h, out=out),
+        backward=aten.gelu_backward),
     "relu2": Activation(
         parts=1, forward=relu_squared, forward_into=lambda out, h: torch.square(F.relu(h), out=out),
         backward=lambda grad, h: 2 * grad * F.relu(h)),

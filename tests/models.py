@@ -11,7 +11,7 @@ from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
 
 # Engines of layers/experts.py; older versions of torch have no grouped_mm.
-ENGINES = ("loop", "gather", "grouped_mm") if grouped_mm else ("loop", "gather")
+ENGINES = ("loop", "gather", "all", "grouped_mm") if grouped_mm else ("loop", "gather", "all")
 
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 

@@ -79,7 +79,7 @@ def test_defaults_are_the_documented_ones():
     (dict(norm_eps=0.0), "above 0"), (dict(rope_theta=-1.0), "above 0"), (dict(rope_theta=0), "above 0"),
     (dict(rope_theta=math.inf), "finite"), (dict(norm_eps=math.nan), "finite"),
     (dict(dropout=math.nan), "finite"), (dict(moe_loss_type="switch"), "load_balancing"),
-    (dict(activation="gelu_new"), "gelu, relu2, swiglu"), (dict(position="alibi"), "learned, rope"),
+    (dict(activation="gelu_new"), "gelu, gelu_erf, relu2, swiglu"), (dict(position="alibi"), "learned, rope"),
     (dict(norm="batchnorm"), "layernorm, rmsnorm"), (dict(router_score="tanh"), "softmax"),
     (dict(n_embd=65), "n_head=12"), (dict(n_head=12, n_kv_head=5), "n_head=12"),
     (dict(position="rope", n_embd=36), "n_head=12 .* odd size, 3"), (dict(global_every=2), "sliding_window"),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from huggingface.nanogpt import from_nanogpt, without_code
 from model import GPTConfig, GPTLMHeadModel
 from tokens.files import check_regular, write_atomically
 from tokens.printable import one_line
@@ -105,8 +106,8 @@ def load_checkpoint(path: str | Path, whole: bool = True, trusted: bool = False)
     if path.is_dir():
         return sharded.load(path) if whole else sharded.read_rest(path)
     # Given a file's name instead of an open file, torch.load would hide the system's errors.
-    with reading(path, "it is no checkpoint of ours"), open(path, "rb") as file:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    with reading(path, "it is no checkpoint of ours"), open(path, "rb") as file, without_code():
+        checkpoint = from_nanogpt(torch.load(file, map_location="cpu", weights_only=True))
         archives.check_format(path, checkpoint)
         checkpoint = check_checkpoint(checkpoint)
         if odd := [name for name, tensor in named_tensors(checkpoint) if not archives.is_plain(tensor)]:
@@ -260,7 +261,10 @@ def restore(state: dict, model: Any, optimizer: Any, loader: Any, path: Path | s
     """Restore weights, optimizer state (not its settings), position in the data and random state. ValueError,
     naming path and difference, for other data or another architecture."""
     try:
-        loader.load_state_dict(state["loader"])
+        if state["loader"].keys() == {"position"}:  # nanoGPT's
+            loader.reset(state["loader"]["position"])
+        else:
+            loader.load_state_dict(state["loader"])
     except ValueError as error:
         raise ValueError(f"resume: {path}: {error}") from error
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -60,7 +60,7 @@ def test_everything_else_reads_the_row(activation):
 def test_an_unknown_activation_is_an_error_in_every_engine():
     config, experts = tiny(), Experts(tiny())
     config.activation = experts.activation = "gleu"
-    message = "activation='gleu'.*gelu, relu2, swiglu"
+    message = "activation='gleu'.*gelu, gelu_erf, relu2, swiglu"
     for module in (MLP, Experts):
         with pytest.raises(ValueError, match=message):
             module(config)
