@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import compare
@@ -23,11 +24,9 @@ def fake_run(folder, final: float, seed: int, steps=STEPS, speed=1.0, change=Non
                   min_lr=settings.get("max_lr", 0.01) / 10) | settings  # fmt: skip
     rows = []
     for step in range(steps):
-        row = dict(
-            step=step, loss=3.0, elapsed_s=(step + 0.5) / speed, tok_per_s=TOKENS * speed, max_load=1.5
-        )
-        evaluated = step % 4 == 0 and dict(val_loss=final + math.log(STEPS / max(step, 1)), eval_step=step)
-        rows.append(row | (evaluated or {}))
+        row = dict(step=step, loss=3.0, elapsed_s=(step + 0.5) / speed, tok_per_s=TOKENS * speed)
+        evaluated = dict(val_loss=final + math.log(STEPS / max(step, 1)), eval_step=step)
+        rows.append(row | dict(max_load=1.5) | (evaluated if step % 4 == 0 else {}))
     rows[-1] |= dict(val_loss=final + math.log(STEPS / steps), val_bpb=2.0, eval_step=steps)
     rows[-1]["elapsed_s"] = steps / speed
     (change or (lambda rows: None))(rows)
@@ -74,8 +73,7 @@ def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, s
 
 def test_welch_has_the_interval_of_a_worked_example():
     """Means 5 and 2, variances 1 and 4, three values each; 2.94 degrees of freedom by Welch's formula."""
-    a, b = (compare.Setting({}, {i: {"final": x} for i, x in zip(seeds, values, strict=True)})
-            for seeds, values in ((range(3), (4.0, 6.0, 5.0)), (range(3, 6), (0.0, 2.0, 4.0))))  # fmt: skip
+    a, b = pd.Series([4.0, 6.0, 5.0], [0, 1, 2]), pd.Series([0.0, 2.0, 4.0], [3, 4, 5])  # by seed
     freedom = (5 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)
     mean, half, pairs = compare.difference(a, b)
     assert (mean, pairs) == (pytest.approx(3), 0) and T_TABLE[3] < half / math.sqrt(5 / 3) < T_TABLE[2]
