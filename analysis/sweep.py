@@ -185,8 +185,8 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace) -> tuple[list[Job], i
             job = waiting.pop(0)
             say(job, job.state, f": {describe(job)}, before" if job.state == "finished" else "")
             if job.state != "finished":
-                running[free[0]] = job
                 start(job, free[0], options.jobs)
+                running[free[0]] = job
             continue
         for job in running.values() if len(signals) > sent else ():
             job.process.send_signal(signal.SIGTERM) if len(signals) == 1 else job.process.kill()
