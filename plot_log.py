@@ -204,15 +204,15 @@ def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> np.ndarray:
 
 
 def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool):
-    """Draw training and validation losses, and crosses at the lower edge for steps without a finite loss."""
-    ax, one = fig.add_subplot(cell), len(runs) == 1
-    inside, spikes = [], []
+    """Draw training and validation losses, losses beyond the axis as triangles at its upper edge, and steps
+    without a finite loss as crosses at the lower edge."""
+    ax, one, inside, spikes = fig.add_subplot(cell), len(runs) == 1, [], []
+    edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none"}  # y from 0 to 1
     for run in runs:
         medians = draw_smoothed(ax, run, "loss", label="training (light: every step)" if one else None)
         inside += [*medians[len(medians) // 50 :]]  # the fall of the first steps would flatten the rest
         spikes += [*run.points("loss")[1][len(medians) // 50 :]]
         lost = [run.x[i] for i, row in enumerate(run.rows) if "loss" in row and not is_finite(row["loss"])]
-        edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none"}  # y from 0 to 1
         label = "loss not finite" if lost else None
         ax.plot(lost, [0.03] * len(lost), marker="x", color="black", label=label, **edge)
         sets = {key: None for row in run.rows for key in row if key.startswith("val_loss/")} if one else {}
@@ -230,6 +230,12 @@ def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: 
     if high > low:  # spikes may take a fifth of the axis
         high = max(high, min(max(spikes, default=high), high + 0.25 * (high - low)))
         ax.set_ylim(low - 0.1 * (high - low), high + 0.06 * (high - low))
+    for line in [*ax.lines]:
+        x, y = np.array(line.get_data(), dtype=float)
+        beyond = y > ax.get_ylim()[1]
+        beyond[1:] &= ~beyond[:-1]  # one triangle for steps in a row
+        label = "beyond the axis" if beyond.any() else None
+        ax.plot(x[beyond], 0.97 * beyond[beyond], "^", color=line.get_color(), label=label, **edge)
     handles, labels = ax.get_legend_handles_labels()
     if keys := dict(zip(labels, handles, strict=True)):  # each label once
         ax.legend(keys.values(), keys, loc="upper right", bbox_to_anchor=(1, 0.96))

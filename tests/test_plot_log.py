@@ -194,7 +194,7 @@ def test_smoothing_against_a_plain_loop(tmp_path, draw):
     np.testing.assert_array_equal(line, list(enumerate(medians)))
 
 
-def test_a_spike_is_no_plateau_and_few_validation_losses_are_markers(tmp_path, draw):
+def test_a_spike_is_no_plateau_and_is_marked_and_few_validation_losses_are_markers(tmp_path, draw):
     losses = [3.5 - step / 1000 for step in range(300)]
     losses[200:202] = 11.3, 7.9
     for every, style in ((100, "None"), (10, "-")):
@@ -202,7 +202,7 @@ def test_a_spike_is_no_plateau_and_few_validation_losses_are_markers(tmp_path, d
         rows += [{"step": step, "val_loss": 3.4} for step in range(0, 300, every)]
         loss = draw(write_log(tmp_path, rows))[0]["Loss"]
         assert 3.5 < loss.get_ylim()[1] < 3.7 and points(loss, "training")[:, 1].max() <= 3.5
-        assert len(points(loss)) == 300
+        assert points(loss, "beyond the axis")[:, 0].tolist() == [200] and len(points(loss)) == 300
         assert next(line for line in loss.lines if line.get_label() == "validation").get_linestyle() == style
 
 
