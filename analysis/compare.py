@@ -1,9 +1,8 @@
 """Settings compared over seeds: `python -m analysis compare`. docs/experiments.md explains every column.
 
 Runs whose settings are equal, except the seed and NO_EFFECT, share a row. Intervals are Student's ("The
-probable error of a mean", 1908), or Welch's (1947) for two settings without common seeds. Three tables pass
-from function to function: `settings`, a row each with the values that differ; `runs`, by setting and seed;
-and in its column "curve" a run's evaluations, by tokens."""
+probable error of a mean", 1908). Tables pass from function to function: `settings`, a row each with the
+values that differ; `runs`, by setting and seed; in its column "curve" a run's evaluations, by tokens."""
 
 import argparse
 import math
@@ -133,18 +132,13 @@ def t_quantile(freedom: float, inside: float = 0.95) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(inside * below[-1], below, angle))
 
 
-def difference(final: pd.Series, baseline: pd.Series) -> tuple[float, float, int]:
-    """Final loss minus the baseline's, both by seed; half of its 95% interval (NaN: unknown); the number of
-    seeds it is paired over, or 0 if less than two are common."""
+def difference(final: pd.Series, baseline: pd.Series) -> tuple[float, float]:
+    """The mean over the common seeds of a final loss minus the baseline's, both by seed, and half of its 95%
+    interval, NaN with less than two common seeds."""
     pairs = (final - baseline).dropna()
-    if (n := len(pairs)) > 1:
-        return pairs.mean(), t_quantile(n - 1) * pairs.std() / math.sqrt(n), n
-    sizes = np.array([len(final), len(baseline)])
-    variances = np.array([final.var(), baseline.var()]) / sizes  # of the two means
-    half = math.sqrt(variances.sum())
-    if half > 0:
-        half *= t_quantile(variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum())
-    return final.mean() - baseline.mean(), half, 0
+    if (n := len(pairs)) < 2:
+        return final.mean() - baseline.mean(), math.nan
+    return pairs.mean(), t_quantile(n - 1) * pairs.std() / math.sqrt(n)
 
 
 def effective(x: np.ndarray, losses: np.ndarray, target: float) -> str:
@@ -176,10 +170,10 @@ def summarise(settings: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> list
         some = runs.loc[key]
         row = {**values, "seeds": len(some), **some.mean(numeric_only=True).add_suffix("_mean")}
         row |= dict(some.std(numeric_only=True).add_suffix("_sd"))
-        mean, half, pairs = difference(some["final"], runs.loc[baseline, "final"])
+        mean, half = difference(some["final"], runs.loc[baseline, "final"])
         word = "better" if mean + half < 0 else "worse" if mean - half > 0 else "cannot tell"
-        word = "baseline" if key == baseline else word + "*" * (pairs == 0)
-        row |= dict(difference=mean, half=half, pairs=pairs, verdict=word)
+        word = "baseline" if key == baseline else word + "*" * math.isnan(half)
+        row |= dict(difference=mean, half=half, verdict=word)
         row |= dict(common_tokens=tokens, common_seconds=seconds)
         for name, x in (("tokens", base.index), ("seconds", base["seconds"])):
             row[f"effective_{name}"] = effective(x.to_numpy(), base["loss"].to_numpy(), row["final_mean"])
@@ -237,7 +231,7 @@ def run(options: argparse.Namespace) -> int:
     if len(rows) > 1:
         final = runs.loc[baseline, "final"]
         noise = f"{final.std():.4f}: the standard deviation of its final loss over {len(final)} seeds"
-        stars = ["* not paired: less than two seeds in common with the baseline"]
+        stars = ["* no interval: less than two seeds in common with the baseline"]
         lines = stars * any("*" in row["verdict"] for row in rows) + lines
         lines.insert(0, f"the noise of this baseline is {noise if len(final) > 1 else 'unknown: one seed'}")
     blocks, markdown = [], []
