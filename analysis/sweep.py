@@ -23,7 +23,6 @@ from plot_log import read_run
 from tokens.printable import one_line
 
 SCRIPT = Path(__file__).parents[1] / "train_gpt_moe.py"
-BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}  # of --text and the demo
 PYTHON = [sys.executable]  # what "python" stands for in a command
 
 
@@ -75,8 +74,7 @@ def read_swept(words: list[str], common: list[str]) -> dict[str, list[str]]:
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
-    """All runs in the order of the flags, the last one fastest, checked as train_gpt_moe.py checks them.
-    ValueError, OSError: what would stop a run before its first step."""
+    """All runs in the order of the flags, the last one fastest. ValueError: a bad flag or value."""
     from train_gpt_moe import parse_config
 
     swept, jobs = read_swept(options.flags, options.common), {}
@@ -90,32 +88,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
             raise ValueError(f"{shlex.join(flags)}: {folder} is another run's folder, or too long a name")
         command = ["python", os.path.relpath(SCRIPT), *options.common, *flags]
         command += ["--log_dir", folder, "--resume", "auto"]
-        check(config, given)
         jobs[folder] = Job(folder, command, config, given)
     return list(jobs.values())
-
-
-def check(config: object, given: set[str]) -> None:
-    """ValueError, OSError: what would stop a run with these settings before its first step."""
-    import torch
-
-    from llmc.trainer import check_flags
-    from tokens.shards import read_meta
-    from tokens.sources import find_files
-    from training.parallel import World
-    from training.setup import build_model, check_config
-
-    check_flags(config)
-    check_config(config, World(0, 0, 1, torch.device("cpu")), given, say=lambda text: None)
-    makes_data = (config.text and find_files(config.text)) or is_demo(config)
-    meta = BYTES if makes_data else read_meta(config.data_dir, config.input_bin)
-    if not config.init_from:  # fsdp: without weights
-        build_model(dataclasses.replace(config, parallel="fsdp"), given, meta, None)
-
-
-def is_demo(config: object) -> bool:
-    """Whether a run with these settings makes the demo's data."""
-    return config.preset == "demo" and config.data_dir == "demo_data" and not config.text
 
 
 def look_for_earlier(job: Job) -> None:
@@ -220,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for job in jobs:
         look_for_earlier(job)
-    if any(is_demo(job.config) for job in jobs):
+    if any(job.config.preset == "demo" and not job.config.text for job in jobs):
         prepare_demo()  # once, and not by several runs at a time
     failed, number = run_jobs(jobs, options)
     for job in failed:

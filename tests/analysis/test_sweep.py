@@ -59,9 +59,8 @@ def test_the_commands_parse_and_their_folders_tell_what_differs(data, capsys):
 @pytest.mark.parametrize("words, named", [
     ("--max_lrs 1,2", "did you mean --max_lr"), ("--seed 1,x", "'x'"), ("--seed", "--seed"),
     ("--moe_loss_type load_balancing,none", "moe_loss_type='none'"), ("--seed 1,1", "--seed 1"),
-    ("--num_experts_per_tok 1,5", "num_experts_per_tok=5"), ("--B 4,3", "total_batch_size=256"),
-    ("--n_head 2,3", "n_head=3"), ("--seed 1 --seed 2", "given twice"), ("--run_name a,b", "run_name"),
-    ("--text none.txt,other.txt", "none.txt"), ("--jobs 0", "--jobs 0"), ("--array 1", "--array 1"),
+    ("--seed 1 --seed 2", "given twice"), ("--run_name a,b", "run_name"),
+    ("--jobs 0", "--jobs 0"), ("--array 1", "--array 1"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_anything_starts(data, refused, tmp_path, words, named):
     assert named in refused(main, *arguments(data, tmp_path / "out", *words.split()))
