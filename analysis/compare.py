@@ -1,4 +1,4 @@
-"""Settings compared over seeds: `python -m analysis compare`. docs/experiments.md explains every column.
+"""Compare settings over seeds: means, differences, intervals. docs/experiments.md explains every column.
 
 Runs whose settings are equal, except the seed and NO_EFFECT, share a row. Intervals are Student's ("The
 probable error of a mean", 1908). Tables pass from function to function: `settings`, a row each with the
@@ -59,10 +59,8 @@ def has_ended(run: LoggedRun) -> bool:
 
 def why_left_out(run: LoggedRun, folder: str) -> str:
     """Why the run cannot be compared, with the command that mends it; "" if it can."""
-    if not run.rows:
-        return "empty: its log has no step"
-    if not is_finite(run.config.get("total_batch_size")):
-        return "its settings are unknown: run.json is missing or damaged"
+    if not run.rows or not is_finite(run.config.get("total_batch_size")):
+        return "run.json is missing or damaged" if run.rows else "empty: its log has no step"
     last = run.rows[-1]
     if not has_ended(run):
         what = "diverged" if "loss" in last and not is_finite(last["loss"]) else "unfinished"

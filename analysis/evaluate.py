@@ -66,9 +66,7 @@ def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, flo
     found = {"tokens": len(ids) - 1, "loss": total / (len(ids) - 1)}
     found["perplexity"] = math.exp(min(found["loss"], 700))
     found["bytes"] = int(token_bytes(model.config.encoding)[ids[1:]].sum())
-    if found["bytes"]:
-        found["bits_per_byte"] = total / (math.log(2) * found["bytes"])
-    return found
+    return found | {"bits_per_byte": total / math.log(2) / (found["bytes"] or math.nan)}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,6 +87,5 @@ def run(options: argparse.Namespace) -> int:
     print(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, in windows of {T}")
     print(f"loss           {found['loss']:.4f} nats per token")
     print(f"perplexity     {found['perplexity']:.3f}")
-    if "bits_per_byte" in found:
-        print(f"bits per byte  {found['bits_per_byte']:.4f}")
+    print(f"bits per byte  {found['bits_per_byte']:.4f}")
     return 0

@@ -1,14 +1,11 @@
-"""What the experts of a checkpoint have learnt: which tokens each one computes, and what each one is worth.
+"""What the experts of a checkpoint have learnt: a page, pictures and JSON.
 
 For every MoE layer it counts which experts the router chooses for the tokens of a text. Then it measures the
 loss without each expert, with random experts, and with the router of the run's start.
 
 Sources: OLMoE (arXiv 2409.02060, section 5): saturation, co-activation, specialisation by domain and token.
-FLAME-MoE (arXiv 2505.20225): the same measures in the course of training. ST-MoE (arXiv 2202.08906): routers
-at low precision, and the tokens that experts learn.
-
-Letters: N tokens, E experts, K experts per token, T tokens of a window.
-"""
+FLAME-MoE (arXiv 2505.20225): the same in the course of training. ST-MoE (arXiv 2202.08906): low precision.
+Letters: N tokens, E experts, K experts per token, T tokens of a window."""
 
 import argparse
 import contextlib
@@ -126,8 +123,8 @@ def mean_loss(model, parts: dict[str, np.ndarray], T: int, B: int) -> float:
     """The loss of all parts together, nats per token."""
     from analysis.evaluate import measure
 
-    losses = [measure(model, ids, T, B, "float32")["loss"] for ids in parts.values()]
-    return float(np.average(losses, weights=[len(ids) - 1 for ids in parts.values()]))
+    found = [measure(model, ids, T, B, "float32") for ids in parts.values()]
+    return float(np.average([one["loss"] for one in found], weights=[one["tokens"] for one in found]))
 
 
 def record(model, parts: dict[str, np.ndarray], T: int, B: int) -> tuple[float, list[dict[str, Any]]]:
@@ -175,8 +172,8 @@ def describe(seen: dict, parts: dict[str, np.ndarray], T: int, E: int, encoding:
                      "rows": int(count[t]), "share": float(count[t] / occurs[t])} for t in best])  # fmt: skip
     entropy = -float((load[load > 0] * np.log(load[load > 0])).sum())
     return seen | {
-        "load": load.tolist(), "max_load": float(load.max()) * E, "load_entropy": entropy,
-        "effective_experts": math.exp(entropy), "gate_mass": (mass / mass.sum()).tolist(), "top_tokens": top,
+        "load": load.tolist(), "gate_mass": (mass / mass.sum()).tolist(), "max_load": float(load.max()) * E,
+        "load_entropy": entropy, "effective_experts": math.exp(entropy), "top_tokens": top,
         "position_lift": lift(chosen, position, E)[1].tolist(),
         "source_lift": lift(chosen, source, E)[1].tolist(),
         "coactivation": coactivation(chosen, E).tolist() if chosen.shape[1] > 1 else None,

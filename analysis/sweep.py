@@ -1,4 +1,4 @@
-"""Runs of train_gpt_moe.py over all combinations of settings: `python -m analysis sweep`.
+"""Train over all combinations of settings, some runs at a time.
 
     python -m analysis sweep --jobs 2 --seed 1,2,3 --max_lr 1e-2,2e-2 -- --preset demo --text my_text.txt
 
