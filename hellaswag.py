@@ -8,17 +8,13 @@
 
 The model chooses the ending with the highest probability (acc), or the highest per token or character
 (acc_norm). If a text is longer than the model's block, its left end is cut off, for each ending separately.
-    --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
+    --style completion   the text as it stands, acc_norm per token, as in github.com/karpathy/build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
-                         as in lm-evaluation-harness 0.4, zero-shot
+                         as in github.com/EleutherAI/lm-evaluation-harness 0.4, zero-shot
 
-`score_one_by_one` computes four padded rows for every question, and all their logits. `score_batched` gets
-the same numbers faster. A question is ONE row: its context, then the four endings. A mask hides the endings
-from each other, and positions restart for each. Rows of similar length share a batch, and the head computes
-logits only where a token is scored.
-
-References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
-github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
+`score_one_by_one` is the plain method. `score_batched` gets the same numbers faster. A question is ONE row:
+its context, then the four endings. A mask hides the endings from each other, and positions restart for each.
+Rows of similar length share a batch, and the head computes logits only where a token is scored."""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse

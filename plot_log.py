@@ -179,10 +179,10 @@ def draw_references(ax, name: str, runs: list[LoggedRun], compare: bool) -> list
     batches = {run.config.get("total_batch_size") for run in runs if name == "noise_scale"}
     found |= {f"batch of {short(tokens)}": tokens for tokens in batches if is_finite(tokens)}
     experts = {run.experts() for run in runs} - {None}
-    for E, K in experts:
-        found |= {f"ceiling E/K = {E / K:.3g}": E / K} if name == "max_load" else {}
-        if name == "router_entropy" and len(experts) == 1:  # of several runs the texts would overlap
-            found |= {f"ceiling ln E = {math.log(E):.3g}": math.log(E)}
+    if name == "max_load":
+        found |= {f"ceiling E/K = {E / K:.3g}": E / K for E, K in experts}
+    if name == "router_entropy" and len(experts) == 1:  # of several runs the texts would overlap
+        found |= {f"ceiling ln E = {math.log(E):.3g}": math.log(E) for E, _ in experts}
     for text, y in found.items():
         ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
         x, side = (0.01, "left") if text.startswith("GPT") else (0.99, "right")

@@ -132,13 +132,10 @@ class Diagnostics:
                 routing, _ = moe.route(logits[:PROBE])
                 self._watched[layer] = routing.expert[routing.position].view(-1, routing.per_token)[:, 0]
 
-        layers = enumerate(model.moe_layers())
-        hooks = [moe.gate.register_forward_hook(partial(note, moe, layer)) for layer, moe in layers]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer, moe in enumerate(model.moe_layers()):
+                hooks.enter_context(moe.gate.register_forward_hook(partial(note, moe, layer)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def evaluation(self, model: Any) -> dict:
         """What an evaluation logs. Call it once an evaluation can no longer be interrupted."""
@@ -162,7 +159,6 @@ class Diagnostics:
             single = run.trains and run.accumulation == 1
             return "the gradient noise scale needs two micro-steps: lower --B" if single else ""
         advice = "a larger batch would still pay" if tokens < scale else "a smaller one would learn as much"
-        if 0.5 <= tokens / scale <= 2:
-            advice = "about right"
+        advice = "about right" if 0.5 <= tokens / scale <= 2 else advice
         size = f"{tokens / scale:.2g} of the gradient noise scale ({float(f'{scale:.2g}'):,.0f})"
         return f"{tokens:,} tokens are {size}: {advice}"

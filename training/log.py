@@ -50,10 +50,9 @@ LOG_LINE = re.compile(rf"(?:s:)?(\d{{1,18}})[ :]({'|'.join(WORDS)})[ :](?:-?\d+\
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
     If the disk is full, lines wait in memory until there is space. Files of an earlier run move into a folder
-    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. It keeps the
-    lines of the evaluation at first_step if evaluates_first is False. wandb: the project in Weights & Biases
-    that also gets settings, curves, samples and pictures of the load; "" for none. record: the run_record.
-    ValueError: another run uses the folder, or wandb is missing. OSError: writing fails."""
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but not those
+    of the evaluation there if evaluates_first is False. wandb: the project in Weights & Biases, "" for none.
+    record: the run_record. ValueError: another run uses the folder, no wandb. OSError: writing fails."""
 
     def __init__(self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool,
                  wandb: str = "", evaluates_first: bool = True, say: Callable = print,
