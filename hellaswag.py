@@ -8,28 +8,22 @@
 
 The model chooses the ending with the highest probability (acc), or the highest per token or character
 (acc_norm). If a text is longer than the model's block, its left end is cut off, for each ending separately.
-    --style completion   the text as it stands, acc_norm per token, as in build-nanogpt
+    --style completion   the text as it stands, acc_norm per token, as in github.com/karpathy/build-nanogpt
     --style harness      "activity: context" without WikiHow's [marks], acc_norm per character of the ending,
-                         as in lm-evaluation-harness 0.4, zero-shot
+                         as in github.com/EleutherAI/lm-evaluation-harness 0.4, zero-shot
 
-`score_one_by_one` computes four padded rows for every question, and all their logits. `score_batched` gets
-the same numbers faster. A question is ONE row: its context, then the four endings. A mask hides the endings
-from each other, and positions restart for each. Rows of similar length share a batch, and the head computes
-logits only where a token is scored.
-
-References: HellaSwag, arXiv 1905.07830; github.com/karpathy/build-nanogpt, hellaswag.py;
-github.com/EleutherAI/lm-evaluation-harness (tasks/hellaswag/utils.py, api/model.py, api/metrics.py)."""
+`score_one_by_one` is the plain method. `score_batched` gets the same numbers faster. A question is ONE row:
+its context, then the four endings. A mask hides the endings from each other, and positions restart for each.
+Rows of similar length share a batch, and the head computes logits only where a token is scored."""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
-import contextlib
 import functools
 import itertools
 import math
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +50,8 @@ def preprocess(text: str) -> str:
 
 
 def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[list[int]], list[int] | None]:
-    """Tokens of the context and of the four endings; for the harness style also the endings' characters."""
+    """Tokens of the context and of the four endings; for the harness style also the endings' characters. A
+    question without ctx_a and ctx_b, the parts of ctx, is taken as it is."""
     encode = functools.partial(encode_text, name=encoding)
     if style == "completion":
         return encode(example["ctx"]), [encode(" " + ending) for ending in example["endings"]], None
@@ -98,7 +93,6 @@ class Question(NamedTuple):
     norms: list[int]  # what acc_norm divides the endings' log-probabilities by
     label: int
     cropped: bool  # some row was longer than the model's block
-    joined: bool  # the question has only ctx, not its parts ctx_a and ctx_b
 
 
 def build_question(example: dict, encoding: str, style: str, block_size: int) -> Question:
@@ -111,7 +105,7 @@ def build_question(example: dict, encoding: str, style: str, block_size: int) ->
         rows.append((row[:-scored], row[-scored:]))
     cropped = len(context) + max(map(len, endings)) > block_size + 1
     norms = characters or [len(ending) for _, ending in rows]
-    return Question(rows, norms, example["label"], cropped, not {"ctx_a", "ctx_b"} <= example.keys())
+    return Question(rows, norms, example["label"], cropped)
 
 
 @functools.lru_cache(maxsize=1)  # every evaluation calls it; a new mtime reads the file again
@@ -164,11 +158,10 @@ def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
     """A row per question, or per ending if contexts are not shared or were cropped; the longest row first."""
     rows = []
     for number, question in enumerate(questions):
-        contexts, endings = zip(*question.rows, strict=True)
         if shared and not question.cropped:
-            rows.append((4 * number, contexts[0], endings))
+            rows.append((4 * number, question.rows[0][0], [ending for _, ending in question.rows]))
         else:
-            rows += [(4 * number + i, contexts[i], endings[i : i + 1]) for i in range(4)]
+            rows += [(4 * number + i, context, [ending]) for i, (context, ending) in enumerate(question.rows)]
     return sorted(rows, key=row_size, reverse=True)
 
 
@@ -303,18 +296,16 @@ def load_on_all_ranks(load: Callable[[], tuple], rank: int, world_size: int, dev
     """Return load(). Rank 0 calls it first, so that only one rank downloads. If one rank fails, all raise."""
     questions, errors = (), []
     for my_turn in (rank == 0, rank != 0):
-        if my_turn:
-            try:
-                questions = load()
-            except (OSError, ValueError) as error:
-                errors.append(error)
+        try:
+            questions = load() if my_turn else questions
+        except (OSError, ValueError) as error:
+            errors.append(error)
         failed = torch.tensor(float(len(errors)), device=device)
         if world_size > 1:
             dist.all_reduce(failed)
-    if failed > 0:
-        if not errors:
-            raise HellaSwagUnavailable("another rank could not load the questions; see its message")
-        raise errors.pop()  # left in `errors`, it would keep the caller's model in memory
+        if failed > 0:
+            errors = errors or [HellaSwagUnavailable("another rank could not load the questions")]
+            raise errors.pop()  # left in `errors`, it would keep the caller's model in memory
     return questions
 
 
@@ -326,9 +317,9 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
              progress: Callable = lambda done, n: None) -> HellaSwagResult | None:  # fmt: skip
     """Score a model on the first `limit` questions (None: all) of a file (None: the validation split).
     model: ours, also inside DDP, FSDP2 or torch.compile, or another causal language model of Hugging Face.
-    encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this
-    and get the whole result. autocast: a dtype to compute in. interrupted: called before every forward, alike
-    on all ranks; True gives None. progress: called there with the numbers of questions: scored, all.
+    encoding: None: config.encoding, or GPT-2's for a GPT-2. world_size: if above 1, all ranks must call this.
+    autocast: a dtype to compute in. interrupted: called before every forward, alike on all ranks; True gives
+    None. progress: called there with the numbers of questions: scored, all.
     Raises HellaSwagUnavailable, ValueError, and FloatingPointError for NaN."""
     config, device = unwrap(model).config, torch.device(device or unwrap(model).device)
     encoding = encoding or getattr(config, "encoding", "gpt2" if config.model_type == "gpt2" else None)
@@ -346,9 +337,7 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
         return load_questions(path, limit, style, encoding, longest_input(config), config.vocab_size, mtime)
 
     questions = load_on_all_ranks(load, rank, world_size, device)
-    if style == "harness" and rank == 0 and any(question.joined for question in questions):
-        warnings.warn("questions without ctx_a and ctx_b: using their ctx instead", stacklevel=2)
-    with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
         more = rank, world_size, device, interrupted, progress
         losses = score_batched(model, questions, tokens_per_batch, *more)
     if losses is not None and losses.isnan().any():

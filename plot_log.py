@@ -10,6 +10,7 @@ training/metrics.py says which number is in which panel. Colours: https://jfly.u
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
+import contextlib
 import glob
 import io
 import json
@@ -35,6 +36,7 @@ RESULTS = {"val_loss": "validation loss {:.3f}", "val_bpb": "{:.3f} bits per byt
            "hella_acc_norm": "HellaSwag {:.1%}"}  # fmt: skip
 NOT_COMPARED = {"log_dir", "run_name", "config", "resume"}  # settings that do not change the training
 LOG_WORDS = {metric.log_word: metric.name for metric in METRICS if metric.log_word}  # of log.txt
+EVALUATED = {metric.name for metric in METRICS if metric.evaluated}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 GREY = "#595959"
@@ -84,14 +86,12 @@ def is_finite(value: object) -> bool:
 
 
 def parse_line(line: str) -> dict:
-    """A line of a log as {"run": config} or as a step's record; its `load` is expert_load in fair shares."""
+    """A line of a log as a step's record; its `load` is expert_load in fair shares."""
     if line[0] != "{":
         step, word, value = line.split()
         return {"step": int(step), LOG_WORDS[word]: float(value)}
     record = json.loads(line)
     record.pop("load", None)  # the name of what is computed below
-    if "run" in record:  # older runs wrote their settings here
-        return {"run": dict(record["run"].get("config", {}))}
     if record.get("expert_load"):
         load = np.array(record["expert_load"], dtype=float)  # (MoE layers, E)
         if load.ndim != 2 or not np.isfinite(load).all():
@@ -121,18 +121,11 @@ def find_runs(arguments: list[str]) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(runs)), [others[path] for path in others if os.path.isdir(path)]
 
 
-def read_settings(folder: str) -> dict:
-    """All settings of a run from its run.json; {} if that is missing or damaged."""
-    path = Path(folder, "run.json")
-    try:
-        return dict(json.loads(path.read_bytes())["config"]) if path.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
 def read_run(folder: str) -> LoggedRun:
     """Read the log in `folder`; `problems` says what is wrong in it."""
     run = LoggedRun(printable(os.path.basename(os.path.realpath(folder))))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # missing, damaged
+        run.config = dict(json.loads(Path(folder, "run.json").read_bytes())["config"])
     for path in map(Path, logs(folder)):
         rows, bad = {}, []
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -142,13 +135,10 @@ def read_run(folder: str) -> LoggedRun:
                 except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                     bad += [number] if line.strip() else []
                     continue
-                run.config = record.get("run", run.config)
-                if "step" in record:
-                    rows.setdefault(record["step"], {}).update(record)
-                if (after := record.get("eval_step")) == record.get("step", 0) + 1:  # after the last step
-                    row, evaluated = rows[record["step"]], {m.name for m in METRICS if m.evaluated}
-                    names = [name for name in record if name.split("/")[0] in evaluated]
-                    measured = {name: row.pop(name) for name in names}
+                row = rows.setdefault(record["step"], {})
+                row |= record
+                if (after := record.get("eval_step")) == record["step"] + 1:  # after the last step
+                    measured = {name: row.pop(name) for name in record if name.split("/")[0] in EVALUATED}
                     rows[after] = measured | {"step": after, "elapsed_s": row.get("elapsed_s")}
         if bad:
             run.problems.append(f"{path.name}: {len(bad)} unreadable line(s) skipped, first line {bad[0]}")
@@ -156,7 +146,6 @@ def read_run(folder: str) -> LoggedRun:
             run.rows = [rows[step] for step in sorted(rows)]
             break
         run.problems.append(f"{path.name} holds no step")
-    run.config = read_settings(folder) or run.config
     if lost := sum("loss" in row and not is_finite(row["loss"]) for row in run.rows):
         run.problems.append(f"{lost} of {len(run.rows)} steps have no finite loss")
     return run
@@ -190,17 +179,15 @@ def draw_references(ax, name: str, runs: list[LoggedRun], compare: bool) -> list
     batches = {run.config.get("total_batch_size") for run in runs if name == "noise_scale"}
     found |= {f"batch of {short(tokens)}": tokens for tokens in batches if is_finite(tokens)}
     experts = {run.experts() for run in runs} - {None}
-    for E, K in experts:
-        found |= {f"ceiling E/K = {E / K:.3g}": E / K} if name == "max_load" else {}
-        if name == "router_entropy" and len(experts) == 1:  # of several runs the texts would overlap
-            found |= {f"ceiling ln E = {math.log(E):.3g}": math.log(E)}
+    if name == "max_load":
+        found |= {f"ceiling E/K = {E / K:.3g}": E / K for E, K in experts}
+    if name == "router_entropy" and len(experts) == 1:  # of several runs the texts would overlap
+        found |= {f"ceiling ln E = {math.log(E):.3g}": math.log(E) for E, _ in experts}
     for text, y in found.items():
         ax.axhline(y, color=GREY, linestyle=(0, (6, 3)), linewidth=1, zorder=1)
-        left = text.startswith("GPT")
-        place = {"xy": (0.01 if left else 0.99, y), "ha": "left" if left else "right"}
-        place |= {"xytext": (0, -2), "va": "top"} if name == "loss" else {"xytext": (0, 1), "va": "bottom"}
-        place |= {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        ax.annotate(text, **place, color=GREY, size=9)
+        x, side = (0.01, "left") if text.startswith("GPT") else (0.99, "right")
+        up = "top" if name == "loss" else "bottom"
+        ax.text(x, y, text, ha=side, va=up, color=GREY, size=9, transform=ax.get_yaxis_transform())
     return list(found.values())
 
 
@@ -219,15 +206,12 @@ def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> np.ndarray:
 def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: bool):
     """Draw training and validation losses, losses beyond the axis as triangles at its upper edge, and steps
     without a finite loss as crosses at the lower edge."""
-    ax, one = fig.add_subplot(cell), len(runs) == 1
+    ax, one, inside, spikes = fig.add_subplot(cell), len(runs) == 1, [], []
     edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none"}  # y from 0 to 1
-    losses, inside, spikes = [], [], []
     for run in runs:
         medians = draw_smoothed(ax, run, "loss", label="training (light: every step)" if one else None)
-        x, y = run.points("loss")
-        losses.append((x, y, run.line["color"]))
         inside += [*medians[len(medians) // 50 :]]  # the fall of the first steps would flatten the rest
-        spikes += [*y[len(y) // 50 :]]
+        spikes += [*run.points("loss")[1][len(medians) // 50 :]]
         lost = [run.x[i] for i, row in enumerate(run.rows) if "loss" in row and not is_finite(row["loss"])]
         label = "loss not finite" if lost else None
         ax.plot(lost, [0.03] * len(lost), marker="x", color="black", label=label, **edge)
@@ -240,18 +224,18 @@ def draw_loss(fig, cell, runs: list[LoggedRun], metrics: list[Metric], compare: 
             line |= {"marker": MARKERS[i % 5], "label": f"validation {key[9:]}".strip()} if one else {}
             line |= {"linestyle": "-" if one and len(y) > 20 else "none", "markevery": 1 + len(y) // 40}
             ax.plot(x, y, **line)
-            losses.append((x, y, line["color"]))
             inside += [*y[y.argmin() :]]
     inside += draw_references(ax, "loss", runs, compare)
     low, high = ax.dataLim.y0, max(inside, default=0)
     if high > low:  # spikes may take a fifth of the axis
         high = max(high, min(max(spikes, default=high), high + 0.25 * (high - low)))
         ax.set_ylim(low - 0.1 * (high - low), high + 0.06 * (high - low))
-    for x, y, colour in losses:
+    for line in [*ax.lines]:
+        x, y = np.array(line.get_data(), dtype=float)
         beyond = y > ax.get_ylim()[1]
         beyond[1:] &= ~beyond[:-1]  # one triangle for steps in a row
         label = "beyond the axis" if beyond.any() else None
-        ax.plot(x[beyond], [0.97] * beyond.sum(), marker="^", color=colour, label=label, **edge)
+        ax.plot(x[beyond], 0.97 * beyond[beyond], "^", color=line.get_color(), label=label, **edge)
     handles, labels = ax.get_legend_handles_labels()
     if keys := dict(zip(labels, handles, strict=True)):  # each label once
         ax.legend(keys.values(), keys, loc="upper right", bbox_to_anchor=(1, 0.96))
@@ -335,24 +319,17 @@ def headlines(runs: list[LoggedRun]) -> list[str]:
     for run in runs:
         size = ["n_layer", "n_embd"] + ["num_experts", "num_experts_per_tok"] * bool(run.experts())
         keys = differ[:5] if len(runs) > 1 else [key for key in size if key in run.config]
-        words = [f"{key} {printable(run.config[key])[:24]}" for key in keys]
+        words = [run.name, *(f"{key} {printable(run.config[key])[:24]}" for key in keys)]
         words.append(f"step {run.rows[-1]['step']:,}" if run.rows else "no step logged yet")
         words += [text.format(value) for name, text in RESULTS.items() for value in run.points(name)[1][-1:]]
-        lines.append([run.name, *words])
+        lines.append(words)
     same = set(lines[0]).intersection(*lines[1:]) if len(runs) > 1 else set()
     return ["  ·  ".join(word for word in words if word not in same) for words in lines]
 
 
 def save_picture(fig, out: Path) -> None:
     """Save `fig` in the format of `out`'s ending; the file appears whole or not at all."""
-    picture = io.BytesIO()
-    fig.savefig(picture, format=out.suffix[1:])
-    if out.suffix == ".png":  # 256 colours are enough and take a third of the bytes
-        from PIL import Image  # a dependency of matplotlib
-
-        colours = Image.open(picture).convert("RGB")
-        small = colours.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=0)
-        small.save(picture := io.BytesIO(), "png", optimize=True)
+    fig.savefig(picture := io.BytesIO(), format=out.suffix[1:])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda file: file.write(picture.getvalue()))
 

@@ -13,12 +13,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = {
-    "sweep": "train over all combinations of settings, some runs at a time",
-    "compare": "results of settings over seeds: means, differences, intervals",
-    "evaluate": "loss, perplexity and bits per byte of a text or shards with a model",
-    "routing": "what the experts of a checkpoint have learnt: a page, pictures and JSON",
-}
+COMMANDS = ("sweep", "compare", "evaluate", "routing")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m analysis", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     layout = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, purpose in COMMANDS.items():
+    for name in COMMANDS:
         module = importlib.import_module(f"analysis.{name}")
+        purpose = module.__doc__.split("\n")[0]
         module.add_options(commands.add_parser(name, help=purpose, description=purpose, **layout))
     words = sys.argv[1:] if arguments is None else arguments
     end = words.index("--") if "--" in words else len(words)  # behind it: flags of a sweep's runs

@@ -1,18 +1,16 @@
-"""Settings compared over seeds: `python -m analysis compare`. docs/experiments.md explains every column.
+"""Compare settings over seeds: means, differences, intervals. docs/experiments.md explains every column.
 
 Runs whose settings are equal, except the seed and NO_EFFECT, share a row. Intervals are Student's ("The
-probable error of a mean", 1908), or Welch's (1947) for two settings without common seeds."""
+probable error of a mean", 1908). Tables pass from function to function: `settings`, a row each with the
+values that differ; `runs`, by setting and seed; in its column "curve" a run's evaluations, by tokens."""
 
 import argparse
-import csv
-import functools
-import io
 import math
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd  # datasets needs it, too
 
 import plot_log
 from plot_log import LoggedRun, is_finite
@@ -24,7 +22,7 @@ NO_EFFECT = plot_log.NOT_COMPARED | set(
     """preset checkpoint_every keep_last keep_every keep_best save_retry_s log_every plot plot_every
     tensorboard wandb wandb_project log_norms profile sample_every sample_tokens prompt""".split()
 )
-# The two tables: {header: cell}, formatted with the row that `summarise` makes.
+# The two tables that are printed: {header: cell}, formatted with a row of `summarise`.
 REACHED = {
     "seeds": "{seeds}", "final loss": "{final_mean:.4f} ± {final_sd:.4f}", "best": "{best_mean:.4f}",
     "bits/byte": "{bpb_mean:.4f}", "tokens/s": "{tok_per_s_mean:,.0f}", "seconds": "{seconds_mean:,.1f}",
@@ -44,30 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", default="", metavar="NAME=VALUE,...", help="empty = the first row")
     parser.add_argument("--csv", default="", metavar="FILE", help="write all numbers, unrounded")
     parser.add_argument("--markdown", default="", metavar="FILE", help="write what is printed")
-    parser.add_argument(
-        "--picture", default="", metavar="FILE", help=".png, .svg or .pdf of validation losses"
-    )
-
-
-@dataclass
-class Setting:
-    """Finished runs that differ in the seed alone."""
-
-    values: dict  # the settings that tell it from the others
-    runs: dict[int, dict] = field(default_factory=dict)  # by seed: what `measure` found
-
-    def of(self, name: str) -> np.ndarray:
-        """A number of each run, (seeds,)."""
-        return np.array([run[name] for run in self.runs.values()], dtype=float)
-
-    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (points,) at which all seeds were evaluated, seconds and losses there (seeds, points)."""
-        runs = list(self.runs.values())
-        grid = functools.reduce(np.intersect1d, [run["tokens"] for run in runs])
-        points = [np.isin(run["tokens"], grid) for run in runs]
-        seconds, losses = (np.array([run[name][at] for run, at in zip(runs, points, strict=True)])
-                           for name in ("times", "losses"))  # fmt: skip
-        return grid, seconds, losses
+    parser.add_argument("--picture", default="", metavar="FILE", help="draw the losses: .png, .svg or .pdf")
 
 
 # ---------------------------------------------------------------------------- RUNS
@@ -84,10 +59,8 @@ def has_ended(run: LoggedRun) -> bool:
 
 def why_left_out(run: LoggedRun, folder: str) -> str:
     """Why the run cannot be compared, with the command that mends it; "" if it can."""
-    if not run.rows:
-        return "empty: its log has no step"
-    if not is_finite(run.config.get("total_batch_size")):
-        return "its settings are unknown: run.json is missing or damaged"
+    if not run.rows or not is_finite(run.config.get("total_batch_size")):
+        return "run.json is missing or damaged" if run.rows else "empty: its log has no step"
     last = run.rows[-1]
     if not has_ended(run):
         what = "diverged" if "loss" in last and not is_finite(last["loss"]) else "unfinished"
@@ -99,50 +72,52 @@ def why_left_out(run: LoggedRun, folder: str) -> str:
 
 
 def measure(run: LoggedRun) -> dict:
-    """A finished run's results, and its evaluations as arrays: tokens, times (seconds), losses."""
-    known = np.isfinite(run.column("val_loss") + run.column("elapsed_s"))
-    found = {"tokens": run.column("step")[known] * run.config["total_batch_size"]}
-    found |= {"times": run.column("elapsed_s")[known], "losses": run.column("val_loss")[known]}
-    found |= {"final": found["losses"][-1], "best": found["losses"].min(), "seconds": found["times"][-1]}
-    found |= {"bpb": run.column("val_bpb")[-1], "tok_per_s": np.nanmedian(run.column("tok_per_s"))}
+    """A finished run's results, and its "curve": loss and seconds of its evaluations, by tokens."""
+    names = "step val_loss elapsed_s val_bpb tok_per_s max_load router_entropy".split()
+    log = pd.DataFrame({name: run.column(name) for name in names})
+    log = log.rename(columns={"val_loss": "loss", "elapsed_s": "seconds"})
+    curve = log[["loss", "seconds"]].set_axis(log["step"] * run.config["total_batch_size"]).dropna()
+    found = {"curve": curve, "final": curve["loss"].iloc[-1], "best": curve["loss"].min()}
+    found |= {"bpb": log["val_bpb"].iloc[-1], "tok_per_s": log["tok_per_s"].median()}
+    found["seconds"] = curve["seconds"].iloc[-1]
     for name in ("max_load", "router_entropy"):  # they change from step to step: the last tenth's mean
-        values = run.column(name)
-        values = values[np.isfinite(values)]
-        found[name] = values[-max(1, len(values) // 10) :].mean() if len(values) else math.nan
+        values = log[name].dropna()
+        found[name] = values.tail(max(1, len(values) // 10)).mean()
     return found
 
 
-def group_runs(folders: list[str]) -> tuple[list[Setting], list[str]]:
-    """The settings, in the order of their first run, and a line for each run that is left out."""
-    groups, left_out = {}, []
+def group_runs(folders: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """settings and runs (top of this file), and a line for each run that is left out."""
+    groups, runs, left_out = {}, {}, []
     for folder in folders:
         run = plot_log.read_run(folder)
         skipped = NO_EFFECT | {"seed"} | ({"data_dir"} if run.config.get("text") else set())
-        values, seed = {k: v for k, v in run.config.items() if k not in skipped}, run.config.get("seed")
-        why, group = why_left_out(run, folder), groups.get(repr(values), Setting(values))
-        if not why and seed in group.runs:
-            why = f"a run that is counted has the same settings and the same seed, {seed}"
+        values = {name: value for name, value in run.config.items() if name not in skipped}
+        key = repr(values), run.config.get("seed")
+        why = why_left_out(run, folder)
+        if not why and key in runs:
+            why = f"a run that is counted has the same settings and the same seed, {key[1]}"
         if why:
             left_out.append(f"left out: {folder}: {why}")
-            continue
-        groups[repr(values)], group.runs[seed] = group, measure(run)
-    settings = list(groups.values())
-    names = dict.fromkeys(name for setting in settings for name in setting.values)
-    differ = [name for name in names if len({repr(setting.values.get(name)) for setting in settings}) > 1]
-    if all(s.values.get("min_lr") == float(f"{s.values.get('max_lr', 0) / 10:.12g}") for s in settings):
-        differ = [name for name in differ if name != "min_lr"]  # its default, which follows max_lr
-    for setting in settings:
-        setting.values = {name: setting.values.get(name) for name in differ}
-    return settings, left_out
+        else:
+            groups[key[0]], runs[key] = values, measure(run)
+    if not runs:
+        raise ValueError("; ".join(["no run can be compared", *left_out]))
+    settings = pd.DataFrame(list(groups.values()), index=list(groups), dtype=object)
+    rates = [settings[name].astype(float) for name in ("max_lr", "min_lr") if name in settings]
+    if len(rates) == 2 and np.allclose(rates[0], 10 * rates[1]):
+        settings = settings.drop(columns="min_lr")  # its default, which follows max_lr
+    differ = [name for name in settings if settings[name].map(repr).nunique() > 1]
+    return settings[differ], pd.DataFrame(list(runs.values()), pd.MultiIndex.from_tuples(runs)), left_out
 
 
-def find_baseline(settings: list[Setting], text: str) -> Setting:
+def find_baseline(settings: pd.DataFrame, text: str) -> str:
     """The setting with all values of NAME=VALUE,...; the first for "". ValueError unless it is one."""
-    named = {",".join(f"{name}={value}" for name, value in s.values.items()): s for s in settings}
-    found = [s for words, s in named.items() if set(text.split(",")) <= set(words.split(","))]
+    words = settings.apply(lambda row: ",".join(f"{name}={value}" for name, value in row.items()), axis=1)
+    found = [key for key, named in words.items() if set(text.split(",")) <= set(named.split(","))]
     if text and len(found) != 1:
-        raise ValueError(f"--baseline {text}: {len(found)} settings fit, not 1; all are: {'; '.join(named)}")
-    return found[0] if text else settings[0]
+        raise ValueError(f"--baseline {text}: {len(found)} settings fit, not 1; all are: {'; '.join(words)}")
+    return found[0] if text else settings.index[0]
 
 
 # ---------------------------------------------------------------------------- STATISTICS
@@ -155,24 +130,13 @@ def t_quantile(freedom: float, inside: float = 0.95) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(inside * below[-1], below, angle))
 
 
-def spread(values: np.ndarray) -> float:
-    """The standard deviation of a sample, with n - 1; NaN for one value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def difference(setting: Setting, baseline: Setting) -> tuple[float, float, int]:
-    """Final loss minus the baseline's; half of its 95% interval (NaN: unknown); the number of seeds it is
-    paired over, or 0 if less than two are common."""
-    common = [seed for seed in setting.runs if seed in baseline.runs]
-    pairs = np.array([setting.runs[seed]["final"] - baseline.runs[seed]["final"] for seed in common])
-    if (n := len(pairs)) > 1:
-        return float(pairs.mean()), t_quantile(n - 1) * spread(pairs) / math.sqrt(n), n
-    a, b = setting.of("final"), baseline.of("final")
-    variances = np.array([spread(a) ** 2 / len(a), spread(b) ** 2 / len(b)])  # of the two means
-    half = math.sqrt(variances.sum())
-    if half > 0:
-        half *= t_quantile(variances.sum() ** 2 / (variances**2 / [len(a) - 1, len(b) - 1]).sum())
-    return float(a.mean() - b.mean()), half, 0
+def difference(final: pd.Series, baseline: pd.Series) -> tuple[float, float]:
+    """The mean over the common seeds of a final loss minus the baseline's, both by seed, and half of its 95%
+    interval, NaN with less than two common seeds."""
+    pairs = (final - baseline).dropna()
+    if (n := len(pairs)) < 2:
+        return final.mean() - baseline.mean(), math.nan
+    return pairs.mean(), t_quantile(n - 1) * pairs.std() / math.sqrt(n)
 
 
 def effective(x: np.ndarray, losses: np.ndarray, target: float) -> str:
@@ -186,26 +150,31 @@ def effective(x: np.ndarray, losses: np.ndarray, target: float) -> str:
     return f"{'< ' if target > lowest[0] else ''}{math.exp(at):.2f}"
 
 
-def summarise(settings: list[Setting], baseline: Setting) -> list[dict]:
+def mean_curve(curves: pd.Series) -> pd.DataFrame:
+    """Means over the seeds, and the standard deviation "sd" of the loss, at the tokens that all have."""
+    points = pd.concat(list(curves)).groupby(level=0)
+    return points.mean().assign(sd=points["loss"].std().fillna(0))[points.size() == len(curves)]
+
+
+def summarise(settings: pd.DataFrame, runs: pd.DataFrame, baseline: str) -> list[dict]:
     """A row for each setting: its numbers and words by the names of the CSV's columns."""
-    runs = [run for setting in settings for run in setting.runs.values()]
-    common = {"common_tokens": min(run["tokens"][-1] for run in runs)}
-    common |= {"common_seconds": min(run["seconds"] for run in runs)}
-    for run in runs:
-        run["at_tokens"] = np.interp(common["common_tokens"], run["tokens"], run["losses"])
-        run["at_seconds"] = np.interp(common["common_seconds"], run["times"], run["losses"])
-    tokens, seconds, losses = baseline.curve()
-    rows = []
-    for setting in settings:
-        row = {**setting.values, "seeds": len(setting.runs)}
-        for name in [name for name in runs[0] if np.ndim(runs[0][name]) == 0]:
-            row |= {f"{name}_mean": setting.of(name).mean(), f"{name}_sd": spread(setting.of(name))}
-        mean, half, pairs = difference(setting, baseline)
+    tokens, seconds = min(curve.index[-1] for curve in runs["curve"]), runs["seconds"].min()
+    runs = runs.assign(
+        at_tokens=[np.interp(tokens, curve.index, curve["loss"]) for curve in runs["curve"]],
+        at_seconds=[np.interp(seconds, curve["seconds"], curve["loss"]) for curve in runs["curve"]],
+    )
+    base, rows = mean_curve(runs.loc[baseline, "curve"]), []
+    for key, values in settings.iterrows():
+        some = runs.loc[key]
+        row = {**values, "seeds": len(some), **some.mean(numeric_only=True).add_suffix("_mean")}
+        row |= dict(some.std(numeric_only=True).add_suffix("_sd"))
+        mean, half = difference(some["final"], runs.loc[baseline, "final"])
         word = "better" if mean + half < 0 else "worse" if mean - half > 0 else "cannot tell"
-        word = "baseline" if setting is baseline else word + "*" * (pairs == 0)
-        row |= dict(difference=mean, half=half, pairs=pairs, verdict=word, **common)
-        row["effective_tokens"] = effective(tokens, losses.mean(0), row["final_mean"])
-        row["effective_seconds"] = effective(seconds.mean(0), losses.mean(0), row["final_mean"])
+        word = "baseline" if key == baseline else word + "*" * math.isnan(half)
+        row |= dict(difference=mean, half=half, verdict=word)
+        row |= dict(common_tokens=tokens, common_seconds=seconds)
+        for name, x in (("tokens", base.index), ("seconds", base["seconds"])):
+            row[f"effective_{name}"] = effective(x.to_numpy(), base["loss"].to_numpy(), row["final_mean"])
         rows.append(row)
     return rows
 
@@ -220,7 +189,7 @@ def make_table(rows: list[dict], names: list[str], columns: dict[str, str]) -> l
     return table
 
 
-def draw(settings: list[Setting], out: str) -> None:
+def draw(settings: pd.DataFrame, runs: pd.DataFrame, out: str) -> None:
     """Draw mean and standard deviation of each setting's validation loss, over tokens and over seconds."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -228,18 +197,16 @@ def draw(settings: list[Setting], out: str) -> None:
     with rc_context(plot_log.STYLE):
         fig = Figure(figsize=(12, 4.5 + 0.2 * len(settings)), layout="constrained", dpi=110)
         axes, shown = fig.subplots(1, 2, sharey=True), []
-        for i, setting in enumerate(settings):
-            tokens, seconds, losses = setting.curve()
-            mean, sd = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
-            shown += [
-                *(mean - sd)[1:],
-                *(mean + sd)[1:],
-            ]  # the loss before the first step would flatten the rest
-            label = "  ·  ".join(printable(f"{name} {value}") for name, value in setting.values.items())
-            line = {"color": plot_log.COLOURS[i % 7], "linestyle": plot_log.DASHES[i % 4]}
-            for ax, x in zip(axes, (tokens, seconds.mean(0)), strict=True):
-                ax.plot(x, mean, **line, label=f"{label or 'all runs'} ({len(losses)} seeds)")
-                ax.fill_between(x, mean - sd, mean + sd, color=line["color"], alpha=0.2, linewidth=0)
+        for i, (key, values) in enumerate(settings.iterrows()):
+            curve = mean_curve(runs.loc[key, "curve"])
+            low, high = curve["loss"] - curve["sd"], curve["loss"] + curve["sd"]
+            shown += [*low[1:], *high[1:]]  # the loss before the first step would flatten the rest
+            label = "  ·  ".join(printable(f"{name} {value}") for name, value in values.items())
+            label = f"{label or 'all runs'} ({len(runs.loc[key])} seeds)"
+            line = {"color": plot_log.COLOURS[i % 7], "linestyle": plot_log.DASHES[i % 4], "label": label}
+            for ax, x in zip(axes, (curve.index, curve["seconds"]), strict=True):
+                ax.plot(x, curve["loss"], **line)
+                ax.fill_between(x, low, high, color=line["color"], alpha=0.2, linewidth=0)
                 ax.xaxis.set_major_formatter(plot_log.short)
         axes[0].set(title="Validation loss: mean ± standard deviation", xlabel="training tokens")
         axes[0].set(ylabel="nats per token", ylim=(min(shown), max(shown)) if shown else None)
@@ -253,38 +220,29 @@ def run(options: argparse.Namespace) -> int:
     if options.picture and Path(options.picture).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--picture {options.picture}: its name must end in .png, .svg or .pdf")
     folders, others = plot_log.find_runs(options.runs)
-    settings, left_out = group_runs(folders)
+    settings, runs, left_out = group_runs(folders)
     started = {str(file.parent) for name in options.runs for file in Path(name).glob("*/output.txt")}
     others += [f"{folder}: no log; see {folder}/output.txt" for folder in sorted(started - set(folders))]
     lines = [one_line(line) for line in left_out + [f"left out: {problem}" for problem in others]]
-    if not settings:
-        raise ValueError("; ".join(["no run can be compared", *lines]))
     baseline = find_baseline(settings, options.baseline)
-    rows, names = summarise(settings, baseline), list(settings[0].values)
-    tables = [make_table(rows, names, REACHED)]
+    rows = summarise(settings, runs, baseline)
     if len(rows) > 1:
-        tables.append(make_table(rows, names, AGAINST))
-        sd, n = spread(baseline.of("final")), len(baseline.runs)
-        noise = (
-            f"{sd:.4f}: the standard deviation of its final loss over {n} seeds"
-            if n > 1
-            else "unknown: one seed"
-        )
-        lines.insert(0, f"the noise of this baseline is {noise}")
-        if any("*" in row["verdict"] for row in rows):
-            lines.insert(1, "* not paired: less than two seeds in common with the baseline")
+        final = runs.loc[baseline, "final"]
+        noise = f"{final.std():.4f}: the standard deviation of its final loss over {len(final)} seeds"
+        stars = ["* no interval: less than two seeds in common with the baseline"]
+        lines = stars * any("*" in row["verdict"] for row in rows) + lines
+        lines.insert(0, f"the noise of this baseline is {noise if len(final) > 1 else 'unknown: one seed'}")
     blocks, markdown = [], []
-    for table in tables:
+    for columns in (REACHED, AGAINST)[: len(rows)]:
+        table = make_table(rows, list(settings), columns)
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         blocks += [("  ".join(map(str.ljust, row, widths))).rstrip() for row in table] + [""]
         markdown += [f"| {' | '.join(row)} |" for row in (table[0], ["---"] * len(widths), *table[1:])] + [""]
     print("\n".join(blocks + lines).rstrip())
-    writer = csv.DictWriter(content := io.StringIO(), rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    files = {options.csv: content.getvalue(), options.markdown: "\n".join([*markdown, *lines, ""])}
+    files = {options.csv: pd.DataFrame(rows).to_csv(index=False)}
+    files[options.markdown] = "\n".join([*markdown, *lines, ""])
     for path in filter(None, files):
         write_atomically(path, lambda file, path=path: file.write(files[path].encode()))
     if options.picture:
-        draw(settings, options.picture)
+        draw(settings, runs, options.picture)
     return 0

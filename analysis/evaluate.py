@@ -22,25 +22,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
 
 
-def read_tokens(path: str, encoding: str) -> np.ndarray:
-    """Token ids (n,) of a text file, after <|endoftext|>, or of shards. ValueError: other encodings."""
+def read_for(model, path: str) -> np.ndarray:
+    """Token ids (n,) of a text file, after <|endoftext|>, or of shards. ValueError: another encoding, less
+    than 2 tokens, or ids that the vocabulary lacks."""
     from tokens.encodings import encode_pieces
     from tokens.shards import find_shards, read_meta, read_shard
     from tokens.sources import decode
 
+    encoding = model.config.encoding
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
         theirs = read_meta(path if os.path.isdir(path) else os.path.dirname(path) or ".")["encoding"]
         if theirs != encoding:
             problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
             raise ValueError(f"{problem}; give the text itself")
-        return np.concatenate([read_shard(shard) for shard in find_shards(path, "val")])
-    with open(path, "rb") as file:
-        return encode_pieces([(True, decode(file.read()))], encoding)
-
-
-def read_for(model, path: str) -> np.ndarray:
-    """Token ids (n,) of a text file or shards, 2 or more of the vocabulary. ValueError if not."""
-    ids = read_tokens(path, model.config.encoding)
+        ids = np.concatenate([read_shard(shard) for shard in find_shards(path, "val")])
+    else:
+        with open(path, "rb") as file:
+            ids = encode_pieces([(True, decode(file.read()))], encoding)
     if len(ids) < 2:
         raise ValueError(f"{path} holds {len(ids)} tokens; at least 2 are needed")
     if (largest := int(ids.max())) >= model.config.vocab_size:
@@ -51,29 +49,24 @@ def read_for(model, path: str) -> np.ndarray:
 def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, float]:
     """tokens, bytes, loss (nats per token), perplexity and bits_per_byte of the ids (n,) after the first."""
     import torch
+    import torch.nn.functional as F
 
     from huggingface.generation import evaluating
     from tokens.encodings import token_bytes
 
-    device, starts, total = model.device, range(0, len(ids) - 1, T), 0.0
+    device, total = model.device, 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with evaluating(model), autocast:
-        for first in range(0, len(starts), B):
-            windows = [ids[start : start + T + 1].astype(np.int64) for start in starts[first : first + B]]
-            rows = torch.zeros(len(windows), T + 1, dtype=torch.long)
-            targets = torch.full((len(windows), T), -1)  # -1: the last window may be shorter
-            for row, window in enumerate(windows):
-                rows[row, : len(window)] = torch.from_numpy(window)
-                targets[row, : len(window) - 1] = rows[row, 1 : len(window)]
-            x, y = rows[:, :-1].to(device), targets.to(device)  # (B, T), (B, T)
-            total += model(x, targets=y, return_dict=True).loss.item() * (targets >= 0).sum().item()
+        for start in range(0, len(ids) - 1, B * T):
+            part = torch.from_numpy(ids[start : start + B * T + 1].astype(np.int64))
+            padding = (0, -(len(part) - 1) % T)  # of the last window
+            x = F.pad(part[:-1], padding).view(-1, T).to(device)  # (B, T)
+            y = F.pad(part[1:], padding, value=-1).view(-1, T).to(device)  # (B, T); -1 has no loss
+            total += model(x, targets=y, return_dict=True).loss.item() * (len(part) - 1)
     found = {"tokens": len(ids) - 1, "loss": total / (len(ids) - 1)}
     found["perplexity"] = math.exp(min(found["loss"], 700))
-    sizes = token_bytes(model.config.encoding)
-    found["bytes"] = int(sizes[ids[1:]].sum())
-    if found["bytes"]:
-        found["bits_per_byte"] = total / (math.log(2) * found["bytes"])
-    return found
+    found["bytes"] = int(token_bytes(model.config.encoding)[ids[1:]].sum())
+    return found | {"bits_per_byte": total / math.log(2) / (found["bytes"] or math.nan)}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,6 +87,5 @@ def run(options: argparse.Namespace) -> int:
     print(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, in windows of {T}")
     print(f"loss           {found['loss']:.4f} nats per token")
     print(f"perplexity     {found['perplexity']:.3f}")
-    if "bits_per_byte" in found:
-        print(f"bits per byte  {found['bits_per_byte']:.4f}")
+    print(f"bits per byte  {found['bits_per_byte']:.4f}")
     return 0

@@ -1,14 +1,11 @@
-"""What the experts of a checkpoint have learnt: which tokens each one computes, and what each one is worth.
+"""What the experts of a checkpoint have learnt: a page, pictures and JSON.
 
 For every MoE layer it counts which experts the router chooses for the tokens of a text. Then it measures the
 loss without each expert, with random experts, and with the router of the run's start.
 
 Sources: OLMoE (arXiv 2409.02060, section 5): saturation, co-activation, specialisation by domain and token.
-FLAME-MoE (arXiv 2505.20225): the same measures in the course of training. ST-MoE (arXiv 2202.08906): routers
-at low precision, and the tokens that experts learn.
-
-Letters: N tokens, E experts, K experts per token, T tokens of a window.
-"""
+FLAME-MoE (arXiv 2505.20225): the same in the course of training. ST-MoE (arXiv 2202.08906): low precision.
+Letters: N tokens, E experts, K experts per token, T tokens of a window."""
 
 import argparse
 import contextlib
@@ -22,10 +19,8 @@ from typing import Any
 
 import numpy as np
 
-NOISE, SEED = (
-    0.01,
-    0,
-)  # noise on a router's input, relative to its rms; seed of the noise and of random experts
+NOISE = 0.01  # of a router's input, relative to its rms
+SEED = 0  # of the noise and of random experts
 BUCKETS = 8  # parts of a window, for the lift by position
 SHAPE = "use_moe num_experts num_experts_per_tok moe_every n_layer n_embd vocab_size block_size".split()
 TOP, MIN_COUNT = 8, 20  # tokens listed for an expert; rarer ones are left out, because chance would list them
@@ -37,9 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "text files or folders of shards; several are compared (default: the run's validation data)"
     parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]PATH", help=text)
     parser.add_argument("--before", default="", help="an earlier checkpoint; empty = the run's first one")
-    parser.add_argument(
-        "--out", default="", help="folder to write to; empty = routing/ beside the checkpoint"
-    )
+    parser.add_argument("--out", default="", help="folder to write; empty = routing/ beside the checkpoint")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens whose routing is counted")
     parser.add_argument("--drop_tokens", type=int, default=16384, help="tokens for the losses; 0 = no losses")
     parser.add_argument("--B", type=int, default=8, help="windows at a time")
@@ -50,20 +43,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def patched(layers: list, hook: Callable | None = None, route: Callable | None = None) -> Iterator[None]:
     """Within the block, hook(layer, x, logits) sees the input (N, C) and the logits (N, E) of each router and
     may return other logits; route(layer, logits) replaces MoE.route. Afterwards the layers are as before."""
-    handles = []
-    try:
+    with contextlib.ExitStack() as undo:
         for layer in layers:
             if hook is not None:
                 look = lambda gate, args, logits, layer=layer: hook(layer, args[0], logits)  # noqa: E731
-                handles.append(layer.gate.register_forward_hook(look))
+                undo.enter_context(layer.gate.register_forward_hook(look))
             if route is not None:
                 layer.route = partial(route, layer)
+                undo.callback(delattr, layer, "route")  # the method of the class is visible again
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            vars(layer).pop("route", None)  # the method of the class is visible again
 
 
 def choices(layer, logits) -> tuple:
@@ -78,8 +66,7 @@ def without(expert: int) -> Callable:
 
     def route(layer, logits):
         bias, column = layer.router_bias, logits.new_tensor([expert]).long()
-        if bias.any():  # loss-free balancing could choose an expert whose score is 0
-            layer.router_bias = bias.index_fill(0, column, -math.inf)
+        layer.router_bias = bias.index_fill(0, column, -math.inf)  # it could choose a score of 0
         try:
             return type(layer).route(layer, logits.index_fill(1, column, -math.inf))
         finally:
@@ -136,8 +123,8 @@ def mean_loss(model, parts: dict[str, np.ndarray], T: int, B: int) -> float:
     """The loss of all parts together, nats per token."""
     from analysis.evaluate import measure
 
-    losses = [measure(model, ids, T, B, "float32")["loss"] for ids in parts.values()]
-    return float(np.average(losses, weights=[len(ids) - 1 for ids in parts.values()]))
+    found = [measure(model, ids, T, B, "float32") for ids in parts.values()]
+    return float(np.average([one["loss"] for one in found], weights=[one["tokens"] for one in found]))
 
 
 def record(model, parts: dict[str, np.ndarray], T: int, B: int) -> tuple[float, list[dict[str, Any]]]:
@@ -185,8 +172,8 @@ def describe(seen: dict, parts: dict[str, np.ndarray], T: int, E: int, encoding:
                      "rows": int(count[t]), "share": float(count[t] / occurs[t])} for t in best])  # fmt: skip
     entropy = -float((load[load > 0] * np.log(load[load > 0])).sum())
     return seen | {
-        "load": load.tolist(), "gate_mass": (mass / mass.sum()).tolist(), "load_entropy": entropy,
-        "effective_experts": math.exp(entropy), "top_tokens": top,
+        "load": load.tolist(), "gate_mass": (mass / mass.sum()).tolist(), "max_load": float(load.max()) * E,
+        "load_entropy": entropy, "effective_experts": math.exp(entropy), "top_tokens": top,
         "position_lift": lift(chosen, position, E)[1].tolist(),
         "source_lift": lift(chosen, source, E)[1].tolist(),
         "coactivation": coactivation(chosen, E).tolist() if chosen.shape[1] > 1 else None,
@@ -258,16 +245,14 @@ def find_earlier(before: str, path: Path, settings: dict, resumed_at, model) -> 
     if before or path in listed[:-1]:
         before = before or str(listed[-1])
         found[before] = earlier = load_model(before).to(model.device)
-        unlike = [name for name in SHAPE if getattr(model.config, name) != getattr(earlier.config, name)]
-        if unlike:
-            raise ValueError(
-                f"--before {before} has another {', '.join(unlike)}; give a checkpoint of this run"
-            )
-    seed = settings.get("seed")
-    if resumed_at == 0 and type(seed) is int and not settings.get("init_from"):
+        if unlike := [name for name in SHAPE if getattr(model.config, name) != getattr(earlier.config, name)]:
+            problem = f"--before {before} has another {', '.join(unlike)}"
+            raise ValueError(f"{problem}; give a checkpoint of this run")
+    if resumed_at == 0 and type(settings.get("seed")) is int and not settings.get("init_from"):
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            found[f"the start, seed {seed}"] = type(model)(model.config).eval().to(model.device)
+            torch.manual_seed(settings["seed"])
+            start = type(model)(model.config).eval().to(model.device)
+        found[f"the start, seed {settings['seed']}"] = start
     both = list(found.items()) or [("", None)]
     return [both[0], both[-1]]
 
@@ -321,14 +306,14 @@ def run(options: argparse.Namespace) -> int:
     if not model.moe_layers():
         raise ValueError(f"{options.model} is a dense model (use_moe=False): it has no experts")
     found = json_safe(analyse(options, path, model.to(choose_device(options.device, 0))))
-    files = pictures(found)
-    page = render(found, files).encode()
+    images = pictures(found)
     out = Path(options.out) if options.out else (path.parent if path.exists() else Path()) / "routing"
     out.mkdir(parents=True, exist_ok=True)
-    files |= {"routing.json": json.dumps(found, indent=1, allow_nan=False).encode(), "routing.html": page}
+    files = {f"{name}.png": picture for name, picture in images.items()}
+    files["routing.json"] = json.dumps(found, indent=1, allow_nan=False).encode()
+    files["routing.html"] = render(found, images).encode()
     for name, content in files.items():
         write_atomically(out / name, lambda file, content=content: file.write(content))
-    for row in summary(found):
-        print("  ".join(f"{cell:>17}" for cell in row))
+    print(summary(found).to_string())
     print(f"page  {printable(out / 'routing.html')}")
     return 0

@@ -1,4 +1,4 @@
-"""Runs of train_gpt_moe.py over all combinations of settings: `python -m analysis sweep`.
+"""Train over all combinations of settings, some runs at a time.
 
     python -m analysis sweep --jobs 2 --seed 1,2,3 --max_lr 1e-2,2e-2 -- --preset demo --text my_text.txt
 
@@ -23,22 +23,16 @@ from plot_log import read_run
 from tokens.printable import one_line
 
 SCRIPT = Path(__file__).parents[1] / "train_gpt_moe.py"
-BYTES = {"encoding": "bytes", "vocab_size": 257, "eot_token": 256}  # of --text and the demo
-PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+PYTHON = [sys.executable]  # what "python" stands for in a command
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's own options. It also takes every flag of train_gpt_moe.py, with a list of values."""
-    parser.epilog = (
-        "Every flag of train_gpt_moe.py takes a comma list. Behind -- follow the flags of all runs."
-    )
+    parser.epilog = "Every flag of train_gpt_moe.py takes a comma list. Behind -- stand flags of all runs."
     parser.add_argument("--log_dir", default="log/sweep", help="the runs' folders are made in it")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--nproc_per_node", type=int, default=0, help="processes of a run; 0 = no torchrun")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of all runs; start none")
-    parser.add_argument(
-        "--array", type=int, metavar="N", help="print the command of run N, from 0; start none"
-    )
+    parser.add_argument("--array", type=int, metavar="N", help="print the command of run N, from 0")
 
 
 @dataclass
@@ -80,8 +74,7 @@ def read_swept(words: list[str], common: list[str]) -> dict[str, list[str]]:
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
-    """All runs in the order of the flags, the last one fastest, checked as train_gpt_moe.py checks them.
-    ValueError, OSError: what would stop a run before its first step."""
+    """All runs in the order of the flags, the last one fastest. ValueError: a bad flag or value."""
     from train_gpt_moe import parse_config
 
     swept, jobs = read_swept(options.flags, options.common), {}
@@ -93,37 +86,10 @@ def plan(options: argparse.Namespace) -> list[Job]:
         folder = os.path.join(options.log_dir, re.sub(r"[^\w.,=+-]", "_", label) + f"s{config.seed}")
         if folder in jobs or len(os.path.basename(folder)) > 200:
             raise ValueError(f"{shlex.join(flags)}: {folder} is another run's folder, or too long a name")
-        launcher = ["torchrun", "--standalone", f"--nproc_per_node={options.nproc_per_node}"]
-        command = [*(launcher if options.nproc_per_node else ["python"]), os.path.relpath(SCRIPT)]
-        command += [*options.common, *flags, "--log_dir", folder, "--resume", "auto"]
-        jobs[folder] = Job(folder, command, check(config, given, options.nproc_per_node), given)
+        command = ["python", os.path.relpath(SCRIPT), *options.common, *flags]
+        command += ["--log_dir", folder, "--resume", "auto"]
+        jobs[folder] = Job(folder, command, config, given)
     return list(jobs.values())
-
-
-def check(config: object, given: set[str], processes: int) -> object:
-    """The settings as a run completes them. ValueError, OSError: what would stop it before its first step."""
-    import torch
-
-    from llmc.trainer import check_flags
-    from tokens.shards import read_meta
-    from tokens.sources import find_files
-    from training.parallel import World
-    from training.setup import build_model, check_config
-
-    check_flags(config)
-    if processes:  # only torchrun's processes can check these two
-        config = dataclasses.replace(config, parallel="ddp", zero_stage=0)
-    check_config(config, World(0, 0, max(1, processes), torch.device("cpu")), given, say=lambda text: None)
-    makes_data = (config.text and find_files(config.text)) or is_demo(config)
-    meta = BYTES if makes_data else read_meta(config.data_dir, config.input_bin)
-    if not config.init_from:  # fsdp: without weights
-        build_model(dataclasses.replace(config, parallel="fsdp"), given, meta, None)
-    return config
-
-
-def is_demo(config: object) -> bool:
-    """Whether a run with these settings makes the demo's data."""
-    return config.preset == "demo" and config.data_dir == "demo_data" and not config.text
 
 
 def look_for_earlier(job: Job) -> None:
@@ -146,25 +112,22 @@ def look_for_earlier(job: Job) -> None:
 
 
 # ---------------------------------------------------------------------------- RUN
-def start(job: Job, slot: int, jobs: int, processes: int) -> None:
-    """Start the job's process with its share of cores and GPUs. slot: from 0 to jobs - 1."""
+def start(job: Job, slot: int, jobs: int) -> None:
+    """Start the job's process with its share of cores, and a GPU of its own. slot: from 0 to jobs - 1."""
     import torch
 
     own = dict(os.environ)
-    if jobs * processes > 1:
-        own.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // (jobs * processes))))
-    devices = own.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    if len(devices := devices.split(",")) > 1:
-        places = range(slot * processes, (slot + 1) * processes)
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(devices[i % len(devices)] for i in places))
+    if jobs > 1:
+        own.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+    gpus = own.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    if len(gpus := gpus.split(",")) > 1:
+        own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     os.makedirs(job.folder, exist_ok=True)
-    command = PROGRAMS[job.command[0]] + job.command[1:]
     with open(f"{job.folder}/output.txt", "ab") as output:
         job.begin = output.tell()
         # A session of its own: Ctrl-C must not reach the run twice, as the second one ends it unsaved.
-        job.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=own, start_new_session=True
-        )
+        how = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=own, start_new_session=True)
+        job.process = subprocess.Popen(PYTHON + job.command[1:], **how)
 
 
 def describe(job: Job) -> str:
@@ -191,22 +154,24 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace) -> tuple[list[Job], i
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     handlers = {n: signal.signal(n, lambda number, frame: signals.append(number)) for n in numbers}
     while running or (waiting and not signals):
-        for slot in [slot for slot in range(options.jobs) if slot not in running]:
-            while waiting and not signals and slot not in running:
-                job = waiting.pop(0)
-                say(job, job.state, f": {describe(job)}, before" if job.state == "finished" else "")
-                if job.state != "finished":
-                    start(job, slot, options.jobs, max(1, options.nproc_per_node))
-                    running[slot] = job
+        free = [slot for slot in range(options.jobs) if slot not in running]
+        if free and waiting and not signals:
+            job = waiting.pop(0)
+            say(job, job.state, f": {describe(job)}, before" if job.state == "finished" else "")
+            if job.state != "finished":
+                start(job, free[0], options.jobs)
+                running[free[0]] = job
+            continue
         for job in running.values() if len(signals) > sent else ():
             job.process.send_signal(signal.SIGTERM) if len(signals) == 1 else job.process.kill()
         sent = len(signals)
         for slot in [slot for slot, job in running.items() if job.process.poll() is not None]:
             job = running.pop(slot)
-            stopped = signals and job.process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, -9)
-            failed += [job] if job.process.returncode and not stopped else []
-            say(job, "stopped" if stopped else "failed" if job in failed else "finished",
-                "" if stopped else f": {describe(job)}")  # fmt: skip
+            if signals and job.process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, -9):
+                say(job, "stopped")
+                continue
+            failed += [job] if job.process.returncode else []
+            say(job, "failed" if job.process.returncode else "finished", f": {describe(job)}")
         time.sleep(0.05)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -218,18 +183,18 @@ def run(options: argparse.Namespace) -> int:
     all runs are finished, 1 some failed, 128 + n stopped by signal n."""
     from tokens.demo import prepare_demo
 
-    if options.jobs < 1 or options.nproc_per_node < 0:
-        raise ValueError(f"--jobs {options.jobs}, --nproc_per_node {options.nproc_per_node}: too small")
-    jobs = plan(options)
-    if options.array is not None and not 0 <= options.array < len(jobs):
-        raise ValueError(f"--array {options.array}: the sweep has runs 0 to {len(jobs) - 1}")
-    if options.dry_run or options.array is not None:
-        printed = jobs if options.array is None else [jobs[options.array]]
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: must be at least 1")
+    jobs, number = plan(options), options.array
+    if number is not None and not 0 <= number < len(jobs):
+        raise ValueError(f"--array {number}: the sweep has runs 0 to {len(jobs) - 1}")
+    if options.dry_run or number is not None:
+        printed = jobs if number is None else jobs[number : number + 1]
         print("\n".join(shlex.join(job.command) for job in printed))
         return 0
     for job in jobs:
         look_for_earlier(job)
-    if any(is_demo(job.config) for job in jobs):
+    if any(job.config.preset == "demo" and not job.config.text for job in jobs):
         prepare_demo()  # once, and not by several runs at a time
     failed, number = run_jobs(jobs, options)
     for job in failed:

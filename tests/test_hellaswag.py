@@ -270,12 +270,10 @@ def test_an_ending_of_marks_alone_is_never_the_normalised_choice(write):
     assert evaluate(make_model(), write([example]), style="harness").choices_norm[0] != 0
 
 
-def test_missing_parts_of_the_context_are_mentioned_in_harness_style_only(write, recwarn):
-    path = write([{k: v for k, v in e.items() if k not in ("ctx_a", "ctx_b")} for e in make_examples(2)])
-    evaluate(make_model(), path)
-    assert not [w for w in recwarn if "ctx_a" in str(w.message)]
-    with pytest.warns(UserWarning, match="without ctx_a and ctx_b"):
-        evaluate(make_model(), path, style="harness")
+def test_a_question_without_parts_of_its_context_is_taken_whole():
+    example = {k: v for k, v in make_examples(1)[0].items() if k not in ("ctx_a", "ctx_b")}
+    start = hellaswag.tokenize(example, "bytes", "harness")[0]
+    assert bytes(start).decode().endswith(hellaswag.preprocess(example["ctx"]))
 
 
 def test_all_validation_questions_are_read():

@@ -5,13 +5,12 @@
 Every source is read in the order of its own DistributedDataLoader, epoch after epoch. A schedule says which
 source gives the next sample."""
 
-import heapq
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, product
 
 import numpy as np
 
@@ -23,8 +22,8 @@ NUMBER = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?"
 
 
 def parse_mixture(text: str) -> dict[str, Fraction]:
-    """{folder: weight} of data_dir: FOLDER:WEIGHT,FOLDER:WEIGHT, or a plain path, which gets the weight 1.
-    ValueError for a weight that is no positive number, and a folder given twice."""
+    """{folder: weight} of data_dir: FOLDER:WEIGHT,FOLDER:WEIGHT, or a path, which gets the weight 1.
+    ValueError: a weight that is no positive number, or a folder given twice."""
     pairs = re.findall(rf"(.+?):({NUMBER})(?:,|$)", text)
     if os.path.isdir(text) or not pairs:
         return {text: Fraction(1)}
@@ -53,13 +52,11 @@ def source_names(folders: Sequence[str]) -> list[str]:
 def read_metas(folders: Sequence[str], pattern: str = "") -> dict:
     """read_meta of the first folder (or pattern). ValueError if another folder has another encoding."""
     meta = read_meta(folders[0], pattern)
-    for folder in folders[1:]:
-        theirs = read_meta(folder)
-        for name in ("encoding", "vocab_size", "eot_token"):
-            if theirs[name] != meta[name]:
-                unlike = f"{name} is {theirs[name]!r}, but {meta[name]!r} in {pattern or folders[0]}"
-                mend = f"make it again with `python fineweb.py --encoding {meta['encoding']}`"
-                raise ValueError(f"{folder}: {unlike}; {mend}")
+    for folder, name in product(folders[1:], ("encoding", "vocab_size", "eot_token")):
+        if (theirs := read_meta(folder)[name]) != meta[name]:
+            unlike = f"{name} is {theirs!r}, but {meta[name]!r} in {pattern or folders[0]}"
+            mend = f"make it again with `python fineweb.py --encoding {meta['encoding']}`"
+            raise ValueError(f"{folder}: {unlike}; {mend}")
     return meta
 
 
@@ -86,23 +83,18 @@ class Schedule:
     len(self.source) samples, when every n * share is a whole number: a table has the source of any sample."""
 
     def __init__(self, shares: Sequence[int], seed: int):
-        period = sum(shares)
+        period, given = sum(shares), [0] * len(shares)
         self.per_period = np.array(shares) * max(1, PERIOD // period)  # (sources,) samples
         size = int(self.per_period.sum())
         self.source = np.empty(size, dtype=np.int64)  # of each sample of a period
         self.number = np.empty(size, dtype=np.int64)  # of each sample, among those of its source
-        ties = iter(np.random.SeedSequence(seed).generate_state(size, np.uint64).tolist())
-        coming, waiting = [], []  # (first position, deadline, tie, source); the same without first position
-        for source, share in enumerate(shares):
-            for j in range(self.per_period[source]):
-                coming.append((j * period // share, -(-(j + 1) * period // share), next(ties), source))
-        coming.sort(reverse=True)
-        for n in range(size):
-            while coming and coming[-1][0] <= n:
-                heapq.heappush(waiting, coming.pop()[1:])
-            self.source[n] = heapq.heappop(waiting)[-1]
-        for source, count in enumerate(self.per_period):
-            self.number[self.source == source] = np.arange(count)
+        ties = np.random.SeedSequence(seed).generate_state(size * len(shares), np.uint64)
+        for n, row in enumerate(ties.reshape(size, -1).tolist()):
+            deadlines = [(-(-(j + 1) * period // share), tie, source)
+                         for source, (j, share, tie) in enumerate(zip(given, shares, row, strict=True))
+                         if j * period // share <= n]  # fmt: skip
+            self.source[n] = source = min(deadlines)[-1]
+            self.number[n], given[source] = given[source], given[source] + 1
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, number among the samples of that source) of each of the samples `index`, (k,) int64."""

@@ -9,8 +9,7 @@ batch of b tokens, G its expectation, S / b the trace of its covariance. Then
     E |g_b|^2 = |G|^2 + S / b        noise scale = S / |G|^2
 
 A small batch (the first micro-step) and a big one (the step) give unbiased estimates of |G|^2 and S. Each is
-averaged over evaluations before the division, because the ratio of two noisy numbers is biased. A batch far
-below the noise scale costs few extra tokens, and one far above it few extra steps (eq. 2.11).
+averaged over evaluations before the division, because the ratio of two noisy numbers is biased.
 """
 
 import contextlib
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from layers.sharding import local
 from layers.usage import STARVED_BELOW
 from training.evaluation import evaluates_at
 from training.metrics import BY_LAYER
@@ -34,55 +32,45 @@ PROBE = 4096  # tokens at most whose first choice is compared
 class StepGradients:
     """Measures the gradients of a step, if an evaluation follows it. `run` is training/setup.py's Run.
 
-    Hooks add up the squared gradient norm of the first micro-step. With DDP it is that of each rank's own
-    B * T tokens, before DDP averages gradients; the squares are averaged over the ranks. FSDP only has the
-    gradient of all ranks' tokens, and must reduce it (`reduces`). Experts that ranks share have the gradient
-    of these ranks' tokens. Squared norms of parts add up, so each part may have its own size of batch."""
+    With DDP the gradient of the first micro-step is that of each rank's own B * T tokens, and the squares of
+    its norm are averaged over the ranks. FSDP must reduce it first (`reduces`), and then has all ranks'
+    tokens. Experts that ranks share have the gradient of these ranks' tokens. Squared norms of parts add up,
+    so each part may have its own size of batch."""
 
     def __init__(self, run: Any, step: int):
-        self.run, self.measures, self.hooks = run, evaluates_at(step + 1, run.config), []
-        layout, ep_size = run.layout, run.layout.ep_size
-        self.fsdp, size = layout.parallel == "fsdp", layout.world.size
-        batches = run.accumulation * (1 if self.fsdp else size)  # small batches in a step
-        self.share = np.array([1, 1 if self.fsdp else ep_size]) / batches  # of the step's tokens
-        self.weights = (1, ep_size**-2) if self.fsdp else (1 / size, 1 / size / ep_size)  # of the squares
-        self.compares = self.measures and self.share.max() < 1
-        if self.compares:
-            self.squares = torch.zeros(2, device=layout.world.device)  # all but the experts, experts
-            for part, parameters in enumerate(self.parts()):
-                add = partial(self._add, part)
-                self.hooks += [p.register_post_accumulate_grad_hook(add) for p in parameters]
+        self.run, self.measures = run, evaluates_at(step + 1, run.config)
+        self.compares, self.small = self.measures and run.accumulation > 1, None  # squares, (2,)
+        self.fsdp = run.layout.parallel == "fsdp"
+        ranks = 1 if self.fsdp else run.layout.world.size / np.array([1, run.layout.ep_size])
+        self.share = np.ones(2) / (run.accumulation * ranks)  # of the step's tokens, in a small batch
 
     @property
     def reduces(self) -> bool:
         """Whether the next backward must reduce gradients over the ranks, although it is not the last."""
-        return self.fsdp and bool(self.hooks)
+        return self.fsdp and self.compares and self.small is None
 
     def parts(self) -> list[list[torch.nn.Parameter]]:
-        """The trainable parameters: all but the experts, experts."""
+        """The parameters: all but the experts, experts."""
         model = self.run.model
-        experts = [p for moe in model.moe_layers() for p in moe.experts.parameters() if p.requires_grad]
+        experts = [p for moe in model.moe_layers() for p in moe.experts.parameters()]
         known = set(map(id, experts))
-        return [[p for p in model.parameters() if p.requires_grad and id(p) not in known], experts]
-
-    def _add(self, part: int, parameter: torch.nn.Parameter) -> None:
-        self.squares[part] += torch.linalg.vector_norm(local(parameter.grad)).square()
+        return [[p for p in model.parameters() if id(p) not in known], experts]
 
     def end_micro_step(self) -> None:
         """After a backward: only the first one of a step is measured."""
-        while self.hooks:
-            self.hooks.pop().remove()
+        if self.compares and self.small is None:
+            layout = self.run.layout
+            self.small = gradient_norms(self.parts(), layout).square() / layout.world.size
+            self.small[1] /= layout.ep_size**2  # finish_gradients has not divided this gradient
 
     def norms(self) -> dict[str, torch.Tensor]:
         """After a step's last backward: numbers (1,) for `Diagnostics.step`, the same on all ranks; or {}."""
         if not self.measures:
             return {}
-        layers, layout = self.run.model.moe_layers(), self.run.layout
-        groups = [[moe.gate.weight] for moe in layers] + (self.parts() if self.compares else [])
-        found = [*gradient_norms(groups, layout).float().split(1)] if groups else []
-        if self.compares:
-            squares = [square * weight for square, weight in zip(self.squares, self.weights, strict=True)]
-            found += [*layout.world.sum(torch.stack(squares)).split(1)]
+        groups = [[moe.gate.weight] for moe in self.run.model.moe_layers()]
+        groups += self.parts() if self.compares else []
+        found = [*gradient_norms(groups, self.run.layout).float().split(1)] if groups else []
+        found += [*self.run.layout.world.sum(self.small).float().split(1)] if self.compares else []
         return {f"measured {i}": value for i, value in enumerate(found)}
 
 
@@ -144,13 +132,10 @@ class Diagnostics:
                 routing, _ = moe.route(logits[:PROBE])
                 self._watched[layer] = routing.expert[routing.position].view(-1, routing.per_token)[:, 0]
 
-        layers = enumerate(model.moe_layers())
-        hooks = [moe.gate.register_forward_hook(partial(note, moe, layer)) for layer, moe in layers]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer, moe in enumerate(model.moe_layers()):
+                hooks.enter_context(moe.gate.register_forward_hook(partial(note, moe, layer)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def evaluation(self, model: Any) -> dict:
         """What an evaluation logs. Call it once an evaluation can no longer be interrupted."""
@@ -171,10 +156,9 @@ class Diagnostics:
         """The step's batch against the noise scale, in words for the summary."""
         tokens, scale = run.config.total_batch_size, self.newest.get("noise_scale")
         if scale is None:
-            single = run.trains and run.accumulation == 1 and self.noise[0] == 0
+            single = run.trains and run.accumulation == 1
             return "the gradient noise scale needs two micro-steps: lower --B" if single else ""
         advice = "a larger batch would still pay" if tokens < scale else "a smaller one would learn as much"
-        if 0.5 <= tokens / scale <= 2:
-            advice = "about right"
+        advice = "about right" if 0.5 <= tokens / scale <= 2 else advice
         size = f"{tokens / scale:.2g} of the gradient noise scale ({float(f'{scale:.2g}'):,.0f})"
         return f"{tokens:,} tokens are {size}: {advice}"

@@ -4,6 +4,7 @@ All ranks take part. The model runs uncompiled and unwrapped here, so that torch
 graph. `run` is training/setup.py's Run throughout.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,23 +45,21 @@ def validation_sets(config: Any, weights: Mapping[str, Any], arguments: dict) ->
     return {k: (DistributedDataLoader(v, **arguments), float(w / total)) for k, (v, w) in found.items()}
 
 
-def evaluate(
-    run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool], terminal: Any
-) -> dict | None:
+def evaluate(run: Any, step: int, measures: bool, samples: bool, interrupted: Callable[[], bool],
+             terminal: Any) -> dict | None:  # fmt: skip
     """val_loss, val_bpb, hella_acc, hella_acc_norm, diagnostics if `measures` and the run has them, and
     "eval_step"; a "sample" if `samples`. `terminal` shows them. None as soon as interrupted() is true (on all
     ranks alike), because the run must then save and stop."""
     if not (measures or samples):
         return {}
-    measured: dict[str, Any] = {}
+    measured: dict[str, Any] | None = {}
     with torch.compiler.set_stance("force_eager"), without_cudnn(), terminal.during("evaluating"):
         if measures and run.val_sets:
             with run.diagnostics.watching(run.model):
-                losses = validate(run, interrupted)
-            if losses is None:
+                measured = validate(run, interrupted)
+            if measured is None:
                 return None
-            measured |= losses
-            terminal.evaluation(step, losses)
+            terminal.evaluation(step, measured)
         if measures and run.trains:
             terminal.experts(step, run.model)
         if samples and run.samples:
@@ -104,14 +103,11 @@ def validate(run: Any, interrupted: Callable[[], bool]) -> dict[str, float] | No
     for name, (loader, share) in run.val_sets.items():
         if (mean := measure(run, loader, interrupted)) is None:
             return None
-        if share:  # 0 * NaN would be NaN
-            means[""] += share * np.array(mean)
+        means[""] += share * np.array(mean) if share else 0  # 0 * NaN would be NaN
         means |= {f"/{name}": mean} if name else {}
-    measured = {}
-    for name, (nats, text) in means.items():
-        measured[f"val_loss{name}"] = float(nats)
-        measured |= {f"val_bpb{name}": float(nats / (math.log(2) * text))} if text else {}
-    return measured
+    measured = {f"val_loss{name}": float(nats) for name, (nats, _) in means.items()}
+    bits = {name: nats / (math.log(2) * text) for name, (nats, text) in means.items() if text}
+    return measured | {f"val_bpb{name}": float(value) for name, value in bits.items()}
 
 
 def measure(run: Any, loader: Any, interrupted: Callable[[], bool]) -> tuple[float, float] | None:
@@ -142,12 +138,10 @@ def measure(run: Any, loader: Any, interrupted: Callable[[], bool]) -> tuple[flo
 
 def table_of_bytes(meta: dict, layout: Any) -> torch.Tensor | None:
     """Bytes by token id, (vocabulary,), of data with this meta.json; None if a rank does not know them."""
-    try:
+    table = torch.zeros(0)
+    with contextlib.suppress(ValueError, OSError):  # no such name; no network, and no earlier download
         table = torch.from_numpy(token_bytes(meta["encoding"])).to(layout.world.device)
-    except (ValueError, OSError):  # no such name; no network, and no earlier download
-        table = None
-    unknown = table is None or len(table) < meta["vocab_size"]
-    return None if layout.any(unknown) else table
+    return None if layout.any(len(table) < meta["vocab_size"]) else table
 
 
 def sample(run: Any, step: int) -> str:
@@ -173,13 +167,11 @@ def hellaswag(run: Any, terminal: Any, interrupted: Callable) -> dict[str, float
     """Accuracies over all ranks; None if interrupted(); {} if the model gives NaN, or without the questions,
     and then there is no later try."""
     config, world, say = run.config, run.layout.world, terminal.say
+    how = dict(limit=config.hellaswag_limit or None, rank=world.rank, world_size=world.size)
+    how |= dict(autocast=None if run.dtype == "float32" else getattr(torch, run.dtype))
+    how |= dict(progress=lambda done, n: terminal.show(f"HellaSwag {done:,}/{n:,}"), interrupted=interrupted)
     try:
-        result = score_hellaswag(
-            run.model, config.hellaswag_data or None, limit=config.hellaswag_limit or None, rank=world.rank,
-            world_size=world.size, autocast=None if run.dtype == "float32" else getattr(torch, run.dtype),
-            interrupted=interrupted,
-            progress=lambda done, n: terminal.show(f"HellaSwag {done:,}/{n:,}"),
-        )  # fmt: skip
+        result = score_hellaswag(run.model, config.hellaswag_data or None, **how)
     except FloatingPointError as error:
         say(f"no HellaSwag at this step: {error}")
         return {}

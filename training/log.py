@@ -43,19 +43,16 @@ NAMES = "|".join(map(re.escape, LOG_FILES))
 RUN_FILES = re.compile(rf"{NAMES}|run\.json|latest|best|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id")
 RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
 WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
-# A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS"; what is left if it was cut off.
+# A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS".
 LOG_LINE = re.compile(rf"(?:s:)?(\d{{1,18}})[ :]({'|'.join(WORDS)})[ :](?:-?\d+\.\d+|nan|-?inf)\s*")
-BEGINNINGS = "|".join(sorted({word[:length] for word in WORDS for length in range(len(word) + 1)}))
-CUT_LINE = re.compile(rf"(s|s:)?\d*([ :]({BEGINNINGS})([ :][-\d.naif]*)?)?")
 
 
 class RunLog:
     """The files of a run, on the master rank alone. The folder stays locked until close().
     If the disk is full, lines wait in memory until there is space. Files of an earlier run move into a folder
-    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on. It keeps the
-    lines of the evaluation at first_step if evaluates_first is False. wandb: the project in Weights & Biases
-    that also gets settings, curves, samples and pictures of the load; "" for none. record: the run_record.
-    ValueError: another run uses the folder, or wandb is missing. OSError: writing fails."""
+    old_DATE. A run that continues the checkpoint `resumed` drops the lines from first_step on, but not those
+    of the evaluation there if evaluates_first is False. wandb: the project in Weights & Biases, "" for none.
+    record: the run_record. ValueError: another run uses the folder, no wandb. OSError: writing fails."""
 
     def __init__(self, folder: Path, resumed: Path | None, first_step: int, tensorboard: bool,
                  wandb: str = "", evaluates_first: bool = True, say: Callable = print,
@@ -126,8 +123,6 @@ class RunLog:
                 self.measurement(step, metric.log_word, measured[metric.name])
         if measured and expert_load and np.isfinite(expert_load).all():
             fair = np.array(expert_load) / np.mean(expert_load, axis=1, keepdims=True)  # in fair shares
-            for layer, loads in enumerate(fair):
-                self._tensorboard("add_histogram", f"moe/expert_load/layer_{layer}", loads, step)
             picture = (255 * np.clip(fair / 2, 0, 1)).astype(np.uint8)  # black: no rows; white: 2 shares
             picture = np.kron(picture, np.ones((16, 16), np.uint8))[..., None]  # 16 x 16 points each
             self._tensorboard("add_image", "moe/expert_load", picture, step, None, "HWC")
@@ -361,14 +356,12 @@ def stays_after_resume(line: bytes, first_step: int, evaluates_first: bool = Tru
     """Whether a line of a log file stays when a run resumes before first_step. The evaluation at first_step
     stays if the run will not repeat it. A line without a step stays, and so does one that no run wrote."""
     text = line.decode(errors="replace")
-    if "\0" in text or (not text.endswith("\n") and (text.startswith("{") or CUT_LINE.fullmatch(text))):
+    if "\0" in text or (not text.endswith("\n") and re.match(r"[{s\d]", text)):
         return False  # cut off by a kill, or damaged by a crash of the machine
     if found := LOG_LINE.fullmatch(text):
         step, is_evaluation = int(found[1]), found[2] not in ("train", "trl")
         return step < first_step or (step == first_step and is_evaluation and not evaluates_first)
-    record = read_record(line)
-    run = record.get("run")  # of older runs
-    step = record.get("step", run.get("first_step") if isinstance(run, dict) else None)
+    step = read_record(line).get("step")
     return type(step) is not int or step < first_step
 
 
@@ -378,7 +371,7 @@ def read_evaluation(path: Path, step: int) -> dict:
         record = read_record(line)
         evaluated = {m.name for m in METRICS if m.evaluated}  # val_loss/NAME is one, too
         values = {k: v for k, v in record.items() if k.split("/")[0] in evaluated or k.endswith(BY_LAYER)}
-        if values and record.get("eval_step", record.get("step")) == step:
+        if values and record.get("eval_step") == step:
             return values | {"eval_step": step}
     return {}
 

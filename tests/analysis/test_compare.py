@@ -23,11 +23,9 @@ def fake_run(folder, final: float, seed: int, steps=STEPS, speed=1.0, change=Non
                   min_lr=settings.get("max_lr", 0.01) / 10) | settings  # fmt: skip
     rows = []
     for step in range(steps):
-        row = dict(
-            step=step, loss=3.0, elapsed_s=(step + 0.5) / speed, tok_per_s=TOKENS * speed, max_load=1.5
-        )
-        evaluated = step % 4 == 0 and dict(val_loss=final + math.log(STEPS / max(step, 1)), eval_step=step)
-        rows.append(row | (evaluated or {}))
+        row = dict(step=step, loss=3.0, elapsed_s=(step + 0.5) / speed, tok_per_s=TOKENS * speed)
+        evaluated = dict(val_loss=final + math.log(STEPS / max(step, 1)), eval_step=step)
+        rows.append(row | dict(max_load=1.5) | (evaluated if step % 4 == 0 else {}))
     rows[-1] |= dict(val_loss=final + math.log(STEPS / steps), val_bpb=2.0, eval_step=steps)
     rows[-1]["elapsed_s"] = steps / speed
     (change or (lambda rows: None))(rows)
@@ -49,7 +47,7 @@ def test_quantiles_are_those_of_the_published_table():
 
 @pytest.mark.parametrize("gap, seeds, word", [
     (0.05, (1, 2, 3, 4), "worse"), (-0.05, (1, 2, 3, 4), "better"), (0.0, (1, 2, 3, 4), "cannot tell"),
-    (-0.05, (5, 6, 7, 8), "better*"), (0.0, (5, 6, 7, 8), "cannot tell*"), (-0.05, (5,), "cannot tell*"),
+    (-0.05, (4, 5, 6, 7), "cannot tell*"), (-0.05, (5,), "cannot tell*"),
 ])  # fmt: skip
 def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, seeds, word, capsys):
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 9))
@@ -70,16 +68,6 @@ def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, s
         half = T_TABLE[3] * np.std(np.subtract(second, first), ddof=1) / 2
         assert float(other["half"]) == pytest.approx(half, rel=1e-3)
     assert all(len(line) <= 110 for line in said.splitlines())
-
-
-def test_welch_has_the_interval_of_a_worked_example():
-    """Means 5 and 2, variances 1 and 4, three values each; 2.94 degrees of freedom by Welch's formula."""
-    a, b = (compare.Setting({}, {i: {"final": x} for i, x in zip(seeds, values, strict=True)})
-            for seeds, values in ((range(3), (4.0, 6.0, 5.0)), (range(3, 6), (0.0, 2.0, 4.0))))  # fmt: skip
-    freedom = (5 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)
-    mean, half, pairs = compare.difference(a, b)
-    assert (mean, pairs) == (pytest.approx(3), 0) and T_TABLE[3] < half / math.sqrt(5 / 3) < T_TABLE[2]
-    assert half == pytest.approx(math.sqrt(5 / 3) * compare.t_quantile(freedom))
 
 
 def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path):

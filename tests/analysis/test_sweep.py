@@ -44,25 +44,23 @@ def arguments(data, log_dir, *words, more=()) -> list[str]:
 
 
 def test_the_commands_parse_and_their_folders_tell_what_differs(data, capsys):
-    words = (
-        "--seed 1,2 --max_lr=1e-2,2e-2 --bias True --moe_loss_type load_balancing,variance_penalty".split()
-    )
+    words = "--seed 1,2 --max_lr=1e-2,2e-2 --bias True".split()
+    words += ["--moe_loss_type", "load_balancing,variance_penalty"]
     assert main(arguments(data, "out", "--dry_run", *words)) == 0
     lines = capsys.readouterr().out.splitlines()
     found = [train_gpt_moe.parse_config(shlex.split(line)[2:])[0] for line in lines]
     assert [shlex.split(line)[0] for line in lines] == ["python"] * 8 and not Path("out").exists()
     assert len({(c.seed, c.max_lr, c.moe_loss_type) for c in found}) == 8 and found[0].resume == "auto"
     assert all(c.log_dir == f"out/max_lr={c.max_lr},moe_loss_type={c.moe_loss_type}-s{c.seed}" for c in found)
-    assert main(arguments(data, "out", "--array", "5", "--nproc_per_node", "2", *words)) == 0
-    assert capsys.readouterr().out.split()[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]
+    assert main(arguments(data, "out", "--array", "5", *words)) == 0
+    assert capsys.readouterr().out == f"{lines[5]}\n"
 
 
 @pytest.mark.parametrize("words, named", [
     ("--max_lrs 1,2", "did you mean --max_lr"), ("--seed 1,x", "'x'"), ("--seed", "--seed"),
     ("--moe_loss_type load_balancing,none", "moe_loss_type='none'"), ("--seed 1,1", "--seed 1"),
-    ("--num_experts_per_tok 1,5", "num_experts_per_tok=5"), ("--B 4,3", "total_batch_size=256"),
-    ("--n_head 2,3", "n_head=3"), ("--seed 1 --seed 2", "given twice"), ("--run_name a,b", "run_name"),
-    ("--text none.txt,other.txt", "none.txt"), ("--jobs 0", "--jobs 0"), ("--array 1", "--array 1"),
+    ("--seed 1 --seed 2", "given twice"), ("--run_name a,b", "run_name"),
+    ("--jobs 0", "--jobs 0"), ("--array 1", "--array 1"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_before_anything_starts(data, refused, tmp_path, words, named):
     assert named in refused(main, *arguments(data, tmp_path / "out", *words.split()))
@@ -70,7 +68,7 @@ def test_bad_settings_are_refused_before_anything_starts(data, refused, tmp_path
 
 
 def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sweep, "PROGRAMS", {"python": [sys.executable, "-c", FAKE]})
+    monkeypatch.setattr(sweep, "PYTHON", [sys.executable, "-c", FAKE])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -82,9 +80,8 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
     assert f"finished  {log}/s3: validation loss 1.2500, 12 steps, 7.0 s" in said
     assert f"failed: {log}/s2" in said and f"python -m analysis compare {log}" in said
     shares = [json.loads((log / name / "output.txt").read_text()) for name in ("s1", "s3")]
-    assert {share["OMP_NUM_THREADS"] for share in shares} == {"3"} and shares[0][
-        "CUDA_VISIBLE_DEVICES"
-    ] == "0"
+    assert {share["OMP_NUM_THREADS"] for share in shares} == {"3"}
+    assert shares[0]["CUDA_VISIBLE_DEVICES"] == "0"
     assert main(arguments(data, log, "--seed", "1,3")) == 0
     said = capfd.readouterr().out
     assert said.count("finished  ") == 2 and said.count(", before") == 2 and "started" not in said
@@ -93,7 +90,7 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
 def test_a_folder_of_another_run_is_refused_and_a_stopped_run_continues(data, straight, tmp_path, refused):
     shutil.copytree(straight, tmp_path / "s1337")
     words = arguments(data, tmp_path)
-    options = argparse.Namespace(log_dir=str(tmp_path), nproc_per_node=0, flags=[], common=words[4:])
+    options = argparse.Namespace(log_dir=str(tmp_path), flags=[], common=words[4:])
     (job,) = sweep.plan(options)
     sweep.look_for_earlier(job)
     assert job.state == "finished"

@@ -119,6 +119,6 @@ def test_what_a_run_logs_is_what_its_checkpoints_have(frozen, data, tmp_path):
 ])  # fmt: skip
 def test_the_summary_compares_the_batch_with_the_noise_scale(noise, scale, words):
     config = SimpleNamespace(total_batch_size=1000)
-    found, run = Diagnostics(), SimpleNamespace(config=config, trains=True, accumulation=1)
+    found, run = Diagnostics(), SimpleNamespace(config=config, trains=True, accumulation=1 + noise)
     found.noise, found.newest = [noise, 0.0, 0.0], {} if scale is None else {"noise_scale": scale}
     assert words in found.batch_text(run) and bool(words) == bool(found.batch_text(run))

@@ -14,7 +14,6 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from models import tiny
 from PIL import Image
@@ -118,18 +117,6 @@ def test_tensorboard_curves_are_the_metrics(finished):
     assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
 
 
-def test_tensorboard_histograms_are_the_experts_loads(finished):
-    """The load at an evaluation is that of the step before it; fair = 1, so four experts sum to 4."""
-    load = {r["step"]: np.array(r["expert_load"]) for r in finished.records if "expert_load" in r}
-    for layer in range(2):
-        found = finished.events.Histograms(f"moe/expert_load/layer_{layer}")
-        assert [event.step for event in found] == [4, 8, 12]
-        for event in found:
-            value = event.histogram_value
-            assert value.num == 4 and value.sum == pytest.approx(4)
-            assert value.max == pytest.approx(4 * load[event.step - 1][layer].max())
-
-
 def test_tensorboard_has_the_samples(finished):
     found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
@@ -167,7 +154,7 @@ MEASURED = {"val_loss": 3.25, "hella_acc": 0.25, "hella_acc_norm": 0.5, "val_new
 
 
 def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
-    """Lines and histograms before a step; after the last step its row gets more. A new metric has a curve."""
+    """Lines and pictures before a step; after the last step its row gets more. A new metric has a curve."""
     row = Metric("val_new", "unit", curve="loss/new", evaluated=True, log_word="new")
     monkeypatch.setattr(log, "METRICS", (*METRICS, row))
     opened = RunLog(tmp_path, None, 0, tensorboard=True)
@@ -185,7 +172,7 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     assert read_records(tmp_path) == [{"step": 2, "loss": 3.5, **MEASURED, "elapsed_s": 9.5}]
     events = read_events(tmp_path)
     assert points(events, "loss/new") == {3: 1.125}
-    assert [event.step for event in events.Histograms("moe/expert_load/layer_0")] == [2]
+    assert [event.step for event in events.Images("moe/expert_load")] == [2]
     assert [event.step for event in events.Tensors("sample/text_summary")] == [1]
 
 
@@ -217,15 +204,6 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
     assert points(events, "loss/train") == {0: 3.5, 1: 2.5, 2: 1.5}
     for curve, value in {"loss/val": 3.25, "hellaswag/acc_norm": 0.5, "hellaswag/acc": 0.25}.items():
         assert points(events, curve) == {2: value}, curve
-
-
-def test_the_last_evaluation_of_an_older_run_joins_the_next_row(tmp_path):
-    first = '{"run": {"first_step": 0}}\n{"step": 0, "loss": 3.5}\n'
-    (tmp_path / "metrics.jsonl").write_text(first + '{"step": 1, "elapsed_s": 9.5, "val_loss": 3.25}\n')
-    continued = resumed(tmp_path, 1, evaluates_first=False)
-    continued.step({"step": 1, "loss": 2.5})
-    joined = {"step": 1, "loss": 2.5, "val_loss": 3.25, "eval_step": 1}
-    assert continued.close() and read_records(tmp_path) == [{"step": 0, "loss": 3.5}, joined]
 
 
 def test_wandb_gets_the_same_names(finished):
