@@ -29,12 +29,14 @@ SCRIPTS = {  # name in messages: arguments that are wrong
     "train_gpt_moe.py": "--B 0", "fineweb.py": "--shard_size 0", "hellaswag.py": "--model no.pt",
     "sample.py": "--checkpoint no.pt", "plot_log.py": "no", "checkpoint.py": "verify no.pt",
     "python -m bench": "scale --size d13", "python -m llmc": "export --checkpoint no.pt --out .",
+    "python -m analysis": "routing no.pt",
 }  # fmt: skip
 
 
 def main_of(script: str):
     name = script.split()[-1].removesuffix(".py")
-    return importlib.import_module({"bench": "bench.__main__", "llmc": "llmc.files"}.get(name, name)).main
+    modules = {"bench": "bench.__main__", "llmc": "llmc.files", "analysis": "analysis.__main__"}
+    return importlib.import_module(modules.get(name, name)).main
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,9 +77,10 @@ def test_without_network_no_folder_stays(tmp_path, monkeypatch, capsys):
 def check(command: str) -> None:
     """The script's parser must take the command; small ones also do their work."""
     words = shlex.split(command)
-    while words[0] in ("python", "torchrun") or words[0].startswith("--"):
+    while words[0] in ("python", "torchrun", "-m") or words[0].startswith("--"):
         assert not words.pop(0).endswith("=")
     script, *arguments = words
+    arguments += ["--tokens", "512", "--drop_tokens", "0"] if script == "analysis" else []
     if script == "train_gpt_moe.py":
         train_gpt_moe.parse_config(arguments)
     elif "--source" in command or "--demo" in command or script != "fineweb.py":
