@@ -5,6 +5,8 @@
     python fineweb.py --source book.txt --out book --val_tokens 20000
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
     python fineweb.py --source "src/**/*.py" --out code --encoding bytes   # one document for each file
+    python fineweb.py --source corpus/ --out own --train_tokenizer 32768    # a vocabulary made for this text
+    python fineweb.py --source a.txt --source b.jsonl --out both            # one after the other
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
     python fineweb.py --verify --out book              # compare every token with the checksums in meta.json
 
@@ -35,13 +37,16 @@ from tqdm import tqdm
 
 from tokens import sources
 from tokens.demo import prepare_demo
-from tokens.encodings import encode_pieces
-from tokens.identity import describe_sources
+from tokens.encodings import encode_pieces, get_encoding
+from tokens.identity import describe_sources, load_metas
 from tokens.printable import print_error, printable
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
+from tokens.tokenizer_json import add_tokenizer, read_added
+from tokens.tokenizer_sources import read_tokenizer, train_bpe
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+SAMPLE_CHARS = 1 << 26  # that a tokenizer is trained on: it keeps every different word of them in memory
 
 
 def flag(default: object, text: str) -> Any:
@@ -53,13 +58,28 @@ def flag(default: object, text: str) -> Any:
 class DataConfig:
     """The flags. All except the last four decide the bytes of the shards."""
 
-    source: str = flag(FINEWEB, "file, folder or pattern (*.py) of text or records; or a Hub dataset")
+    source: str | Sequence[str] = flag(
+        FINEWEB,
+        "file, folder or pattern (*.py) of text or records; or a Hub dataset; may be given several times",
+    )
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
     split: str = flag("train", "split of a Hub dataset")
     revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
-    text_field: str = flag("text", "where records (.jsonl, .parquet, .json, .csv, Hub) keep the text")
+    text_field: str | Sequence[str] = flag(
+        "text", "where records (.jsonl, .parquet, .json, .csv, Hub) keep the text; once, or for each --source"
+    )
     split_on: str | None = flag(None, 'what separates the documents in a text file, as "<|endoftext|>"')
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
+    tokenizer: str | None = flag(
+        None, "tokenizer.json, SentencePiece .model, a folder with one of them, or a name that tiktoken knows"
+    )
+    train_tokenizer: int | None = flag(
+        None,
+        f"train a tokenizer of so many tokens on the first {SAMPLE_CHARS:,} characters, of each source alike",
+    )
+    end_token: str | None = flag(
+        None, "what precedes each document; if not given <|endoftext|> or its eos_token"
+    )
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None, "tokens kept for validation; if not given one shard, or a tenth of a small source"
@@ -90,9 +110,11 @@ def cut_tasks(stream: Iterator[tuple[bool, str]], position: dict) -> Iterator[Ta
         yield start, pieces
 
 
-def _work(connection: multiprocessing.connection.Connection, encoding: str) -> None:
+def _work(connection: multiprocessing.connection.Connection, encoding: str, tokenizer: str) -> None:
     """A worker process: encode what the parent sends, until the parent closes the connection or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    if tokenizer:
+        add_tokenizer(tokenizer, encoding)
     with contextlib.suppress(EOFError, OSError):
         while True:
             try:
@@ -110,7 +132,8 @@ def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
     try:
         for _ in range(number):
             ours, theirs = spawn.Pipe()
-            processes.append(spawn.Process(target=_work, args=(theirs, encoding), daemon=True))
+            arguments = theirs, encoding, getattr(get_encoding(encoding), "text", "")
+            processes.append(spawn.Process(target=_work, args=arguments, daemon=True))
             processes[-1].start()
             theirs.close()
             idle.put(ours)
@@ -162,28 +185,16 @@ def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator
 def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
     """Turn a source into shards; return their meta.json. Raises ValueError, OSError; main prints them.
     SystemExit if `told` has an exit code: Python may have dropped the one that a signal's handler raised."""
-    config = with_defaults(config)
-    run_only = ("out", "errors", "workers", "demo", "verify")
+    config = choose_encoding(with_defaults(config))
+    run_only = ("out", "errors", "workers", "demo", "verify", "tokenizer")
     settings = {name: value for name, value in vars(config).items() if name not in run_only}
-    local = is_local(config.source)
-    if local:
-        files = sources.find_files(config.source)
-        total = sum(map(os.path.getsize, files))
-        name = os.path.basename(os.path.abspath(config.source))
-        content = describe_sources(config.source, files)
-        settings |= {"source": name, "files": content, "source_files": len(files), "source_bytes": total}
+    settings |= describe(config)
     writer = ShardWriter(config.out, settings)
     if is_complete(config.out, writer.old):
         print(f"{printable(config.out)} is complete already")
         return writer.old
     position, skip = writer.resume(config.val_tokens, config.shard_size)
-    if local:
-        reading = config.text_field, position, config.split_on, config.errors
-        pieces, share = sources.read_files(files, *reading), config
-    else:
-        pieces, total, share = sources.read_hub(config, position)
-        total = total and total // config.num_parts
-    stream = sources.select(pieces, share, position)
+    stream, total, local = open_sources(config, position)
     count, unit = ("read", "B") if local else ("documents", "doc")
     look = dict(unit_scale=True, disable=None)
     source_bar = tqdm(total=total, initial=position[count], desc="source", unit=unit, **look)
@@ -204,9 +215,103 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
         return writer.finish(position, config.source)
 
 
-def is_local(source: str) -> bool:
-    """Whether the source is a file, a folder or a pattern of files here, and not a dataset of the Hub."""
-    return os.path.exists(source) or any(glob.iglob(source, recursive=True))
+def each_source(config: DataConfig) -> list[DataConfig]:
+    """The settings of each source by itself. ValueError if their numbers of sources and fields differ."""
+    names, fields = ([v] if isinstance(v, str) else v for v in (config.source, config.text_field))
+    if len(fields) not in (1, len(names)):
+        raise ValueError(
+            f"text_field is given {len(fields)} times: give it once, or {len(names)} times as source"
+        )
+    pairs = zip(names, fields if len(fields) > 1 else fields * len(names), strict=True)
+    parts = [replace(config, source=name, text_field=field) for name, field in pairs]
+    return [
+        replace(one, subset=one.subset or FINEWEB_SUBSET) if one.source == FINEWEB else one for one in parts
+    ]
+
+
+def local_files(source: str) -> list[str]:
+    """The files of a source; none of a Hub dataset."""
+    is_here = os.path.exists(source) or any(glob.iglob(source, recursive=True))
+    return sources.find_files(source) if is_here else []
+
+
+def describe(config: DataConfig) -> dict:
+    """What the settings in meta.json say about the sources: names without folders, and the local files."""
+    names, found, total = [], {}, 0
+    for number, source in enumerate(one.source for one in each_source(config)):
+        files = local_files(source)
+        names.append(os.path.basename(os.path.abspath(source)) if files else source)
+        prefix = (
+            "" if isinstance(config.source, str) else f"{number}: "
+        )  # two may have a file of the same name
+        found |= {prefix + name: text for name, text in describe_sources(source, files).items()}
+        total += sum(map(os.path.getsize, files))
+    content = {"files": found, "source_files": len(found), "source_bytes": total} if found else {}
+    return {"source": names[0] if isinstance(config.source, str) else names, **content}
+
+
+def open_sources(config: DataConfig, position: dict) -> tuple[Iterator[tuple[bool, str]], int | None, bool]:
+    """(pieces of the documents of one source after another from `position` on, which counts the sources if
+    there are several; their bytes, or documents of a Hub dataset, if known; whether all are files here)."""
+    first, before, documents, opened = position.get("source", 0), 0, [], []
+    for number, one in enumerate(each_source(config)):
+        start = position if number == first else dict(sources.START_POSITION)
+        if files := local_files(one.source):
+            opened.append(
+                (sources.read_files(files, one.text_field, start, one.split_on, one.errors, before), one)
+            )
+            before += sum(map(os.path.getsize, files))
+        else:
+            pieces, count, share = sources.read_hub(one, start)
+            opened.append((pieces, share))
+            documents.append(count and count // config.num_parts)
+
+    def pieces_of_all() -> Iterator[tuple[bool, str]]:
+        for number, (pieces, share) in enumerate(opened[first:], first):
+            if number > first:
+                position.pop("hub", None)
+                position.update(source=number, file=0, at=0)
+            yield from sources.select(pieces, share, position)
+
+    return (
+        pieces_of_all(),
+        documents[0] if len(opened) == len(documents) == 1 else before or None,
+        not documents,
+    )
+
+
+def choose_encoding(config: DataConfig) -> DataConfig:
+    """The settings with the name of the encoding that --tokenizer or --train_tokenizer asks for. ValueError."""
+    path, size = config.tokenizer, config.train_tokenizer
+    if path and not os.path.exists(path):  # a name that tiktoken knows
+        return replace(config, encoding=path)
+    if path:
+        encoding = read_tokenizer(path, config.end_token)
+        return replace(config, encoding=encoding.name, end_token=encoding.end_token)
+    if not size:
+        return config
+    for meta in load_metas(config.out).values():
+        if meta.get("settings", {}).get("train_tokenizer") == size:  # ShardWriter compares the sources
+            with contextlib.suppress(ValueError):  # otherwise it is trained again
+                read_added(os.path.join(config.out, "tokenizer.json"), meta["encoding"])
+                return replace(config, encoding=meta["encoding"])
+    tqdm.write(f"training a tokenizer of {size:,} tokens")
+    encoding = train_bpe(sample_texts(config), size)
+    if encoding.n_vocab < size:
+        tqdm.write(f"the text has pairs for {encoding.n_vocab:,} tokens only")
+    return replace(config, encoding=encoding.name)
+
+
+def sample_texts(config: DataConfig) -> Iterator[str]:
+    """The first SAMPLE_CHARS characters of the sources, of each alike; all parts of a job get the same."""
+    parts = each_source(replace(config, num_parts=1, part=0))
+    for one in parts:
+        left = SAMPLE_CHARS // len(parts)
+        for _, text in open_sources(one, dict(sources.START_POSITION))[0]:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
 
 
 def with_defaults(config: DataConfig) -> DataConfig:
@@ -214,12 +319,18 @@ def with_defaults(config: DataConfig) -> DataConfig:
     if config.source == FINEWEB:
         config = replace(config, subset=config.subset or FINEWEB_SUBSET, out=config.out or "edu_fineweb10B")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = [name for name in ("encoding", "tokenizer", "train_tokenizer") if getattr(config, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]}={getattr(config, asked[0])!r} and {asked[1]}: give one of them")
     config = replace(config, encoding=config.encoding or "gpt2", workers=config.workers or cores)
+    parts = each_source(config)
     if config.val_tokens is None:  # one shard, or about 10% of a small local source
-        total = sum(map(os.path.getsize, sources.find_files(config.source))) if is_local(config.source) else 0
+        files = [local_files(one.source) for one in parts]
+        total = sum(os.path.getsize(file) for some in files for file in some) if all(files) else 0
         tokens = total if config.encoding == "bytes" else total // 4
         config.val_tokens = min(config.shard_size, max(tokens // 10, 1)) if total else config.shard_size
-    for name, least in dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1).items():
+    limits = dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1, train_tokenizer=257)
+    for name, least in limits.items():
         value = getattr(config, name)
         if value is not None and not least <= value < 1 << 31:
             raise ValueError(f"{name}={value} must be at least {least} and below 2147483648")
@@ -229,10 +340,13 @@ def with_defaults(config: DataConfig) -> DataConfig:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={config.source!r}")
     if config.errors not in ("strict", "replace"):
         raise ValueError(f"errors={config.errors!r} must be strict or replace")
-    if config.split_on is not None and not (config.split_on and is_local(config.source)):
+    if config.split_on is not None and not (
+        config.split_on and all(local_files(one.source) for one in parts)
+    ):
         raise ValueError(f"split_on={config.split_on!r} must be what separates the documents of text files")
-    if not is_local(config.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.source):
-        raise FileNotFoundError(f"source={config.source!r} is no file or folder here, nor a Hub dataset")
+    for one in parts:
+        if not local_files(one.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", one.source):
+            raise FileNotFoundError(f"source={one.source!r} is no file or folder here, nor a Hub dataset")
     return config
 
 
@@ -242,8 +356,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for each in fields(DataConfig):
         kind = {"type": int if "int" in each.type else str}
         kind = {"action": "store_true"} if each.type == "bool" else kind
-        parser.add_argument(f"--{each.name}", default=each.default, help=each.metadata["help"], **kind)
-    config = DataConfig(**vars(parser.parse_args(argv)))
+        kind = {"action": "append"} if "Sequence" in each.type else kind
+        default = None if "Sequence" in each.type else each.default  # argparse would append to it
+        parser.add_argument(f"--{each.name}", default=default, help=each.metadata["help"], **kind)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given |= {name: value[0] for name, value in given.items() if isinstance(value, list) and len(value) == 1}
+    config = DataConfig(**given)
     out = config.out or ("demo_data" if config.demo else "edu_fineweb10B")
     is_new = not os.path.lexists(out)
     told = []
@@ -261,6 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for problem in problems:
                 print_error("fineweb.py", problem)
             return 2 if problems else 0
+        if config.demo and (config.tokenizer or config.train_tokenizer):
+            raise ValueError("demo=True with a tokenizer: --encoding names the demo's, bytes or gpt2")
         if config.demo:
             prepare_demo(out, config.encoding or "bytes")
         else:

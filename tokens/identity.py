@@ -17,6 +17,7 @@ from tokens.files import check_regular
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
 DIGITS = 8  # of a fingerprint
+IDS_ONLY = dict(eot_token=None, tokens={}, shards={}, complete=True)  # unless meta.json of "none" says else
 DEFAULTS = dict(split="train", text_field="text", shard_size=100_000_000, num_parts=1, part=0)  # fineweb.py's
 
 
@@ -74,7 +75,11 @@ def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
     is_demo = str(flags.get("source")).startswith("demo corpus")
     flags = ({} if is_demo else flags) | changes
     flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}
-    words = [f"--{k}={v}" for k, v in flags.items() if v not in (None, DEFAULTS.get(k))]
+    if str(flags.get("encoding")).startswith("tokenizer:"):
+        own = None if flags.get("train_tokenizer") else os.path.join(folder, "tokenizer.json")
+        flags |= {"encoding": None, "tokenizer": own}
+    each = [(k, v) for k, values in flags.items() for v in (values if isinstance(values, list) else [values])]
+    words = [f"--{k}={v}" for k, v in each if v not in (None, DEFAULTS.get(k))]
     words += ["--demo"] if is_demo and not changes else []
     return shlex.join(["python", "fineweb.py", *words, "--out", out or folder])
 
@@ -86,6 +91,8 @@ def load_metas(folder: str) -> dict[str, dict]:
         try:
             check_regular(path)
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
+            if metas[path].get("encoding") == "none":
+                metas[path] = IDS_ONLY | metas[path]
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             again = f"`python fineweb.py --out {shlex.quote(folder)}` with its settings"
@@ -108,7 +115,7 @@ def _common(meta: dict) -> dict:
 
 def _check_meta(meta: dict) -> None:
     """Raises one of the errors that load_metas catches if an entry of a meta.json is of the wrong kind."""
-    kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
+    kinds = dict(encoding=str, vocab_size=int, tokens=dict, shards=dict, complete=bool)
     optional = dict(source=str, settings=dict, checksums=dict, samples=dict, places=dict)
     for name, kind in [*kinds.items(), *((name, optional[name]) for name in optional if name in meta)]:
         if type(meta[name]) is not kind:
@@ -120,7 +127,8 @@ def _check_meta(meta: dict) -> None:
     texts += meta.get("settings", {}).get("files", {}).values()
     if {*map(type, counts)} - {int} or {*map(type, texts)} - {str} or min(counts, default=0) < 0:
         raise TypeError("a number of tokens, place, checksum or source file of the wrong kind")
-    if not 0 <= meta["eot_token"] < meta["vocab_size"] <= 1 << 16:
+    end = meta["eot_token"] if meta["eot_token"] is not None else 0  # None: no token precedes documents
+    if not 0 <= end < meta["vocab_size"] < 1 << 31:
         raise ValueError(f"eot_token is {meta['eot_token']}, vocab_size is {meta['vocab_size']}")
     if any(name != os.path.basename(name) for name in meta["shards"]):
         raise ValueError("shards has a name with a folder")
