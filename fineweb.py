@@ -5,8 +5,7 @@
     python fineweb.py --source book.txt --out book --val_tokens 20000
     python fineweb.py --source corpus/ --out corpus    # .txt .jsonl .jsonl.gz .jsonl.zst .parquet
     python fineweb.py --source "src/**/*.py" --out code --encoding bytes   # one document for each file
-    python fineweb.py --source corpus/ --out own --train_tokenizer 32768    # a vocabulary made for this text
-    python fineweb.py --source a.txt --source b.jsonl --out both            # one after the other
+    python fineweb.py --source a.txt --source b.jsonl --out both --train_tokenizer 32768  # own vocabulary
     python fineweb.py --num_parts 8 --part 3           # the fourth of eight machines: train_p0003_*.bin
     python fineweb.py --verify --out book              # compare every token with the checksums in meta.json
 
@@ -19,9 +18,7 @@ import tokens.requirements  # noqa: F401 (first: an old Python or a missing pack
 import argparse
 import contextlib
 import glob
-import multiprocessing.connection
 import os
-import queue
 import re
 import shlex
 import signal
@@ -37,16 +34,16 @@ from tqdm import tqdm
 
 from tokens import sources
 from tokens.demo import prepare_demo
-from tokens.encodings import encode_pieces, get_encoding
+from tokens.encodings import encode_pieces
 from tokens.identity import describe_sources, load_metas
 from tokens.printable import print_error, printable
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
-from tokens.tokenizer_json import add_tokenizer, read_added
+from tokens.tokenizer_json import read_added
 from tokens.tokenizer_sources import read_tokenizer, train_bpe
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-SAMPLE_CHARS = 1 << 26  # that a tokenizer is trained on: it keeps every different word of them in memory
+SAMPLE_CHARS = 1 << 26  # on which a tokenizer is trained; it keeps their different words in memory
 
 
 def flag(default: object, text: str) -> Any:
@@ -59,27 +56,19 @@ class DataConfig:
     """The flags. All except the last four decide the bytes of the shards."""
 
     source: str | Sequence[str] = flag(
-        FINEWEB,
-        "file, folder or pattern (*.py) of text or records; or a Hub dataset; may be given several times",
+        FINEWEB, "file, folder, pattern (*.py) or Hub dataset; may be repeated"
     )
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
     split: str = flag("train", "split of a Hub dataset")
     revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
-    text_field: str | Sequence[str] = flag(
-        "text", "where records (.jsonl, .parquet, .json, .csv, Hub) keep the text; once, or for each --source"
-    )
+    text_field: str | Sequence[str] = flag("text", "where records keep the text; once, or for each --source")
     split_on: str | None = flag(None, 'what separates the documents in a text file, as "<|endoftext|>"')
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     tokenizer: str | None = flag(
-        None, "tokenizer.json, SentencePiece .model, a folder with one of them, or a name that tiktoken knows"
+        None, "tokenizer.json, SentencePiece .model, a folder of one, or tiktoken's name"
     )
-    train_tokenizer: int | None = flag(
-        None,
-        f"train a tokenizer of so many tokens on the first {SAMPLE_CHARS:,} characters, of each source alike",
-    )
-    end_token: str | None = flag(
-        None, "what precedes each document; if not given <|endoftext|> or its eos_token"
-    )
+    train_tokenizer: int | None = flag(None, "train one of so many tokens on the first 67 million characters")
+    end_token: str | None = flag(None, "what precedes documents; default <|endoftext|>, or else eos_token")
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None, "tokens kept for validation; if not given one shard, or a tenth of a small source"
@@ -89,7 +78,7 @@ class DataConfig:
     part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
     out: str | None = flag(None, "folder of the shards; edu_fineweb10B for FineWeb-Edu, or demo_data")
     errors: str = flag("strict", "strict refuses a file that is no UTF-8 text, replace reads U+FFFD")
-    workers: int | None = flag(None, "tokenising processes; one per core if not given")
+    workers: int | None = flag(None, "tokenising threads; one per core if not given")
     demo: bool = flag(False, "use the documentation that comes with Python as the source")
     verify: bool = flag(False, "make nothing; compare the shards in --out with meta.json's checksums")
 
@@ -110,76 +99,20 @@ def cut_tasks(stream: Iterator[tuple[bool, str]], position: dict) -> Iterator[Ta
         yield start, pieces
 
 
-def _work(connection: multiprocessing.connection.Connection, encoding: str, tokenizer: str) -> None:
-    """A worker process: encode what the parent sends, until the parent closes the connection or is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    if tokenizer:
-        add_tokenizer(tokenizer, encoding)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            try:
-                connection.send(encode_pieces(connection.recv(), encoding))
-            except (ValueError, MemoryError) as error:
-                connection.send(error)
-
-
-@contextlib.contextmanager
-def _start_workers(encoding: str, number: int) -> Iterator[queue.SimpleQueue]:
-    """Start worker processes; yields a queue of connections to them. At the end it stops them."""
-    spawn, idle, processes = multiprocessing.get_context("spawn"), queue.SimpleQueue(), []
-    # Children inherit that SIGINT is ignored. Otherwise Ctrl-C during their imports would print a traceback.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(number):
-            ours, theirs = spawn.Pipe()
-            arguments = theirs, encoding, getattr(get_encoding(encoding), "text", "")
-            processes.append(spawn.Process(target=_work, args=arguments, daemon=True))
-            processes[-1].start()
-            theirs.close()
-            idle.put(ours)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
-        yield idle
-    finally:
-        for _ in processes:
-            idle.get().close()
-        for process in processes:
-            process.join()
-
-
 def encode_tasks(tasks: Iterator[Task], encoding: str, workers: int) -> Iterator[tuple[dict, np.ndarray]]:
-    """(position before the task, tokens) of each task, in order, computed by `workers` processes.
-    Python's process pools can hang when a process is killed, and their processes outlive a killed parent. So
-    each process here has a pipe, and a thread waits for it. Raises ChildProcessError if a process dies."""
-    if workers == 1:
-        yield from ((position, encode_pieces(pieces, encoding)) for position, pieces in tasks)
-        return
-    with _start_workers(encoding, workers) as idle:
-
-        def encode_elsewhere(pieces: list[tuple[bool, str]]) -> np.ndarray:
-            connection = idle.get()
-            try:
-                connection.send(pieces)
-                if isinstance(result := connection.recv(), Exception):
-                    raise result
-                return result
-            except (EOFError, OSError) as e:
-                raise ChildProcessError("a tokenising process died; out of memory? lower --workers") from e
-            finally:
-                idle.put(connection)
-
-        threads, running = ThreadPoolExecutor(workers), deque()
-        try:
-            for position, pieces in tasks:
-                running.append((position, threads.submit(encode_elsewhere, pieces)))
-                if len(running) > 3 * workers:
-                    position, tokens = running.popleft()
-                    yield position, tokens.result()
-            for position, tokens in running:
+    """(position before the task, tokens) of each task, in order, computed by `workers` threads. They run at
+    the same time, because tiktoken and tokenizers release Python's lock."""
+    threads, running = ThreadPoolExecutor(workers), deque()
+    try:
+        for position, pieces in tasks:
+            running.append((position, threads.submit(encode_pieces, pieces, encoding)))
+            if len(running) >= 3 * workers:
+                position, tokens = running.popleft()
                 yield position, tokens.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+        for position, tokens in running:
+            yield position, tokens.result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
@@ -188,17 +121,20 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
     config = choose_encoding(with_defaults(config))
     run_only = ("out", "errors", "workers", "demo", "verify", "tokenizer")
     settings = {name: value for name, value in vars(config).items() if name not in run_only}
-    settings |= describe(config)
+    parts = each_source(config)
+    settings |= describe(parts)
     writer = ShardWriter(config.out, settings)
     if is_complete(config.out, writer.old):
         print(f"{printable(config.out)} is complete already")
         return writer.old
     position, skip = writer.resume(config.val_tokens, config.shard_size)
-    stream, total, local = open_sources(config, position)
+    local = all(files for _, files in parts)
     count, unit = ("read", "B") if local else ("documents", "doc")
     look = dict(unit_scale=True, disable=None)
+    total = sum(count_bytes(files) for _, files in parts) if local else None
     source_bar = tqdm(total=total, initial=position[count], desc="source", unit=unit, **look)
     shard_bar = tqdm(desc="shard", unit="tok", **look)
+    stream = read_sources(parts, position, source_bar)
     tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
     with source_bar, shard_bar, contextlib.closing(tasks):
         for start, tokens in tasks:
@@ -215,76 +151,65 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
         return writer.finish(position, config.source)
 
 
-def each_source(config: DataConfig) -> list[DataConfig]:
-    """The settings of each source by itself. ValueError if their numbers of sources and fields differ."""
-    names, fields = ([v] if isinstance(v, str) else v for v in (config.source, config.text_field))
+def each_source(config: DataConfig) -> list[tuple[DataConfig, list[str]]]:
+    """(settings, files) of each source by itself; a Hub dataset has no files. ValueError for text_fields that
+    are neither one nor as many."""
+    names, fields = ([v] if isinstance(v, str) else [*v] for v in (config.source, config.text_field))
     if len(fields) not in (1, len(names)):
         raise ValueError(
-            f"text_field is given {len(fields)} times: give it once, or {len(names)} times as source"
+            f"text_field is given {len(fields)} times, source {len(names)} times: give it once, or as often"
         )
-    pairs = zip(names, fields if len(fields) > 1 else fields * len(names), strict=True)
-    parts = [replace(config, source=name, text_field=field) for name, field in pairs]
-    return [
-        replace(one, subset=one.subset or FINEWEB_SUBSET) if one.source == FINEWEB else one for one in parts
-    ]
+    parts = []
+    for name, text_field in zip(names, fields * len(names), strict=False):
+        subset = config.subset or (FINEWEB_SUBSET if name == FINEWEB else None)
+        is_here = os.path.exists(name) or any(glob.iglob(name, recursive=True))
+        one = replace(config, source=name, text_field=text_field, subset=subset)
+        parts.append((one, sources.find_files(name) if is_here else []))
+    return parts
 
 
-def local_files(source: str) -> list[str]:
-    """The files of a source; none of a Hub dataset."""
-    is_here = os.path.exists(source) or any(glob.iglob(source, recursive=True))
-    return sources.find_files(source) if is_here else []
+def count_bytes(files: list[str]) -> int:
+    """The size of all files together."""
+    return sum(map(os.path.getsize, files))
 
 
-def describe(config: DataConfig) -> dict:
-    """What the settings in meta.json say about the sources: names without folders, and the local files."""
-    names, found, total = [], {}, 0
-    for number, source in enumerate(one.source for one in each_source(config)):
-        files = local_files(source)
-        names.append(os.path.basename(os.path.abspath(source)) if files else source)
-        prefix = (
-            "" if isinstance(config.source, str) else f"{number}: "
-        )  # two may have a file of the same name
-        found |= {prefix + name: text for name, text in describe_sources(source, files).items()}
-        total += sum(map(os.path.getsize, files))
-    content = {"files": found, "source_files": len(found), "source_bytes": total} if found else {}
-    return {"source": names[0] if isinstance(config.source, str) else names, **content}
+def describe(parts: list[tuple[DataConfig, list[str]]]) -> dict:
+    """What the settings in meta.json say about the sources: their names without folders, and their files."""
+    names = [os.path.basename(os.path.abspath(one.source)) if files else one.source for one, files in parts]
+    found = {}
+    for number, (one, files) in enumerate(parts):
+        prefix = f"{number}: " if len(parts) > 1 else ""  # two sources may have files of the same name
+        found |= {prefix + name: text for name, text in describe_sources(one.source, files).items()}
+    size = sum(count_bytes(files) for _, files in parts)
+    content = {"files": found, "source_files": len(found), "source_bytes": size} if found else {}
+    return {"source": names if len(parts) > 1 else names[0], **content}
 
 
-def open_sources(config: DataConfig, position: dict) -> tuple[Iterator[tuple[bool, str]], int | None, bool]:
-    """(pieces of the documents of one source after another from `position` on, which counts the sources if
-    there are several; their bytes, or documents of a Hub dataset, if known; whether all are files here)."""
-    first, before, documents, opened = position.get("source", 0), 0, [], []
-    for number, one in enumerate(each_source(config)):
-        start = position if number == first else dict(sources.START_POSITION)
-        if files := local_files(one.source):
-            opened.append(
-                (sources.read_files(files, one.text_field, start, one.split_on, one.errors, before), one)
-            )
-            before += sum(map(os.path.getsize, files))
-        else:
-            pieces, count, share = sources.read_hub(one, start)
-            opened.append((pieces, share))
-            documents.append(count and count // config.num_parts)
-
-    def pieces_of_all() -> Iterator[tuple[bool, str]]:
-        for number, (pieces, share) in enumerate(opened[first:], first):
-            if number > first:
-                position.pop("hub", None)
-                position.update(source=number, file=0, at=0)
+def read_sources(
+    parts: list[tuple[DataConfig, list[str]]], position: dict, bar: tqdm
+) -> Iterator[tuple[bool, str]]:
+    """(begins, text) of the documents of one source after another, from `position` on, which has the number
+    of the source if there are several. bar: gets the number of a Hub dataset's documents, if it is known."""
+    first, before = position.get("source", 0), 0
+    for number, (one, files) in enumerate(parts):
+        if number > first:
+            position.pop("hub", None)
+            position.update(source=number, file=0, at=0)
+        if number >= first and files:
+            reading = one.text_field, position, one.split_on, one.errors, before
+            yield from sources.select(sources.read_files(files, *reading), one, position)
+        elif number >= first:
+            pieces, total, share = sources.read_hub(one, position)
+            bar.total = total // one.num_parts if total and len(parts) == 1 else None
             yield from sources.select(pieces, share, position)
-
-    return (
-        pieces_of_all(),
-        documents[0] if len(opened) == len(documents) == 1 else before or None,
-        not documents,
-    )
+        before += count_bytes(files)
 
 
 def choose_encoding(config: DataConfig) -> DataConfig:
-    """The settings with the name of the encoding that --tokenizer or --train_tokenizer asks for. ValueError."""
+    """The settings with the encoding that --tokenizer or --train_tokenizer asks for. ValueError, OSError."""
     path, size = config.tokenizer, config.train_tokenizer
-    if path and not os.path.exists(path):  # a name that tiktoken knows
-        return replace(config, encoding=path)
+    if path and not os.path.exists(path):
+        return replace(config, encoding=path)  # a name that tiktoken knows
     if path:
         encoding = read_tokenizer(path, config.end_token)
         return replace(config, encoding=encoding.name, end_token=encoding.end_token)
@@ -292,22 +217,19 @@ def choose_encoding(config: DataConfig) -> DataConfig:
         return config
     for meta in load_metas(config.out).values():
         if meta.get("settings", {}).get("train_tokenizer") == size:  # ShardWriter compares the sources
-            with contextlib.suppress(ValueError):  # otherwise it is trained again
+            with contextlib.suppress(ValueError):  # if it is lost it is trained again
                 read_added(os.path.join(config.out, "tokenizer.json"), meta["encoding"])
                 return replace(config, encoding=meta["encoding"])
     tqdm.write(f"training a tokenizer of {size:,} tokens")
-    encoding = train_bpe(sample_texts(config), size)
-    if encoding.n_vocab < size:
-        tqdm.write(f"the text has pairs for {encoding.n_vocab:,} tokens only")
-    return replace(config, encoding=encoding.name)
+    return replace(config, encoding=train_bpe(sample_texts(config), size).name)
 
 
 def sample_texts(config: DataConfig) -> Iterator[str]:
     """The first SAMPLE_CHARS characters of the sources, of each alike; all parts of a job get the same."""
     parts = each_source(replace(config, num_parts=1, part=0))
-    for one in parts:
+    for part in parts:
         left = SAMPLE_CHARS // len(parts)
-        for _, text in open_sources(one, dict(sources.START_POSITION))[0]:
+        for _, text in read_sources([part], dict(sources.START_POSITION), tqdm(disable=True)):
             yield text[:left]
             left -= len(text)
             if left <= 0:
@@ -324,9 +246,9 @@ def with_defaults(config: DataConfig) -> DataConfig:
         raise ValueError(f"{asked[0]}={getattr(config, asked[0])!r} and {asked[1]}: give one of them")
     config = replace(config, encoding=config.encoding or "gpt2", workers=config.workers or cores)
     parts = each_source(config)
+    local = all(files for _, files in parts)
     if config.val_tokens is None:  # one shard, or about 10% of a small local source
-        files = [local_files(one.source) for one in parts]
-        total = sum(os.path.getsize(file) for some in files for file in some) if all(files) else 0
+        total = sum(count_bytes(files) for _, files in parts) if local else 0
         tokens = total if config.encoding == "bytes" else total // 4
         config.val_tokens = min(config.shard_size, max(tokens // 10, 1)) if total else config.shard_size
     limits = dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1, train_tokenizer=257)
@@ -340,12 +262,10 @@ def with_defaults(config: DataConfig) -> DataConfig:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={config.source!r}")
     if config.errors not in ("strict", "replace"):
         raise ValueError(f"errors={config.errors!r} must be strict or replace")
-    if config.split_on is not None and not (
-        config.split_on and all(local_files(one.source) for one in parts)
-    ):
+    if config.split_on is not None and not (config.split_on and local):
         raise ValueError(f"split_on={config.split_on!r} must be what separates the documents of text files")
-    for one in parts:
-        if not local_files(one.source) and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", one.source):
+    for one, files in parts:
+        if not files and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", one.source):
             raise FileNotFoundError(f"source={one.source!r} is no file or folder here, nor a Hub dataset")
     return config
 
@@ -355,12 +275,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for each in fields(DataConfig):
         kind = {"type": int if "int" in each.type else str}
-        kind = {"action": "store_true"} if each.type == "bool" else kind
         kind = {"action": "append"} if "Sequence" in each.type else kind
-        default = None if "Sequence" in each.type else each.default  # argparse would append to it
-        parser.add_argument(f"--{each.name}", default=default, help=each.metadata["help"], **kind)
+        kind = {"action": "store_true"} if each.type == "bool" else kind
+        parser.add_argument(f"--{each.name}", help=each.metadata["help"], **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given |= {name: value[0] for name, value in given.items() if isinstance(value, list) and len(value) == 1}
+    given |= {name: value[0] for name, value in given.items() if type(value) is list and len(value) == 1}
     config = DataConfig(**given)
     out = config.out or ("demo_data" if config.demo else "edu_fineweb10B")
     is_new = not os.path.lexists(out)
@@ -380,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_error("fineweb.py", problem)
             return 2 if problems else 0
         if config.demo and (config.tokenizer or config.train_tokenizer):
-            raise ValueError("demo=True with a tokenizer: --encoding names the demo's, bytes or gpt2")
+            raise ValueError("demo: the demo's tokens are --encoding bytes or another of tiktoken's")
         if config.demo:
             prepare_demo(out, config.encoding or "bytes")
         else:

@@ -22,15 +22,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="cuda, mps, cpu; empty = the best there is")
 
 
-def read_tokens(path: str, encoding: str, vocab_size: int = 0) -> np.ndarray:
+def read_tokens(path: str, encoding: str) -> np.ndarray:
     """Token ids (n,) of a text file, after <|endoftext|>, or of shards. ValueError: other encodings."""
     from tokens.encodings import encode_pieces
     from tokens.shards import find_shards, read_meta, read_shard
     from tokens.sources import decode
 
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        theirs = read_meta(folder, vocab_size=vocab_size)["encoding"]
+        theirs = read_meta(path if os.path.isdir(path) else os.path.dirname(path) or ".")["encoding"]
         if theirs != encoding:
             problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
             raise ValueError(f"{problem}; give the text itself")
@@ -41,7 +40,7 @@ def read_tokens(path: str, encoding: str, vocab_size: int = 0) -> np.ndarray:
 
 def read_for(model, path: str) -> np.ndarray:
     """Token ids (n,) of a text file or shards, 2 or more of the vocabulary. ValueError if not."""
-    ids = read_tokens(path, model.config.encoding, model.config.vocab_size)
+    ids = read_tokens(path, model.config.encoding)
     if len(ids) < 2:
         raise ValueError(f"{path} holds {len(ids)} tokens; at least 2 are needed")
     if (largest := int(ids.max())) >= model.config.vocab_size:
@@ -70,8 +69,7 @@ def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, flo
             total += model(x, targets=y, return_dict=True).loss.item() * (targets >= 0).sum().item()
     found = {"tokens": len(ids) - 1, "loss": total / (len(ids) - 1)}
     found["perplexity"] = math.exp(min(found["loss"], 700))
-    known = model.config.encoding != "none"
-    sizes = token_bytes(model.config.encoding) if known else np.zeros(model.config.vocab_size, dtype=int)
+    sizes = token_bytes(model.config.encoding)
     found["bytes"] = int(sizes[ids[1:]].sum())
     if found["bytes"]:
         found["bits_per_byte"] = total / (math.log(2) * found["bytes"])

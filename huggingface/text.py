@@ -23,8 +23,7 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 
 
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base", or a
-    tokenizer.json's.
+    """transformers' tokenizer with the ids of `encoding`: bytes, gpt2 (or r50k_base) or a tokenizer.json's.
     It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings."""
     how = dict(padding_side="right", model_max_length=block_size)  # for training; pipelines pad left
     if encoding.startswith("tokenizer:"):

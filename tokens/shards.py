@@ -3,8 +3,8 @@
     loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
     x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
-A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16, or
-as uint32 for vocabularies above 65,536."""
+A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16
+or, for more than 65,536 ids, as uint32."""
 
 from __future__ import annotations
 
@@ -29,23 +29,22 @@ from tokens.files import DataError, write_atomically
 from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas
 from tokens.printable import printable
 from tokens.tokenizer_json import read_added
-from tokens.tokenizer_sources import read_char_table
+from tokens.tokenizer_sources import describe_foreign
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast
 
-HEADER_INTS = 256
-FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # magic, version: as in llm.c, dev/data/data_common.py
-MAGIC = FORMATS["<u2"][0]
+# As in llm.c, dev/data/data_common.py: magic number: (version, type of the tokens).
+FORMATS, HEADER_INTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}, 256
 OPEN_SHARDS = 256  # files that a loader keeps open; a process may often have 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 
 # -------------------------------------------------------------------------------------------------- SHARDS
-def shard_header(count: int, dtype: str | np.dtype = "<u2") -> bytes:
-    """The bytes before the tokens of an llm.c shard of so many tokens of dtype, "<u2" or "<u4"."""
+def shard_header(count: int, dtype: np.dtype) -> bytes:
+    """The bytes before the tokens of an llm.c shard of so many tokens, uint16 or uint32."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = *FORMATS[np.dtype(dtype).str], count
+    header[:3] = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
     return header.tobytes()
 
 
@@ -54,7 +53,7 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
         kind = f"{tokens.dtype} of shape {tokens.shape}"
         raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 or uint32 tokens, not {kind}")
-    data = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
+    data = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<"))
     write_atomically(path, lambda file: file.writelines((shard_header(len(data), data.dtype), data.data)))
 
 
@@ -87,7 +86,7 @@ class Shard:
         except OSError as error:
             why = error.strerror
         if left:
-            at = first + len(tokens) - -(-left // tokens.itemsize)
+            at = first + (tokens.nbytes - left) // tokens.itemsize
             raise DataError(f"{self.path}: no token at offset {at}: {why}; {_rebuild(self.path)}")
         return tokens
 
@@ -106,21 +105,20 @@ def read_shard(path: str | os.PathLike) -> np.ndarray:
 
 
 def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.dtype]:
-    """(byte at which the tokens begin, their number, their type) of a shard in any of the three formats."""
+    """(byte at which the tokens begin, their number and type) of a shard in any of the formats."""
     size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
-    magic, dtype = int.from_bytes(head[:4], "little"), "<u2"
-    known = {number: (name, version) for name, (number, version) in FORMATS.items()}
+    magic, dtype = int.from_bytes(head[:4], "little"), np.dtype("<u2")
     if head.startswith(b"\x93NUMPY"):
-        start, count, dtype = _read_npy_header(path, file)
-    elif magic in known and size >= 4 * HEADER_INTS:
+        start, count = _read_npy_header(path, file)
+    elif magic in FORMATS and size >= 4 * HEADER_INTS:
         start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        dtype, right = known[magic]
-        if version != right:
+        if version != FORMATS[magic][0]:
+            right = FORMATS[magic][0]
             raise ValueError(f"{path} has shard version {version}, not {right}; {_rebuild(path)}")
+        dtype = np.dtype(FORMATS[magic][1])
     else:
         _refuse_foreign(path, head, magic)
         start, count = 0, size // 2
-    dtype = np.dtype(dtype)
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
     if size != (need := start + dtype.itemsize * count):
@@ -133,28 +131,28 @@ def _rebuild(path: str | os.PathLike) -> str:
     return f"rebuild it: `{fineweb_command(os.path.dirname(path) or '.')}`"
 
 
-def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.dtype]:
-    """(offset of the data, number of tokens, their type) of an .npy file."""
+def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
+    """(offset of the data, number of tokens) of an .npy file."""
     file.seek(0)
     try:
         major, minor = np.lib.format.read_magic(file)
         shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
     except Exception as error:  # the header is Python source: a damaged one fails in many ways
         raise ValueError(f"{path} has a damaged .npy header ({error!r}); {_rebuild(path)}") from error
-    if dtype.str not in FORMATS or len(shape) != 1:
+    if dtype != np.dtype("<u2") or len(shape) != 1:
         raise ValueError(f"{path} holds {dtype} of shape {shape}, not one row of uint16; {_rebuild(path)}")
-    return file.tell(), shape[0], dtype
+    return file.tell(), shape[0]
 
 
 def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
     """ValueError if a file without a header holds anything except tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
-    if magic in [number for number, _ in FORMATS.values()]:
+    if magic in FORMATS:
         why = f"it is truncated within its header, at {len(head)} bytes"
     # llm.c's magic numbers are dates. Read as uint16 they are not GPT-2 tokens. Its headers end in zeros.
     elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
-        why = f"it has magic number {magic} instead of {MAGIC}"
+        why = f"it has magic number {magic} instead of {min(FORMATS)}"
     # Text has no control characters. The bytes of tokens usually have some.
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
@@ -184,27 +182,16 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
 
 def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0) -> dict:
     """meta.json of a data folder, or of the first shard that matches `pattern`; several machines' counts are
-    added. Without it: nanoGPT's characters if there is a meta.pkl; ids without text if vocab_size is below
-    GPT-2's; else GPT-2's tokens, and a warning. Raises FileNotFoundError, ValueError."""
+    added. Without meta.json it is what describe_foreign says. Raises FileNotFoundError, ValueError."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `{fineweb_command(folder)}`")
     metas = load_metas(folder)
-    if not metas and os.path.exists(table := os.path.join(folder, "meta.pkl")):
-        mend = f"`{fineweb_command(folder, f'{folder}_2', source='input.txt', encoding='bytes')}`"
-        characters = read_char_table(table, f"make the data anew from its text: {mend}")
-        vocabulary = {"encoding": characters.name, "vocab_size": characters.n_vocab}
-        return {**vocabulary, "eot_token": None, "tokens": {}}
-    if not metas and 0 < vocab_size < 50257:
-        warnings.warn(f"no meta.json: ids below vocab_size={vocab_size}, without a text", stacklevel=2)
-        return {"encoding": "none", "vocab_size": vocab_size, "eot_token": None, "tokens": {}}
     if not metas:
-        warnings.warn(printable(f"no meta.json in {folder}: assuming GPT-2's tokens"), stacklevel=2)
-        return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
+        return describe_foreign(folder, vocab_size)
     if (name := next(iter(metas.values()))["encoding"]).startswith("tokenizer:"):
-        read_added(
-            os.path.join(folder, "tokenizer.json"), name, f"; make it again: `{fineweb_command(folder)}`"
-        )
+        again = f"; make it again: `{fineweb_command(folder)}`"
+        read_added(os.path.join(folder, "tokenizer.json"), name, again)
     for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
         if os.path.exists(path := os.path.join(folder, name)):
             shard = Shard(path)
@@ -280,7 +267,7 @@ class DistributedDataLoader:
         for shard in map(Shard, self.files):
             lengths.append(n := len(shard))
             digest.update(n.to_bytes(8, "little"))
-            self._dtype = max(self._dtype, shard.dtype)  # of what _read reads
+            self._dtype = max(self._dtype, shard.dtype)
             ends = np.empty((2, min(256, n)), shard.dtype)
             digest.update(shard.read(0, ends[0]))
             digest.update(shard.read(n - len(ends[1]), ends[1]))

@@ -4,6 +4,7 @@ Run: python -m pytest tests/tokens/test_tokenizers.py"""
 
 import json
 import pickle
+import re
 import signal
 import subprocess
 import time
@@ -28,7 +29,7 @@ from tokens.shards import DistributedDataLoader, Shard, read_meta, write_shard
 from tokens.tokenizer_json import EOT, KNOWN
 from training.checkpoints import load_model, save_checkpoint
 
-EACH = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "x" * 300]
+EACH = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30]
 
 
 def bytes_of(text: str) -> str:
@@ -137,7 +138,9 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, cha
     )
     path.write_text(change.get("content") or tokenizer.to_str())
     source = write_source(tmp_path / "a.jsonl")
-    make = lambda **more: build(source, tmp_path / "out", encoding=None, tokenizer=str(path), **more)  # noqa: E731
+    make = lambda **more: build(
+        source, tmp_path / "out", encoding=None, tokenizer=str(path), val_tokens=4, **more
+    )  # noqa: E731
     with pytest.raises(ValueError, match=words):
         make(**flag)
     if "end" in change:
@@ -201,7 +204,7 @@ def test_ids_without_text_train_and_offer_no_text(tmp_path, meta):
     assert (
         "no samples in this run: encoding='none'" in said
         and "sample.py" not in said
-        and "per byte" not in said
+        and not re.search(r"\d bits per byte", said)
     )
     assert checkpoint.main(["export", str(tmp_path / "log" / "latest"), str(tmp_path / "folder")]) == 0
     with pytest.raises(ValueError, match="encoding='none'"):
