@@ -39,8 +39,7 @@ from tokens.identity import describe_sources, load_metas
 from tokens.printable import print_error, printable
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
-from tokens.tokenizer_json import read_added
-from tokens.tokenizer_sources import read_tokenizer, train_bpe
+from tokens.tokenizer_json import read_added, read_tokenizer, train_bpe
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 SAMPLE_CHARS = 1 << 26  # on which a tokenizer is trained; it keeps their different words in memory
@@ -55,18 +54,14 @@ def flag(default: object, text: str) -> Any:
 class DataConfig:
     """The flags. All except the last four decide the bytes of the shards."""
 
-    source: str | Sequence[str] = flag(
-        FINEWEB, "file, folder, pattern (*.py) or Hub dataset; may be repeated"
-    )
+    source: str | Sequence[str] = flag(FINEWEB, "file, folder, pattern or Hub dataset; may be repeated")
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")
     split: str = flag("train", "split of a Hub dataset")
     revision: str | None = flag(None, "branch, tag or commit of a Hub dataset")
     text_field: str | Sequence[str] = flag("text", "where records keep the text; once, or for each --source")
     split_on: str | None = flag(None, 'what separates the documents in a text file, as "<|endoftext|>"')
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
-    tokenizer: str | None = flag(
-        None, "tokenizer.json, SentencePiece .model, a folder of one, or tiktoken's name"
-    )
+    tokenizer: str | None = flag(None, "tokenizer.json, SentencePiece .model, folder of one, or a name")
     train_tokenizer: int | None = flag(None, "train one of so many tokens on the first 67 million characters")
     end_token: str | None = flag(None, "what precedes documents; default <|endoftext|>, or else eos_token")
     shard_size: int = flag(100_000_000, "tokens in a shard")
@@ -83,6 +78,7 @@ class DataConfig:
     verify: bool = flag(False, "make nothing; compare the shards in --out with meta.json's checksums")
 
 
+Parts = list[tuple[DataConfig, list[str]]]  # of each source: its settings, its files (a Hub dataset has none)
 Task = tuple[dict, list[tuple[bool, str]]]  # position before the pieces, pieces (begins a document, text)
 
 
@@ -128,12 +124,8 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
         print(f"{printable(config.out)} is complete already")
         return writer.old
     position, skip = writer.resume(config.val_tokens, config.shard_size)
-    local = all(files for _, files in parts)
-    count, unit = ("read", "B") if local else ("documents", "doc")
     look = dict(unit_scale=True, disable=None)
-    total = sum(count_bytes(files) for _, files in parts) if local else None
-    source_bar = tqdm(total=total, initial=position[count], desc="source", unit=unit, **look)
-    shard_bar = tqdm(desc="shard", unit="tok", **look)
+    source_bar, shard_bar = tqdm(desc="source", **look), tqdm(desc="shard", unit="tok", **look)
     stream = read_sources(parts, position, source_bar)
     tasks = encode_tasks(cut_tasks(stream, position), config.encoding, config.workers)
     with source_bar, shard_bar, contextlib.closing(tasks):
@@ -143,7 +135,6 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
             used, shard = min(skip, len(tokens)), writer.n
             skip -= used
             writer.add(tokens, start, used)
-            source_bar.update(position[count] - source_bar.n)
             if writer.n != shard or not shard_bar.total:
                 shard_bar.reset(writer.size(writer.n))
                 shard_bar.set_description(os.path.basename(writer.path(writer.n)))
@@ -151,14 +142,11 @@ def build(config: DataConfig, told: Sequence[int] = ()) -> dict:
         return writer.finish(position, config.source)
 
 
-def each_source(config: DataConfig) -> list[tuple[DataConfig, list[str]]]:
-    """(settings, files) of each source by itself; a Hub dataset has no files. ValueError for text_fields that
-    are neither one nor as many."""
+def each_source(config: DataConfig) -> Parts:
+    """Each source by itself. ValueError unless there are one or as many text_fields."""
     names, fields = ([v] if isinstance(v, str) else [*v] for v in (config.source, config.text_field))
     if len(fields) not in (1, len(names)):
-        raise ValueError(
-            f"text_field is given {len(fields)} times, source {len(names)} times: give it once, or as often"
-        )
+        raise ValueError(f"text_field is given {len(fields)} times: give it once, or {len(names)} times")
     parts = []
     for name, text_field in zip(names, fields * len(names), strict=False):
         subset = config.subset or (FINEWEB_SUBSET if name == FINEWEB else None)
@@ -168,41 +156,38 @@ def each_source(config: DataConfig) -> list[tuple[DataConfig, list[str]]]:
     return parts
 
 
-def count_bytes(files: list[str]) -> int:
-    """The size of all files together."""
-    return sum(map(os.path.getsize, files))
-
-
-def describe(parts: list[tuple[DataConfig, list[str]]]) -> dict:
+def describe(parts: Parts) -> dict:
     """What the settings in meta.json say about the sources: their names without folders, and their files."""
-    names = [os.path.basename(os.path.abspath(one.source)) if files else one.source for one, files in parts]
-    found = {}
+    names, found, size = [], {}, 0
     for number, (one, files) in enumerate(parts):
+        names.append(os.path.basename(os.path.abspath(one.source)) if files else one.source)
         prefix = f"{number}: " if len(parts) > 1 else ""  # two sources may have files of the same name
         found |= {prefix + name: text for name, text in describe_sources(one.source, files).items()}
-    size = sum(count_bytes(files) for _, files in parts)
+        size += sum(map(os.path.getsize, files))
     content = {"files": found, "source_files": len(found), "source_bytes": size} if found else {}
     return {"source": names if len(parts) > 1 else names[0], **content}
 
 
-def read_sources(
-    parts: list[tuple[DataConfig, list[str]]], position: dict, bar: tqdm
-) -> Iterator[tuple[bool, str]]:
+def read_sources(parts: Parts, position: dict, bar: tqdm) -> Iterator[tuple[bool, str]]:
     """(begins, text) of the documents of one source after another, from `position` on, which has the number
-    of the source if there are several. bar: gets the number of a Hub dataset's documents, if it is known."""
-    first, before = position.get("source", 0), 0
-    for number, (one, files) in enumerate(parts):
+    of the source if there are several. bar: shows how much of the source is read."""
+    first = position.get("source", 0)
+    for number, (one, files) in enumerate(parts[first:], first):
         if number > first:
             position.pop("hub", None)
-            position.update(source=number, file=0, at=0)
-        if number >= first and files:
-            reading = one.text_field, position, one.split_on, one.errors, before
-            yield from sources.select(sources.read_files(files, *reading), one, position)
-        elif number >= first:
+            position.update(source=number, file=0, at=0, read=0)
+        if files:
+            reading = one.text_field, position, one.split_on, one.errors
+            pieces, share, total = sources.read_files(files, *reading), one, sum(map(os.path.getsize, files))
+        else:
             pieces, total, share = sources.read_hub(one, position)
-            bar.total = total // one.num_parts if total and len(parts) == 1 else None
-            yield from sources.select(pieces, share, position)
-        before += count_bytes(files)
+            total = total and total // one.num_parts
+        count, bar.unit = ("read", "B") if files else ("documents", "doc")
+        bar.reset(total)
+        bar.n = bar.initial = position[count]
+        for piece in sources.select(pieces, share, position):
+            bar.update(position[count] - bar.n)
+            yield piece
 
 
 def choose_encoding(config: DataConfig) -> DataConfig:
@@ -230,10 +215,10 @@ def sample_texts(config: DataConfig) -> Iterator[str]:
     for part in parts:
         left = SAMPLE_CHARS // len(parts)
         for _, text in read_sources([part], dict(sources.START_POSITION), tqdm(disable=True)):
-            yield text[:left]
-            left -= len(text)
             if left <= 0:
                 break
+            yield text[:left]
+            left -= len(text)
 
 
 def with_defaults(config: DataConfig) -> DataConfig:
@@ -248,7 +233,7 @@ def with_defaults(config: DataConfig) -> DataConfig:
     parts = each_source(config)
     local = all(files for _, files in parts)
     if config.val_tokens is None:  # one shard, or about 10% of a small local source
-        total = sum(count_bytes(files) for _, files in parts) if local else 0
+        total = sum(os.path.getsize(file) for _, files in parts for file in files) if local else 0
         tokens = total if config.encoding == "bytes" else total // 4
         config.val_tokens = min(config.shard_size, max(tokens // 10, 1)) if total else config.shard_size
     limits = dict(shard_size=1, val_tokens=0, limit_docs=1, workers=1, num_parts=1, train_tokenizer=257)

@@ -1,6 +1,5 @@
 """What transformers, accelerate and Trainer need from a model besides its forward: embeddings, loading."""
 
-import contextlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from huggingface.configuration import show
-from huggingface.folders import (
-    WEIGHTS,
-    check_loaded,
-    find_file,
-    quiet,
-    read_config,
-    read_generation,
-    read_model,
-)
+from huggingface.folders import WEIGHTS, check_loaded, quiet, read_config, read_generation, read_model
 from huggingface.gpt2 import from_gpt2
 from huggingface.llama import FAMILY, from_llama
-from tokens.tokenizer_json import read_added
 
 # model_type of other architectures that this project reads and writes, and their classes in transformers.
 FOREIGN = {"gpt2": "GPT2LMHeadModel"} | {kind: f"{name}ForCausalLM" for kind, name in FAMILY.items()}
@@ -100,14 +90,6 @@ class GPTPreTrainedModel(PreTrainedModel):
         model = model if source is cls else cls._from_theirs(kind, model, settings)
         model.name_or_path = model.config.name_or_path = str(name)
         model._suppress_padding()
-        path = (
-            find_file(name, "tokenizer.json", where)
-            if model.config.encoding.startswith("tokenizer:")
-            else None
-        )
-        if path is not None:
-            with contextlib.suppress(ValueError):  # another tokenizer: texts are refused when there is one
-                read_added(path, model.config.encoding)
         return (model, info) if output_loading_info else model
 
     @classmethod

@@ -7,17 +7,22 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
 from tokens.files import check_regular
+from tokens.printable import printable
+from tokens.tokenizer_json import add_tokenizer
 
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
 DIGITS = 8  # of a fingerprint
-IDS_ONLY = dict(eot_token=None, tokens={}, shards={}, complete=True)  # unless meta.json of "none" says else
 DEFAULTS = dict(split="train", text_field="text", shard_size=100_000_000, num_parts=1, part=0)  # fineweb.py's
 
 
@@ -91,8 +96,6 @@ def load_metas(folder: str) -> dict[str, dict]:
         try:
             check_regular(path)
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
-            if metas[path].get("encoding") == "none":
-                metas[path] = IDS_ONLY | metas[path]
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             again = f"`python fineweb.py --out {shlex.quote(folder)}` with its settings"
@@ -105,6 +108,43 @@ def load_metas(folder: str) -> dict[str, dict]:
             cure = "delete the wrong one with its shards and remake it"
             raise ValueError(f"{wrong}: parts need the same sources and settings; {cure}")
     return metas
+
+
+class NoGlobals(pickle.Unpickler):
+    """Reads numbers, texts, lists and dictionaries. A pickle can run only code that it names."""
+
+    def find_class(self, module: str, name: str) -> None:
+        """Refuse every name."""
+        raise ValueError(f"it names {module}.{name}")
+
+
+def describe_foreign(folder: str, vocab_size: int) -> dict:
+    """What stands for the meta.json that a folder lacks: nanoGPT's characters if there is its meta.pkl; ids
+    without text if vocab_size is below GPT-2's; else GPT-2's tokens. ValueError for another meta.pkl."""
+    found = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
+    if os.path.exists(path := os.path.join(folder, "meta.pkl")):
+        try:
+            check_regular(path)
+            with open(path, "rb") as file:
+                table = NoGlobals(file).load()
+            stoi = {character: i for i, character in table["itos"].items()}
+            if stoi != table["stoi"] or sorted(stoi.values()) != [*range(table["vocab_size"])]:
+                raise ValueError("itos, stoi and vocab_size do not fit")
+            tokenizer = Tokenizer(models.WordLevel(stoi))
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # characters
+            tokenizer.decoder = decoders.Fuse()
+            characters = add_tokenizer(tokenizer.to_str())
+        except Exception as error:  # a damaged pickle fails in many ways
+            again = fineweb_command(folder, f"{folder}_2", source="input.txt", encoding="bytes")
+            raise ValueError(
+                f"{path} is no table of characters: {str(error)[:99]}; make it anew: `{again}`"
+            ) from error
+        return found | {"encoding": characters.name, "vocab_size": len(stoi), "eot_token": None}
+    if 0 < vocab_size < 50257:
+        found |= {"encoding": "none", "vocab_size": vocab_size, "eot_token": None}
+    words = "GPT-2's tokens" if found["encoding"] == "gpt2" else f"ids without text, vocab_size={vocab_size}"
+    warnings.warn(printable(f"no meta.json in {folder}: assuming {words}"), stacklevel=3)
+    return found
 
 
 def _common(meta: dict) -> dict:

@@ -183,9 +183,8 @@ class ShardWriter:
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
-        source = self.settings["source"]
-        meta |= {"source": source if isinstance(source, str) else ", ".join(source)}
-        meta |= {"checksums": self.checksums, "samples": self.samples}
+        source = str(self.settings["source"])  # it may be a list
+        meta |= {"source": source, "checksums": self.checksums, "samples": self.samples}
         meta |= more | {"settings": self.settings}
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))

@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas
+from tokens.identity import check_fingerprints, describe_foreign, fineweb_command, fingerprint, load_metas
 from tokens.printable import printable
 from tokens.tokenizer_json import read_added
-from tokens.tokenizer_sources import describe_foreign
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that tokenising processes start fast

@@ -250,19 +250,13 @@ def find_files(path: str) -> list[str]:
 
 
 def read_files(
-    files: list[str],
-    field: str,
-    position: dict,
-    split_on: str | None = None,
-    errors: str = "replace",
-    before: int = 0,
+    files: list[str], field: str, position: dict, split_on: str | None = None, errors: str = "replace"
 ) -> Pieces:
-    """The documents of the files, from `position` on. before: bytes of the sources before these. Raises
-    ValueError that names the file and its line."""
+    """The documents of the files, from `position` on. Raises ValueError that names the file and its line."""
     readers = {".parquet": read_parquet, ".json": read_json, ".csv": read_csv}
     readers |= dict.fromkeys((".jsonl", ".gz", ".zst"), read_jsonl)
     first, start = position["file"], position["at"]
-    before += sum(map(os.path.getsize, files[:first]))
+    before = sum(map(os.path.getsize, files[:first]))
     for number, path in enumerate(files[first:], first):
         reader = readers.get(os.path.splitext(path.lower())[1])
         if reader and split_on:

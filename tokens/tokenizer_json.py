@@ -7,12 +7,15 @@ folders; checkpoints have its text. Whoever reads one calls add_tokenizer, and l
 import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokens.files import check_regular
 
@@ -109,3 +112,45 @@ def read_added(path: str | Path, name: str, mend: str = "") -> TokenizerEncoding
         return add_tokenizer(Path(path).read_text(encoding="utf-8"), name)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}{mend}") from error
+
+
+def read_tokenizer(path: str, end_token: str | None) -> TokenizerEncoding:
+    """The tokenizer in a tokenizer.json, a SentencePiece .model, or a folder with one. end_token: what
+    precedes documents, added if it is missing; None: <|endoftext|>, or else its eos_token. ValueError."""
+    inside = [file for name in ("json", "model") if os.path.isfile(file := f"{path}/tokenizer.{name}")]
+    file = Path([*inside, path][0])
+    try:
+        if file.suffix == ".model":
+            import sentencepiece  # noqa: F401 (by which transformers converts the model)
+            from transformers import PreTrainedTokenizerFast
+
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.copy(file, Path(folder, "tokenizer.model"))  # transformers looks for this name
+                theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer, end = theirs.backend_tokenizer, theirs.eos_token
+        else:
+            tokenizer, settings = Tokenizer.from_file(str(file)), file.with_name("tokenizer_config.json")
+            end = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.is_file() else None
+            end = end.get("content") if isinstance(end, dict) else end
+    except Exception as error:  # tokenizers raises bare ones
+        mend = "; pip install sentencepiece protobuf" if isinstance(error, ImportError) else ""
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"tokenizer={path!r} cannot be read: {reason}{mend}") from error
+    end = end_token or (EOT if tokenizer.token_to_id(EOT) is not None else end)
+    if end is None:
+        mend = f'name the token to use, or to add, such as --end_token "{EOT}"'
+        raise ValueError(f"tokenizer={path!r} has no {EOT} and no eos_token to precede documents; {mend}")
+    if not any(t.special and t.content == end for t in tokenizer.get_added_tokens_decoder().values()):
+        tokenizer.add_special_tokens([end])
+    return add_tokenizer(tokenizer.to_str(), end=tokenizer.token_to_id(end))
+
+
+def train_bpe(texts: Iterable[str], size: int) -> TokenizerEncoding:
+    """A byte-level BPE, GPT-2's kind, of `size` tokens (fewer from a small text), <|endoftext|> among them.
+    It depends on the texts and the size only."""
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    how = dict(special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
+    return add_tokenizer(tokenizer.to_str(), end=tokenizer.token_to_id(EOT))
