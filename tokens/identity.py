@@ -136,9 +136,7 @@ def describe_foreign(folder: str, vocab_size: int) -> dict:
             characters = add_tokenizer(tokenizer.to_str())
         except Exception as error:  # a damaged pickle fails in many ways
             again = fineweb_command(folder, f"{folder}_2", source="input.txt", encoding="bytes")
-            raise ValueError(
-                f"{path} is no table of characters: {str(error)[:99]}; make it anew: `{again}`"
-            ) from error
+            raise ValueError(f"{path}: no table of characters ({str(error)[:99]}); run `{again}`") from error
         return found | {"encoding": characters.name, "vocab_size": len(stoi), "eot_token": None}
     if 0 < vocab_size < 50257:
         found |= {"encoding": "none", "vocab_size": vocab_size, "eot_token": None}

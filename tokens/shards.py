@@ -31,7 +31,7 @@ from tokens.printable import printable
 from tokens.tokenizer_json import read_added
 
 if TYPE_CHECKING:
-    import torch  # methods import torch when they need it, so that tokenising processes start fast
+    import torch  # methods import torch when they need it, so that fineweb.py starts fast
 
 # As in llm.c, dev/data/data_common.py: magic number: (version, type of the tokens).
 FORMATS, HEADER_INTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}, 256

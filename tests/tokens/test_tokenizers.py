@@ -155,7 +155,7 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
     assert code == 0 and "sample\n    a" in said and "bits per byte" in said, said
     for wrong in (Evil(), table | {"stoi": Evil()}, table | {"vocab_size": 7}, 7):
         Path("meta.pkl").write_bytes(pickle.dumps(wrong))
-        with pytest.raises(ValueError, match=r"meta\.pkl .*`python fineweb.py --source=input.txt .*--out"):
+        with pytest.raises(ValueError, match=r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out"):
             read_meta(".")
     assert not Path("executed").exists()
 
@@ -188,7 +188,8 @@ def test_sources_follow_each_other_each_with_its_field(tmp_path, monkeypatch, ca
     both = [f"--source={first}", f"--source={second}", "--text_field=text", "--text_field=body"]
     both += ["--encoding=bytes", "--val_tokens=100", "--shard_size=500", "--workers=1"]
     make = lambda out: fineweb.main([*both, f"--out={out}"])  # noqa: E731
-    assert make(out := tmp_path / "out") == 0
+    out = tmp_path / "out"
+    assert make(out) == 0
     for source, name in ((first, "text"), (second, "body")):
         build(source, tmp_path / name, text_field=name)
     assert stream_of(out) == stream_of(tmp_path / "text") + stream_of(tmp_path / "body")
