@@ -105,6 +105,12 @@ def test_hub_dataset(tmp_path, monkeypatch):
             build("owner/name", tmp_path / f"{parts}", num_parts=parts, part=part, shard_size=1000)
         assert sorted(stream_of(tmp_path / f"{parts}")) == sorted(stream_of(tmp_path / "whole"))
     crash_and_resume(tmp_path / "crashed", make, content(tmp_path / "whole"), [3, 6])
+    mixed = lambda out: build(["owner/name", files[0], "owner/name"], out, shard_size=1000)  # noqa: E731
+    mixed(tmp_path / "mixed")
+    build(files[0], tmp_path / "file")
+    expected = [token for name in ("whole", "file", "whole") for token in stream_of(tmp_path / name)]
+    assert stream_of(tmp_path / "mixed") == expected
+    crash_and_resume(tmp_path / "crashed", mixed, content(tmp_path / "mixed"), [6, 12, 18, 24])
     with pytest.raises(ValueError, match=r"owner/name: .*'body'.*'text', 'id'"):
         build("owner/name", tmp_path / "other", text_field="body")
 
