@@ -36,10 +36,10 @@ from tokens import sources
 from tokens.demo import prepare_demo
 from tokens.encodings import encode_pieces
 from tokens.identity import describe_sources, load_metas
+from tokens.own_tokenizers import read_added, read_tokenizer, train_bpe
 from tokens.printable import print_error, printable
 from tokens.shard_writer import ShardWriter, is_complete, verify
 from tokens.shards import DistributedDataLoader  # noqa: F401 (a public import)
-from tokens.tokenizer_json import read_added, read_tokenizer, train_bpe
 
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 SAMPLE_CHARS = 1 << 26  # on which a tokenizer is trained; it keeps their different words in memory

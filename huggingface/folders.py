@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from huggingface.configuration import build_config, construct, show
-from tokens.tokenizer_json import read_added
+from tokens.own_tokenizers import read_added
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 50_000_000  # of a JSON file

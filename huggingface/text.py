@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tokens.encodings import encode_text, load_encoding
-from tokens.tokenizer_json import BYTES, EOT
+from tokens.own_tokenizers import BYTES, EOT
 
 
 def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:

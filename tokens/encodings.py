@@ -1,7 +1,7 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
 An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files), a name
-that tiktoken knows, such as "gpt2", or "tokenizer:..." (tokenizer_json.py). "none": ids without text."""
+that tiktoken knows, such as "gpt2", or "tokenizer:..." (own_tokenizers.py). "none": ids without text."""
 
 import contextlib
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tokens.tokenizer_json import EOT, KNOWN, rust_errors
+from tokens.own_tokenizers import EOT, KNOWN, rust_errors
 
 # The most characters that tiktoken gets at a time. Its regex engine overflows its stack on 999,999 spaces in
 # a row, and it takes up to 130 bytes of memory for each character of a long word.

@@ -17,8 +17,8 @@ from typing import BinaryIO
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from tokens.files import check_regular
+from tokens.own_tokenizers import add_tokenizer
 from tokens.printable import printable
-from tokens.tokenizer_json import add_tokenizer
 
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together

@@ -27,8 +27,8 @@ import numpy as np
 
 from tokens.files import DataError, write_atomically
 from tokens.identity import check_fingerprints, describe_foreign, fineweb_command, fingerprint, load_metas
+from tokens.own_tokenizers import read_added
 from tokens.printable import printable
-from tokens.tokenizer_json import read_added
 
 if TYPE_CHECKING:
     import torch  # methods import torch when they need it, so that fineweb.py starts fast

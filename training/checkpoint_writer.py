@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tokens.files import write_atomically
-from tokens.tokenizer_json import KNOWN
+from tokens.own_tokenizers import KNOWN
 from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError

@@ -10,7 +10,7 @@ import torch
 
 from huggingface.configuration import OTHER_NAMES, build_config, show
 from model import GPTConfig, GPTLMHeadModel
-from tokens.tokenizer_json import add_tokenizer
+from tokens.own_tokenizers import add_tokenizer
 
 DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
 HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health; scale_steps is newer

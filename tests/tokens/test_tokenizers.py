@@ -22,8 +22,8 @@ import checkpoint
 import fineweb
 from model import GPTLMHeadModel
 from tokens import encodings, sources
+from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
 from tokens.shards import DistributedDataLoader, read_meta, read_shard, write_shard
-from tokens.tokenizer_json import EOT, KNOWN, add_tokenizer, read_tokenizer
 from training.checkpoints import load_model, save_checkpoint
 
 TEXTS = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30] * 9
