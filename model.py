@@ -102,7 +102,7 @@ class GPTConfig(StandardNames, CheckedConfig):
     tie_word_embeddings: bool = True
     init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
     # around the model
-    encoding: str = "gpt2"  # how text becomes tokens: "bytes" or a name tiktoken knows
+    encoding: str = "gpt2"  # how text becomes tokens: a name of tokens/encodings.py
     encoding_size: int | None = setting(None, least=1)  # ids from here on are padding, never generated
     infer_step: int = 250  # kept for configurations of the original training script
     use_cache: bool = True

@@ -398,7 +398,8 @@ def finish(run: Run, step: int, saver: RunSaver, terminal: Terminal) -> int:
         terminal.say(f"stopped before step {step}; the newest checkpoint is {newest}\n{go_on}")
         return run.signals.exit_code
     if is_master:
-        terminal.summary(peak_memory(run.layout.world.device), newest, run.diagnostics.batch_text(run))
+        device, speaks = run.layout.world.device, run.model.config.encoding != "none"
+        terminal.summary(peak_memory(device), newest, run.diagnostics.batch_text(run), speaks)
     return faults.OK
 
 

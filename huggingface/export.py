@@ -40,7 +40,7 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
     model = copy.copy(model)  # the copy shares the weights, but gets another configuration
     model.config, model.generation_config = copy.deepcopy((model.config, model.generation_config))
     encoding, rows = model.config.encoding, model.config.vocab_size
-    words = build_tokenizer(encoding, model.config.block_size) if tokenizer else None
+    words = build_tokenizer(encoding, model.config.block_size) if tokenizer and encoding != "none" else None
     if words is not None:
         if len(words) > rows:
             problem = f"encoding={encoding!r} has {len(words)} tokens, but vocab_size={rows}"

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from huggingface.configuration import build_config, construct, show
+from tokens.own_tokenizers import read_added
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 50_000_000  # of a JSON file
@@ -118,6 +119,10 @@ def read_model(name: str | Path, where: dict[str, Any], model_class: type[PreTra
         raise ValueError(f"{path}: damaged or cut off: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    encoding = str(getattr(config, "encoding", ""))
+    if encoding.startswith("tokenizer:") and (path := find_file(name, "tokenizer.json", where)) is not None:
+        with contextlib.suppress(ValueError):  # of another name: the model takes ids, and no text
+            read_added(path, encoding)
     return config, weights
 
 

@@ -3,9 +3,11 @@
 import itertools
 
 import transformers
+from tokenizers import Tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tokens.encodings import EOT, encode_text, load_encoding
+from tokens.encodings import encode_text, load_encoding
+from tokens.own_tokenizers import BYTES, EOT
 
 
 def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
@@ -21,10 +23,13 @@ def encode_prompt(text: str, config: PreTrainedConfig) -> list[int]:
 
 
 def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer with the ids of `encoding`: "bytes", "gpt2" or its other name, "r50k_base".
+    """transformers' tokenizer with the ids of `encoding`: bytes, gpt2 (or r50k_base) or a tokenizer.json's.
     It reads <|endoftext|> in a text as the token; encode_text does not. ValueError for other encodings."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+    how = dict(padding_side="right", model_max_length=block_size)  # for training; pipelines pad left
+    if encoding.startswith("tokenizer:"):
+        own = load_encoding(encoding)
+        how |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), own.end_token)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(own.text), **how)
     if encoding == "bytes":
         ranks, end = {bytes([i]): i for i in range(256)}, 256
     elif encoding in ("gpt2", "r50k_base"):
@@ -34,11 +39,10 @@ def build_tokenizer(encoding: str, block_size: int) -> PreTrainedTokenizerBase:
     else:
         known = "tokenizer files can be written for bytes, gpt2 and r50k_base only"
         raise ValueError(f"encoding={encoding!r}: {known}; export with --no-tokenizer")
-    shown = bytes_to_unicode()  # the character for each byte in GPT-2's vocabulary
+    shown = {byte: character for character, byte in BYTES.items()}
     vocab = {"".join(shown[byte] for byte in token): rank for token, rank in ranks.items()} | {EOT: end}
     merges = [tuple("".join(shown[byte] for byte in part) for part in pair) for pair in find_merges(ranks)]
-    how = dict(pad_token=EOT, padding_side="right")  # for training; pipelines that generate pad left
-    return transformers.GPT2TokenizerFast(vocab, merges, model_max_length=block_size, **how)
+    return transformers.GPT2TokenizerFast(vocab, merges, pad_token=EOT, **how)
 
 
 def find_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -41,7 +41,7 @@ COMMANDS = list(dict.fromkeys(
 LISTED = {
     "python3 -m venv": "the reader's environment", 'pip install "torch': "network",
     'pip install "accelerate': "network", "pip install lm_eval": "network",
-    "pip install trl": "network; test_clients.py",
+    "pip install trl": "network; test_clients.py", "pip install sentencepiece": "network",
     "pip install -r requirements.txt$": "network",
     "lm_eval ": "not installed; test_export.py", "python fineweb.py$": "network; test_fineweb.py",
     "python fineweb.py --source HuggingFaceFW/": "network; test_fineweb.py",

@@ -1,8 +1,9 @@
 """Encodings: how text becomes token ids, and ids become text again.
 
-An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files) or a name
-that tiktoken knows, such as "gpt2"."""
+An encoding's name is "bytes" (ids 0 to 255 are the bytes, 256 is <|endoftext|>; it needs no files), a name
+that tiktoken knows, such as "gpt2", or "tokenizer:..." (own_tokenizers.py). "none": ids without text."""
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-EOT = "<|endoftext|>"
+from tokens.own_tokenizers import EOT, KNOWN, rust_errors
+
 # The most characters that tiktoken gets at a time. Its regex engine overflows its stack on 999,999 spaces in
 # a row, and it takes up to 130 bytes of memory for each character of a long word.
 MAX_CHARS = 600_000
@@ -22,7 +24,14 @@ UP_TO_PLACE = re.compile(r".*(?:[^\W_](?=[\W_])|[A-Za-z](?=\d)|\S(?=[ \t\r\n]))"
 
 
 def load_encoding(name: str) -> Any:
-    """The tiktoken.Encoding of that name. Raises ValueError if it is unknown, OSError without its files."""
+    """The tiktoken.Encoding or TokenizerEncoding of that name. ValueError if it is unknown, or "none";
+    OSError without tiktoken's files."""
+    if name.startswith("tokenizer:"):
+        if name not in KNOWN:
+            raise ValueError(f"encoding={name!r}: its tokenizer.json is not beside the shards or the model")
+        return KNOWN[name]
+    if name == "none":
+        raise ValueError("encoding='none': ids without text: no samples, no HellaSwag, no bits per byte")
     # Exported models have a copy of this file. transformers refuses an `import` of what is not installed.
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":
@@ -39,17 +48,21 @@ def load_encoding(name: str) -> Any:
 
 @functools.cache
 def get_encoding(name: str) -> Any:
-    """load_encoding for shards: ValueError, too, if its files cannot be fetched or its ids exceed uint16."""
+    """load_encoding for shards: ValueError, too, if its files cannot be fetched, or without <|endoftext|>."""
     try:
         encoding = load_encoding(name)
     except OSError as error:
         problem = f"tiktoken cannot fetch the files of encoding={name!r} ({type(error).__name__})"
         cure = "set TIKTOKEN_CACHE_DIR to a folder where it has stored them, or use --encoding bytes"
         raise ValueError(f"{problem}; without network {cure}") from error
-    if encoding.n_vocab > 1 << 16 or EOT not in encoding.special_tokens_set:
-        limit = f"a shard's uint16 takes 65536, {EOT} among them: use gpt2, r50k_base, p50k_base or bytes"
-        raise ValueError(f"encoding={name!r} has {encoding.n_vocab} ids; {limit}")
+    if not hasattr(encoding, "text") and EOT not in encoding.special_tokens_set:
+        raise ValueError(f"encoding={name!r} has no {EOT}; use gpt2, r50k_base, p50k_base or bytes")
     return encoding
+
+
+def dtype_of(encoding: Any) -> type[np.unsignedinteger]:
+    """The type of the encoding's ids in shards."""
+    return np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32
 
 
 def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
@@ -65,22 +78,18 @@ def split_text(text: str, most: int = MAX_CHARS) -> Iterator[str]:
 
 
 def encode(encoding: Any, text: str) -> np.ndarray:
-    """Token ids, uint16; special tokens in `text` are plain text. Raises ValueError where tiktoken panics."""
-    try:
+    """Token ids of dtype_of; special tokens in `text` are plain text. ValueError where tiktoken panics."""
+    with rust_errors(f"tiktoken cannot encode {text[:40]!r}..."):
         parts = (encoding.encode_to_numpy(part, disallowed_special=()) for part in split_text(text))
-        return np.concatenate([part.astype(np.uint16) for part in parts])
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic of Rust, which is no Exception
-            raise
-        raise ValueError(f"tiktoken cannot encode {text[:40]!r}... ({str(error)[:80]!r})") from None
+        return np.concatenate([part.astype(dtype_of(encoding)) for part in parts])
 
 
 def encode_pieces(pieces: list[tuple[bool, str]], name: str) -> np.ndarray:
-    """Token ids, uint16, of (begins a document, text) pieces; <|endoftext|> precedes each document."""
+    """Token ids of (begins a document, text) pieces; the encoding's end token precedes each document."""
     encoding, arrays = get_encoding(name), []
     for begins, text in pieces:
-        if begins:
-            arrays.append(np.array([encoding.eot_token], dtype=np.uint16))
+        if begins and encoding.eot_token is not None:
+            arrays.append(np.array([encoding.eot_token], dtype=dtype_of(encoding)))
         arrays.append(encode(encoding, text))
     return np.concatenate(arrays)
 
@@ -98,8 +107,10 @@ def token_bytes(name: str) -> np.ndarray:
     ids. Raises as load_encoding does."""
     encoding = load_encoding(name)
     sizes = np.zeros(encoding.n_vocab, dtype=np.int64)
-    for text in encoding.token_byte_values():  # special tokens are not among them
-        sizes[encoding.encode_single_token(text)] = len(text)
+    for token in range(encoding.n_vocab):
+        with contextlib.suppress(KeyError):
+            sizes[token] = len(encoding.decode_single_token_bytes(token))
+    sizes[[encoding.encode_single_token(token) for token in encoding.special_tokens_set]] = 0
     return sizes
 
 

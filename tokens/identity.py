@@ -7,12 +7,18 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
 from tokens.files import check_regular
+from tokens.own_tokenizers import add_tokenizer
+from tokens.printable import printable
 
 BLOCK = 512  # bytes: 256 tokens
 MOST_BLOCKS, FEWEST_BLOCKS, ALL_BLOCKS = 64, 8, 2048  # read of one file; of one of many; of all together
@@ -74,7 +80,11 @@ def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
     is_demo = str(flags.get("source")).startswith("demo corpus")
     flags = ({} if is_demo else flags) | changes
     flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}
-    words = [f"--{k}={v}" for k, v in flags.items() if v not in (None, DEFAULTS.get(k))]
+    if str(flags.get("encoding")).startswith("tokenizer:"):
+        own = None if flags.get("train_tokenizer") else os.path.join(folder, "tokenizer.json")
+        flags |= {"encoding": None, "tokenizer": own}
+    each = [(k, v) for k, values in flags.items() for v in (values if isinstance(values, list) else [values])]
+    words = [f"--{k}={v}" for k, v in each if v not in (None, DEFAULTS.get(k))]
     words += ["--demo"] if is_demo and not changes else []
     return shlex.join(["python", "fineweb.py", *words, "--out", out or folder])
 
@@ -100,6 +110,41 @@ def load_metas(folder: str) -> dict[str, dict]:
     return metas
 
 
+class NoGlobals(pickle.Unpickler):
+    """Reads numbers, texts, lists and dictionaries. A pickle can run only code that it names."""
+
+    def find_class(self, module: str, name: str) -> None:
+        """Refuse every name."""
+        raise ValueError(f"it names {module}.{name}")
+
+
+def describe_foreign(folder: str, vocab_size: int) -> dict:
+    """What stands for the meta.json that a folder lacks: nanoGPT's characters if there is its meta.pkl; ids
+    without text if vocab_size is below GPT-2's; else GPT-2's tokens. ValueError for another meta.pkl."""
+    found = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
+    if os.path.exists(path := os.path.join(folder, "meta.pkl")):
+        try:
+            check_regular(path)
+            with open(path, "rb") as file:
+                table = NoGlobals(file).load()
+            stoi = {character: i for i, character in table["itos"].items()}
+            if stoi != table["stoi"] or sorted(stoi.values()) != [*range(table["vocab_size"])]:
+                raise ValueError("itos, stoi and vocab_size do not fit")
+            tokenizer = Tokenizer(models.WordLevel(stoi))
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # characters
+            tokenizer.decoder = decoders.Fuse()
+            characters = add_tokenizer(tokenizer.to_str())
+        except Exception as error:  # a damaged pickle fails in many ways
+            again = fineweb_command(folder, f"{folder}_2", source="input.txt", encoding="bytes")
+            raise ValueError(f"{path}: no table of characters ({str(error)[:99]}); run `{again}`") from error
+        return found | {"encoding": characters.name, "vocab_size": len(stoi), "eot_token": None}
+    if 0 < vocab_size < 50257:
+        found |= {"encoding": "none", "vocab_size": vocab_size, "eot_token": None}
+    words = "GPT-2's tokens" if found["encoding"] == "gpt2" else f"ids without text, vocab_size={vocab_size}"
+    warnings.warn(printable(f"no meta.json in {folder}: assuming {words}"), stacklevel=3)
+    return found
+
+
 def _common(meta: dict) -> dict:
     """What must be equal in the meta.json of all parts."""
     vocabulary = {name: meta[name] for name in ("encoding", "vocab_size", "eot_token")}
@@ -108,7 +153,7 @@ def _common(meta: dict) -> dict:
 
 def _check_meta(meta: dict) -> None:
     """Raises one of the errors that load_metas catches if an entry of a meta.json is of the wrong kind."""
-    kinds = dict(encoding=str, vocab_size=int, eot_token=int, tokens=dict, shards=dict, complete=bool)
+    kinds = dict(encoding=str, vocab_size=int, tokens=dict, shards=dict, complete=bool)
     optional = dict(source=str, settings=dict, checksums=dict, samples=dict, places=dict)
     for name, kind in [*kinds.items(), *((name, optional[name]) for name in optional if name in meta)]:
         if type(meta[name]) is not kind:
@@ -120,7 +165,8 @@ def _check_meta(meta: dict) -> None:
     texts += meta.get("settings", {}).get("files", {}).values()
     if {*map(type, counts)} - {int} or {*map(type, texts)} - {str} or min(counts, default=0) < 0:
         raise TypeError("a number of tokens, place, checksum or source file of the wrong kind")
-    if not 0 <= meta["eot_token"] < meta["vocab_size"] <= 1 << 16:
+    end = meta["eot_token"] if meta["eot_token"] is not None else 0  # None: no token precedes documents
+    if not 0 <= end < meta["vocab_size"] < 1 << 31:
         raise ValueError(f"eot_token is {meta['eot_token']}, vocab_size is {meta['vocab_size']}")
     if any(name != os.path.basename(name) for name in meta["shards"]):
         raise ValueError("shards has a name with a folder")

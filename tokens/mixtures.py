@@ -49,14 +49,15 @@ def source_names(folders: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(folders)
 
 
-def read_metas(folders: Sequence[str], pattern: str = "") -> dict:
+def read_metas(folders: Sequence[str], pattern: str = "", vocab_size: int = 0) -> dict:
     """read_meta of the first folder (or pattern). ValueError if another folder has another encoding."""
-    meta = read_meta(folders[0], pattern)
+    meta = read_meta(folders[0], pattern, vocab_size)
+    own = meta["encoding"].startswith("tokenizer:")
+    flag = f"--tokenizer {folders[0]}" if own else f"--encoding {meta['encoding']}"
     for folder, name in product(folders[1:], ("encoding", "vocab_size", "eot_token")):
-        if (theirs := read_meta(folder)[name]) != meta[name]:
+        if (theirs := read_meta(folder, vocab_size=vocab_size)[name]) != meta[name]:
             unlike = f"{name} is {theirs!r}, but {meta[name]!r} in {pattern or folders[0]}"
-            mend = f"make it again with `python fineweb.py --encoding {meta['encoding']}`"
-            raise ValueError(f"{folder}: {unlike}; {mend}")
+            raise ValueError(f"{folder}: {unlike}; make it again with `python fineweb.py {flag}`")
     return meta
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tokens.encodings import get_encoding
+from tokens.encodings import dtype_of, get_encoding
 from tokens.files import remove_temporaries, write_atomically
 from tokens.identity import fineweb_command, fingerprint, first_difference, load_metas
 from tokens.printable import printable
@@ -75,6 +76,7 @@ class ShardWriter:
 
     def __init__(self, folder: str, settings: dict):
         self.folder, self.settings, self.encoding = folder, settings, get_encoding(settings["encoding"])
+        self.dtype = np.dtype(dtype_of(self.encoding)).newbyteorder("<")
         self.part, self.num_parts = settings.get("part", 0), settings.get("num_parts", 1)
         self.prefix = f"p{self.part:04d}_" if self.num_parts > 1 else ""
         os.makedirs(folder, exist_ok=True)
@@ -89,7 +91,11 @@ class ShardWriter:
         if any(before.get(name, text) != text for name, text in files.items()):
             tqdm.write("source files have other times of change, but equal fingerprints: taken for copies")
         meta_name = re.escape(os.path.basename(self.meta_path))
-        remove_temporaries(folder, rf"(train|val)_{self.prefix}\d{{6}}\.bin|{meta_name}")
+        ours = rf"(train|val)_{self.prefix}\d{{6}}\.bin|{meta_name}"
+        remove_temporaries(folder, ours if self.prefix else rf"{ours}|tokenizer\.json")
+        path, text = os.path.join(folder, "tokenizer.json"), getattr(self.encoding, "text", "").encode()
+        if text and not (os.path.isfile(path) and Path(path).read_bytes() == text):
+            write_atomically(path, lambda file: file.write(text))
         self.n, self.waiting = 0, TemporaryFile(dir=folder)  # of the current shard: number, its tokens so far
 
     def _load_metas(self) -> dict[str, dict]:
@@ -116,7 +122,7 @@ class ShardWriter:
     @property
     def filled(self) -> int:
         """Tokens that the current shard has so far."""
-        return self.waiting.tell() // 2
+        return self.waiting.tell() // self.dtype.itemsize
 
     def resume(self, val_tokens: int, shard_size: int) -> tuple[dict, int]:
         """(position, tokens to skip there) of the first shard that is missing or damaged: read from there."""
@@ -139,7 +145,7 @@ class ShardWriter:
             if self.filled == self.size(self.n):
                 self._flush([position, used])
             count = min(len(tokens) - used, self.size(self.n) - self.filled)
-            self.waiting.write(tokens[used : used + count].astype("<u2", copy=False))
+            self.waiting.write(tokens[used : used + count].astype(self.dtype, copy=False))
             used += count
 
     def finish(self, position: dict, source: str) -> dict:
@@ -165,18 +171,20 @@ class ShardWriter:
             raise ValueError(f"{path} holds other tokens, and there is no meta.json: give another --out")
         name = os.path.basename(path)
         self.checksums[name] = digest
-        self.samples[name] = fingerprint(self.waiting, 0, 2 * size)
+        self.samples[name] = fingerprint(self.waiting, 0, self.dtype.itemsize * size)
         if following:
             self._write_meta({"places": {self.n: self.start, self.n + 1: following}}, complete=False)
         self.waiting.seek(0)
-        write_atomically(path, lambda file: (file.write(shard_header(size)), copyfileobj(self.waiting, file)))
+        head = shard_header(size, self.dtype)
+        write_atomically(path, lambda file: (file.write(head), copyfileobj(self.waiting, file)))
         tqdm.write(f"{printable(path)}: {size:,} tokens")
         self.done[name] = size
         self.n, self.waiting, self.start = self.n + 1, TemporaryFile(dir=self.folder), following
 
     def _write_meta(self, more: dict, complete: bool) -> dict:
         meta = describe(self.encoding, self.done, complete)
-        meta |= {"source": self.settings["source"], "checksums": self.checksums, "samples": self.samples}
+        source = str(self.settings["source"])  # it may be a list
+        meta |= {"source": source, "checksums": self.checksums, "samples": self.samples}
         meta |= more | {"settings": self.settings}
         self._load_metas()  # another part may have begun with other sources
         write_atomically(self.meta_path, lambda file: file.write(json.dumps(meta, indent=1).encode()))

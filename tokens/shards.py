@@ -3,7 +3,8 @@
     loader = DistributedDataLoader("edu_fineweb10B", B=8, T=1024, rank=rank, world_size=world_size)
     x, y = loader.next_batch()                                   # (B, T) inputs, (B, T) targets
 
-A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16."""
+A shard is llm.c's: 256 int32 (magic number, version, number of tokens, zeros), then the tokens as uint16
+or, for more than 65,536 ids, as uint32."""
 
 from __future__ import annotations
 
@@ -25,32 +26,34 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas
+from tokens.identity import check_fingerprints, describe_foreign, fineweb_command, fingerprint, load_metas
+from tokens.own_tokenizers import read_added
 from tokens.printable import printable
 
 if TYPE_CHECKING:
-    import torch  # methods import torch when they need it, so that tokenising processes start fast
+    import torch  # methods import torch when they need it, so that fineweb.py starts fast
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # as in llm.c, dev/data/data_common.py
+# As in llm.c, dev/data/data_common.py: magic number: (version, type of the tokens).
+FORMATS, HEADER_INTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}, 256
 OPEN_SHARDS = 256  # files that a loader keeps open; a process may often have 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
 
 
 # -------------------------------------------------------------------------------------------------- SHARDS
-def shard_header(count: int) -> bytes:
-    """The bytes before the tokens of an llm.c shard of so many tokens."""
+def shard_header(count: int, dtype: np.dtype) -> bytes:
+    """The bytes before the tokens of an llm.c shard of so many tokens, uint16 or uint32."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, count
+    header[:3] = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
     return header.tobytes()
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write a 1-D uint16 array as an llm.c shard, atomically. Raises ValueError, OSError."""
-    if tokens.dtype != np.uint16 or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
+    """Write a 1-D uint16 or uint32 array as an llm.c shard, atomically. Raises ValueError, OSError."""
+    if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1 or not 0 < len(tokens) < 1 << 31:
         kind = f"{tokens.dtype} of shape {tokens.shape}"
-        raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 tokens, not {kind}")
-    data = np.ascontiguousarray(tokens, dtype="<u2").data
-    write_atomically(path, lambda file: file.writelines((shard_header(len(tokens)), data)))
+        raise ValueError(f"{path}: a shard is one row of 1 to 2147483647 uint16 or uint32 tokens, not {kind}")
+    data = np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("<"))
+    write_atomically(path, lambda file: file.writelines((shard_header(len(data), data.dtype), data.data)))
 
 
 class Shard:
@@ -60,7 +63,8 @@ class Shard:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is not a file; {_rebuild(path)}")
         self.path, self.file = path, open(path, "rb", buffering=0)
-        self.start, self.count = _read_header(path, self.file)  # first byte of the tokens, their number
+        self.start, self.count, self.dtype = _read_header(path, self.file)
+        self.nbytes = self.count * self.dtype.itemsize
 
     def checksum(self) -> str:
         """SHA-256 of its tokens, in hexadecimal digits. Raises OSError."""
@@ -68,17 +72,20 @@ class Shard:
         return hashlib.file_digest(self.file, "sha256").hexdigest()
 
     def read(self, first: int, tokens: np.ndarray) -> np.ndarray:
-        """Fill `tokens`, uint16, from token `first` on. DataError, with file and offset, if that fails. (A
-        memory map is no faster, and when the file has been cut the system kills the process.)"""
+        """Fill `tokens` from token `first` on. DataError, with file and offset, if that fails. (A memory map
+        is no faster, and when the file has been cut the system kills the process.)"""
+        if tokens.dtype != self.dtype:
+            tokens[:] = self.read(first, np.empty(len(tokens), self.dtype))
+            return tokens
         left, why = tokens.nbytes, "the file became shorter while it was in use"
         try:
-            self.file.seek(self.start + 2 * first)
+            self.file.seek(self.start + tokens.itemsize * first)
             while left and (count := self.file.readinto(tokens.view(np.uint8)[-left:])):
                 left -= count
         except OSError as error:
             why = error.strerror
         if left:
-            at = first + len(tokens) - (left + 1) // 2
+            at = first + (tokens.nbytes - left) // tokens.itemsize
             raise DataError(f"{self.path}: no token at offset {at}: {why}; {_rebuild(self.path)}")
         return tokens
 
@@ -91,30 +98,32 @@ class Shard:
 
 
 def read_shard(path: str | os.PathLike) -> np.ndarray:
-    """All tokens of a shard, uint16. Raises FileNotFoundError, ValueError if damaged."""
+    """All tokens of a shard, uint16 or uint32. Raises FileNotFoundError, ValueError if damaged."""
     shard = Shard(path)
-    return shard.read(0, np.empty(len(shard), dtype="<u2"))
+    return shard.read(0, np.empty(len(shard), shard.dtype))
 
 
-def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
-    """(byte at which the tokens begin, number of tokens) of a shard in any of the three formats."""
+def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.dtype]:
+    """(byte at which the tokens begin, their number and type) of a shard in any of the formats."""
     size, head = os.fstat(file.fileno()).st_size, file.read(4 * HEADER_INTS)
-    magic = int.from_bytes(head[:4], "little")
+    magic, dtype = int.from_bytes(head[:4], "little"), np.dtype("<u2")
     if head.startswith(b"\x93NUMPY"):
         start, count = _read_npy_header(path, file)
-    elif magic == MAGIC and size >= 4 * HEADER_INTS:
+    elif magic in FORMATS and size >= 4 * HEADER_INTS:
         start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        if version != VERSION:
-            raise ValueError(f"{path} has shard version {version}, not {VERSION}; {_rebuild(path)}")
+        if version != FORMATS[magic][0]:
+            right = FORMATS[magic][0]
+            raise ValueError(f"{path} has shard version {version}, not {right}; {_rebuild(path)}")
+        dtype = np.dtype(FORMATS[magic][1])
     else:
         _refuse_foreign(path, head, magic)
         start, count = 0, size // 2
     if count <= 0:
         raise ValueError(f"{path} holds {count} tokens; {_rebuild(path)}")
-    if size != (need := start + 2 * count):
+    if size != (need := start + dtype.itemsize * count):
         wrong = f"{'truncated' if size < need else 'padded'}: {count} tokens take {need} bytes, it has {size}"
         raise ValueError(f"{path} is {wrong}; {_rebuild(path)}")
-    return start, count
+    return start, count, dtype
 
 
 def _rebuild(path: str | os.PathLike) -> str:
@@ -138,11 +147,11 @@ def _refuse_foreign(path: str | os.PathLike, head: bytes, magic: int) -> None:
     """ValueError if a file without a header holds anything except tokens."""
     signatures = {b"PK\x03\x04": "zip or a checkpoint", b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
     why = next((f"it is {kind}" for start, kind in signatures.items() if head.startswith(start)), None)
-    if magic == MAGIC:
+    if magic in FORMATS:
         why = f"it is truncated within its header, at {len(head)} bytes"
     # llm.c's magic numbers are dates. Read as uint16 they are not GPT-2 tokens. Its headers end in zeros.
     elif 20240101 <= magic <= 20241231 or (len(head) == 4 * HEADER_INTS and not any(head[12:])):
-        why = f"it has magic number {magic} instead of {MAGIC}"
+        why = f"it has magic number {magic} instead of {min(FORMATS)}"
     # Text has no control characters. The bytes of tokens usually have some.
     elif head and not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head):
         with contextlib.suppress(UnicodeDecodeError):
@@ -170,20 +179,22 @@ def find_shards(where: str | os.PathLike, split: str = "train") -> list[str]:
     return paths
 
 
-def read_meta(folder: str | os.PathLike, pattern: str = "") -> dict:
+def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0) -> dict:
     """meta.json of a data folder, or of the first shard that matches `pattern`; several machines' counts are
-    added. Without meta.json it warns, and assumes GPT-2's tokens. Raises FileNotFoundError, ValueError."""
+    added. Without meta.json it is what describe_foreign says. Raises FileNotFoundError, ValueError."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no data folder {folder}; make it: `{fineweb_command(folder)}`")
     metas = load_metas(folder)
     if not metas:
-        warnings.warn(printable(f"no meta.json in {folder}: assuming GPT-2's tokens"), stacklevel=2)
-        return {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "tokens": {}}
+        return describe_foreign(folder, vocab_size)
+    if (name := next(iter(metas.values()))["encoding"]).startswith("tokenizer:"):
+        again = f"; make it again: `{fineweb_command(folder)}`"
+        read_added(os.path.join(folder, "tokenizer.json"), name, again)
     for name, noted in [pair for meta in metas.values() for pair in meta.get("samples", {}).items()]:
         if os.path.exists(path := os.path.join(folder, name)):
             shard = Shard(path)
-            if fingerprint(shard.file, shard.start, 2 * len(shard)) != noted:
+            if fingerprint(shard.file, shard.start, shard.nbytes) != noted:
                 compare = f"`python fineweb.py --verify --out {shlex.quote(folder)}` compares all tokens"
                 raise ValueError(f"{path}: its tokens are not those that meta.json notes; {compare}")
     counts = Counter()
@@ -251,14 +262,15 @@ class DistributedDataLoader:
         self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
-        digest, lengths, prints = hashlib.sha256(), [], []
+        digest, lengths, prints, self._dtype = hashlib.sha256(), [], [], np.dtype("<u2")
         for shard in map(Shard, self.files):
             lengths.append(n := len(shard))
             digest.update(n.to_bytes(8, "little"))
-            ends = np.empty((2, min(256, n)), dtype="<u2")
+            self._dtype = max(self._dtype, shard.dtype)
+            ends = np.empty((2, min(256, n)), shard.dtype)
             digest.update(shard.read(0, ends[0]))
             digest.update(shard.read(n - len(ends[1]), ends[1]))
-            prints.append(fingerprint(shard.file, shard.start, 2 * n, len(self.files)))
+            prints.append(fingerprint(shard.file, shard.start, shard.nbytes, len(self.files)))
         group = B * world_size
         samples = (np.array(lengths) - 1) // T  # (files,)
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
@@ -302,7 +314,7 @@ class DistributedDataLoader:
         """This rank's inputs and targets at a position, (2, B, T) int64; the event after the CUDA copy."""
         import torch
 
-        tokens = np.empty((self.B, self.T + 1), dtype="<u2")
+        tokens = np.empty((self.B, self.T + 1), self._dtype)
         index = np.arange(self.B) + (position + self.rank * self.B)
         for row, file, start in zip(tokens, *self._locate(index), strict=True):
             self._open(self.files[file]).read(start, row)

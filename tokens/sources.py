@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tokens.encodings import EOT, split_text
 
-TASK_CHARS = 1 << 19  # characters that a tokenising process gets at a time: about 30 ms of work
+TASK_CHARS = 1 << 19  # characters that a tokenising thread gets at a time: about 30 ms of work
 MAX_RECORD = 1 << 24  # characters of a line or item that is parsed whole: about 150 MB of memory
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MORE_SUFFIXES = (".md", ".json", ".csv")  # often notes about the data: read from a folder without the others

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tokens.files import write_atomically
+from tokens.own_tokenizers import KNOWN
 from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError
@@ -219,6 +220,8 @@ class RunSaver:
         more = dict(model=run.model.state_dict(), config=run.model.config.to_dict())
         more |= dict(optimizer=parallel.optimizer_state(run.optimizer, run.layout))
         more |= dict(scaler=run.scaler.state_dict(), train_config=dataclasses.asdict(run.config))
+        if known := KNOWN.get(run.model.config.encoding):
+            more["tokenizer"] = known.text
         return self.state | more | dict(elapsed_s=run.elapsed(), world_size=run.layout.world.size)
 
     def is_urgent(self) -> bool:

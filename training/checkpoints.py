@@ -316,6 +316,9 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     theirs = source.config
     if theirs.encoding != fields["encoding"]:
         mend = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
+        if theirs.encoding.startswith("tokenizer:"):
+            export = f"`python checkpoint.py export {init_from} FOLDER`"
+            mend = f"{export}, then `python fineweb.py --tokenizer FOLDER --out new_data`"
         if theirs.encoding == "unknown":
             mend = 'write the right one into its config.json, as "encoding"'
         unlike = f"{theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data"

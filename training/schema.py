@@ -10,6 +10,7 @@ import torch
 
 from huggingface.configuration import OTHER_NAMES, build_config, show
 from model import GPTConfig, GPTLMHeadModel
+from tokens.own_tokenizers import add_tokenizer
 
 DEEPEST, MOST_ENTRIES = 8, 1_000_000  # of nested containers. A file of few bytes can describe 2^40 entries
 HEALTH = {"bad_steps", "in_a_row", "seen", "mean", "variance"}  # faults.Health; scale_steps is newer
@@ -85,6 +86,7 @@ ENTRIES = {
     ),
     "diagnostics": (is_diagnostics, "a run's diagnostics"),
     "scaler": (lambda value: value == {} or are_named(is_number, SCALER)(value), "a GradScaler's state"),
+    "tokenizer": (lambda value: type(value) is str, "a tokenizer.json"),
     "world_size": (lambda value: is_count(value) and value > 0, "a number of processes"),
 }
 
@@ -105,6 +107,8 @@ def check_checkpoint(content: Any) -> dict:
     fields = {name: found[name] for name in names & found.keys()}
     config = build_config(GPTConfig, fields, {name: tensor.shape for name, tensor in weights.items()})
     check_weights(config, weights)
+    if "tokenizer" in content:
+        add_tokenizer(content["tokenizer"], config.encoding)
     known = {name: content[name] for name in (*ENTRIES, "format") if name in content}
     return known | {"config": config.to_dict()}
 

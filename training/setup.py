@@ -262,7 +262,7 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
             prepare_demo(config.data_dir)
         world.barrier()
     folders = [config.data_dir] if config.input_bin else parse_mixture(config.data_dir)
-    return read_metas([*folders, *parse_named(config.val).values()], config.input_bin)
+    return read_metas([*folders, *parse_named(config.val).values()], config.input_bin, config.vocab_size)
 
 
 def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[DistributedDataLoader, dict]:

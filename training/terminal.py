@@ -128,9 +128,9 @@ class Terminal:
             rows = heat_map(torch.stack([moe.last_step_counts() for moe in model.moe_layers()]))
             self.say("\n".join(f"step {step}: {row}" for row in rows))
 
-    def summary(self, memory: int, checkpoint: Any, batch: str = "") -> None:
+    def summary(self, memory: int, checkpoint: Any, batch: str = "", speaks: bool = True) -> None:
         """Say how a finished run ended. memory: peak, in bytes. checkpoint: path of the newest, or "none".
-        batch: the batch against the gradient noise scale, in words."""
+        batch: the batch against the gradient noise scale, in words. speaks: the model's tokens are text."""
         config, mib = self.config, memory // 2**20
         lines = [f"memory          {mib:,} MiB at most"]
         if config.preset == "llmc":  # as train_gpt2.py: at most 19 steps, without the first, which compiles
@@ -147,8 +147,10 @@ class Terminal:
             each = (f"{name.removeprefix('epoch/')} {self.newest[name]:.2f}" for name in epochs)
             lines.append(f"epochs          {', '.join(each)}")
         if str(checkpoint) != "none":
+            lines.append(f"checkpoint      {checkpoint}")
+        if str(checkpoint) != "none" and speaks:
             command = ["python", "sample.py", "--checkpoint", str(checkpoint), "--prompt", config.prompt]
-            lines += [f"checkpoint      {checkpoint}", f"next            {shlex.join(command)}"]
+            lines.append(f"next            {shlex.join(command)}")
             if config.use_moe and not config.init_from:
                 command = ["python", "-m", "analysis", "routing", str(checkpoint)]
                 lines.append(f"                see what the experts learnt: {shlex.join(command)}")

@@ -164,5 +164,6 @@ def test_out_of_memory_and_an_error_in_a_worker_are_one_line(tmp_path, monkeypat
     monkeypatch.setattr(fineweb, "encode_pieces", lambda *_: bytearray(1 << 62))
     assert make(tmp_path / "a.txt", tmp_path / "out") == 1
     assert re.findall("stopped by MemoryError.*--workers.*\n", capsys.readouterr().err, re.MULTILINE)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="'nonsense' is unknown"):  # an error in the workers
         list(fineweb.encode_tasks(iter([({}, [(True, "a")])] * 3), "nonsense", 2))

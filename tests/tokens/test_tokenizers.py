@@ -1,0 +1,199 @@
+"""Tokenizers of one's own, ids without text, nanoGPT's characters, several sources.
+
+Run: python -m pytest tests/tokens/test_tokenizers.py"""
+
+import json
+import pickle
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import DOCUMENTS, build, content, stream_of, write_source
+from models import tiny
+from processes import finish, flags, made_up_text, start, write_data
+from test_fineweb import command, crash_and_resume
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import fineweb
+from model import GPTLMHeadModel
+from tokens import encodings, sources
+from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
+from tokens.shards import DistributedDataLoader, read_meta, read_shard, write_shard
+from training.checkpoints import load_model, save_checkpoint
+
+TEXTS = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30] * 9
+
+
+def byte_level(size: int) -> Tokenizer:
+    """A byte-level BPE of `size` tokens, with <|endoftext|> first and words last."""
+    names = [EOT, *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġm", "an"]
+    names += [f"unused{i}" for i in range(size - len(names) - 3)] + ["Ġa", "Ġman", "pl"]
+    merges = [("Ġ", "a"), ("Ġ", "m"), ("a", "n"), ("Ġm", "an"), ("p", "l")]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """What shards must hold: the ids of tokenizers itself, after each document's end token."""
+    tokenizer.encode_special_tokens = True
+    end = tokenizer.token_to_id(EOT)
+    return [i for text in texts if text.strip() for i in [end, *tokenizer.encode(text).ids]]
+
+
+def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_path, capsys):
+    source, tokenizer, out = write_source(tmp_path / "a.jsonl", TEXTS), byte_level(100_000), tmp_path / "out"
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    meta = build(source, out, encoding=None, tokenizer=str(tmp_path / "tokenizer.json"), workers=2)
+    head = np.fromfile(out / "val_000000.bin", "<i4", 3).tolist()
+    assert stream_of(out) == ids_of(tokenizer, TEXTS) and head == [20240801, 7, 100]
+    assert DistributedDataLoader(out, 8, 32, vocab_size=100_000).next_batch()[0].max() > 1 << 16
+    KNOWN.clear()
+    (out / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*`python fineweb.py .*--tokenizer="):
+        read_meta(out)
+    encoding = read_tokenizer(str(tmp_path), None)
+    sizes = encodings.token_bytes(encoding.name)
+    assert sizes[stream_of(out)].sum() == len("".join(TEXTS).encode()) and encoding.name == meta["encoding"]
+
+    fields = dict(vocab_size=100_096, encoding_size=100_000, eos_token_id=0, n_embd=8)
+    model = GPTLMHeadModel(config := tiny(encoding=encoding.name, **fields)).eval()
+    saved = dict(model=model.state_dict(), config=config.to_dict(), step=1, tokenizer=encoding.text)
+    paths = save_checkpoint(saved, tmp_path), tmp_path / "b", tmp_path / "c.pt", tmp_path / "folder"
+    for how, first, second in zip(("convert", "convert", "export"), paths, paths[1:], strict=False):
+        KNOWN.clear()
+        assert checkpoint.main([how, str(first), str(second)]) == 0, capsys.readouterr().err
+    theirs, how = AutoTokenizer.from_pretrained(paths[-1]), dict(max_new_tokens=4, do_sample=False)
+    assert theirs(TEXTS[0]).input_ids == tokenizer.encode(TEXTS[0]).ids and theirs.eos_token == EOT
+    text = model.generate(TEXTS[0], **how)
+    KNOWN.clear()
+    remote = AutoModelForCausalLM.from_pretrained(paths[-1], trust_remote_code=True)
+    theirs.save_pretrained(paths[-1])  # as a Trainer does
+    assert load_model(paths[-1]).generate(TEXTS[0], **how) == remote.generate(TEXTS[0], **how) == text
+    assert text.startswith(TEXTS[0]) and len(text) > len(TEXTS[0])
+
+
+def test_a_trained_tokenizer_is_the_same_again_after_any_kill(tmp_path, monkeypatch):
+    source = write_source(
+        tmp_path / "a.jsonl", texts := [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
+    )
+    make = lambda out: build(source, out, encoding=None, train_tokenizer=600, shard_size=9000)  # noqa: E731
+    make(whole := tmp_path / "whole")
+    tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 600 and stream_of(whole) == ids_of(tokenizer, texts)
+    crash_and_resume(tmp_path / "crashed", make, content(whole), range(1, 6))
+    run = [*command(source, tmp_path / "killed", train_tokenizer=600, shard_size=9000), "--encoding="]
+    for seconds in (0.8, 1.6):
+        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    subprocess.run(run, check=True, capture_output=True)
+    assert content(tmp_path / "killed") == content(whole)
+    monkeypatch.setattr(fineweb, "train_bpe", lambda *_: pytest.fail("a complete folder is trained again"))
+    make(whole)
+
+
+@pytest.mark.parametrize(("name", "text", "flag", "words"), [
+    ("t.json", "{}", {}, "tokenizer='.*t.json' cannot be read"),
+    ("t.json", "", {}, 'has no <.* --end_token "'),
+    ("t.json", "", dict(train_tokenizer=300), "tokenizer='.*train_tokenizer: give one"),
+    ("t.model", "spm", {}, "sentencepiece.*pip install"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, name, text, flag, words):
+    if name == "t.model" and __import__("importlib").util.find_spec("sentencepiece"):
+        pytest.skip("sentencepiece is installed")
+    known, source = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a")), write_source(tmp_path / "a.jsonl")
+    (tmp_path / name).write_text(text or known.to_str())
+    flags = dict(encoding=None, tokenizer=str(tmp_path / name), val_tokens=4)
+    with pytest.raises(ValueError, match=words):
+        build(source, tmp_path / "out", **flags, **flag)
+    if not (text or flag):
+        assert build(source, tmp_path / "out", **flags, end_token="</s>")["eot_token"] == 1
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+        assert build(source, tmp_path / "out", **flags)["encoding"].endswith(":1")  # complete already
+
+
+def test_the_bytes_of_sentencepieces_tokens_are_those_of_the_text():
+    vocabulary = {"<0xC3>": 0, "<0xA9>": 1, "▁": 2, "h": 3, "i": 4, "▁h": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "h")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    name = add_tokenizer(tokenizer.to_str()).name
+    ids = encodings.encode_text("hi hé", name)
+    assert ids == [3, 4, 5, 0, 1] and encodings.token_bytes(name)[ids].tolist() == [1, 1, 2, 1, 1]
+    assert encodings.decode_tokens(ids, name) == "hi hé"
+
+
+class Evil:
+    """Writes a file when its pickle is loaded."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = made_up_text()[:40_000]
+    stoi = {c: i for i, c in enumerate(sorted(set(text)))}
+    table = {"vocab_size": len(stoi), "itos": {i: c for c, i in stoi.items()}, "stoi": stoi}
+    Path("meta.pkl").write_bytes(pickle.dumps(table))
+    ids = np.array([stoi[c] for c in text], "<u2")
+    ids[:-8000].tofile("train.bin")
+    ids[-8000:].tofile("val.bin")
+    assert encodings.decode_tokens(ids[:99].tolist(), read_meta(".")["encoding"]) == text[:99]
+    code = finish(start(flags(".", "log", "--sample_every", 4, "--prompt", "a", "--max_steps", 4), "out.txt"))
+    said = Path("out.txt").read_text()
+    assert code == 0 and "sample\n    a" in said and "bits per byte" in said, said
+    for wrong in (Evil(), table | {"stoi": Evil()}, table | {"vocab_size": 7}, 7):
+        Path("meta.pkl").write_bytes(pickle.dumps(wrong))
+        with pytest.raises(ValueError, match=r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out"):
+            read_meta(".")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("has_meta", [True, False])
+def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta):
+    write_data(data := tmp_path / "data")
+    for path in data.glob("*.bin"):
+        write_shard(path, read_shard(path) % 65)
+    meta = json.loads((data / "meta.json").read_text()) | dict(encoding="none", vocab_size=65, eot_token=None)
+    (data / "meta.json").write_text(json.dumps(meta)) if has_meta else (data / "meta.json").unlink()
+    more = [] if has_meta else ["--vocab_size", 65]
+    for steps in ([*more, "--max_steps", 4], ["--max_steps", 8, "--resume", "auto"]):
+        run = start(flags(data, tmp_path / "log", "--sample_every", 4, *steps), tmp_path / "out")
+        assert finish(run) == 0, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "no samples in this run: encoding='none'" in said and not re.search(
+        "sample.py|[0-9] bits per", said
+    )
+    assert checkpoint.main(["export", str(tmp_path / "log" / "latest"), str(tmp_path / "folder")]) == 0
+    with pytest.raises(ValueError, match="encoding='none'"):
+        load_model(tmp_path / "folder").generate("text")
+
+
+def test_sources_follow_each_other_each_with_its_field(tmp_path, monkeypatch, capsys):
+    first, second = write_source(tmp_path / "1" / "a.jsonl"), tmp_path / "2" / "a.jsonl"
+    second.parent.mkdir()
+    second.write_text("".join(json.dumps({"body": f"text {i} " * 9}) + "\n" for i in range(20)))
+    monkeypatch.setattr(sources, "TASK_CHARS", 200)
+    both = [f"--source={first}", f"--source={second}", "--text_field=text", "--text_field=body"]
+    both += ["--encoding=bytes", "--val_tokens=100", "--shard_size=500", "--workers=1"]
+    make = lambda out: fineweb.main([*both, f"--out={out}"])  # noqa: E731
+    out = tmp_path / "out"
+    assert make(out) == 0
+    for source, name in ((first, "text"), (second, "body")):
+        build(source, tmp_path / name, text_field=name)
+    assert stream_of(out) == stream_of(tmp_path / "text") + stream_of(tmp_path / "body")
+    assert read_meta(out)["documents"] == 27 and len(read_meta(out)["settings"]["files"]) == 2
+    crash_and_resume(tmp_path / "crashed", make, content(out), (3, 6, 9))
+    assert fineweb.main([*both, "--text_field=third", "--out=x"]) == 2
+    assert "text_field is given 3 times" in capsys.readouterr().err
