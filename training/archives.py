@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -139,7 +138,7 @@ def reading(file: Path, problem: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in of_the_file:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(file)) from error
         reason = (str(error).strip() or repr(error)).splitlines()[0][:400]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run the file's code
+        if type(error).__name__ == "UnpicklingError":  # torch's text advises to run the file's code
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"it holds code ({code[1]:.80}), which is not run" if code else "its pickle is damaged"
         reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
