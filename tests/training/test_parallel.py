@@ -118,8 +118,8 @@ class Loader:
         tokens = next(self.batches)
         return tokens[:, :-1], tokens[:, 1:]
 
-    def load_state_dict(self, state: dict) -> None:
-        assert state == {"position": 0}
+    def reset(self, position: int) -> None:
+        assert position == 0
 
 
 def train(world: parallel.World, folder: Path, name: str) -> None:
