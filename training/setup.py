@@ -78,8 +78,9 @@ class Run:
 
     def positions(self, x: torch.Tensor) -> torch.Tensor | None:
         """With document_mask: each token's position in its document, (B, T), for inputs x (B, T)."""
-        begins = x == self.model.config.bos_token_id  # <|endoftext|>
-        return positions_in_documents(begins) if self.config.document_mask else None
+        if not self.config.document_mask:
+            return None
+        return positions_in_documents(x == self.model.config.bos_token_id)  # <|endoftext|> begins documents
 
     def start_clock(self, say: Callable[[str], None]) -> None:
         """Start the clock of training. From now on the run prints through `say`."""
