@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from conftest import slow
 from models import gradients, strong, tiny, tokens
 from processes import flags, losses, run_ranks
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import DataCollatorWithFlattening
 
 import train_gpt_moe
-from layers.attention import attention_reference, document_mask, flex_block_mask, positions_in_documents
+from layers.attention import positions_in_documents
 from model import GPTLMHeadModel
 from tokens.shards import read_shard, write_shard
 
-CPU = torch.device("cpu")
 EOT = 0
 MODELS = {
     "dense, learned": dict(use_moe=False), "MoE": dict(),
@@ -84,21 +82,6 @@ def test_packed_batches_of_transformers_equal_the_texts_one_by_one(name):
         loss = F.cross_entropy(alone[0, :-1], labels[0, 1:])
         close(model(**batch, **more, labels=labels).cross_entropy, loss)
         close(model.lm_head(model.base_model(**batch, **more).last_hidden_state), alone)  # as TRL does
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("T, window, block", [(300, 300, 128), (300, 70, 128), (100, 33, 16), (64, 64, 64)])
-def test_the_block_mask_is_the_boolean_mask(T, window, block):
-    begins = torch.rand(3, T, generator=torch.Generator().manual_seed(T)) < 0.03
-    starts = torch.arange(T) - positions_in_documents(begins)
-    mask, expected = flex_block_mask(T, window, CPU, starts, block), document_mask(starts, window)
-    rows, place = torch.arange(3)[:, None, None], torch.arange(T)
-    assert torch.equal(mask.mask_mod(rows, 0, place[:, None], place), expected[:, 0])
-    q, k, v = (torch.randn(3, heads, T, 16) for heads in (4, 2, 2))
-    fast = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)  # leaves out blocks
-    close(fast, attention_reference(q, k, v, expected)[0])
-    plain = flex_block_mask(T, window, CPU, block=block).to_dense().sum()
-    assert mask.to_dense().sum() < 3 * plain or window < T or T == block
 
 
 def test_compiled_blocks_have_one_graph_for_all_documents():

@@ -48,15 +48,22 @@ def written_out_window(T: int, window: int) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("T, window, block", [(300, 70, 128), (128, 64, 64), (48, 1, 16), (100, 33, 16)])
+@pytest.mark.parametrize("documents", [False, True])
 @torch.no_grad()
-def test_block_mask_is_the_window(T, window, block):
-    mask, expected = attention.flex_block_mask(T, window, CPU, block=block), written_out_window(T, window)
-    grown = mask.to_dense()[0, 0].bool().repeat_interleave(block, 0).repeat_interleave(block, 1)[:T, :T]
-    assert (grown | ~expected).all()  # no visible key is in a block that is left out
-    looked_at = mask.to_dense()[0, 0].sum(-1)
-    assert looked_at.max() <= (window + block - 2) // block + 1  # O(window) keys per query, not O(T)
+def test_block_mask_is_the_window_in_its_document(T, window, block, documents):
+    """And the boolean mask is the same."""
     i = torch.arange(T)
-    assert torch.equal(mask.mask_mod(0, 0, i[:, None], i[None]), expected)
+    number = (torch.rand(2, T) < 0.1 * documents).cumsum(1)[:, None]  # (2, 1, T), of the document
+    expected = written_out_window(T, window) & (number[..., None] == number[:, :, None])
+    starts = i - attention.positions_in_documents(number[:, 0].diff(prepend=number[:, 0, :1]) > 0)
+    assert torch.equal(attention.document_mask(starts, window), expected)
+    mask = attention.flex_block_mask(T, window, CPU, starts if documents else None, block)
+    grown = mask.to_dense().bool().repeat_interleave(block, 2).repeat_interleave(block, 3)[..., :T, :T]
+    assert (grown | ~expected).all()  # no visible key is in a block that is left out
+    looked_at = mask.to_dense().sum(-1)
+    assert looked_at.max() <= (window + block - 2) // block + 1  # O(window) keys per query, not O(T)
+    b = torch.arange(2)[:, None, None, None]
+    assert torch.equal(mask.mask_mod(b, 0, i[:, None], i).expand_as(expected), expected)
     q, k, v = (torch.randn(2, heads, T, 16) for heads in (4, 2, 2))
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=expected, enable_gqa=True)
     fast = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
