@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_documents.py"""
 
 import re
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,26 +20,15 @@ from model import GPTLMHeadModel
 from tokens.shards import read_shard, write_shard
 
 EOT = 0
+TEXTS = [
+    torch.cat([torch.tensor([EOT]), tokens(1, n, seed=n)[0].clamp(min=1)]) for n in (4, 0, 17, 23, 10, 6, 5)
+]
+ROWS = torch.cat(TEXTS).view(3, 24)
 MODELS = {
     "dense, learned": dict(use_moe=False), "MoE": dict(),
     "modern": dict(position="rope", n_kv_head=2, qk_norm=True, sliding_window=4, global_every=2),
     "eager": dict(attn_implementation="eager", sliding_window=4, position="rope"),
 }  # fmt: skip
-ENDS = [[0, 5, 6, 24], [0, 24], [0, 11, 18, 24]]  # of the documents in each row
-
-
-def rows_of_documents() -> torch.Tensor:
-    """Three rows of documents, (3, 24), which begin with EOT."""
-    rows = tokens().clamp(min=1)
-    for row, ends in zip(rows, ENDS, strict=True):
-        row[ends[:-1]] = EOT
-    return rows
-
-
-def one_by_one(model, rows) -> torch.Tensor:
-    """Logits (B, T, V) of the documents, each in a row of its own."""
-    spans = [[row[None, a:b] for a, b in pairwise(ends)] for row, ends in zip(rows, ENDS, strict=True)]
-    return torch.stack([torch.cat([model(ids).logits[0] for ids in row]) for row in spans])
 
 
 def close(got, expected) -> None:
@@ -49,51 +37,45 @@ def close(got, expected) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_documents_in_a_row_equal_the_documents_one_by_one(name):
-    """In training and evaluation, with cache and checkpointing, forward and gradients."""
-    model, rows = strong(GPTLMHeadModel(tiny(**MODELS[name])), 0.1), rows_of_documents()
-    positions, direction = positions_in_documents(rows == EOT), torch.randn(3, 24, 97)
-    (one_by_one(model.train(), rows) * direction).mean().backward()
+    """With checkpointing, in evaluation with a cache, and as batches that Trainer and TRL pack. Their row may
+    be longer than block_size, each text may not."""
+    model = strong(GPTLMHeadModel(tiny(**MODELS[name])), 0.1).train()
+    alone = torch.cat([model(text[None]).logits[0] for text in TEXTS])  # (72, V)
+    direction, more = torch.randn(72, 97), dict(position_ids=positions_in_documents(ROWS == EOT))
+    (alone * direction).sum().div(72).backward()
     expected = gradients(model)
-    for checkpointing in (False, True):
+    for _ in range(2):
         model.zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        (model(rows, position_ids=positions).logits * direction).mean().backward()
+        logits = model(ROWS, **more).logits.flatten(0, 1)
+        (logits * direction).sum().div(72).backward()
+        close(logits, alone)
         close(gradients(model), expected)
-    with torch.no_grad():
-        alone = one_by_one(model.eval(), rows)
-        for more in (dict(use_cache=True), dict(output_attentions=True)):
-            close(model(rows, position_ids=positions, **more).logits, alone)
-        assert (model(rows).logits - alone).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_batches_of_transformers_equal_the_texts_one_by_one(name):
-    """As Trainer and TRL give them. The row may be longer than block_size, each text may not."""
-    model, (text, *_) = strong(GPTLMHeadModel(tiny(**MODELS[name]))).train(), tokens(1, 24).tolist()
-    texts = [text[:5], text[5:6], text, text[7:]]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.eval()
+    for name in ("use_cache", "output_attentions"):
+        close(model(ROWS, **more, **{name: True}).logits.flatten(0, 1), alone)
+    assert (model(ROWS).logits.flatten(0, 1) - alone).abs().max() > 0.01
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")
-    batch = collate([{"input_ids": ids} for ids in texts])
+    batch = collate([{"input_ids": text.tolist()} for text in TEXTS])
     labels, positions = batch.pop("labels"), batch.pop("position_ids")
     assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} < batch.keys()
-    alone = torch.cat([model(torch.tensor([ids])).logits for ids in texts], dim=1)
+    loss = F.cross_entropy(alone[:-1], labels[0, 1:])
     for more in (dict(), dict(position_ids=positions)):
-        close(model(**batch, **more).logits, alone)
-        loss = F.cross_entropy(alone[0, :-1], labels[0, 1:])
-        close(model(**batch, **more, labels=labels).cross_entropy, loss)
-        close(model.lm_head(model.base_model(**batch, **more).last_hidden_state), alone)  # as TRL does
+        close(model(**batch, **more, labels=labels).loss, loss)
+        close(model.lm_head(model.base_model(**batch, **more).last_hidden_state)[0], alone)  # as TRL does
 
 
 def test_compiled_blocks_have_one_graph_for_all_documents():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, documents = strong(GPTLMHeadModel(tiny(use_moe=False))).train(), rows_of_documents()
-    batches = documents, tokens().clamp(min=1), documents.flip(0)  # one without documents
-    positions = [positions_in_documents(rows == EOT) for rows in batches]
-    eager = [model(*pair).logits for pair in zip(batches, [None] * 3, positions, strict=True)]
+    model, batches = (
+        strong(GPTLMHeadModel(tiny(use_moe=False))).train(),
+        (ROWS, ROWS.clamp(min=1), ROWS.flip(0)),
+    )
+    forward = lambda rows: model(rows, position_ids=positions_in_documents(rows == EOT)).logits  # noqa: E731
+    eager = [forward(rows) for rows in batches]
     model.transformer.h[0].compile(fullgraph=True, backend="aot_eager")
-    for *pair, expected in zip(batches, [None] * 3, positions, eager, strict=True):
-        close(model(*pair).logits, expected)
+    close([forward(rows) for rows in batches], eager)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -17,16 +17,6 @@ from tokens.shards import FEISTEL_ROUNDS, DistributedDataLoader, Shard, permute
 SCANNED = 1 << 22  # tokens that are searched at a time
 
 
-def find_documents(path: str, eot_token: int) -> np.ndarray:
-    """Where the documents of a shard begin, at eot_token, and its length at the end: (documents + 1,) uint32.
-    Raises what Shard raises."""
-    shard, found = Shard(path), []
-    for first in range(0, len(shard), SCANNED):
-        tokens = shard.read(first, np.empty(min(SCANNED, len(shard) - first), dtype="<u2"))
-        found.append((np.flatnonzero(tokens == eot_token) + first).astype(np.uint32))
-    return np.append(np.concatenate(found), np.uint32(len(shard)))
-
-
 def pack(counts: list[int], room: int) -> Iterator[tuple[int, list[int]]]:
     """(number of equal rows, lengths of the documents in each), of full rows of `room` tokens, by best fit.
     counts[n]: documents of n tokens, n <= room; it is used up. Only the last document of a row may be cut. As
@@ -55,10 +45,15 @@ def pack(counts: list[int], room: int) -> Iterator[tuple[int, list[int]]]:
 
 class PackedShard:
     """The rows of a shard. They follow from the lengths of its documents; those of equal length take each
-    other's places from epoch to epoch. It keeps where documents begin, and their order in one epoch."""
+    other's places from epoch to epoch. It keeps where documents begin and their order in one epoch, 8 bytes
+    for each. Raises what Shard raises."""
 
     def __init__(self, path: str, eot_token: int, room: int):
-        self.room, self.begins, self.seed, self.order = room, find_documents(path, eot_token), None, None
+        self.room, self.seed, self.order, shard, found = room, None, None, Shard(path), []
+        for first in range(0, len(shard), SCANNED):
+            tokens = shard.read(first, np.empty(min(SCANNED, len(shard) - first), dtype="<u2"))
+            found.append((np.flatnonzero(tokens == eot_token) + first).astype(np.uint32))
+        self.begins = np.append(np.concatenate(found), np.uint32(len(shard)))  # and the end of the last one
         lengths = np.diff(self.begins)
         counts = np.bincount(np.minimum(lengths, room), minlength=room + 1)
         free = np.cumsum(counts) - counts  # the next document of each length, in the order by length
