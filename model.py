@@ -30,7 +30,6 @@ import transformers.initialization as init  # its functions do not change weight
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from huggingface.callbacks import MoEUsageLoggingCallback, MoEUsageTensorBoardCallback  # noqa: F401
@@ -40,12 +39,14 @@ from huggingface.generation import GPTGenerationMixin
 from huggingface.outputs import CACHE, GPTLMOutput, GPTOutput, choose_cache, lm_output
 from huggingface.pretrained import GPTPreTrainedModel
 from huggingface.standard_names import StandardNames
-from layers.attention import BlockMask, attention_reference, flex_window, fused_attention, upcast
 from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
 from layers.roles import parameter_groups
 
+from layers.attention import (  # isort: skip
+    BlockMask, attention_reference, build_masks, fused_attention, positions_in_documents, upcast
+)  # fmt: skip
 from mixture_of_experts import (  # isort: skip
     BALANCE_LOSSES, ROUTER_SCORES, ExpertUsage, MoE, RouterAuxiliary, expert_usage, update_routers
 )  # fmt: skip
@@ -189,26 +190,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def build_masks(
-    config: GPTConfig, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
-) -> dict[str, Tensor | BlockMask | None]:
-    """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
-    attention_mask: 2-d (B, S), 0 = padding; 4-d; or generate()'s dictionary for static caches, which is
-    returned unchanged. position_ids: the caller's, or None. flexible: a window's mask may be a BlockMask."""
-    if isinstance(attention_mask, dict):
-        return attention_mask
-    special = attention_mask is not None or past_key_values is not None or position_ids is not None
-    plain, T = not special and config._attn_implementation != "eager", x.size(1)
-    arguments = config, x, attention_mask, past_key_values, position_ids  # names differ between versions
-    masks = dict.fromkeys(config.layer_types)
-    if "full_attention" in masks and not plain:
-        masks["full_attention"] = create_causal_mask(*arguments)
-    if "sliding_attention" in masks and not (plain and T <= config.sliding_window):
-        mask = flex_window(config, T, x.device) if plain and flexible else None
-        masks["sliding_attention"] = create_sliding_window_causal_mask(*arguments) if mask is None else mask
-    return masks
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; grouped queries, RoPE, QK norm, windows and cache by configuration."""
 
@@ -294,6 +275,7 @@ class Transformer(nn.ModuleDict):
         inputs_embeds=None, use_cache: bool | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, output_router_logits: bool | None = None, cache=None,
         counted: Tensor | None = None, num_tokens: Tensor | int | None = None,
+        cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
     ) -> GPTOutput:  # fmt: skip
         """Hidden states (B, T, C) after the last norm; arguments and ValueErrors as for GPT.forward.
         counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does.
@@ -311,13 +293,16 @@ class Transformer(nn.ModuleDict):
         past_key_values = choose_cache(past_key_values, cache)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.size(1)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
         checkpointing = self.training and any(block.gradient_checkpointing for block in self.h)
-        if past_key_values is not None and checkpointing:
+        if checkpointing:
             past_key_values = None  # the second forward of a block would add its keys again
+        if position_ids is None and cu_seq_lens_q is not None:
+            first = torch.isin(torch.arange(T, device=x.device), cu_seq_lens_q)  # (T,)
+            position_ids = positions_in_documents(first[None])
         flexible = self.training and not output_attentions
         masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
+        if use_cache and past_key_values is None and not checkpointing:
+            past_key_values = DynamicCache(config=config)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
         if padding is not None:
             present = padding[:, -T:].bool()  # (B, T)
@@ -472,10 +457,13 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0, num_items_in_batch: Tensor | int | None = None,
         cache=None,  # another name of past_key_values
+        cu_seq_lens_q: Tensor | None = None,  # (texts + 1,), 0 and the ends of the texts in a packed row
+        cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
     ) -> GPTOutput | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
         With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
         return_dict=True). In training the loss includes the routers' losses.
+        position_ids that restart, or cu_seq_lens_q, part a row into texts: no token sees another text.
         logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
         losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
@@ -492,7 +480,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         part = (targets != ignore_index, num_items_in_batch) if in_parts else (None, None)
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, output_router_logits, cache, *part
+            output_attentions, output_hidden_states, output_router_logits, cache, *part, cu_seq_lens_q
         )  # fmt: skip
         if targets is not None or self._gives_logits:
             hidden, logits, losses = output.last_hidden_state, None, {}

@@ -85,6 +85,8 @@ class TrainConfig(llmc.Flags):
     B: int = setting(16, "sequences per micro-step and rank", "--batch_size", least=1)
     T: int = setting(1024, "tokens per sequence", "--sequence_length", least=1)
     shuffle: bool = setting(True, "read samples in random order; False = in the order of the files")
+    align: str = setting("", "documents = rows begin at a document", choices=("", "documents"))
+    document_mask: bool = setting(False, "attention and positions stop where a document ends")
     overfit_single_batch: bool = setting(False, "train on the first step's samples at every step")
     # --- length and schedule
     max_steps: int = setting(19073, "optimizer steps; the default is 10B tokens", "--num_iterations", least=0)
@@ -234,7 +236,7 @@ def train_step(run: Run, step: int) -> dict:
         last = micro_step == run.accumulation - 1
         parallel.sync_gradients(run.parallel_model, last or gradients.reduces)
         with run.autocast():
-            output = run.parallel_model(x, targets=y, return_dict=True)
+            output = run.parallel_model(x, targets=y, position_ids=run.positions(x), return_dict=True)
         run.scaler.scale(output.loss / run.accumulation).backward()
         gradients.end_micro_step()
         losses += output.loss_parts()

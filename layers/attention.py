@@ -1,4 +1,4 @@
-"""Attention of queries, keys and values: a plain version, fused kernels, and the choice of the kernel.
+"""Attention of queries, keys and values: a plain version, fused kernels, masks, the choice of the kernel.
 FlexAttention: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html; letters: model.py."""
 
 import contextlib
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 # Fused kernels for CUDA by the name of the flag, in the order in which torch tries them. "math", ordinary
 # products for every shape and mask, always comes last.
@@ -60,26 +61,75 @@ def compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def window_block_mask(T: int, window: int, device: torch.device, block: int = 128) -> BlockMask:
-    """For flex_attention: query i sees the keys i - window + 1 .. i. O(T) to build, O(T * window) to use."""
+def positions_in_documents(begins: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its document, (B, T); begins (B, T): whether it is a document's first one."""
+    place = torch.arange(begins.size(1), device=begins.device)
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
+def document_mask(starts: torch.Tensor, window: int) -> torch.Tensor:
+    """True where a query sees a key of its document, in a window that ends with itself: (B, 1, T, T)."""
+    key = torch.arange(starts.size(1), device=starts.device)
+    query = key[:, None]
+    return ((key <= query) & (query - key < window) & (key >= starts[..., None]))[:, None]
+
+
+def flex_block_mask(
+    T: int, window: int, device: torch.device, starts: torch.Tensor | None = None, block: int = 128
+) -> BlockMask:
+    """For flex_attention: query i sees the keys i - window + 1 .. i, of its document only if `starts` (B, T)
+    says where that begins. O(T) to build, O(T * window) to use."""
 
     def visible(b, h, query, key):
-        return (query >= key) & (query - key < window)
+        seen = (query >= key) & (query - key < window)
+        return seen if starts is None else seen & (key >= starts[b, query])
 
     last = torch.arange(math.ceil(T / block), device=device)  # (T/block,): a query block's last key block
-    first = (last * block - window + 1).clamp(min=0) // block
-    indices = (first[:, None] + last).clamp(max=len(last) - 1)  # torch ignores those past the count
-    count, indices = (last - first + 1).int()[None, None], indices.int()[None, None]
+    first = (last * block - window + 1).clamp(min=0)[None]  # (1, T/block): first key of its first query
+    first = (first if starts is None else torch.maximum(first, starts[:, ::block])) // block  # (1 or B, ..)
+    indices = (first[..., None] + last).clamp(max=len(last) - 1)  # torch ignores those past the count
+    count, indices = (last - first + 1).int()[:, None], indices.int()[:, None]
     return BlockMask.from_kv_blocks(count, indices, BLOCK_SIZE=block, mask_mod=visible, seq_lengths=(T, T))
 
 
-def flex_window(config, T: int, device: torch.device) -> BlockMask | None:
-    """The mask for training layers with a window by flex_attention, or None if its kernels cannot.
-    The kernels need an Ampere or newer GPU, heads of 16, 32, 64, ... channels, and no dropout."""
+def has_flex_attention(config, device: torch.device) -> bool:
+    """Whether flex_attention's kernels can train this model: they need an Ampere or newer GPU, heads of 16,
+    32, 64, ... channels, and no dropout."""
     size = config.n_embd // config.n_head
     new_enough = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    able = new_enough and config.dropout == 0 and size >= 16 and size & (size - 1) == 0
-    return window_block_mask(T, config.sliding_window, device) if able else None
+    return new_enough and config.dropout == 0 and size >= 16 and size & (size - 1) == 0
+
+
+def build_masks(
+    config, x, attention_mask=None, position_ids=None, past_key_values=None, flexible: bool = False
+) -> dict[str, torch.Tensor | BlockMask | None]:
+    """Attention masks by kind of layer, for x (B, T, C); None is causal attention, training's fast path.
+    attention_mask: 2-d (B, S), 0 = padding; 4-d; or generate()'s dictionary for static caches, which is
+    returned unchanged. position_ids: the caller's (B or 1, T), or None. Without padding and cache, a position
+    that does not go on begins another document. flexible: in training, where a mask may be a BlockMask."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    arguments = config, x, attention_mask, past_key_values, position_ids  # names differ between versions
+    eager, T, starts, masks = config._attn_implementation == "eager", x.size(1), None, {}
+    alone = attention_mask is None and past_key_values is None
+    if alone and position_ids is not None:
+        begins = position_ids.diff(prepend=position_ids[:, :1]).expand(x.size(0), -1) != 1
+        starts = torch.arange(T, device=x.device) - positions_in_documents(begins)  # (B, T)
+        if not flexible and not starts.any():  # in training the kind of the mask must not depend on the batch
+            starts = None
+    flexible = flexible and alone and not eager and has_flex_attention(config, x.device)
+    for kind in dict.fromkeys(config.layer_types):
+        window = T if kind == "full_attention" else min(T, config.sliding_window)
+        if alone and not eager and starts is None and window == T:
+            masks[kind] = None
+        elif flexible:
+            masks[kind] = flex_block_mask(T, window, x.device, starts)
+        elif starts is not None:
+            masks[kind] = document_mask(starts, window)
+        else:
+            create = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+            masks[kind] = create(*arguments)
+    return masks
 
 
 def synchronize(device: torch.device) -> None:

@@ -90,7 +90,8 @@ def forward_step(run: Any, step: int) -> dict:
     for _ in range(run.accumulation):
         x, y = faults.next_batch(run.train_loader)  # (B, T), (B, T)
         with run.autocast(), torch.no_grad():
-            losses += run.model(x, targets=y, return_dict=True).loss_parts()
+            output = run.model(x, targets=y, position_ids=run.positions(x), return_dict=True)
+            losses += output.loss_parts()
     faults.discard_routing(run.model)
     sums = layout.world.sum(torch.cat([losses, run.signals.take(device)])).tolist()
     run.signals.agree(sums[3:])

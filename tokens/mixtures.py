@@ -8,7 +8,7 @@ source gives the next sample."""
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, chain, pairwise, product
 
@@ -114,17 +114,21 @@ class MixtureLoader(DistributedDataLoader):
 
     Its order depends on the files, T, seed, weights and the number of the sample only. If the weights change
     at a resume, the new ones hold from there on, and every source goes on where it stopped. A source is known
-    by its name (source_names)."""
+    by its name (source_names). make: the class that reads a source, or a function that makes it."""
 
     def __init__(self, weights: Mapping[str, Fraction | float], B: int, T: int, rank: int = 0,
-                 world_size: int = 1, shuffle: bool = True, seed: int = 1337, **more):  # fmt: skip
+                 world_size: int = 1, shuffle: bool = True, seed: int = 1337,
+                 make: Callable = DistributedDataLoader, **more):  # fmt: skip
         named = dict(sorted(zip(source_names(list(weights)), weights.items(), strict=True)))
         shares = shares_of(dict(named.values()))
         how = dict(shuffle=shuffle, seed=seed)
-        self.sources = {name: DistributedDataLoader(where, 1, T, **how) for name, (where, _) in named.items()}
+        self.sources = {name: make(where, 1, T, **how) for name, (where, _) in named.items()}
         files = [source.files for source in self.sources.values()]
         super().__init__([*chain(*files)], B, T, rank, world_size, seed=seed, **more)
-        self._stream = {"sources": ", ".join(named), **self._stream, "shuffle": shuffle}
+        first = next(iter(self.sources.values()))
+        self.shift, align = first.shift, first._stream["align"]
+        self.kept = {name: sum(source.kept[name] for source in self.sources.values()) for name in first.kept}
+        self._stream = {"sources": ", ".join(named), **self._stream, "shuffle": shuffle, "align": align}
         self._first_file = np.cumsum([0, *map(len, files)])
         self._weights, self._schedule = " ".join(map(str, shares)), Schedule(shares, seed)
         # The weights hold from this position on. Before it, each source has given so many samples.
@@ -133,11 +137,15 @@ class MixtureLoader(DistributedDataLoader):
     def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source, number = self._schedule.locate(index - self._start)
         number += self._before[source]
-        file, offset = np.empty_like(index), np.empty_like(index)
+        file, place = np.empty_like(index), np.empty_like(index)
         for i, loader in enumerate(self.sources.values()):
             mine = source == i
-            file[mine], offset[mine] = loader._locate(number[mine])
-        return file + self._first_file[source], offset
+            file[mine], place[mine] = loader._locate(number[mine])
+        return file + self._first_file[source], place
+
+    def _pieces(self, file: int, place: int) -> list[tuple[int, int]]:
+        source = np.searchsorted(self._first_file, file, side="right") - 1
+        return [*self.sources.values()][source]._pieces(file - self._first_file[source], place)
 
     def progress(self, position: int | None = None) -> dict[str, tuple[int, float]]:
         """{source: (samples, epochs)} read up to a position; by default up to now."""
@@ -162,6 +170,8 @@ class MixtureLoader(DistributedDataLoader):
         super().load_state_dict(state)
         before, read = (np.array(str(state.get(k)).split(), dtype=np.int64) for k in ("read_before", "read"))
         start = state.get("weights_from")
+        for source in self.sources.values():
+            source.shift = self.shift
         if not len(before) == len(read) == len(self.sources) or not isinstance(start, int):
             raise ValueError("the data loader cannot continue: its state lacks the samples of each source")
         same = state.get("weights") == self._weights

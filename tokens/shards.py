@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FORMATS, HEADER_INTS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}, 256
 OPEN_SHARDS = 256  # files that a loader keeps open; a process may often have 1,024
 FEISTEL_ROUNDS = 6  # of the permutation that shuffles
+GOLDEN = 0.618034  # its multiples, modulo 1, are spread evenly: they shift the windows of later epochs
 
 
 # -------------------------------------------------------------------------------------------------- SHARDS
@@ -236,6 +237,8 @@ class DistributedDataLoader:
 
     pattern     glob pattern, folder (its train shards) or list of files
     shuffle     True: each epoch has every sample once, in an order that T, seed, epoch and shards decide.
+                With `shift`, the windows of later epochs begin some tokens later, so that no row comes again:
+                these tokens are then left out, and a shard's last window may overlap the one before.
                 False: llm.c's order, batch after batch through each shard. All ranks together skip a rest
                 that is too short for a batch of all ranks (in llm.c each rank skips alone).
     vocab_size  every token read must be below it
@@ -246,7 +249,7 @@ class DistributedDataLoader:
     def __init__(self, pattern: str | os.PathLike | Sequence[str], B: int, T: int, rank: int = 0,
                  world_size: int = 1, shuffle: bool = True, seed: int = 1337,
                  device: str | torch.device = "cpu", vocab_size: int | None = None,
-                 prefetch: int = 2):  # fmt: skip
+                 prefetch: int = 2, shift: bool = True):  # fmt: skip
         import torch
 
         for name, value, least in (("B", B, 1), ("T", T, 1), ("seed", seed, 0), ("prefetch", prefetch, 0)):
@@ -255,7 +258,7 @@ class DistributedDataLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be from 0 to world_size - 1 = {world_size - 1}")
         self.B, self.T, self.rank, self.world_size = B, T, rank, world_size
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.shift = shuffle, seed, shift
         self.vocab_size, self.prefetch, self.device = vocab_size, prefetch, torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -272,8 +275,9 @@ class DistributedDataLoader:
             digest.update(shard.read(n - len(ends[1]), ends[1]))
             prints.append(fingerprint(shard.file, shard.start, shard.nbytes, len(self.files)))
         group = B * world_size
-        samples = (np.array(lengths) - 1) // T  # (files,)
+        samples = self._count_samples(np.array(lengths))  # (files,)
         self._ends = np.cumsum(samples if shuffle else samples // group * group)
+        self._last = np.array(lengths) - 1 - T  # where the last possible window of each file begins
         self.num_tokens, self.samples_per_epoch = sum(lengths), int(self._ends[-1])
         if self.samples_per_epoch < group:
             need = f"a batch of B={B} on world_size={world_size} ranks takes {group} samples of T={T}"
@@ -286,7 +290,9 @@ class DistributedDataLoader:
                 mend = f"make a larger one, for --data_dir without --text: `{larger}`"
             raise ValueError(f"too little data: {need}, but {have}; lower --B or --T, or {mend}")
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
-        self._stream |= {"sha256": digest.hexdigest()[:16]} | ({} if shuffle else {"B * world_size": group})
+        self._stream |= {"sha256": digest.hexdigest()[:16], "align": ""}
+        self._stream |= {} if shuffle else {"B * world_size": group}
+        self.kept: dict[str, int] = {}  # what becomes of the tokens, if rows begin at documents
         self._prints = {"fingerprints": (self.files, "".join(prints))}
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(Shard)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
@@ -294,13 +300,22 @@ class DistributedDataLoader:
         self._batches: deque[Future] = deque()
         self.position = 0  # samples handed out so far, to all ranks together
 
+    def _count_samples(self, lengths: np.ndarray) -> np.ndarray:
+        """Samples of each file, (files,), by its number of tokens."""
+        return (lengths - 1) // self.T
+
     def locate(self, global_sample: int) -> tuple[str, int]:
         """(file, offset of its first token) of a sample, to look up the text of a bad batch."""
-        (file,), (offset,) = self._locate(np.array([global_sample]))
-        return self.files[file], int(offset)
+        (file,), (place,) = self._locate(np.array([global_sample]))
+        return self.files[file], int(self._pieces(file, place)[0][0])
+
+    def _pieces(self, file: int, place: int) -> list[tuple[int, int]]:
+        """(offset, number of tokens) of the parts of a file that make up the sample at `place`."""
+        return [(place, self.T + 1)]
 
     def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the file, offset of the first token) of each of the samples `index`, (k,) int64."""
+        """(number of the file, place in it) of each of the samples `index`, (k,) int64. A place is the offset
+        of the first token; subclasses may number their samples differently."""
         epochs, index = np.divmod(index, self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
@@ -308,7 +323,10 @@ class DistributedDataLoader:
                 keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
                 index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
         file = np.searchsorted(self._ends, index, side="right")
-        return file, (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
+        start = (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
+        if self.shuffle and self.shift:
+            start = np.minimum(start + (epochs * GOLDEN % 1 * self.T).astype(np.int64), self._last[file])
+        return file, start
 
     def _read(self, position: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """This rank's inputs and targets at a position, (2, B, T) int64; the event after the CUDA copy."""
@@ -316,13 +334,15 @@ class DistributedDataLoader:
 
         tokens = np.empty((self.B, self.T + 1), self._dtype)
         index = np.arange(self.B) + (position + self.rank * self.B)
-        for row, file, start in zip(tokens, *self._locate(index), strict=True):
-            self._open(self.files[file]).read(start, row)
-            if self.vocab_size is not None and row.max() >= self.vocab_size:
-                path, at = self.files[file], int(np.argmax(row >= self.vocab_size))
-                wrong = f"token {row[at]} at offset {start + at} is not below vocab_size={self.vocab_size}"
-                why = "the shard is damaged, or its encoding is not the model's"
-                raise ValueError(f"{path}: {wrong}: {why}; {_rebuild(path)}")
+        for row, file, place in zip(tokens, *self._locate(index), strict=True):
+            path = self.files[file]
+            for start, count in self._pieces(file, place):
+                piece, row = self._open(path).read(start, row[:count]), row[count:]
+                if self.vocab_size is not None and piece.max() >= self.vocab_size:
+                    at = int(np.argmax(piece >= self.vocab_size))
+                    wrong = f"token {piece[at]} at offset {start + at} is not below"
+                    why = "the shard is damaged, or its encoding is not the model's"
+                    raise ValueError(f"{path}: {wrong} vocab_size={self.vocab_size}: {why}; {_rebuild(path)}")
         batch = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:]), dtype=np.int64))
         if self._upload is None:
             return batch, None
@@ -369,10 +389,11 @@ class DistributedDataLoader:
     def state_dict(self) -> dict:
         """The position (prefetched batches do not count), and what identifies the stream."""
         prints = {name: joined for name, (_, joined) in self._prints.items()}
-        return {"position": self.position, **self._stream, **prints}
+        return {"position": self.position, "shift": self.shift, **self._stream, **prints}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was saved, on any number of ranks. Raises ValueError for another stream."""
+        state = {"align": "", "shift": False} | state  # of older checkpoints, which go on as they began
         for name, value in self._stream.items():
             if state.get(name) != value and not (name == "sha256" and "fingerprints" in state):
                 saved = f"it was saved with {name}={reprlib.repr(state.get(name))}, but here {name}={value!r}"
@@ -380,4 +401,5 @@ class DistributedDataLoader:
                 raise ValueError(f"the data loader cannot continue: {saved} {give}")
         for name, (files, here) in self._prints.items():
             check_fingerprints(files, here, state.get(name, here))  # older checkpoints have only sha256
+        self.shift = state["shift"]
         self.reset(state["position"])

@@ -40,7 +40,7 @@ def validation_sets(config: Any, weights: Mapping[str, Any], arguments: dict) ->
             raise ValueError(f"val={config.val!r}: {name!r} is a source's name; choose another one")
         found[name] = find_shards(folder, "val"), 0 if found else 1
     # A fixed seed shuffles validation: its batches come from the whole shard, and are equal in every run.
-    arguments = arguments | dict(seed=0, shuffle=config.shuffle or config.val_steps == 0)
+    arguments = arguments | dict(seed=0, shuffle=config.shuffle or config.val_steps == 0, shift=False)
     total = sum(weight for _, weight in found.values())
     return {k: (DistributedDataLoader(v, **arguments), float(w / total)) for k, (v, w) in found.items()}
 
@@ -127,7 +127,7 @@ def measure(run: Any, loader: Any, interrupted: Callable[[], bool]) -> tuple[flo
         x, y = faults.next_batch(loader)  # (B, T), (B, T)
         y[rows:] = -1  # of the next epoch: the loss ignores them
         with run.autocast():
-            loss = model(x, targets=y, return_dict=True).loss
+            loss = model(x, targets=y, position_ids=run.positions(x), return_dict=True).loss
         if rows:  # without any target the loss is NaN
             total += loss * (rows / loader.B)
         if run.token_bytes is not None:

@@ -157,11 +157,13 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_tokens: int, dtype: str,
-              val_tokens: int | None = None, sources: Mapping = {}) -> tuple[str, list[str]]:  # fmt: skip
+              val_tokens: int | None = None, sources: Mapping = {},
+              kept: Mapping = {}) -> tuple[str, list[str]]:  # fmt: skip
     """(table, warnings) for the resolved settings of a run over `num_tokens` tokens of training data.
-    val_tokens: of the smallest validation set. sources: {name: (samples, epochs)} that a mixture reads."""
-    per_step, warnings = config.total_batch_size, []
-    epochs = config.max_steps * per_step / num_tokens
+    val_tokens: of the smallest validation set. sources: {name: (samples, epochs)} that a mixture reads.
+    kept: the loader's, how many tokens become what if rows begin at documents."""
+    per_step, warnings, dropped = config.total_batch_size, [], kept.get("dropped", 0)
+    epochs = config.max_steps * per_step / (num_tokens - dropped)
     seen = f"seen {epochs:.2f} times"
     repeated = {"the data": epochs}
     if sources:
@@ -180,6 +182,11 @@ def preflight(config, model: GPTLMHeadModel, accumulation: int, world, num_token
         "steps": f"{config.max_steps:,}, {config.max_steps * per_step:,} tokens in all",
         "memory": f"about {need / 2**30:.2f}" + (f" of {have / 2**30:.1f}" if have else "") + f" GiB: {uses}",
         "device": f"{model.device}, {dtype}" + (", compiled" if config.use_compile else "")}  # fmt: skip
+    if kept:
+        rows["documents"] = ", ".join(f"{n / num_tokens:.1%} of tokens {what}" for what, n in kept.items())
+    if dropped > num_tokens / 2:
+        text = f"drops {dropped / num_tokens:.0%} of the tokens: documents are longer than T={config.T}"
+        warnings.append(f"align='documents' {text}; raise --T, or omit --align")
     if model.device.type == "cuda" and need < have / 2:
         rows |= larger_batch(config, model, accumulation, dtype, world.size, 0.9 * have)
     if have and need > have:

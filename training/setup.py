@@ -2,6 +2,7 @@
 `config` is train_gpt_moe.py's TrainConfig throughout."""
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -16,10 +17,11 @@ import torch.distributed as dist
 import transformers
 
 from fineweb import DataConfig, build
-from layers.attention import BACKENDS, choose_backend
+from layers.attention import BACKENDS, choose_backend, positions_in_documents
 from model import GPTConfig, GPTLMHeadModel
 from tokens.demo import prepare_demo
 from tokens.mixtures import MixtureLoader, parse_mixture, parse_named, read_metas
+from tokens.packing import DocumentLoader
 from tokens.shards import DistributedDataLoader
 from training import checkpoints as ckpt
 from training import faults, parallel, profiler
@@ -73,6 +75,12 @@ class Run:
         """Matrix products in self.dtype; parameters, norms, routers and losses stay in fp32."""
         device = self.layout.world.device.type
         return torch.autocast(device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
+
+    def positions(self, x: torch.Tensor) -> torch.Tensor | None:
+        """With document_mask: each token's position in its document, (B, T), for inputs x (B, T)."""
+        if not self.config.document_mask:
+            return None
+        return positions_in_documents(x == self.model.config.bos_token_id)  # <|endoftext|> begins documents
 
     def start_clock(self, say: Callable[[str], None]) -> None:
         """Start the clock of training. From now on the run prints through `say`."""
@@ -146,10 +154,10 @@ def open_log(run: Run) -> None:
         wandb = config.wandb_project or (os.environ.get("WANDB_PROJECT", "gpt-moe") if config.wandb else "")
         more = dict(evaluates_first=evaluates_at(first_step, config), say=tell)
         run.log = RunLog(*files, wandb, record=run_record(config, model, world, first_step), **more)
-        tokens = run.train_loader.num_tokens
+        tokens, kept = run.train_loader.num_tokens, run.train_loader.kept
         val_tokens = min((loader.num_tokens for loader, _ in run.val_sets.values()), default=None)
         left = (config.max_steps - first_step) * config.total_batch_size // config.T  # samples
-        more = val_tokens, run.train_loader.progress(run.train_loader.position + left)
+        more = val_tokens, run.train_loader.progress(run.train_loader.position + left), kept
         table, cautions = preflight(config, model, run.accumulation, world, tokens, run.dtype, *more)
         tell("\n".join([table, *(f"WARNING     {text}" for text in cautions)]))
     if world.device.type == "cuda":  # the peak of the set-up does not count
@@ -272,11 +280,16 @@ def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[Distr
         B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
         vocab_size=meta["vocab_size"],
     )  # fmt: skip
-    order = dict(seed=config.seed, shuffle=config.shuffle)
+    if meta["eot_token"] is None and (config.align or config.document_mask):
+        name = "align='documents'" if config.align else "document_mask=True"
+        raise ValueError(f"{name}: no token of encoding={meta['encoding']!r} begins a document; omit it")
+    order, make = dict(seed=config.seed, shuffle=config.shuffle), DistributedDataLoader
+    if config.align == "documents":
+        make = functools.partial(DocumentLoader, eot_token=meta["eot_token"])
     if len(weights) > 1:
-        train_loader = MixtureLoader(weights, **order, **arguments)
+        train_loader = MixtureLoader(weights, **order, **arguments, make=make)
     else:
-        train_loader = DistributedDataLoader(config.input_bin or config.data_dir, **order, **arguments)
+        train_loader = make(config.input_bin or config.data_dir, **order, **arguments)
     val_sets = validation_sets(config, weights, arguments)
     for name, (loader, _) in val_sets.items():
         train_loader.watch(loader, f"validation/{name}".rstrip("/"))

@@ -48,15 +48,22 @@ def written_out_window(T: int, window: int) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("T, window, block", [(300, 70, 128), (128, 64, 64), (48, 1, 16), (100, 33, 16)])
+@pytest.mark.parametrize("documents", [False, True])
 @torch.no_grad()
-def test_block_mask_is_the_window(T, window, block):
-    mask, expected = attention.window_block_mask(T, window, CPU, block), written_out_window(T, window)
-    grown = mask.to_dense()[0, 0].bool().repeat_interleave(block, 0).repeat_interleave(block, 1)[:T, :T]
-    assert (grown | ~expected).all()  # no visible key is in a block that is left out
-    looked_at = mask.to_dense()[0, 0].sum(-1)
-    assert looked_at.max() <= (window + block - 2) // block + 1  # O(window) keys per query, not O(T)
+def test_block_mask_is_the_window_in_its_document(T, window, block, documents):
+    """And the boolean mask is the same."""
     i = torch.arange(T)
-    assert torch.equal(mask.mask_mod(0, 0, i[:, None], i[None]), expected)
+    number = (torch.rand(2, T) < 0.1 * documents).cumsum(1)[:, None]  # (2, 1, T), of the document
+    expected = written_out_window(T, window) & (number[..., None] == number[:, :, None])
+    starts = i - attention.positions_in_documents(number[:, 0].diff(prepend=number[:, 0, :1]) > 0)
+    assert torch.equal(attention.document_mask(starts, window), expected)
+    mask = attention.flex_block_mask(T, window, CPU, starts if documents else None, block)
+    grown = mask.to_dense().bool().repeat_interleave(block, 2).repeat_interleave(block, 3)[..., :T, :T]
+    assert (grown | ~expected).all()  # no visible key is in a block that is left out
+    looked_at = mask.to_dense().sum(-1)
+    assert looked_at.max() <= (window + block - 2) // block + 1  # O(window) keys per query, not O(T)
+    b = torch.arange(2)[:, None, None, None]
+    assert torch.equal(mask.mask_mod(b, 0, i[:, None], i).expand_as(expected), expected)
     q, k, v = (torch.randn(2, heads, T, 16) for heads in (4, 2, 2))
     slow = F.scaled_dot_product_attention(q, k, v, attn_mask=expected, enable_gqa=True)
     fast = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
@@ -73,7 +80,7 @@ def test_attention_layer_takes_a_block_mask():
     expected = layer(x, written_out_window(200, 4)[None, None])
     layer.compile(fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        fast = layer(x, attention.window_block_mask(200, 4, x.device))
+        fast = layer(x, attention.flex_block_mask(200, 4, x.device))
         torch.testing.assert_close(fast, expected, rtol=0, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -84,7 +91,7 @@ def test_windows_on_cuda_train_as_on_the_cpu():
     fields = dict(position="rope", n_kv_head=2, sliding_window=100, global_every=2, block_size=512)
     cpu, gpu = build(**fields).train(), build(**fields).train().cuda()
     ids = tokens(2, 300)
-    assert attention.flex_window(gpu.config, 300, torch.device("cuda", 0)) is not None
+    assert attention.has_flex_attention(gpu.config, torch.device("cuda", 0))
     for model, rows in ((cpu, ids), (gpu, ids.cuda())):
         model(rows, targets=rows)[1].backward()
     for (name, p), q in zip(cpu.named_parameters(), gpu.parameters(), strict=True):
@@ -98,7 +105,7 @@ def test_on_a_cpu_there_is_nothing_to_choose():
         assert attention.choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
     with pytest.raises(ValueError, match=r"attention_backend='flush'.*auto, cudnn, flash"):
         attention.choose_backend("flush", config, 2, 8, CPU, torch.float32)
-    assert attention.flex_window(tiny(sliding_window=4), 16, CPU) is None  # only GPUs have block masks
+    assert not attention.has_flex_attention(tiny(sliding_window=4), CPU)  # only GPUs have block masks
     model, ids = build(), tokens()
     expected = model(ids).logits
     for name in ("", "auto", *attention.BACKENDS):

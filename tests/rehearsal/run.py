@@ -47,6 +47,8 @@ VARIANTS = {  # settings that differ from the size d12-moe8x2
     "MoE 64x8": dict(num_experts=64, num_experts_per_tok=8, expert_hidden_size=384),
     "float32": dict(dtype="float32"), "checkpointing": dict(activation_checkpointing="block"),
     "Muon": dict(optimizer="muon"), "windows": dict(sliding_window=256, global_every=4, position="rope"),
+    "documents": dict(
+        document_mask=True, bos_token_id=0, sliding_window=256, global_every=4, position="rope"),
     "everything": dict(
         moe_loss_type="diversity_regularization", router_score="sigmoid", router_bias_update_rate=1e-3,
         router_z_loss_coef=1e-3, num_shared_experts=1, activation="swiglu", position="rope", qk_norm=True,

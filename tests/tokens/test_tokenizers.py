@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import fineweb
+import train_gpt_moe
 from model import GPTLMHeadModel
 from tokens import encodings, sources
 from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
@@ -161,7 +162,7 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
 
 
 @pytest.mark.parametrize("has_meta", [True, False])
-def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta):
+def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta, capsys):
     write_data(data := tmp_path / "data")
     for path in data.glob("*.bin"):
         write_shard(path, read_shard(path) % 65)
@@ -172,9 +173,11 @@ def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta):
         run = start(flags(data, tmp_path / "log", "--sample_every", 4, *steps), tmp_path / "out")
         assert finish(run) == 0, (tmp_path / "out").read_text()
     said = (tmp_path / "out").read_text()
-    assert "no samples in this run: encoding='none'" in said and not re.search(
-        "sample.py|[0-9] bits per", said
-    )
+    assert "no samples in this run: encoding='none'" in said
+    assert not re.search("sample.py|[0-9] bits per", said)
+    for wrong in (["--align", "documents"], ["--document_mask", "True"]):
+        assert train_gpt_moe.main(flags(data, tmp_path / "no", *more, *wrong)) == 2
+        assert wrong[0].strip("-") in capsys.readouterr().err
     assert checkpoint.main(["export", str(tmp_path / "log" / "latest"), str(tmp_path / "folder")]) == 0
     with pytest.raises(ValueError, match="encoding='none'"):
         load_model(tmp_path / "folder").generate("text")

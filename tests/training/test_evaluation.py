@@ -39,6 +39,7 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     layout = SimpleNamespace(world=world, any=bool)
     table = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, layout)
     run = SimpleNamespace(model=model, val_sets={"": (loader, 1.0)}, layout=layout, token_bytes=table)
+    run.positions = lambda x: None
     run.diagnostics = Diagnostics()
     run.config, run.autocast = SimpleNamespace(val_steps=STEPS), contextlib.nullcontext
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
@@ -69,6 +70,7 @@ def test_the_whole_set_is_every_window_once_on_any_number_of_ranks(size, tmp_pat
     for rank in range(size):
         loader = DistributedDataLoader(str(tmp_path / "*"), B=4, T=T, rank=rank, world_size=size, seed=0)
         run = SimpleNamespace(model=model, token_bytes=torch.arange(257), autocast=contextlib.nullcontext)
+        run.positions = lambda x: None
         run.layout = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu"), sum=lambda part: part))
         run.config = SimpleNamespace(val_steps=0)
         parts.append(measure(run, loader, lambda: False))

@@ -1,0 +1,109 @@
+"""Rows that begin at a document: packing, epochs, resuming, what is refused; later epochs of plain loaders.
+
+Run: python -m pytest tests/tokens/test_packing.py"""
+
+import hashlib
+import json
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+from corpus import make_shards
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_shards import next_tokens
+
+from tokens import packing
+from tokens.mixtures import MixtureLoader
+from tokens.packing import DocumentLoader, pack
+from tokens.shards import DistributedDataLoader, read_shard, write_shard
+
+EOT = 256
+LENGTHS = st.lists(st.integers(1, 40) | st.integers(1, 4), min_size=1, max_size=40)
+
+
+def write_documents(folder, shards: list[list[int]], before: int = 0) -> None:
+    """Shards of documents of so many tokens each, after `before` tokens that belong to none."""
+    folder.mkdir(exist_ok=True)
+    for i in range(3):
+        tokens = np.arange(before + sum(lengths := shards[i % len(shards)])).astype(np.uint16) % EOT
+        tokens[before + np.cumsum([0, *lengths[:-1]])] = EOT
+        write_shard(folder / f"train_{i:06d}.bin", tokens)
+
+
+def test_best_fit_of_a_few_documents():
+    assert [*pack([0, 0, 3, 1, 0, 2, 1, 0, 9], 8)] == [(9, [8]), (1, [6, 2]), (1, [5, 3]), (1, [5, 2, 2])]
+    assert [*pack([0, 0, 0, 3, 0, 2], 7)] == [(2, [5, 3])]  # 3 is cut to 2, and the last 3 fills no row
+
+
+@given(shards=st.lists(LENGTHS, min_size=1, max_size=3), before=st.integers(0, 3), T=st.integers(1, 30))
+def test_every_token_is_in_one_row_of_an_epoch_or_counted_as_dropped(tmp_path, shards, before, T):
+    assume(any(sum(lengths) > T for lengths in shards))
+    write_documents(tmp_path / "data", shards, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SCANNED", 16)
+        loader = DocumentLoader(tmp_path / "data", B=1, T=T, eot_token=EOT)
+    shards = [read_shard(path) for path in loader.files]
+    ends = [[*np.flatnonzero(tokens == EOT), len(tokens)] for tokens in shards]
+    for epoch in range(2):
+        used, sizes = set(), Counter()
+        for sample in range(loader.samples_per_epoch):
+            x, y = loader.next_batch()
+            (file,), (place,) = loader._locate(np.array([epoch * loader.samples_per_epoch + sample]))
+            pieces, row = loader._pieces(file, place), [*x[0].tolist(), y[0, -1].item()]
+            assert row == [token for start, size in pieces for token in shards[file][start : start + size]]
+            for start, size in pieces:  # all begin at a document, and only the last one may be cut
+                rest = ends[file][ends[file].index(start) + 1] - start - size
+                assert rest == 0 or (rest > 0 and (start, size) == pieces[-1])
+                assert (file, start) not in used
+                used.add((file, start))
+                sizes["in cut ones" if rest else "in whole documents"] += size
+        sizes["dropped"] = loader.num_tokens - sizes.total()
+        assert loader.kept == {name: sizes[name] for name in loader.kept}
+
+
+def test_epochs_differ_and_a_run_resumes_on_other_ranks_alone_and_in_a_mixture(tmp_path):
+    lengths = np.random.default_rng(0).integers(1, 30, (2, 60)).tolist()
+    for name, chosen in dict(a=lengths, b=lengths[1:], c=[[5]]).items():
+        write_documents(tmp_path / name, chosen)
+    weights, make = {tmp_path / "a": 2, tmp_path / "b": 1}, partial(DocumentLoader, eot_token=EOT)
+    plain = partial(DistributedDataLoader, tmp_path / "a"), partial(MixtureLoader, weights)
+    packed = partial(make, tmp_path / "a"), partial(MixtureLoader, weights, make=make)
+    for build, other in zip(packed, plain, strict=True):
+        loader = build(B=1, T=40)
+        stream, size = next_tokens(loader, n=300), loader.samples_per_epoch
+        rows = [{tuple(row) for row in stream[i : i + size].tolist()} for i in (0, size)]
+        assert size < 150 and len(rows[0] & rows[1]) < len(rows[0]) / 2 and loader.kept["dropped"]
+        one, ranks = build(B=5, T=40), [build(B=2, T=40, rank=rank, world_size=3) for rank in range(3)]
+        assert next_tokens(one, n=33).equal(stream[:165])
+        for rank in ranks:
+            rank.load_state_dict(json.loads(json.dumps(one.state_dict())))
+        assert next_tokens(*ranks, n=20).equal(stream[165:285])
+        unpacked = other(B=1, T=40)
+        for saved, now, words in ((one, unpacked, "'documents'.*''"), (unpacked, one, "''.*'documents'")):
+            with pytest.raises(ValueError, match=f"align={words}"):
+                now.load_state_dict(saved.state_dict())
+    for more, words in (
+        (dict(eot_token=7), "no token 7.*omit --align"),
+        (dict(shuffle=False), "^shuffle=False"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(tmp_path / "c", B=1, T=8, **more)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_first_epoch_and_older_checkpoints_keep_their_order(tmp_path, older):
+    """The digests are those of the version before later epochs were shifted."""
+    make_shards(tmp_path / "a", [301, 99, 250])
+    for build in (
+        partial(DistributedDataLoader, tmp_path / "a"),
+        partial(MixtureLoader, {tmp_path / "a": 1}),
+    ):
+        loader = build(B=1, T=7)
+        for _ in range(2 * older):  # from an older checkpoint, and from one that was saved after that
+            state = {k: v for k, v in loader.state_dict().items() if k not in ("shift", "align")}
+            loader.load_state_dict(state)
+        rows = [next_tokens(loader, n=loader.samples_per_epoch).numpy().tobytes() for _ in "01"]
+        digests = [hashlib.sha256(epoch).hexdigest()[:16] for epoch in rows]
+        assert digests[0] == "aaa14c4990a26809" and (digests[1] == "fdfe4bd45df81048") == older
