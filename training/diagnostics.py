@@ -80,7 +80,8 @@ class Diagnostics:
     def __init__(self, state: dict[str, torch.Tensor] | None = None):
         state = dict(state or {})
         self.choices = state.pop("choices", None)  # (layers, tokens) int16: first choices, last evaluation
-        self.noise = state.pop("noise", torch.zeros(3)).tolist()  # evaluations, means of |G|^2 and of S
+        noise = state.pop("noise", None)
+        self.noise = [0.0] * 3 if noise is None else noise.tolist()  # evaluations, means of |G|^2 and of S
         self.newest: dict[str, Any] = {name: value.tolist() for name, value in state.items()}
         self._watched: dict[int, torch.Tensor] = {}
 
