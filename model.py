@@ -275,7 +275,7 @@ class Transformer(nn.ModuleDict):
         inputs_embeds=None, use_cache: bool | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, output_router_logits: bool | None = None, cache=None,
         counted: Tensor | None = None, num_tokens: Tensor | int | None = None,
-        cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None,
+        cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, seq_idx=None,
     ) -> GPTOutput:  # fmt: skip
         """Hidden states (B, T, C) after the last norm; arguments and ValueErrors as for GPT.forward.
         counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does.
@@ -459,6 +459,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         cache=None,  # another name of past_key_values
         cu_seq_lens_q: Tensor | None = None,  # (texts + 1,), 0 and the ends of the texts in a packed row
         cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,  # TRL sends these, too; they say the same
     ) -> GPTOutput | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
         With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method, source", [(method, "folder") for method in DATA] + [
-    (method, "GPTLMHeadModel") for method in DATA if method != "Reward"])  # fmt: skip
+    (method, "GPTLMHeadModel") for method in DATA if method != "Reward"] + [("SFT", "packed")])  # fmt: skip
 def test_trl(folder, tmp_path, method, source):
     """Every parameter learns. With one MoE layer SFT's losses are a plain loop's, balance loss included."""
     trl, datasets = pytest.importorskip("trl", reason="needs trl"), pytest.importorskip("datasets")
@@ -48,6 +48,7 @@ def test_trl(folder, tmp_path, method, source):
     if method == "GRPO":
         more["reward_funcs"] = lambda completions, **rest: [float(len(set(text))) for text in completions]
     sizes = dict(GRPO=dict(max_completion_length=8, num_generations=4)).get(method, dict(max_length=40))
+    sizes |= dict(padding_free=True, max_length=None) if source == "packed" else {}  # all texts in one row
     args = getattr(trl, f"{method}Config")(
         output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=4,
         max_steps=STEPS, logging_steps=1, learning_rate=1e-3, lr_scheduler_type="constant", **TRUST, **sizes,
