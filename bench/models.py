@@ -138,7 +138,7 @@ def bench_hellaswag(options) -> list[dict]:
     if options.data == "random":  # tokens, about as many as in HellaSwag
         context, *endings = torch.randint(256, (5, 80)).tolist()
         rows = [(context, ending[: 20 + 5 * i]) for i, ending in enumerate(endings)]
-        questions = [hs.Question(rows, [1] * 4, 0, False, False)] * options.limit
+        questions = [hs.Question(rows, [1] * 4, 0, False)] * options.limit
     else:
         path = Path(options.data) if options.data else hs.download("val")
         every = hs.load_questions(path, None, "completion", "gpt2", 1024, 50304)
