@@ -5,6 +5,7 @@ probable error of a mean", 1908). Tables pass from function to function: `settin
 values that differ; `runs`, by setting and seed; in its column "curve" a run's evaluations, by tokens."""
 
 import argparse
+import dataclasses
 import math
 import shlex
 from pathlib import Path
@@ -88,11 +89,16 @@ def measure(run: LoggedRun) -> dict:
 
 def group_runs(folders: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """settings and runs (top of this file), and a line for each run that is left out."""
+    from train_gpt_moe import TrainConfig
+
     groups, runs, left_out = {}, {}, []
+    # A run of an older version lacks the newer settings.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for folder in folders:
         run = plot_log.read_run(folder)
         skipped = NO_EFFECT | {"seed"} | ({"data_dir"} if run.config.get("text") else set())
-        values = {name: value for name, value in run.config.items() if name not in skipped}
+        values = {name: value for name, value in (defaults | run.config).items() if name not in skipped}
+        values |= {} if values.get("moe_loss", True) else {"moe_loss_type": "-"}  # it has no effect
         key = repr(values), run.config.get("seed")
         why = why_left_out(run, folder)
         if not why and key in runs:
@@ -143,7 +149,7 @@ def effective(x: np.ndarray, losses: np.ndarray, target: float) -> str:
     """The factor of x[-1] at which the curve first reaches the target; "> 1.00" and "< ...": beyond its ends.
     The curve is the lowest loss so far, interpolated over log(x)."""
     lowest, x = np.minimum.accumulate(losses)[x > 0], x[x > 0]
-    if target < lowest[-1]:
+    if target < lowest[-1] and not math.isclose(target, lowest[-1]):
         return "> 1.00"
     first = np.diff(lowest, prepend=np.inf) < 0  # where each loss was reached first
     at = np.interp(target, lowest[first][::-1], np.log(x[first] / x[-1])[::-1])

@@ -88,7 +88,7 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path):
 
 def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(tmp_path, capsys):
     fake_run(tmp_path / "good", 2, 1, text="t", data_dir="good/data")
-    fake_run(tmp_path / "other", 2, 2, text="t", data_dir="other/data", plot=False)
+    fake_run(tmp_path / "other", 2, 2, text="t", data_dir="other/data", plot=False, document_mask=False)
     fake_run(tmp_path / "twin", 2, 1, text="t", data_dir="twin/data")
     fake_run(tmp_path / "short", 2, 3, change=lambda rows: rows.pop())
     fake_run(tmp_path / "nan", 2, 3, change=lambda rows: rows[-1].update(val_loss=None))
