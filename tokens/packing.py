@@ -49,7 +49,7 @@ class PackedShard:
     for each. Raises what Shard raises."""
 
     def __init__(self, path: str, eot_token: int, room: int):
-        self.room, self.seed, self.order, shard, found = room, None, None, Shard(path), []
+        self.room, self.epoch, shard, found = room, (None, None), Shard(path), []
         for first in range(0, len(shard), SCANNED):
             tokens = shard.read(first, np.empty(min(SCANNED, len(shard) - first), shard.dtype))
             found.append((np.flatnonzero(tokens == eot_token) + first).astype(np.uint32))
@@ -73,14 +73,16 @@ class PackedShard:
     def pieces(self, row: int, turn: int, seed: list[int]) -> list[tuple[int, int]]:
         """(offset, number of tokens) of each document of a row. turn: which of them comes first; a cut one
         stays the last. seed: decides between documents of equal length."""
-        if self.seed != seed:
+        made_for, order = self.epoch  # one attribute: locate() and the prefetching thread both come here
+        if made_for != seed:
             lengths = np.minimum(np.diff(self.begins), self.room)
             keys = np.random.SeedSequence(seed).generate_state(FEISTEL_ROUNDS, np.uint64)
             ties = permute(np.arange(len(lengths)), len(lengths), keys)
-            self.seed, self.order = seed, self.begins[np.lexsort((ties, lengths))]
+            order = self.begins[np.lexsort((ties, lengths))]
+            self.epoch = seed, order
         pattern = np.searchsorted(self.ends, row, side="right") - 1
         firsts, sizes, whole = self.patterns[pattern]
-        begins = self.order[firsts + (row - self.ends[pattern])]
+        begins = order[firsts + (row - self.ends[pattern])]
         found, turn = [*zip(begins.tolist(), sizes, strict=True)], turn % max(1, whole)
         return found[turn:whole] + found[:turn] + found[whole:]
 
