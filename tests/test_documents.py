@@ -65,6 +65,7 @@ def test_documents_in_a_row_equal_the_documents_one_by_one(name):
         close(model.lm_head(model.base_model(**batch, **more).last_hidden_state)[0], alone)  # as TRL does
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_one_graph_for_all_documents():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

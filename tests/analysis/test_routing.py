@@ -171,6 +171,7 @@ def test_a_planted_specialist_is_found(tmp_path):
     assert rf"<td>\x07 {top['lift']:.1f}x 100%</td>" in page and "\x07" not in page
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_agrees_with_its_start(data, tmp_path):
     """Its data and its start, made from the seed, are found by themselves."""
     still = "--max_lr 0 --min_lr 0 --router_bias_update_rate 0 --max_steps 1 --warmup_steps 0".split()

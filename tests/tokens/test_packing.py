@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 from corpus import make_shards
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_shards import next_tokens
 
@@ -38,6 +38,7 @@ def test_best_fit_of_a_few_documents():
 
 
 @given(shards=st.lists(LENGTHS, min_size=1, max_size=3), before=st.integers(0, 3), T=st.integers(1, 30))
+@settings(max_examples=25)
 def test_every_token_is_in_one_row_of_an_epoch_or_counted_as_dropped(tmp_path, shards, before, T):
     assume(any(sum(lengths) > T for lengths in shards))
     write_documents(tmp_path / "data", shards, before)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import slow
 from corpus import DOCUMENTS, build, content, stream_of, write_source
 from models import tiny
 from processes import finish, flags, made_up_text, start, write_data
@@ -49,6 +50,7 @@ def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     return [i for text in texts if text.strip() for i in [end, *tokenizer.encode(text).ids]]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_path, capsys):
     source, tokenizer, out = write_source(tmp_path / "a.jsonl", TEXTS), byte_level(100_000), tmp_path / "out"
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -81,6 +83,7 @@ def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_
     assert text.startswith(TEXTS[0]) and len(text) > len(TEXTS[0])
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_is_the_same_again_after_any_kill(tmp_path, monkeypatch):
     source = write_source(
         tmp_path / "a.jsonl", texts := [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
@@ -141,6 +144,7 @@ class Evil:
         return Path.touch, (Path("executed"),)
 
 
+@pytest.mark.slow
 def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = made_up_text()[:40_000]
@@ -161,7 +165,7 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("has_meta", [True, False])
+@pytest.mark.parametrize("has_meta", [True, *slow(False)])
 def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta, capsys):
     write_data(data := tmp_path / "data")
     for path in data.glob("*.bin"):

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from models import chosen, tiny
 from processes import flags, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,7 +82,7 @@ def test_a_measurement_reads_no_more_and_knows_float16s_loss_scale():
     assert train("float16") == pytest.approx(exact, rel=0.02) and exact[2] > 0.1
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, *slow(True)])
 def test_what_a_run_logs_is_what_its_checkpoints_have(frozen, data, tmp_path):
     more = ["--checkpoint_every", 4, "--log_norms", 1, *(FROZEN if frozen else [])]
     assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
