@@ -54,6 +54,7 @@ LISTED = {
     "python sample.py --checkpoint log/latest --interactive": "test_sample.py",
     "python train_gpt_moe.py --preset demo --wandb_project": "wandb; test_log.py",
     "python train_gpt_moe.py --data_dir web:": "four folders; test_evaluation.py",
+    "python train_gpt_moe.py --align": "data with documents; test_documents.py",
     "python train_gpt_moe.py --preset demo --profile": "too few steps; test_log.py",
     "pip install torchao": "network", "python sample.py --checkpoint out/ckpt.pt": "test_nanogpt.py",
     "python train_gpt_moe.py --resume out/ckpt.pt": "test_nanogpt.py",
