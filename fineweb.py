@@ -194,6 +194,8 @@ def choose_encoding(config: DataConfig) -> DataConfig:
     """The settings with the encoding that --tokenizer or --train_tokenizer asks for. ValueError, OSError."""
     path, size = config.tokenizer, config.train_tokenizer
     if path and not os.path.exists(path):
+        if os.path.dirname(path) or path.endswith((".json", ".model")):
+            raise ValueError(f"tokenizer={path!r}: there is no such file or folder")
         return replace(config, encoding=path)  # a name that tiktoken knows
     if path:
         encoding = read_tokenizer(path, config.end_token)

@@ -46,7 +46,8 @@ def check_setting(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}={value}: must be a finite number")
     for limit, bound in limits.items() if value is not None else ():  # None: other settings decide
         if limit == "choices" and value not in bound:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, bound))}")
+            known = ", ".join(str(choice) or "''" for choice in bound)
+            raise ValueError(f"{name}={value!r}: choose one of {known}")
         if limit in LIMITS and not LIMITS[limit][0](value, bound):
             raise ValueError(f"{name}={value}: must be {LIMITS[limit][1]} {bound}")
 

@@ -119,6 +119,8 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, nam
     flags = dict(encoding=None, tokenizer=str(tmp_path / name), val_tokens=4)
     with pytest.raises(ValueError, match=words):
         build(source, tmp_path / "out", **flags, **flag)
+    with pytest.raises(ValueError, match="no such file"):
+        build(source, tmp_path / "out", **flags | dict(tokenizer=str(tmp_path / "none")))
     if not (text or flag):
         assert build(source, tmp_path / "out", **flags, end_token="</s>")["eot_token"] == 1
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
