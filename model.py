@@ -308,12 +308,7 @@ class Transformer(nn.ModuleDict):
             present = padding[:, -T:].bool()  # (B, T)
             counted = present if counted is None else counted & present
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            if isinstance(past, int) and past + T > config.block_size:  # a static cache's length is a tensor
-                raise ValueError(f"{past + T} tokens are longer than block_size={config.block_size}")
-            position_ids = torch.arange(T, device=x.device)[None] + past  # (1, T)
-            if padding is not None:  # padding gets no position: a left-padded row equals the row alone
-                position_ids = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+            position_ids = self.positions(x, padding, past_key_values)
         if config.position == "rope":
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta)
         else:
@@ -335,9 +330,8 @@ class Transformer(nn.ModuleDict):
                 block.mlp.accumulate(reports[-1])
         x = self.ln_f(x)
         hidden_states[-1] = x  # the last one is normalised, as in GPT-2
-        losses = {}
-        for name in ("balance_loss", "z_loss") if reports else ():
-            losses[name] = torch.stack([getattr(report, name) for report in reports]).sum()
+        losses = {name: torch.stack([getattr(report, name) for report in reports]).sum()
+                  for name in ("balance_loss", "z_loss") if reports}  # fmt: skip
         return GPTOutput(
             last_hidden_state=x,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
@@ -345,6 +339,17 @@ class Transformer(nn.ModuleDict):
             router_logits=tuple(router_logits) or None,
             **{CACHE: past_key_values if use_cache else None}, **losses,
         )  # fmt: skip
+
+    def positions(self, x: Tensor, padding: Tensor | None, past_key_values) -> Tensor:
+        """Position of each token, (1, T) or (B, T), after the keys in the cache. padding (B, S): 0 = padding,
+        which gets no position: a left-padded row equals the row alone. ValueError beyond block_size."""
+        T, longest = x.size(1), self.config.block_size
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past, int) and past + T > longest:  # a static cache's length is a tensor
+            raise ValueError(f"{past + T} tokens are longer than block_size={longest}")
+        if padding is not None:
+            return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+        return torch.arange(T, device=x.device)[None] + past  # (1, T)
 
 
 class GPT(GPTPreTrainedModel, GPTGenerationMixin):

@@ -37,14 +37,14 @@ SECTIONS = {
         weights, in fair shares: 1 is an equal share, 0 an idle expert. More mass than load: the router is
         sure of its tokens.""", "1 = fair share", "expert"),
     "position": ("Position", """The number is the lift of a part of the window of {T} tokens, from its first
-        part to its last: near 1, the expert does not care where a token stands. Tokens of the first part
+        part to its last: near 1, a token's place makes no difference. Tokens of the first part
         have little context.""", "lift", "part of the window"),
     "source": ("Source", """The number is the lift of a source of text: at 2 its tokens come to this expert
         twice as often as the expert's load explains, at 1 the expert does not tell the sources apart.""",
         "lift", "source: {sources}"),
     "coactivation": ("Pairs", """The number says how often two experts compute the same token, relative to
-        what their loads explain: above 1 they work together, below 1 they do each other's work and seldom
-        meet.""", "observed / expected", "expert"),
+        what their loads explain: above 1 more often, below 1 less often.""",
+        "observed / expected", "expert"),
     "drops": ("What each expert is worth", """The number is what the loss gains, in nats per token, when one
         expert is left out and the next best get its tokens. 0 means no harm; the unchanged loss on these
         {few:,} tokens is {base:.4f}.""", "added loss, nats", "expert left out"),

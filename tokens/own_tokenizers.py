@@ -1,8 +1,8 @@
-"""Tokenizers of one's own: Hugging Face's tokenizer.json with the methods of tiktoken's Encoding.
+"""Any tokenizer as an encoding: Hugging Face's tokenizer.json with the methods of tiktoken's Encoding.
 
 Such an encoding is called "tokenizer:DIGEST:END", by a SHA-256 of its content and the id of the token that
 precedes each document ("tokenizer:DIGEST" without one). tokenizer.json lies beside shards and in exported
-folders; checkpoints have its text. Whoever reads one calls add_tokenizer, and load_encoding finds it then."""
+folders; checkpoints have its text. After add_tokenizer, load_encoding finds it by its name."""
 
 import contextlib
 import hashlib
@@ -20,11 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokens.files import check_regular
 
 EOT = "<|endoftext|>"
-VISIBLE = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # bytes that GPT-2's vocabulary shows as they are
+# Bytes that GPT-2's vocabulary shows as they are.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + n): b for n, b in enumerate(HIDDEN)}
 
@@ -48,9 +45,8 @@ class TokenizerEncoding:
         with rust_errors("this is no tokenizer.json"):
             self._tokenizer = Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = True  # as plain text
-        content = json.loads(text) | dict.fromkeys(
-            ("padding", "truncation", "post_processor")
-        )  # not in shards
+        not_in_shards = ("padding", "truncation", "post_processor")
+        content = json.loads(text) | dict.fromkeys(not_in_shards)
         self.text = json.dumps(content, ensure_ascii=False, sort_keys=True)
         self.name = f"tokenizer:{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
         self.name += "" if end is None else f":{end}"

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from tokens.files import DataError, write_atomically
-from tokens.identity import check_fingerprints, describe_foreign, fineweb_command, fingerprint, load_metas
+from tokens.identity import check_fingerprints, fineweb_command, fingerprint, load_metas
+from tokens.nanogpt_data import describe_foreign
 from tokens.own_tokenizers import read_added
 from tokens.printable import printable
 
