@@ -154,11 +154,10 @@ class Diagnostics:
         return found
 
     def batch_text(self, run: Any) -> str:
-        """The step's batch against the noise scale, in words for the summary."""
+        """The step's batch against the noise scale, in words for the summary; "" if it was not measured."""
         tokens, scale = run.config.total_batch_size, self.newest.get("noise_scale")
         if scale is None:
-            single = run.trains and run.accumulation == 1
-            return "the gradient noise scale needs two micro-steps: lower --B" if single else ""
+            return ""
         advice = "a larger batch would still pay" if tokens < scale else "a smaller one would learn as much"
         advice = "about right" if 0.5 <= tokens / scale <= 2 else advice
         size = f"{tokens / scale:.2g} of the gradient noise scale ({float(f'{scale:.2g}'):,.0f})"

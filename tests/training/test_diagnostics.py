@@ -115,7 +115,7 @@ def test_what_a_run_logs_is_what_its_checkpoints_have(frozen, data, tmp_path):
 
 
 @pytest.mark.parametrize(("noise", "scale", "words"), [
-    (0, None, "lower --B"), (1, None, ""), (1, 400.0, "2.5 of the gradient noise scale (400): a smaller"),
+    (0, None, ""), (1, None, ""), (1, 400.0, "2.5 of the gradient noise scale (400): a smaller"),
     (1, 1234.0, "about right"), (1, 3456.0, "0.29 of the gradient noise scale (3,500): a larger"),
 ])  # fmt: skip
 def test_the_summary_compares_the_batch_with_the_noise_scale(noise, scale, words):
