@@ -217,12 +217,27 @@ def attention_masks(batch: PackedBatch, window: int | None) -> dict[str, torch.T
     return masks
 
 
+def previous_tokens(batch: PackedBatch, number: int) -> torch.Tensor:
+    """The `number` tokens before each one in its text, the nearest first: (B, T, number), for n-grams. Before
+    an ending comes the context, whose tokens stand where their positions say."""
+    tokens, positions, segments = batch.tokens, batch.positions, batch.segments
+    place, before = torch.arange(tokens.size(1), device=tokens.device), []
+    for distance in range(1, number + 1):
+        back = (place - distance).clamp(min=0).expand_as(tokens)  # (B, T)
+        inside = segments.gather(1, back) == segments
+        back = torch.where(inside, back, (positions - distance).clamp(min=0))
+        before.append(tokens.gather(1, back))
+    return torch.stack(before, dim=-1)
+
+
 def scored_logits(model: torch.nn.Module, batch: PackedBatch, shared: bool) -> torch.Tensor:
     """Logits (M, V) of the scored positions. In models of this project the head computes no other logits."""
     if not shared:
         return model(batch.tokens, use_cache=False, return_dict=True).logits.flatten(0, 1)[batch.scored]
     masks = attention_masks(batch, model.config.sliding_window)
     inputs = dict(attention_mask=masks, position_ids=batch.positions, use_cache=False, return_dict=True)
+    if order := model.config.ngram_order:
+        inputs["previous_ids"] = previous_tokens(batch, order - 1)
     # The head gets (1, M, C) of (B, T, C).
     with model.lm_head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[None, batch.scored],)):
         output = model(batch.tokens, **inputs)

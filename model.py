@@ -42,6 +42,7 @@ from huggingface.standard_names import StandardNames
 from layers.experts import Experts
 from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
+from layers.ngrams import NgramEmbedding, recall, remember
 from layers.roles import parameter_groups
 
 from layers.attention import (  # isort: skip
@@ -102,6 +103,8 @@ class GPTConfig(StandardNames, CheckedConfig):
     logit_softcap: float | int = setting(0.0, least=0)
     tie_word_embeddings: bool = True
     init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
+    ngram_order: int = setting(0, least=0, most=16)  # longest n-gram with an embedding, 2 or more; 0 = none
+    ngram_rows: int = setting(16384, least=1, most=2**24)  # vectors for each n = 2 .. ngram_order
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: a name of tokens/encodings.py
     encoding_size: int | None = setting(None, least=1)  # ids from here on are padding, never generated
@@ -118,6 +121,8 @@ class GPTConfig(StandardNames, CheckedConfig):
             raise ValueError(f"n_embd={C} does not divide into n_head={nh} heads")
         if self.n_kv_head is not None and nh % self.n_kv_head != 0:
             raise ValueError(f"n_head={nh} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.ngram_order == 1:
+            raise ValueError("ngram_order=1 is the token's own embedding; use 2 or more, or 0 for none")
         if self.position == "rope" and C // nh % 2 != 0:
             raise ValueError(f"position='rope': n_embd={C} / n_head={nh} gives heads of odd size, {C // nh}")
         if self.use_moe and K > E:
@@ -266,6 +271,8 @@ class Transformer(nn.ModuleDict):
         self.config = config
         if config.position == "learned":
             self["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngram_order:
+            self["ngrams"] = NgramEmbedding(config.ngram_order, config.ngram_rows, config.n_embd)
         self["drop"] = nn.Dropout(config.dropout)
         self["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self["ln_f"] = build_norm(config)
@@ -276,6 +283,7 @@ class Transformer(nn.ModuleDict):
         output_hidden_states: bool | None = None, output_router_logits: bool | None = None, cache=None,
         counted: Tensor | None = None, num_tokens: Tensor | int | None = None,
         cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, seq_idx=None,
+        previous_ids: Tensor | None = None,
     ) -> GPTOutput:  # fmt: skip
         """Hidden states (B, T, C) after the last norm; arguments and ValueErrors as for GPT.forward.
         counted (B, T) or None: tokens that count in the routers' losses and usage; padding never does.
@@ -313,6 +321,12 @@ class Transformer(nn.ModuleDict):
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta)
         else:
             rotary, x = None, x + self.wpe(position_ids)
+        if config.ngram_order:
+            if input_ids is None:
+                raise ValueError(f"ngram_order={config.ngram_order}: inputs_embeds do not tell the n-grams")
+            if previous_ids is None:
+                previous_ids = recall(past_key_values, input_ids, config.ngram_order)
+            x = x + self.ngrams(input_ids, previous_ids, position_ids)
         x = self.drop(x)
 
         hidden_states, attentions, router_logits, reports = [x], [], [], []
@@ -328,6 +342,8 @@ class Transformer(nn.ModuleDict):
             if report:
                 reports.append(RouterAuxiliary(*report))
                 block.mlp.accumulate(reports[-1])
+        if config.ngram_order and past_key_values is not None:
+            remember(past_key_values, input_ids, previous_ids)
         x = self.ln_f(x)
         hidden_states[-1] = x  # the last one is normalised, as in GPT-2
         losses = {name: torch.stack([getattr(report, name) for report in reports]).sum()
@@ -379,7 +395,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         """GPT-2's initialisation: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 L)), or
         zero with init="zero_proj". transformers calls it for every module with parameters or buffers."""
         residual_std = 0.0 if self.config.init == "zero_proj" else 0.02 / math.sqrt(2 * self.config.n_layer)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, NgramEmbedding):
+            init.zeros_(module.weight)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=residual_std if hasattr(module, "into_residual") else 0.02)
         elif isinstance(module, (LayerNorm, RMSNorm)):
             init.ones_(module.weight)
@@ -394,10 +412,10 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
                 init.zeros_(parameter)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; non_embedding leaves out look-up tables: positions, and tokens if untied."""
+        """Number of parameters; non_embedding leaves out tables: positions, n-grams, untied tokens."""
         count = sum(p.numel() for p in self.parameters())
-        if non_embedding and "wpe" in self.transformer:
-            count -= self.transformer.wpe.weight.numel()
+        for table in ("wpe", "ngrams") if non_embedding else ():
+            count -= self.transformer[table].weight.numel() if table in self.transformer else 0
         if non_embedding and not self.config.tie_word_embeddings:
             count -= self.transformer.wte.weight.numel()
         return count
@@ -465,6 +483,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         cu_seq_lens_q: Tensor | None = None,  # (texts + 1,), 0 and the ends of the texts in a packed row
         cu_seq_lens_k: Tensor | None = None, max_length_q: int | None = None, max_length_k: int | None = None,
         seq_idx: Tensor | None = None,  # TRL sends these, too; they say the same
+        previous_ids: Tensor | None = None,  # (B, T, ngram_order - 1), as in NgramEmbedding
     ) -> GPTOutput | GPTLMOutput | tuple:  # fmt: skip
         """GPT: hidden states after the last norm, (B, T, C). GPTLMHeadModel: logits (B, T, V).
         With labels or targets both return logits and the loss (with targets as nanoGPT's pair, unless
@@ -486,7 +505,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         part = (targets != ignore_index, num_items_in_batch) if in_parts else (None, None)
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, output_router_logits, cache, *part, cu_seq_lens_q
+            output_attentions, output_hidden_states, output_router_logits, cache, *part, cu_seq_lens_q,
+            previous_ids=previous_ids,
         )  # fmt: skip
         if targets is not None or self._gives_logits:
             hidden, logits, losses = output.last_hidden_state, None, {}

@@ -176,6 +176,8 @@ class TrainConfig(llmc.Flags):
     qk_norm: bool = setting(False, "normalise queries and keys")
     logit_softcap: float = setting(0.0, "largest logit, by a tanh; 0 = no limit")
     init: str = setting("gpt2", "gpt2, or zero_proj: projections into the residual stream start at zero")
+    ngram_order: int = setting(0, "longest n-gram that has embeddings of its own, 2 or more; 0 = none")
+    ngram_rows: int = setting(16384, "embeddings for each n = 2 .. ngram_order, chosen by a hash")
     tie_word_embeddings: bool = setting(True, "one matrix for token embedding and head")
 
 

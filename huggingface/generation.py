@@ -10,6 +10,7 @@ from transformers import GenerationMixin, LogitsProcessor
 from huggingface.outputs import CACHE
 from huggingface.text import encode_prompt
 from layers.attention import without_cudnn
+from layers.ngrams import tokens_before
 from tokens.encodings import decode_tokens
 
 # The arguments of nanoGPT's generate(), in its order and with its defaults; it always samples.
@@ -91,6 +92,9 @@ class GPTGenerationMixin(GenerationMixin):
             kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
         kwargs |= dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if self.config.ngram_order and inputs.get("input_ids") is not None:  # the latest tokens of input_ids
+            before = tokens_before(input_ids, self.config.ngram_order - 1)
+            inputs["previous_ids"] = before[:, -inputs["input_ids"].size(1) :]
         return inputs | {"past_key_values": inputs.get(CACHE)}  # PEFT knows only the older name
 
     def _get_logits_processor(self, *args, **kwargs):

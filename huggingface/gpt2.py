@@ -40,7 +40,7 @@ def gpt2_features(config: PreTrainedConfig) -> dict[str, tuple]:
     """Our fields that are fixed in GPT-2, each with the values that mean GPT-2's."""
     return {"use_moe": (False,), "position": ("learned",), "n_kv_head": (config.n_head, None),
             "sliding_window": (None,), "norm": ("layernorm",), "activation": ("gelu",), "qk_norm": (False,),
-            "logit_softcap": (0,)}  # fmt: skip
+            "logit_softcap": (0,), "ngram_order": (0,)}  # fmt: skip
 
 
 def transpose_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -156,8 +156,8 @@ def to_llama(model: PreTrainedModel, kind: str, vocab_size: int) -> PreTrainedMo
 def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
     """ValueError, naming the field, for a model that is not of this kind."""
     config, experts = model.config, kind in ("mixtral", "qwen3_moe")
-    only = {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "logit_softcap": (0,),
-            "use_moe": (experts,), "qk_norm": (kind in ("qwen3", "qwen3_moe"),)}  # fmt: skip
+    only = {"position": ("rope",), "norm": ("rmsnorm",), "activation": ("swiglu",), "ngram_order": (0,),
+            "logit_softcap": (0,), "use_moe": (experts,), "qk_norm": (kind.startswith("qwen3"),)}  # fmt: skip
     only |= {"sliding_window": (None,)} if kind == "llama" else {"bias": (False,)}
     if experts:
         only |= {"global_every": (None,), "router_score": ("softmax",), "num_shared_experts": (0,)}

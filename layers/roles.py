@@ -28,6 +28,7 @@ ROLES = (
     Role(r"\.attn\.",      "attention",  "rest",    True,   True),
     Role(r"\.mlp\.",       "dense MLP",  "rest",    True,   True),
     Role(r"^lm_head",      "head",       "rest",    True,   False),
+    Role(r"\.ngrams\.",    "embeddings", "rest",    False,  False),
     Role(r"",              "embeddings", "rest",    True,   False))  # fmt: skip
 
 

@@ -147,6 +147,7 @@ ARCHITECTURES = {
         position="rope", n_kv_head=2, norm="rmsnorm", activation="swiglu", qk_norm=True, logit_softcap=15.0,
         bias=False, tie_word_embeddings=False, num_shared_experts=1, router_score="sigmoid",
     ),
+    "n-grams": dict(ngram_order=4, ngram_rows=50, position="rope"),
     "eager": dict(attn_implementation="eager", sliding_window=6),
 }  # fmt: skip
 

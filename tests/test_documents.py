@@ -27,7 +27,7 @@ ROWS = torch.cat(TEXTS).view(3, 24)
 MODELS = {
     "dense, learned": dict(use_moe=False), "MoE": dict(),
     "modern": dict(position="rope", n_kv_head=2, qk_norm=True, sliding_window=4, global_every=2),
-    "eager": dict(attn_implementation="eager", sliding_window=4, position="rope"),
+    "eager": dict(attn_implementation="eager", sliding_window=4, position="rope", ngram_order=3),
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def assert_close(losses, expected):
 @pytest.mark.parametrize("style, fields", [
     ("completion", dict(position="rope", n_kv_head=2, qk_norm=True, norm="rmsnorm")),
     ("completion", dict(use_moe=True, num_shared_experts=1, logit_softcap=3.0)),
+    ("completion", dict(ngram_order=3, ngram_rows=100)),
     ("completion", dict(sliding_window=7)), ("completion", dict(block_size=8)),  # shorter than endings
     ("harness", dict(block_size=60)), ("completion", dict(block_size=60)),  # most contexts are cropped
     ("harness", dict(sliding_window=11, global_every=2, position="rope", activation="swiglu")),

@@ -24,7 +24,7 @@ OPTIONS = {
     "no bias": dict(bias=False), "moe": dict(use_moe=True, expert_hidden_size=24, moe_every=2),
     "shared expert": dict(use_moe=True, num_experts_per_tok=1, num_shared_experts=2, expert_hidden_size=24,
                           moe_loss_type="diversity_regularization", router_bias_update_rate=0.1),
-    "zero_proj": dict(init="zero_proj"),
+    "zero_proj": dict(init="zero_proj"), "ngrams": dict(ngram_order=3, ngram_rows=50),
 }  # fmt: skip
 # These options stand for their kind; two values of one field are no pair.
 SAME = ("window", "window and global"), ("relu2", "swiglu")
@@ -112,12 +112,24 @@ def moe_by_hand(moe, x, K):
     return y + mlp_by_hand(moe.shared, x) if moe.shared is not None else y
 
 
+def ngrams_by_hand(table, ids, order, rows):
+    """For each token the vectors of its n-grams, each one's row from the polynomial of its ids, modulo."""
+    x = torch.zeros(len(ids), table.size(1), dtype=torch.float64)
+    for t, n in itertools.product(range(len(ids)), range(2, order + 1)):
+        digits = [ids[t - d].item() + 1 if d <= t else 0 for d in range(n)]
+        code = sum(digit * 48271 ** (n - 1 - d) for d, digit in enumerate(digits)) % (2**31 - 1)
+        x[t] += table[(n - 2) * rows + code % rows]
+    return x
+
+
 def logits_by_hand(model: GPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) of one text, ids (T,)."""
     config, parts = model.config, copy.deepcopy(model).double().transformer
     x = parts.wte.weight[ids]
     if config.position == "learned":
         x = x + parts.wpe.weight[: len(ids)]
+    if config.ngram_order:
+        x = x + ngrams_by_hand(parts.ngrams.weight, ids, config.ngram_order, config.ngram_rows)
     for layer, block in enumerate(parts.h):
         local = config.sliding_window and not (config.global_every and (layer + 1) % config.global_every == 0)
         y = norm_by_hand(block.ln_1, x)

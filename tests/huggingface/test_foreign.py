@@ -264,6 +264,7 @@ def test_readers_of_older_names_find_them(kind, tmp_path):
     ("mixtral", dict(bias=True)), ("mixtral", dict(qk_norm=True)), ("mixtral", dict(norm_topk_prob=False)),
     ("mixtral", dict(num_experts_per_tok=1)), ("mixtral", dict(global_every=2, sliding_window=8)),
     ("mixtral", dict(moe_every=2)), ("qwen3", dict(bias=True)), ("qwen3_moe", dict(num_shared_experts=1)),
+    ("llama", dict(ngram_order=2)),
     ("qwen3_moe", dict(router_score="sigmoid")), ("qwen3_moe", dict(qk_norm=False)),
 ])  # fmt: skip
 def test_what_they_cannot_express_is_refused_by_name(kind, fields, tmp_path):

@@ -102,7 +102,7 @@ def test_gpt2_held_with_50304_rows(tmp_path, encoding_size):
     ("use_moe", True), ("bias", False), ("norm", "rmsnorm"), ("norm_eps", 1e-6), ("activation", "relu2"),
     ("activation", "swiglu"), ("position", "rope"), ("tie_word_embeddings", False), ("n_kv_head", 1),
     ("sliding_window", 4), ("qk_norm", True), ("logit_softcap", 30.0), ("mlp_hidden_size", 32),
-    ("expert_hidden_size", 32),
+    ("expert_hidden_size", 32), ("ngram_order", 2),
 ])  # fmt: skip
 def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     model = GPTLMHeadModel(GPTConfig(**(GPT2 | {field: value})))
