@@ -2,11 +2,12 @@
 
     python -m bench train --size d12 --dtype bfloat16 --compile 2 --nanogpt DIR
     python -m bench hellaswag --data FILE
-Reference: train.py and model.py of https://github.com/karpathy/nanoGPT"""
+References: https://github.com/karpathy/nanoGPT (train.py, model.py), https://github.com/karpathy/nanochat"""
 
 import contextlib
 import importlib.util
 import io
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,44 @@ class NanoGPT:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Nanochat:
+    """nanochat's GPT in training with its MuonAdamW and its schedules (gpt.py, optim.py and base_train.py of
+    revision 92d63d4). Its learning rates are for 2^19 tokens per step: scale multiplies all of them.
+    fields: those of its GPTConfig. FileNotFoundError if folder has no nanochat/gpt.py."""
+
+    MATRICES, HEAD, EMBEDDINGS, SCALARS, DECAY = 0.02, 0.008, 0.3, 0.5, 0.28  # the flags of base_train.py
+    WARMUP, WARMDOWN, LAST = 40, 0.65, 0.05
+
+    def __init__(self, folder: str, device: torch.device, scale: float, **fields):
+        if not (Path(folder) / "nanochat" / "gpt.py").is_file():
+            mend = f"git clone https://github.com/karpathy/nanochat {folder}"
+            raise FileNotFoundError(f"nanochat={folder!r} has no nanochat/gpt.py; {mend}")
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        nanochat = importlib.import_module("nanochat.gpt")
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model = nanochat.GPT(nanochat.GPTConfig(window_pattern="L", **fields)).to(device)
+            self.model.init_weights()
+            self.optimizer = self.model.setup_optimizer(
+                scale * self.HEAD, scale * self.EMBEDDINGS, scale * self.MATRICES, self.DECAY,
+                scale * self.SCALARS)  # fmt: skip
+
+    def step(self, x: torch.Tensor, y: torch.Tensor, step: int, max_steps: int) -> None:
+        """One optimizer step on x, y (B, T) each, as nanochat's base_train.py does it."""
+        self.model(x, y).backward()
+        done = (step - (1 - self.WARMDOWN) * max_steps) / (self.WARMDOWN * max_steps)  # of the warmdown
+        done = max(0.0, done)
+        rate = min((step + 1) / self.WARMUP, 1 - done * (1 - self.LAST))
+        momentum = 0.97 - 0.07 * done if done else 0.85 + 0.12 * min(1, step / 400)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+            if group["kind"] == "muon":
+                decay = self.DECAY * 0.5 * (1 + math.cos(math.pi * step / max_steps))
+                group.update(momentum=momentum, weight_decay=decay)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
 
 def alone(name: str, device: torch.device) -> Layout:

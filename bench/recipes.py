@@ -1,6 +1,6 @@
 """Compare recipes: loss against seconds, with nanoGPT; experts with a dense model.
 
-    python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --png loss.png
+    python -m bench time_to_loss --text input.txt --nanogpt ../nanoGPT --nanochat ../nanochat --png loss.png
     python -m bench moe_pays --text input.txt
 Both train byte-level models on the CPU, in fp32, without compilation. The contenders take turns; their clocks
 count training only. docs/measurements.md describes the data and the recipes."""
@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from bench.measure import alternate, make_run
-from bench.models import NanoGPT
+from bench.models import Nanochat, NanoGPT
 from huggingface.generation import evaluating
 from tokens.demo import prepare_demo
 from tokens.shards import find_shards, read_shard
@@ -30,18 +30,24 @@ from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
-SIZE = dict(n_layer=4, n_head=4, n_embd=128, T=64)
+SIZES = {
+    "4x128": dict(n_layer=4, n_head=4, n_embd=128, T=64),
+    "6x256": dict(n_layer=6, n_head=4, n_embd=256, T=256),
+}
 # The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
-NANOGPT = SIZE | dict(B=12, max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
-MODERN = PRESETS["modern"] | SIZE | dict(B=24, max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
+NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
+MODERN = PRESETS["modern"] | dict(max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
+BATCHES = {"4x128": {"nanoGPT": 12, "gpt2": 12, "nanochat": 24, "modern": 24, "modern-moe": 24},
+           "6x256": dict.fromkeys(("nanoGPT", "gpt2", "nanochat", "modern", "modern-moe"), 8)}  # fmt: skip
 # So small that parameters help. 261 gives the dense layers as many parameters as two experts and a router.
-PAYS = MODERN | dict(n_embd=64, T=128, B=12)
+PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
 SEED, WINDOWS, ROUNDS = 1337, 512, 12  # WINDOWS for validation; ROUNDS: evaluations of each contender
+SCALES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of nanochat's learning rates, which are for larger batches
 
 
 def split_text(path: str) -> Data:
@@ -74,13 +80,6 @@ def window_loader(train: torch.Tensor, config: TrainConfig) -> SimpleNamespace:
     return SimpleNamespace(next_batch=partial(draw_windows, train, config.B, config.T, generator))
 
 
-def validation_loss(model: nn.Module, windows: Data, batch: int = 128) -> float:
-    """Mean cross-entropy of all windows in nats per byte."""
-    with evaluating(model):
-        parts = zip(*(ids.split(batch) for ids in windows), strict=True)
-        return sum(model(x, targets=y)[1].item() * len(x) for x, y in parts) / len(windows[0])
-
-
 @dataclass
 class Contender:
     """A model in training, its clock, and what was measured."""
@@ -89,7 +88,8 @@ class Contender:
     model: nn.Module
     config: TrainConfig  # batch and schedule
     train_step: Callable[[int], object]  # one optimizer step, given the step of the schedule
-    share: float | None = None  # of the first contender's seconds; None: train for config.max_steps
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # mean cross-entropy of inputs and targets
+    budget: float | None = None  # seconds of training; None: train for config.max_steps
     seconds: float = 0.0
     last: float = 0.0  # seconds of the last step
     done: int = 0  # steps
@@ -103,20 +103,32 @@ class Contender:
         self.seconds, self.done = self.seconds + self.last, self.done + 1
 
 
+def pair_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The loss of a model whose forward returns logits and loss: nanoGPT's, and ours."""
+    return model(x, targets=y)[1]
+
+
+def validation_loss(one: Contender, windows: Data, batch: int = 128) -> float:
+    """Mean cross-entropy of all windows in nats per byte."""
+    with evaluating(one.model):
+        parts = zip(*(ids.split(batch) for ids in windows), strict=True)
+        return sum(one.loss(x, y).item() * len(x) for x, y in parts) / len(windows[0])
+
+
 def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int, seed=SEED) -> Contender:
     """A contender with our model and optimizer from settings of TrainConfig."""
     config = TrainConfig(**fields | dict(vocab_size=V, max_steps=steps, seed=seed))
     model = build_model(config, set(), dict(encoding="bytes", vocab_size=V, eot_token=None), None)
     optimizer = build_optimizer(config, model)
     run = make_run(model, window_loader(train, config), config=config, optimizer=optimizer)
-    return Contender(name, model, config, partial(train_step, run))
+    return Contender(name, model, config, partial(train_step, run), partial(pair_loss, model))
 
 
-def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
+def build_nanogpt(folder: str, size: dict, batch: int, train: torch.Tensor, steps: int) -> Contender:
     """A contender with nanoGPT's model, optimizer and step; bias=False, as in its train.py."""
-    config = TrainConfig(**NANOGPT | dict(max_steps=steps))
+    config = TrainConfig(**NANOGPT | size | dict(B=batch, max_steps=steps))
     torch.manual_seed(config.seed)
-    sizes = {name: SIZE[name] for name in ("n_layer", "n_head", "n_embd")}
+    sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
     sizes |= dict(block_size=config.T, vocab_size=256, bias=False)
     nanogpt = NanoGPT(folder, torch.device("cpu"), lr=config.max_lr, beta2=config.beta2, **sizes)
     loader = window_loader(train, config)
@@ -124,52 +136,81 @@ def build_nanogpt(folder: str, train: torch.Tensor, steps: int) -> Contender:
     def step(number: int) -> None:
         nanogpt.step(*loader.next_batch(), lr=learning_rate(number, config))
 
-    return Contender("nanoGPT", nanogpt.model, config, step)
+    return Contender("nanoGPT", nanogpt.model, config, step, partial(pair_loss, nanogpt.model))
+
+
+def build_nanochat(
+    folder: str, scale: float, size: dict, batch: int, train: torch.Tensor, steps: int
+) -> Contender:
+    """A contender with nanochat's model, optimizer and step; scale: of its learning rates."""
+    config = TrainConfig(**size | dict(B=batch, max_steps=steps))
+    torch.manual_seed(config.seed)
+    sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
+    sizes |= dict(n_kv_head=size["n_head"], sequence_len=config.T, vocab_size=256)
+    nanochat = Nanochat(folder, torch.device("cpu"), scale, **sizes)
+    loader = window_loader(train, config)
+
+    def step(number: int) -> None:
+        nanochat.step(*loader.next_batch(), number, steps)
+
+    return Contender(f"nanochat, rates x {scale:g}", nanochat.model, config, step, nanochat.model)
 
 
 def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
     """Train all. At each of `rounds` turns each trains its part of the steps or seconds, and is evaluated."""
     for turn in range(1, rounds + 1):
         for one in contenders:
-            if one.share is None:
+            if one.budget is None:
                 while one.done < one.config.max_steps * turn // rounds:
                     one.step((one.done + 0.5) / one.config.max_steps)
             else:
-                start, until = one.seconds, one.share * contenders[0].seconds
+                start, until = one.seconds, one.budget * turn / rounds
                 while one.seconds + one.last < until:  # there is time for one step
                     one.step((turn - 1 + (one.seconds - start) / (until - start)) / rounds)
-            losses = [validation_loss(one.model, windows) for windows in validation]
+            losses = [validation_loss(one, windows) for windows in validation]
             one.points.append((one.done, one.seconds, losses))
 
 
 def bench_time_to_loss(options) -> list[dict]:
-    """A row per recipe: the loss it reaches, and in how many seconds. Modern's schedule follows the clock."""
+    """A row per recipe: the loss that it reaches in the same seconds. All schedules follow the clock."""
     if not options.text:
         raise ValueError("time_to_loss needs a text to train on: give --text FILE")
+    if options.size not in SIZES:
+        raise ValueError(f"size={options.size!r}: choose one of {', '.join(SIZES)}")
     train, val = split_text(options.text)
-    windows = draw_windows(val, WINDOWS, SIZE["T"], torch.Generator().manual_seed(0))
-    build = {"nanoGPT": partial(build_nanogpt, options.nanogpt, train)} if options.nanogpt else {}
-    build |= {name: partial(build_ours, name, RECIPES[name], train, 256) for name in RECIPES}
-    first, steps = next(iter(build)), options.steps
+    size, batch = SIZES[options.size], BATCHES[options.size]
+    windows = draw_windows(val, WINDOWS, size["T"], torch.Generator().manual_seed(0))
+    build = {}  # name: makes a contender, given its expected number of steps
+    if options.nanogpt:
+        build["nanoGPT"] = partial(build_nanogpt, options.nanogpt, size, batch["nanoGPT"], train)
+    for scale in SCALES if options.nanochat else ():
+        name, folder = f"nanochat, rates x {scale:g}", options.nanochat
+        build[name] = partial(build_nanochat, folder, scale, size, batch["nanochat"], train)
+    for name in RECIPES:
+        fields = RECIPES[name] | size | dict(B=batch[name])
+        build[name] = partial(build_ours, name, fields, train, 256)
+    shares = {"modern": (0.15, 1.0), "modern-moe": (0.2, 1.0)}  # the short ones: to reach nanoGPT's loss
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)
-    contenders = [build[name](steps=steps) for name in build if not name.startswith("modern")]
-    for name in ("modern", "modern-moe"):
-        for part, share in (("a third of the time", 1 / 3), ("the same time", 1.0)):  # of the baseline's
-            # The expected number of steps, because the warmup of the schedule is a number of steps.
-            contenders.append(build[name](steps=max(1, int(share * steps * cost[first] / cost[name]))))
-            contenders[-1].name, contenders[-1].share = f"{name}, {part}", share
+    contenders = []
+    for name, make in build.items():
+        for share in shares.get(name, (1.0,)):
+            seconds = share * options.seconds
+            # The warmup of a schedule is a number of steps, so it needs the expected number.
+            contenders.append(make(steps=max(1, int(seconds / cost[name]))))
+            contenders[-1].name = name if share == 1 else f"{name}, {share} of the time"
+            contenders[-1].budget = seconds
     race(contenders, [windows], ROUNDS)
     if options.png:
         draw_losses(contenders, options.png)
-    _, first_seconds, (goal,) = contenders[0].points[-1]
+    first, (*_, (goal,)) = contenders[0].name, contenders[0].points[-1]
     rows = []
     for one in contenders:
         steps, seconds, (loss,) = one.points[-1]
         rows.append({
             "recipe": one.name, "parameters": f"{sum(p.numel() for p in one.model.parameters()):,}",
             "batch": one.config.B, "steps": steps, "ms/step": 1000 * seconds / max(steps, 1), "s": seconds,
-            f"s / {first}": seconds / first_seconds, "loss": f"{loss:.3f}",
-            f"below {first}": f"{goal - loss:.3f}", f"s to {goal:.3f}": seconds_to(one, goal)})  # fmt: skip
+            "loss": f"{loss:.3f}", f"below {first}": f"{goal - loss:.3f}",
+            f"s to {goal:.3f}": seconds_to(one, goal)})  # fmt: skip
     return rows
 
 

@@ -37,6 +37,41 @@ class GPT(torch.nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 """
 
+# The same for nanochat/gpt.py. It notes in group "seen" the settings of each step.
+NANOCHAT = """
+import torch, torch.nn.functional as F
+from types import SimpleNamespace
+
+GPTConfig = SimpleNamespace
+SEEN = []
+
+class Noting(torch.optim.SGD):
+    def step(self):
+        SEEN.append([dict(group, params=None) for group in self.param_groups])
+        super().step()
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.window_pattern == "L" and config.n_kv_head == config.n_head
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def init_weights(self):
+        print("weights")
+
+    def setup_optimizer(self, unembedding_lr, embedding_lr, matrix_lr, weight_decay, scalar_lr):
+        rates = unembedding_lr, embedding_lr, matrix_lr, scalar_lr
+        groups = [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=rate, kind="adamw") for rate in rates]
+        groups += [dict(params=self.table.parameters(), lr=matrix_lr, kind="muon", weight_decay=weight_decay)]
+        optimizer = Noting(groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def forward(self, idx, targets):
+        return F.cross_entropy(self.table(idx).flatten(0, 1), targets.flatten())
+"""
+
 
 def tiny(**fields) -> GPTConfig:
     """Two layers of four experts, a text of 24 tokens out of 97."""

@@ -96,7 +96,7 @@ MORE = {
     "ladder": "--rounds 1", "loop": "--rounds 1 --B 1 --T 16",
     "checkpoint": "--rounds 1 --size d4", "hellaswag": "--rounds 1 --size d4 --limit 1",
     "routing": "--tokens 512 --drop_tokens 128 --device cpu",
-    "time_to_loss": "--steps 2", "moe_pays": "--steps 2 --seeds 1",
+    "time_to_loss": "--seconds 1", "moe_pays": "--steps 2 --seeds 1",
     "scale": "--size d4 --ranks 1,8 --micro_ms 1 --B 1 --T 16",
 }  # fmt: skip
 

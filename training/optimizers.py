@@ -13,8 +13,10 @@ from training.muon import configure_muon
 # name: how to build it from model, settings that all optimizers share, and config
 OPTIMIZERS = {
     "adamw": lambda model, shared, config: model.configure_optimizers(**shared),
-    "muon": lambda model, shared, config: configure_muon(model, **shared, replicated=config.zero_stage == 0),
-}
+    "muon": lambda model, shared, config: configure_muon(
+        model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps,
+        equal_neurons=config.muon_equal_neurons),
+}  # fmt: skip
 
 
 def cosine(step: int, config) -> float:

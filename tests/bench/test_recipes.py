@@ -3,16 +3,19 @@
 Run: python -m pytest tests/bench/test_recipes.py"""
 
 import csv
+import sys
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import NANOGPT, tiny, tokens
+from models import NANOCHAT, NANOGPT, tiny, tokens
 
 from bench import __main__ as bench
 from bench import recipes
+from bench.models import Nanochat
 from model import GPTLMHeadModel
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16, T=16, B=4)
@@ -30,9 +33,8 @@ def small(monkeypatch):
     """The real recipes at a size that takes no time."""
     monkeypatch.setattr(recipes, "WINDOWS", 32)
     monkeypatch.setattr(recipes, "ROUNDS", 4)
-    for name in ("SIZE", "NANOGPT", "PAYS"):
-        monkeypatch.setattr(recipes, name, getattr(recipes, name) | TINY)
-    for name in ("RECIPES", "RIVALS"):
+    monkeypatch.setattr(recipes, "PAYS", recipes.PAYS | TINY)
+    for name in ("SIZES", "RIVALS"):
         monkeypatch.setattr(recipes, name, {k: v | TINY for k, v in getattr(recipes, name).items()})
 
 
@@ -59,34 +61,57 @@ def test_evaluation_is_the_mean_over_all_windows():
     with torch.no_grad():
         logits = model.eval().double()(x).logits
     expected = F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
-    found = recipes.validation_loss(model.float().train(), (x, y), batch=5)
+    one = recipes.Contender("", model.float().train(), None, None, partial(recipes.pair_loss, model))
+    found = recipes.validation_loss(one, (x, y), batch=5)
     assert found == pytest.approx(expected, rel=1e-5) and model.training
 
 
 def test_time_to_loss(text, small, tmp_path, capsys, monkeypatch):
     seconds = count(0.0)  # every step takes a second by this clock, however busy the machine is
     monkeypatch.setattr(recipes, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    (tmp_path / "nanoGPT").mkdir()
-    (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT)
+    for name, source in (("nanoGPT/model.py", NANOGPT), ("nanochat/nanochat/gpt.py", NANOCHAT)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(source)
     png, table = tmp_path / "loss.png", tmp_path / "table.csv"
-    command = ["time_to_loss", "--text", text, "--steps", "12", "--png", str(png), "--csv", str(table)]
-    assert bench.main([*command, "--nanogpt", str(tmp_path / "nanoGPT")]) == 0
+    command = ["time_to_loss", "--text", text, "--seconds", "20", "--png", str(png), "--csv", str(table)]
+    others = ["--nanogpt", str(tmp_path / "nanoGPT"), "--nanochat", str(tmp_path / "nanochat")]
+    assert bench.main([*command, *others]) == 0
     rows = list(csv.DictReader(table.open()))
-    names = ["modern, a third of the time", "modern, the same time"]
-    names += [name.replace("modern", "modern-moe") for name in names]
-    assert [row["recipe"] for row in rows] == ["nanoGPT", "gpt2", *names]
-    assert rows[0]["s / nanoGPT"] == "1.0" and rows[0]["below nanoGPT"] == "0.000"
-    assert rows[0]["parameters"] == "65,536" and rows[0]["steps"] == rows[1]["steps"] == "12"
-    # A step that would pass the seconds that are given is not begun: of 1, 2, 3, 4 and of 3, 6, 9, 12.
-    assert [int(row["steps"]) for row in rows[2:]] == [3, 11] * 2
-    assert [float(row["s / nanoGPT"]) for row in rows[2:]] == pytest.approx([3 / 12, 11 / 12] * 2)
+    parts = {"modern": "0.15", "modern-moe": "0.2"}
+    names = [f"nanochat, rates x {scale:g}" for scale in recipes.SCALES] + ["gpt2"]
+    names += [name for one, part in parts.items() for name in (f"{one}, {part} of the time", one)]
+    assert [row["recipe"] for row in rows] == ["nanoGPT", *names] and rows[0]["below nanoGPT"] == "0.000"
+    # A step that would pass the seconds that are given is not begun.
+    assert [int(row["steps"]) for row in rows] == [19] * 7 + [2, 19, 3, 19]
     assert png.stat().st_size > 10_000 and "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
-    assert bench.main([*command[:3], "--steps", "4"]) == 0
+    assert bench.main([*command[:3], "--seconds", "4"]) == 0
     assert "| gpt2 | " in capsys.readouterr().out.splitlines()[4]
     assert bench.main(["time_to_loss"]) == 2 and "give --text FILE" in capsys.readouterr().err
-    assert bench.main([*command[:3], "--nanogpt", str(tmp_path)]) == 2
-    assert "has no model.py; git clone" in capsys.readouterr().err
+    assert bench.main([*command[:3], "--size", "huge"]) == 2 and "4x128, 6x256" in capsys.readouterr().err
+    for flag, file in (("--nanogpt", "model.py"), ("--nanochat", "nanochat/gpt.py")):
+        assert bench.main([*command[:3], flag, str(tmp_path)]) == 2
+        assert f"has no {file}; git clone" in capsys.readouterr().err
+
+
+def test_nanochat_follows_its_schedules(tmp_path):
+    """Rates rise in 40 steps, and fall to a twentieth in the last 65%. Momentum and decay are Muon's."""
+    (tmp_path / "nanochat").mkdir()
+    (tmp_path / "nanochat" / "gpt.py").write_text(NANOCHAT)
+    sys.modules.pop("nanochat.gpt", None), sys.modules.pop("nanochat", None)
+    nanochat = Nanochat(str(tmp_path), torch.device("cpu"), 0.5, vocab_size=97, n_head=2, n_kv_head=2)
+    for step in (0, 39, 200, 350, 1000):
+        nanochat.step(tokens(2, 8), tokens(2, 8, seed=1), step, 1000)
+    seen = sys.modules["nanochat.gpt"].SEEN
+    assert [group["initial_lr"] for group in seen[0]] == [0.004, 0.15, 0.01, 0.25, 0.01]
+    shares = [groups[1]["lr"] / 0.15 for groups in seen]
+    assert shares == pytest.approx([1 / 40, 1, 1, 1, 0.05])
+    momenta, decays = zip(
+        *((groups[-1]["momentum"], groups[-1]["weight_decay"]) for groups in seen), strict=True
+    )
+    assert momenta == pytest.approx([0.85, 0.85 + 0.12 * 39 / 400, 0.91, 0.955, 0.9])
+    assert decays[0] == pytest.approx(0.28) and decays[-1] == pytest.approx(0)
+    assert "momentum" not in seen[0][0] or seen[0][0]["momentum"] == 0
 
 
 def test_the_rivals_have_equal_active_parameters(text):

@@ -25,36 +25,47 @@ def build_model(**changes) -> GPTLMHeadModel:
     return model.train()
 
 
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """What Newton-Schulz should give, by singular values: the quintic, five times, on each of them."""
+def orthogonal(matrix: torch.Tensor, steps: int = 5, equal_neurons: bool = False) -> torch.Tensor:
+    """What Newton-Schulz should give, by singular values: the quintic, five times, on each of them; then one
+    norm for all neurons, which are the vectors along the shorter side."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.norm()
-    for _ in range(5):
+    for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return u @ s.diag() @ vh
+    update, (rows, columns) = u @ s.diag() @ vh, matrix.shape
+    if equal_neurons:
+        norms = update.norm(dim=1 if rows >= columns else 0, keepdim=True)
+        update = update / norms * (min(rows, columns) / max(rows, columns)) ** 0.5
+    return update
 
 
 @torch.no_grad()
-def muon_step(weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, rows: list[int]) -> None:
+def muon_step(
+    weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, rows: list[int], **how
+) -> None:
     """Muon written out for one parameter: a loop over the matrices that it stacks."""
     momentum.mul_(0.95).add_(0.05 * grad)
     update = 0.05 * grad + 0.95 * momentum
     for block in zip(*(t.split(rows, dim=-2) for t in (weight, update)), strict=True):
         stacks = [t if t.dim() == 3 else t[None] for t in block]
         for w, u in zip(*stacks, strict=True):
-            w.sub_(1e-2 * (0.2 * math.sqrt(max(u.shape)) * orthogonal(u) + 0.1 * w))
+            w.sub_(1e-2 * (0.2 * math.sqrt(max(u.shape)) * orthogonal(u, **how) + 0.1 * w))
 
 
-def test_steps_equal_written_out_ones():
+@pytest.mark.parametrize("how", [dict(), dict(steps=3, equal_neurons=True)])
+def test_steps_equal_written_out_ones(how):
     """Muon's half equals muon_step, AdamW's half equals torch's AdamW to the bit. The optimizer is made anew
-    from its saved state before every step."""
+    from its saved state before every step; states of older versions do not say how."""
     model, twin = build_model().double(), build_model().double()
-    optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5)
+    optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5, **how)
     adamw = twin.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", router_lr_mult=0.5)
     muons = {p for g in optimizer.param_groups if g["method"] == "muon" for p in g["params"]}
     momentum = {p: torch.zeros_like(p) for p in muons}
     for step in range(3):
-        state, optimizer = optimizer.state_dict(), configure_muon(model, **OPTIONS, router_lr_mult=0.5)
+        state = optimizer.state_dict()
+        optimizer = configure_muon(model, **OPTIONS, router_lr_mult=0.5, **how)
+        for group in state["param_groups"]:
+            group.pop("steps", None), group.pop("equal_neurons", None)
         optimizer.load_state_dict(state)
 
         def closure(step=step):
@@ -69,7 +80,7 @@ def test_steps_equal_written_out_ones():
         for (name, p), q in pairs:
             if p in muons:
                 rows = next((rows for end, rows in ROWS.items() if name.endswith(end)), [p.size(-2)])
-                muon_step(q, p.grad, momentum[p], rows)
+                muon_step(q, p.grad, momentum[p], rows, **how)
             else:
                 q.grad = p.grad.clone()
         adamw.step()  # of what has a gradient
