@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refuses
 from models import byte_model, tiny, tokens
 from processes import full_disk
 
@@ -54,8 +55,7 @@ def test_an_export_replaces_an_export_or_leaves_it_whole(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(OSError, match="Input/output error"):
-        export_folder(model, folder)
+    refuses("Input/output error", export_folder, model, folder, error=OSError)
     assert GPTConfig.from_pretrained(folder).n_head == 2 and os.listdir(folder.parent) == ["out"]
 
 
@@ -68,8 +68,7 @@ def test_nothing_else_is_replaced(tmp_path):
     (tmp_path / "thesis" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("x")
     for name, words in dict(empty="'my notes.txt'", thesis="'config.json'", file="is a file").items():
-        with pytest.raises(FileExistsError, match=f"{name} .*{words}"):
-            export_folder(model, tmp_path / name)
+        refuses(f"{name} .*{words}", export_folder, model, tmp_path / name, error=FileExistsError)
 
 
 BAD = [({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
@@ -79,6 +78,5 @@ BAD = [({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
 
 @pytest.mark.parametrize("fields, format, message", BAD)
 def test_bad_exports_are_refused(fields, format, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        export_folder(GPTLMHeadModel(tiny(**fields)), tmp_path / "out", format=format)
+    refuses(message, export_folder, GPTLMHeadModel(tiny(**fields)), tmp_path / "out", format=format)
     assert os.listdir(tmp_path) == []

@@ -7,6 +7,7 @@ import sys
 import pytest
 import requests
 import tiktoken
+from conftest import refuses
 
 from tokens import encodings
 
@@ -38,7 +39,5 @@ def without_end(name):
 ])  # fmt: skip
 def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, words, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", fetch)
-    with pytest.raises(ValueError, match=words):
-        encodings.get_encoding(name)
-    with pytest.raises(ValueError, match=r"encoding='unknown'.*config\.json"):
-        encodings.decode_tokens([1], "unknown")
+    refuses(words, encodings.get_encoding, name)
+    refuses(r"encoding='unknown'.*config\.json", encodings.decode_tokens, [1], "unknown")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import refuses, slow
 from corpus import DOCUMENTS, build, content, stream_of, write_source
 from models import tiny
 from processes import finish, flags, made_up_text, start, write_data
@@ -60,8 +60,7 @@ def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_
     assert DistributedDataLoader(out, 8, 32, vocab_size=100_000).next_batch()[0].max() > 1 << 16
     KNOWN.clear()
     (out / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: .*`python fineweb.py .*--tokenizer="):
-        read_meta(out)
+    refuses(r"tokenizer\.json: .*`python fineweb.py .*--tokenizer=", read_meta, out)
     encoding = read_tokenizer(str(tmp_path), None)
     sizes = encodings.token_bytes(encoding.name)
     assert sizes[stream_of(out)].sum() == len("".join(TEXTS).encode()) and encoding.name == meta["encoding"]
@@ -117,10 +116,8 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, nam
     known, source = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a")), write_source(tmp_path / "a.jsonl")
     (tmp_path / name).write_text(text or known.to_str())
     flags = dict(encoding=None, tokenizer=str(tmp_path / name), val_tokens=4)
-    with pytest.raises(ValueError, match=words):
-        build(source, tmp_path / "out", **flags, **flag)
-    with pytest.raises(ValueError, match="no such file"):
-        build(source, tmp_path / "out", **flags | dict(tokenizer=str(tmp_path / "none")))
+    refuses(words, build, source, tmp_path / "out", **flags, **flag)
+    refuses("no such file", build, source, tmp_path / "out", **flags | dict(tokenizer=str(tmp_path / "none")))
     if not (text or flag):
         assert build(source, tmp_path / "out", **flags, end_token="</s>")["eot_token"] == 1
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
@@ -162,8 +159,7 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
     assert code == 0 and "sample\n    a" in said and "bits per byte" in said, said
     for wrong in (Evil(), table | {"stoi": Evil()}, table | {"vocab_size": 7}, 7):
         Path("meta.pkl").write_bytes(pickle.dumps(wrong))
-        with pytest.raises(ValueError, match=r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out"):
-            read_meta(".")
+        refuses(r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out", read_meta, ".")
     assert not Path("executed").exists()
 
 
@@ -185,8 +181,7 @@ def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta, capsys):
         assert train_gpt_moe.main(flags(data, tmp_path / "no", *more, *wrong)) == 2
         assert wrong[0].strip("-") in capsys.readouterr().err
     assert checkpoint.main(["export", str(tmp_path / "log" / "latest"), str(tmp_path / "folder")]) == 0
-    with pytest.raises(ValueError, match="encoding='none'"):
-        load_model(tmp_path / "folder").generate("text")
+    refuses("encoding='none'", load_model(tmp_path / "folder").generate, "text")
 
 
 def test_sources_follow_each_other_each_with_its_field(tmp_path, monkeypatch, capsys):
