@@ -1,4 +1,4 @@
-"""Tokenizers of one's own, ids without text, nanoGPT's characters, several sources.
+"""Encodings of bytes and of tiktoken, tokenizers of one's own, ids without text, nanoGPT's characters.
 
 Run: python -m pytest tests/tokens/test_tokenizers.py"""
 
@@ -6,11 +6,14 @@ import json
 import pickle
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
+import tiktoken
 from conftest import refuses, slow
 from corpus import DOCUMENTS, build, content, stream_of, write_source
 from models import tiny
@@ -28,6 +31,39 @@ from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
 from tokens.shards import DistributedDataLoader, read_meta, read_shard, write_shard
 from training.checkpoints import load_model, save_checkpoint
 
+
+def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    encoding = encodings.get_encoding("bytes")
+    text = "naïve 😀\n\n\ttab<|endoftext|>" + "long line " * 200
+    assert encodings.encode(encoding, text).tolist() == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # exported folders may lie where it is not installed
+    ids = encodings.encode_text(text, "bytes")
+    assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
+
+
+def offline(name):
+    raise requests.exceptions.ConnectionError("no route")
+
+
+def without_end(name):
+    return tiktoken.Encoding("small", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})
+
+
+@pytest.mark.parametrize(("name", "fetch", "words"), [
+    ("gtp2", without_end, "encoding='gtp2'.*'gpt2'"),
+    ("p50k_base", offline, "'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"),
+    ("cl100k_base", without_end, r"'cl100k_base' has no <\|endoftext\|>.*gpt2"),
+])  # fmt: skip
+def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, words, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", fetch)
+    refuses(words, encodings.get_encoding, name)
+    refuses(r"encoding='unknown'.*config\.json", encodings.decode_tokens, [1], "unknown")
+
+
+# ---------------------------------------------------------------------------- TOKENIZERS
 TEXTS = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30] * 9
 
 
