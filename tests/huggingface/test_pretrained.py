@@ -156,12 +156,10 @@ def test_router_logits_give_the_balance_loss_of_transformers(training, checkpoin
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_classifier_from_a_folder_of_a_language_model(tied, tmp_path, own_modules):
-    model, trust = (
-        strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, pad_token_id=0))),
-        dict(trust_remote_code=True),
-    )
+    model = strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, pad_token_id=0)))
     model.save_pretrained(tmp_path / "words")
-    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words", num_labels=3, **trust)
+    how = dict(num_labels=3, trust_remote_code=True)
+    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words", **how)
     new.resize_token_embeddings(100, mean_resizing=False)
     new.save_pretrained(tmp_path / "classes")
     again, ids = GPTForSequenceClassification.from_pretrained(tmp_path / "classes"), tokens(V=96) + 1

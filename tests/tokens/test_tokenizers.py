@@ -120,9 +120,8 @@ def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_
 
 @pytest.mark.slow
 def test_a_trained_tokenizer_is_the_same_again_after_any_kill(tmp_path, monkeypatch):
-    source = write_source(
-        tmp_path / "a.jsonl", texts := [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
-    )
+    texts = [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
+    source = write_source(tmp_path / "a.jsonl", texts)
     make = lambda out: build(source, out, encoding=None, train_tokenizer=600, shard_size=9000)  # noqa: E731
     make(whole := tmp_path / "whole")
     tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))

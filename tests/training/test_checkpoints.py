@@ -245,9 +245,7 @@ class Malice:
 
 @pytest.mark.parametrize("place", ["file", "old torch format", "rest.pt", ".metadata"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
-    trace, folder, file = (
-        tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt",
-    )  # fmt: skip
+    trace, folder, file = tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt"
     bad = {**small(1), "config": Malice(trace)}
     if place == ".metadata":  # torch's own index, a pickle: it is never opened
         (folder / place).write_bytes(pickle.dumps(bad))
