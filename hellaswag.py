@@ -165,12 +165,6 @@ def pack_rows(questions: Sequence[Question], shared: bool) -> list[PackedRow]:
     return sorted(rows, key=row_size, reverse=True)
 
 
-def round_length(size: int) -> int:
-    """Round a length up, to a multiple of 16 or by less than an eighth, so that few shapes occur."""
-    step = max(16, 2 ** (size - 1).bit_length() // 16)
-    return -(-size // step) * step
-
-
 class PackedBatch(NamedTuple):
     """B rows of equal length, and the M tokens whose probabilities are wanted."""
 
@@ -261,7 +255,9 @@ def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_
             progress(len(questions) * (num_rows - len(rows)) // num_rows, len(questions))
             if interrupted():
                 return None
-            T = round_length(row_size(rows[0]))
+            size = row_size(rows[0])
+            step = max(16, 2 ** (size - 1).bit_length() // 16)
+            T = -(-size // step) * step  # rounded up, by less than an eighth or 16: few shapes occur
             if not shared:
                 T = min(T, longest_input(model.config))
             group = max(1, budget // T) * world_size  # rows of all ranks

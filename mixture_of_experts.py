@@ -120,7 +120,7 @@ class Router(nn.Linear):
         """Draw N(0, 0.02): scores are nearly equal at the start, so that every expert gets tokens."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype))

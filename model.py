@@ -156,7 +156,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
         self.eps = eps
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         weight, bias = self.weight, self.bias
         if input.dtype == torch.float32:  # FSDP may have gathered the parameters in bf16
             weight, bias = weight.float(), bias.float() if bias is not None else None
@@ -166,7 +166,7 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
 
 

@@ -30,7 +30,7 @@ class MaskLoop(nn.Module):
         experts = (nn.Sequential(nn.Linear(C, H), nn.GELU("tanh"), nn.Linear(H, C)) for _ in range(E))
         self.gate, self.experts, self.K = nn.Linear(C, E, bias=False), nn.ModuleList(experts), K
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
         tokens = x.view(-1, x.size(-1))  # (N, C)
         weight, index = self.gate(tokens.float()).softmax(-1).topk(self.K)
         weight = weight / weight.sum(-1, keepdim=True)

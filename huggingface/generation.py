@@ -34,7 +34,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 class FiniteLogits(LogitsProcessor):
     """FloatingPointError if the next token's logits (B, V) are not finite; CUDA's sampling would abort."""
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores):  # noqa: D102
         if not scores.amax(-1).isfinite().all():  # NaN wins the maximum; -inf alone rules a token out
             raise FloatingPointError("the model's logits are NaN or infinite: it has diverged")
         return scores

@@ -83,6 +83,6 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         h = get_activation(self.activation).forward(self.c_fc(x))  # (..., H)
         return self.dropout(self.c_proj(h))  # (..., C)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch and transformers are imported anywhere.
@@ -102,6 +103,12 @@ def straight(data, tmp_path_factory) -> Path:
         patch.setenv("HF_TOKEN", "hf_secret_value_of_the_test")  # which no file may hold
         assert train_gpt_moe.main(flags(data, folder / "log")) == 0
     return folder / "log"
+
+
+def refuses(words: str, call: Callable, *arguments, error=ValueError, **named) -> None:
+    """call(*arguments, **named) must raise this error; its message must match the pattern `words`."""
+    with pytest.raises(error, match=words):
+        call(*arguments, **named)
 
 
 @pytest.fixture

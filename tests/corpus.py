@@ -53,11 +53,8 @@ def write_source(path: Path, documents: list[str] = DOCUMENTS) -> Path:
 def build(source: Path | str | list[str], out: Path | None, **flags) -> dict:
     """fineweb.build with settings for small texts."""
     flags = {"encoding": "bytes", "val_tokens": 100, "workers": 1, **flags}
-    return fineweb.build(
-        fineweb.DataConfig(
-            source=source if isinstance(source, list) else str(source), out=out and str(out), **flags
-        )
-    )
+    source = source if isinstance(source, list) else str(source)
+    return fineweb.build(fineweb.DataConfig(source=source, out=out and str(out), **flags))
 
 
 def content(folder: Path) -> dict[str, bytes]:

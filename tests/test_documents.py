@@ -20,9 +20,8 @@ from model import GPTLMHeadModel
 from tokens.shards import read_shard, write_shard
 
 EOT = 0
-TEXTS = [
-    torch.cat([torch.tensor([EOT]), tokens(1, n, seed=n)[0].clamp(min=1)]) for n in (4, 0, 17, 23, 10, 6, 5)
-]
+SIZES = 4, 0, 17, 23, 10, 6, 5
+TEXTS = [torch.cat([torch.tensor([EOT]), tokens(1, n, seed=n)[0].clamp(min=1)]) for n in SIZES]
 ROWS = torch.cat(TEXTS).view(3, 24)
 MODELS = {
     "dense, learned": dict(use_moe=False), "MoE": dict(),
@@ -69,10 +68,8 @@ def test_documents_in_a_row_equal_the_documents_one_by_one(name):
 def test_compiled_blocks_have_one_graph_for_all_documents():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, batches = (
-        strong(GPTLMHeadModel(tiny(use_moe=False))).train(),
-        (ROWS, ROWS.clamp(min=1), ROWS.flip(0)),
-    )
+    model = strong(GPTLMHeadModel(tiny(use_moe=False))).train()
+    batches = ROWS, ROWS.clamp(min=1), ROWS.flip(0)
     forward = lambda rows: model(rows, position_ids=positions_in_documents(rows == EOT)).logits  # noqa: E731
     eager = [forward(rows) for rows in batches]
     model.transformer.h[0].compile(fullgraph=True, backend="aot_eager")

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import shared_file, slow
+from conftest import refuses, shared_file, slow
 from models import make_examples, strong, tiny
 from processes import full_disk, run_ranks
 
@@ -99,8 +99,7 @@ def test_losses_against_hugging_face_in_double_precision(tmp_path, write):
         assert_close(result.losses, expected)
         assert result.choices == expected.argmin(1).tolist() and result.cropped > 0
     theirs.config.model_type = "other"
-    with pytest.raises(ValueError, match=r"model_type='other' .*encoding="):
-        evaluate(theirs, path)
+    refuses(r"model_type='other' .*encoding=", evaluate, theirs, path)
 
 
 def test_accuracies_and_standard_errors(write):
@@ -136,10 +135,8 @@ def test_encoding_and_arguments_are_checked(write):
     for wrong, words in ((dict(limit=0), "limit=0"), (dict(tokens_per_batch=0), "tokens_per_batch=0"),
                          (dict(style="letters"), "style='letters'"),
                          (dict(world_size=2), "world_size=2.*torchrun")):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            evaluate(model, path, **wrong)
-    with pytest.raises(ValueError, match=r"encoding='bytes' .*256 .*vocab_size=200"):
-        evaluate(make_model(vocab_size=200), path)
+        refuses(words, evaluate, model, path, **wrong)
+    refuses(r"encoding='bytes' .*256 .*vocab_size=200", evaluate, make_model(vocab_size=200), path)
 
 
 def test_a_model_that_gives_nan_gets_no_accuracy(write):
@@ -302,8 +299,7 @@ def test_bad_questions_name_file_line_and_field(wrong, words, write):
 def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
     example = make_examples(1)[0] | {"label": "2"}  # as in Hugging Face's copy
     assert [e["label"] for e in iterate_examples(data=write([example]))] == [2]
-    with pytest.raises(ValueError, match="no questions in this file"):
-        evaluate(make_model(), write([b"", b"  "]))
+    refuses("no questions in this file", evaluate, make_model(), write([b"", b"  "]))
     with pytest.raises(HellaSwagUnavailable, match=f"cannot read the questions in {tmp_path}"):
         evaluate(make_model(), tmp_path)  # missing files: test_two_ranks
 
@@ -325,8 +321,7 @@ def test_download_once(urlopen, tmp_path):
     urlopen.assert_called_once_with(url, timeout=mock.ANY)
     assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
     assert evaluate(make_model()).n == 1
-    with pytest.raises(ValueError, match="split='test'"):
-        hellaswag.download("test")
+    refuses("split='test'", hellaswag.download, "test")
 
 
 @pytest.mark.parametrize("trouble", [urllib.error.URLError("no route"), TimeoutError(), "html", "full disk"])

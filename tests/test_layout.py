@@ -1,4 +1,4 @@
-"""The project's shape: which file imports which, no side effects of imports, lengths, docstrings.
+"""The project's shape: which file imports which, no side effects of imports.
 
 Run: python -m pytest tests/test_layout.py"""
 
@@ -67,24 +67,6 @@ def test_no_file_begins_work_when_imported(name):
     _docstring, *statements = TREES[name].body
     rest = [ast.unparse(node) for node in statements if not isinstance(node, DEFINING)]
     assert not [text for text in rest if not re.match(ALLOWED, text)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_public_names_have_docstrings(name):
-    assert ast.get_docstring(TREES[name]), f"{name} has no docstring"
-    missing = []
-
-    def look(node, prefix=""):
-        for child in node.body:
-            if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
-                plumbing = child.name in ("forward", "setup_context", "backward") or child.decorator_list
-                if not ast.get_docstring(child) and not (isinstance(child, ast.FunctionDef) and plumbing):
-                    missing.append(prefix + child.name)
-                if isinstance(child, ast.ClassDef):
-                    look(child, f"{child.name}.")
-
-    look(TREES[name])
-    assert not missing, f"{name}: no docstring for {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)

@@ -49,7 +49,7 @@ LISTED = {
     "sbatch ": "Slurm; test_nodes.py", "python tests/torture.py": "minutes, as root",
     "python tests/fuzz.py": "minutes", "python tests/rehearsal": "torch with CUDA",
     "python fineweb.py --verify": "test_identity.py", "python fineweb.py --source tiny": "a download",
-    "python fineweb.py --source FILE": "a text of 40 MB; test_text_borders.py",
+    "python fineweb.py --source FILE": "a text of 40 MB; test_sources.py",
     "python -m pytest": "these are the tests", "pip install -r requirements-dev.txt": "these are the tests",
     "python sample.py --checkpoint log/latest --interactive": "test_sample.py",
     "python train_gpt_moe.py --preset demo --wandb_project": "wandb; test_log.py",

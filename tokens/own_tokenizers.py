@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from tokens.files import check_regular
 
@@ -144,9 +144,6 @@ def read_tokenizer(path: str, end_token: str | None) -> TokenizerEncoding:
 def train_bpe(texts: Iterable[str], size: int) -> TokenizerEncoding:
     """A byte-level BPE, GPT-2's kind, of `size` tokens (fewer from a small text), <|endoftext|> among them.
     It depends on the texts and the size only."""
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    how = dict(special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, size, min_frequency=0, show_progress=False, special_tokens=[EOT])
     return add_tokenizer(tokenizer.to_str(), end=tokenizer.token_to_id(EOT))

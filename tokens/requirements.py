@@ -30,16 +30,13 @@ def explain(kind, error, traceback):
     sys.__excepthook__(kind, error, traceback)
 
 
-def format_warning(message, category, *place):
-    """For `warnings`: without the line of our source code, which tells a user nothing."""
-    return f"warning: {message}\n"
-
-
 if sys.version_info < (3, 11):  # noqa: UP036 (ruff believes that no older one gets here)
     stop("this is Python {}.{}, but 3.11 or newer is needed".format(*sys.version_info))
 # A program of others that imports our modules keeps its own settings.
 if os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "").startswith(HERE + os.sep):
-    sys.excepthook, warnings.formatwarning = explain, format_warning
+    sys.excepthook = explain
+    # Without the line of our source code, which tells a user nothing.
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
     # Experts get other numbers of rows in every step. Segments of fixed size would fragment a GPU's memory.
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tokens.files import write_atomically
 from tokens.own_tokenizers import KNOWN
@@ -53,7 +54,8 @@ class CheckpointWriter:
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
                 self._used = (0, 0)
-                write = partial(ckpt.save_checkpoint, self._copy(checkpoint, {}), self.folder)
+                copied = tree_map_only(torch.Tensor, partial(self._copy, copies={}), checkpoint)
+                write = partial(ckpt.save_checkpoint, copied, self.folder)
         except Exception as error:  # handled like an error in the thread
             self._report_failure(step, error)
             return time.perf_counter() - begin
@@ -100,18 +102,12 @@ class CheckpointWriter:
         time.sleep(left)
         return True
 
-    def _copy(self, value: Any, copies: dict) -> Any:
-        """`value` with tensors on the host. Tied ones share one copy."""
-        if torch.is_tensor(value):
-            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            if key not in copies:
-                copies[key] = self._place(value).copy_(value.detach(), non_blocking=value.is_cuda)
-            return copies[key]
-        if isinstance(value, dict):
-            return {key: self._copy(inner, copies) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(inner, copies) for inner in value)
-        return value
+    def _copy(self, tensor: torch.Tensor, copies: dict) -> torch.Tensor:
+        """The tensor on the host. Tied ones share one copy."""
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if key not in copies:
+            copies[key] = self._place(tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        return copies[key]
 
     def _place(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor of this shape and dtype in the next free part of the buffers. torch rounds pinned memory
@@ -217,7 +213,7 @@ class RunSaver:
 
     def _checkpoint(self) -> dict:  # docs/formats.md lists its entries
         run = self.run
-        more = dict(model=run.model.state_dict(), config=run.model.config.to_dict())
+        more = dict(model=dict(run.model.state_dict()), config=run.model.config.to_dict())
         more |= dict(optimizer=parallel.optimizer_state(run.optimizer, run.layout))
         more |= dict(scaler=run.scaler.state_dict(), train_config=dataclasses.asdict(run.config))
         if known := KNOWN.get(run.model.config.encoding):

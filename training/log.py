@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import transformers
+from torch.utils._pytree import tree_map
 
 from layers.usage import STARVED_BELOW
 from tokens.files import remove_temporaries, sync_folder, write_atomically
@@ -393,11 +394,7 @@ def print_thread_error(failed: threading.ExceptHookArgs) -> None:
 
 def json_safe(value: Any) -> Any:
     """`value` with None in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: json_safe(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, value)
 
 
 def write_run_file(path: Path, record: dict, resumes: bool) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import refuses
 from models import strong, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -198,16 +199,14 @@ def test_settings_and_precision_are_passed_on_and_missing_weights_are_refused(ki
     missing = next(name for name in weights if name.endswith(f"{part}.weight"))
     del weights[missing]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lack the weights {missing}"):
-        GPTLMHeadModel.from_pretrained(tmp_path)
+    refuses(f"lack the weights {missing}", GPTLMHeadModel.from_pretrained, tmp_path)
 
 
 def test_a_llama_begins_a_run(tmp_path, caplog):
     """Through load_model, as --init_from does; the text's encoding must be known."""
     stock("llama").save_pretrained(tmp_path)
     fields = small("llama").to_dict() | dict(encoding="bytes")
-    with pytest.raises(ValueError, match="encoding='unknown' in init_from"):
-        ckpt.begin_from(str(tmp_path), fields, set(), T=24)
+    refuses("encoding='unknown' in init_from", ckpt.begin_from, str(tmp_path), fields, set(), T=24)
     assert 'write "encoding": "bytes"' in caplog.text
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"encoding": "bytes"}))

@@ -4,6 +4,7 @@ Run: python -m pytest tests/huggingface/test_pretrained.py"""
 
 import pytest
 import torch
+from conftest import refuses
 from models import ARCHITECTURES, strong, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -72,8 +73,7 @@ def test_a_folder_without_the_statistics_of_routers_gets_fresh_ones(tmp_path):
 
 def test_a_folder_of_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ValueError, match=r"'qwen2' .*only gpt_moe, gpt2, llama"):
-        GPTLMHeadModel.from_pretrained(tmp_path)
+    refuses(r"'qwen2' .*only gpt_moe, gpt2, llama", GPTLMHeadModel.from_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize("cls", [GPT, GPTLMHeadModel])
@@ -156,12 +156,10 @@ def test_router_logits_give_the_balance_loss_of_transformers(training, checkpoin
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_classifier_from_a_folder_of_a_language_model(tied, tmp_path, own_modules):
-    model, trust = (
-        strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, pad_token_id=0))),
-        dict(trust_remote_code=True),
-    )
+    model = strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, pad_token_id=0)))
     model.save_pretrained(tmp_path / "words")
-    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words", num_labels=3, **trust)
+    how = dict(num_labels=3, trust_remote_code=True)
+    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words", **how)
     new.resize_token_embeddings(100, mean_resizing=False)
     new.save_pretrained(tmp_path / "classes")
     again, ids = GPTForSequenceClassification.from_pretrained(tmp_path / "classes"), tokens(V=96) + 1
@@ -171,19 +169,16 @@ def test_a_classifier_from_a_folder_of_a_language_model(tied, tmp_path, own_modu
     again(ids, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(part.grad is not None for part in again.parameters())  # there is no head
     export_folder(GPTLMHeadModel(tiny(use_moe=False)), tmp_path / "gpt2", format="gpt2", tokenizer=False)
-    with pytest.raises(ValueError, match="model_type=gpt2: a classifier"):
-        GPTForSequenceClassification.from_pretrained(tmp_path / "gpt2")
+    refuses("model_type=gpt2: a classifier", GPTForSequenceClassification.from_pretrained, tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_crop_block_size(position, tmp_path):
     model, ids = strong(GPTLMHeadModel(tiny(position=position))), tokens(T=10)
     before = model(ids).logits
-    with pytest.raises(ValueError, match=r"block_size=25: .*1\.\.24"):
-        model.crop_block_size(25)
+    refuses(r"block_size=25: .*1\.\.24", model.crop_block_size, 25)
     model.crop_block_size(10)
     assert torch.equal(model(ids).logits, before) and model.config.block_size == 10
-    with pytest.raises(ValueError, match="longer than block_size=10"):
-        model(tokens(T=11))
+    refuses("longer than block_size=10", model, tokens(T=11))
     model.save_pretrained(tmp_path)
     assert torch.equal(GPTLMHeadModel.from_pretrained(tmp_path)(ids).logits, before)

@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
+from conftest import refuses
 from llmc_readers import read_model, read_state, read_tokenizer
 from models import strong, tokens
 
@@ -109,8 +110,7 @@ def test_other_models_are_refused_by_name(tmp_path, batch, field, value):
     for write in (lambda: llmc.write_model(model, tmp_path / "out" / "m.bin"),
                   lambda: llmc.write_state(model, *batch, tmp_path / "out" / "s.bin"),
                   lambda: llmc.write_all(model, *batch, tmp_path / "out")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"cannot express {field}={re.escape(repr(value))}"):
-            write()
+        refuses(f"cannot express {field}={re.escape(repr(value))}", write)
     assert not (tmp_path / "out").exists()
 
 
@@ -156,8 +156,7 @@ def test_bad_batches_are_refused(model, tmp_path):
     for x, y, message in ((long, long, "T=13.*block_size=12"),
                           (ids, ids - 1, "y has ids from -1 to -1"),
                           (ids + 300, ids, "x has ids from 300 to 300.*0 to 299")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            llmc.write_state(model, x, y, path)
+        refuses(message, llmc.write_state, model, x, y, path)
     assert not path.exists()
 
 
@@ -177,10 +176,8 @@ def test_damaged_models_are_refused_and_filled_padding_is_said(model, tmp_path):
         (field(4, 2**31 - 1), "cut short"), (raw[:-1], "cut short"), (raw + b"\0", "too long"),
     ):  # fmt: skip
         bad.write_bytes(contents)
-        with pytest.raises(ValueError, match=rf"bad\.bin: .*{message}"):
-            llmc.read_model(bad)
-    with pytest.raises(FileNotFoundError, match=r"missing\.bin: no such file"):
-        llmc.read_model(tmp_path / "missing.bin")
+        refuses(rf"bad\.bin: .*{message}", llmc.read_model, bad)
+    refuses(r"missing\.bin: no such file", llmc.read_model, tmp_path / "missing.bin", error=FileNotFoundError)
     bad.write_bytes(field(256 + 300 * 16, 0x3F000000))  # the first number behind the 300 tokens' rows
     with pytest.warns(UserWarning, match=r"bad\.bin: its padding of wte is not zero"):
         assert llmc.read_model(bad).config.vocab_size == 300
@@ -210,8 +207,7 @@ def test_tokenizer_of_bytes_and_others(tmp_path):
     for encoding, message in ((small_encoding({"<|endoftext|>": 258}), "token 256 has 0 bytes"),
                               (small_encoding({"<|endoftext|>": 257}, b"x" * 256), "token 256 has 256 bytes"),
                               (small_encoding({"<|end|>": 256}), r"has no <\|endoftext\|>")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            llmc.write_tokenizer(encoding, tmp_path / "refused.bin")
+        refuses(message, llmc.write_tokenizer, encoding, tmp_path / "refused.bin")
     assert not (tmp_path / "refused.bin").exists()
 
 

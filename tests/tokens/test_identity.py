@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refuses
 from processes import flags
 
 import fineweb
@@ -59,8 +60,7 @@ def test_shard_that_is_cut_or_fails_while_it_is_open(tmp_path):
     os.truncate(path, 1024 + 2 * 250 + 1)  # one byte of token 250 is left
     loader.next_batch()
     for _ in range(2):  # the position stays
-        with pytest.raises(DataError, match=r"train_000000\.bin: no token at offset 250: .*shorter"):
-            loader.next_batch()
+        refuses(r"train_000000\.bin: no token at offset 250: .*shorter", loader.next_batch, error=DataError)
     if Path("/proc/self/mem").exists():
         shard.file = open("/proc/self/mem", "rb", buffering=0)  # reading its first bytes is an error
         with pytest.raises(DataError, match=r"train_000000\.bin: no token at offset 7: Input/output error"):
@@ -103,8 +103,7 @@ def test_loader_compares_what_a_checkpoint_has(data):
     train.load_state_dict(older)
     message = r"cannot continue: .*(missing here|_000000.bin) is another shard"
     for wrong in ({"validation": state["validation"] * 2}, {"validation": 3}, {"fingerprints": ""}):
-        with pytest.raises(ValueError, match=message):
-            train.load_state_dict(state | wrong)
+        refuses(message, train.load_state_dict, state | wrong)
 
 
 def test_verify_compares_every_token(corpus, tmp_path, capsys):
@@ -113,8 +112,7 @@ def test_verify_compares_every_token(corpus, tmp_path, capsys):
     assert "compared 12 shards, 21,003 tokens" in capsys.readouterr().out
     shutil.copytree(out, other := tmp_path / "other")
     shutil.copy(out / "train_000003.bin", other / "train_000001.bin")  # a run notices that by itself
-    with pytest.raises(ValueError, match=r"train_000001\.bin: its tokens are not those .* --verify"):
-        read_meta(other)
+    refuses(r"train_000001\.bin: its tokens are not those .* --verify", read_meta, other)
     raw = bytearray((out / "train_000001.bin").read_bytes())
     raw[1777] ^= 1
     (out / "train_000001.bin").write_bytes(raw)

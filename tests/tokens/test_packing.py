@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from conftest import refuses
 from corpus import make_shards
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -83,25 +84,16 @@ def test_epochs_differ_and_a_run_resumes_on_other_ranks_alone_and_in_a_mixture(t
         assert next_tokens(*ranks, n=20).equal(stream[165:285])
         unpacked = other(B=1, T=40)
         for saved, now, words in ((one, unpacked, "'documents'.*''"), (unpacked, one, "''.*'documents'")):
-            with pytest.raises(ValueError, match=f"align={words}"):
-                now.load_state_dict(saved.state_dict())
-    for more, words in (
-        (dict(eot_token=7), "no token 7.*omit --align"),
-        (dict(shuffle=False), "^shuffle=False"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            make(tmp_path / "c", B=1, T=8, **more)
+            refuses(f"align={words}", now.load_state_dict, saved.state_dict())
+    refuses("no token 7.*omit --align", make, tmp_path / "c", B=1, T=8, eot_token=7)
+    refuses("^shuffle=False", make, tmp_path / "c", B=1, T=8, shuffle=False)
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_the_first_epoch_and_older_checkpoints_keep_their_order(tmp_path, older):
     """The digests are those of the version before later epochs were shifted."""
     make_shards(tmp_path / "a", [301, 99, 250])
-    for build in (
-        partial(DistributedDataLoader, tmp_path / "a"),
-        partial(MixtureLoader, {tmp_path / "a": 1}),
-    ):
-        loader = build(B=1, T=7)
+    for loader in DistributedDataLoader(tmp_path / "a", 1, 7), MixtureLoader({tmp_path / "a": 1}, 1, 7):
         for _ in range(2 * older):  # from an older checkpoint, and from one that was saved after that
             state = {k: v for k, v in loader.state_dict().items() if k not in ("shift", "align")}
             loader.load_state_dict(state)

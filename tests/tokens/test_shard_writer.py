@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+from conftest import refuses
 from corpus import DOCUMENTS, TOKENS, build, content, make_shards, make_tokens, stream_of, write_source
 
 from tokens import demo
@@ -54,10 +55,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
                                (source, dict(num_parts=2), "num_parts=1 .* num_parts=2"),
                                (other, {}, r"source='a\.jsonl' .* source='b\.jsonl'"),
                                (longer, {}, r"source file 'a\.jsonl'=.* source file")):  # fmt: skip
-        with pytest.raises(ValueError, match=words + ".*another --out"):
-            build(text, out, **flags)
-    with pytest.raises(ValueError, match=r"source='a\.jsonl' .* source='demo corpus"):
-        demo.prepare_demo(out)
+        refuses(words + ".*another --out", build, text, out, **flags)
+    refuses(r"source='a\.jsonl' .* source='demo corpus", demo.prepare_demo, out)
     assert content(out) == before
 
 
@@ -68,8 +67,7 @@ def test_shards_of_unknown_origin_are_not_overwritten(tmp_path):
     write_shard(tmp_path / "nanogpt" / "train.bin", make_tokens(50))
     for name, words in (("ours", r"train_000000\.bin .*no meta\.json"), ("nanogpt", r"train\.bin")):
         before = content(tmp_path / name)
-        with pytest.raises(ValueError, match=rf"{name}\W.*{words}.*another --out"):
-            build(source, tmp_path / name, val_tokens=0)
+        refuses(rf"{name}\W.*{words}.*another --out", build, source, tmp_path / name, val_tokens=0)
         assert content(tmp_path / name) == before
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from corpus import content, make_shards, make_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,16 +75,14 @@ def test_bad_shard_is_refused_by_name_cause_and_cure(tmp_path, kind):
     raw, words = BAD_SHARDS[kind]
     path = tmp_path / "train_000000.bin"
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{words}.*python fineweb.py"):
-        DistributedDataLoader(tmp_path, B=1, T=4)
+    refuses(f"{re.escape(str(path))}.*{words}.*python fineweb.py", DistributedDataLoader, tmp_path, B=1, T=4)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.bin", make_tokens(10))
     before, full = content(tmp_path), mock.Mock(side_effect=OSError(28, "No space left on device"))
     for tokens in (np.arange(5), make_tokens(4).reshape(2, 2), make_tokens(0)):
-        with pytest.raises(ValueError, match=r"a\.bin"):
-            write_shard(tmp_path / "a.bin", tokens)
+        refuses(r"a\.bin", write_shard, tmp_path / "a.bin", tokens)
     for step in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(os, step, full)
@@ -112,8 +111,7 @@ def test_missing_data_says_how_to_make_it(tmp_path):
         (lambda: DistributedDataLoader([], B=1, T=4), "no data"),
         (lambda: read_meta(tmp_path / "none"), "no data folder .*none"),
     ):  # fmt: skip
-        with pytest.raises(FileNotFoundError, match=words):
-            look()
+        refuses(words, look, error=FileNotFoundError)
 
 
 META = {"encoding": "gpt2", "vocab_size": 50257, "eot_token": 50256, "shards": {}, "complete": True}
@@ -130,13 +128,11 @@ def test_meta_of_one_machine_and_of_several(tmp_path):
     with pytest.warns(UserWarning, match="unfinished"):
         read_meta(tmp_path)
     second.write_text(json.dumps(META | {"tokens": {}, "encoding": "bytes"}))
-    with pytest.raises(ValueError, match=r"encoding is 'gpt2' in .*p0000.* 'bytes' in .*p0001"):
-        read_meta(tmp_path)
+    refuses(r"encoding is 'gpt2' in .*p0000.* 'bytes' in .*p0001", read_meta, tmp_path)
     bad = "{", "[]", "{}", '{"encoding": 3}', json.dumps(META | {"tokens": 3}), "[" * 100_000, "\x00"
     for damaged in bad:
         second.write_text(damaged)
-        with pytest.raises(ValueError, match=r"meta_p0001\.json is damaged"):
-            read_meta(tmp_path)
+        refuses(r"meta_p0001\.json is damaged", read_meta, tmp_path)
 
 
 def next_tokens(*loaders: DistributedDataLoader, n: int) -> torch.Tensor:
@@ -235,8 +231,7 @@ def test_resume_on_another_stream_is_refused_by_field_and_values(tmp_path):
         (load(), load("longer"), "tokens=500, .* tokens=501"), (load(), load("one"), "files=2, .* files=1"),
         (load(shuffle=False), load(B=3, shuffle=False), r"B \* world_size=2, .* B \* world_size=3"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            now.load_state_dict(saved.state_dict())
+        refuses(words, now.load_state_dict, saved.state_dict())
 
 
 def test_wrong_arguments_and_too_little_data_are_named(tmp_path):
@@ -247,8 +242,7 @@ def test_wrong_arguments_and_too_little_data_are_named(tmp_path):
         (dict(B=8, world_size=2), "B=8 .*world_size=2 .* 16 samples of T=8.* 129 tokens.* 120 tokens, 14 "),
         (dict(B=4, world_size=2, shuffle=False), "B=4 .* 8 samples .* 65 .*in one shard.* 120 tokens, 0 "),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            DistributedDataLoader(tmp_path, **dict(B=1, T=8) | wrong)
+        refuses(words, DistributedDataLoader, tmp_path, **dict(B=1, T=8) | wrong)
 
 
 def test_an_error_names_the_file_and_keeps_the_position(tmp_path, monkeypatch):
@@ -259,14 +253,12 @@ def test_an_error_names_the_file_and_keeps_the_position(tmp_path, monkeypatch):
     loader = DistributedDataLoader(tmp_path, B=2, T=10, vocab_size=257, shuffle=False)
     next_tokens(loader, n=3)
     for _ in range(2):  # and again, rather than going on behind it
-        with pytest.raises(ValueError, match=r"train_000000\.bin: token 257 .* 77 .*vocab_size=257"):
-            loader.next_batch()
+        refuses(r"train_000000\.bin: token 257 .* 77 .*vocab_size=257", loader.next_batch)
         assert loader.state_dict()["position"] == 6
     loader = DistributedDataLoader(tmp_path, B=2, T=10, vocab_size=258, shuffle=False)
     next_tokens(loader, n=8)
     os.unlink(tmp_path / "train_000001.bin")
-    with pytest.raises(FileNotFoundError, match=r"train_000001\.bin"):
-        next_tokens(loader, n=9)
+    refuses(r"train_000001\.bin", next_tokens, loader, n=9, error=FileNotFoundError)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

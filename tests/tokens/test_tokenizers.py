@@ -1,4 +1,4 @@
-"""Tokenizers of one's own, ids without text, nanoGPT's characters, several sources.
+"""Encodings of bytes and of tiktoken, tokenizers of one's own, ids without text, nanoGPT's characters.
 
 Run: python -m pytest tests/tokens/test_tokenizers.py"""
 
@@ -6,12 +6,15 @@ import json
 import pickle
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import slow
+import requests
+import tiktoken
+from conftest import refuses, slow
 from corpus import DOCUMENTS, build, content, stream_of, write_source
 from models import tiny
 from processes import finish, flags, made_up_text, start, write_data
@@ -28,6 +31,39 @@ from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
 from tokens.shards import DistributedDataLoader, read_meta, read_shard, write_shard
 from training.checkpoints import load_model, save_checkpoint
 
+
+def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    encoding = encodings.get_encoding("bytes")
+    text = "naïve 😀\n\n\ttab<|endoftext|>" + "long line " * 200
+    assert encodings.encode(encoding, text).tolist() == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # exported folders may lie where it is not installed
+    ids = encodings.encode_text(text, "bytes")
+    assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
+
+
+def offline(name):
+    raise requests.exceptions.ConnectionError("no route")
+
+
+def without_end(name):
+    return tiktoken.Encoding("small", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})
+
+
+@pytest.mark.parametrize(("name", "fetch", "words"), [
+    ("gtp2", without_end, "encoding='gtp2'.*'gpt2'"),
+    ("p50k_base", offline, "'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"),
+    ("cl100k_base", without_end, r"'cl100k_base' has no <\|endoftext\|>.*gpt2"),
+])  # fmt: skip
+def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, words, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", fetch)
+    refuses(words, encodings.get_encoding, name)
+    refuses(r"encoding='unknown'.*config\.json", encodings.decode_tokens, [1], "unknown")
+
+
+# ---------------------------------------------------------------------------- TOKENIZERS
 TEXTS = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30] * 9
 
 
@@ -60,8 +96,7 @@ def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_
     assert DistributedDataLoader(out, 8, 32, vocab_size=100_000).next_batch()[0].max() > 1 << 16
     KNOWN.clear()
     (out / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: .*`python fineweb.py .*--tokenizer="):
-        read_meta(out)
+    refuses(r"tokenizer\.json: .*`python fineweb.py .*--tokenizer=", read_meta, out)
     encoding = read_tokenizer(str(tmp_path), None)
     sizes = encodings.token_bytes(encoding.name)
     assert sizes[stream_of(out)].sum() == len("".join(TEXTS).encode()) and encoding.name == meta["encoding"]
@@ -85,9 +120,8 @@ def test_a_large_vocabulary_goes_through_uint32_shards_to_a_folder_and_back(tmp_
 
 @pytest.mark.slow
 def test_a_trained_tokenizer_is_the_same_again_after_any_kill(tmp_path, monkeypatch):
-    source = write_source(
-        tmp_path / "a.jsonl", texts := [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
-    )
+    texts = [*DOCUMENTS, *made_up_text()[:60_000].split(" the ")]
+    source = write_source(tmp_path / "a.jsonl", texts)
     make = lambda out: build(source, out, encoding=None, train_tokenizer=600, shard_size=9000)  # noqa: E731
     make(whole := tmp_path / "whole")
     tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
@@ -117,10 +151,8 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, nam
     known, source = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a")), write_source(tmp_path / "a.jsonl")
     (tmp_path / name).write_text(text or known.to_str())
     flags = dict(encoding=None, tokenizer=str(tmp_path / name), val_tokens=4)
-    with pytest.raises(ValueError, match=words):
-        build(source, tmp_path / "out", **flags, **flag)
-    with pytest.raises(ValueError, match="no such file"):
-        build(source, tmp_path / "out", **flags | dict(tokenizer=str(tmp_path / "none")))
+    refuses(words, build, source, tmp_path / "out", **flags, **flag)
+    refuses("no such file", build, source, tmp_path / "out", **flags | dict(tokenizer=str(tmp_path / "none")))
     if not (text or flag):
         assert build(source, tmp_path / "out", **flags, end_token="</s>")["eot_token"] == 1
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
@@ -162,8 +194,7 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
     assert code == 0 and "sample\n    a" in said and "bits per byte" in said, said
     for wrong in (Evil(), table | {"stoi": Evil()}, table | {"vocab_size": 7}, 7):
         Path("meta.pkl").write_bytes(pickle.dumps(wrong))
-        with pytest.raises(ValueError, match=r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out"):
-            read_meta(".")
+        refuses(r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out", read_meta, ".")
     assert not Path("executed").exists()
 
 
@@ -185,8 +216,7 @@ def test_ids_without_text_train_and_offer_no_text(tmp_path, has_meta, capsys):
         assert train_gpt_moe.main(flags(data, tmp_path / "no", *more, *wrong)) == 2
         assert wrong[0].strip("-") in capsys.readouterr().err
     assert checkpoint.main(["export", str(tmp_path / "log" / "latest"), str(tmp_path / "folder")]) == 0
-    with pytest.raises(ValueError, match="encoding='none'"):
-        load_model(tmp_path / "folder").generate("text")
+    refuses("encoding='none'", load_model(tmp_path / "folder").generate, "text")
 
 
 def test_sources_follow_each_other_each_with_its_field(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from models import WTE, dense_model, tokens
 from models import small_checkpoint as small
 from processes import equal, little_memory, write_index
@@ -83,13 +84,10 @@ def test_latest_is_followed_only_to_a_checkpoint_beside_it(save, tmp_path):
         assert load_checkpoint(name)["step"] == 2 and ckpt.follow_latest(name) == path
     assert ckpt.list_checkpoints(f"{tmp_path}/") == [path]
     latest.write_text("../../etc/passwd")
-    with pytest.raises(CheckpointError, match="no checkpoint's name"):
-        load_checkpoint(latest)
+    refuses("no checkpoint's name", load_checkpoint, latest, error=CheckpointError)
     latest.write_text("model_00009.pt")
-    with pytest.raises(FileNotFoundError, match=r"model_00009.pt: no such checkpoint"):
-        load_checkpoint(latest)
-    with pytest.raises(CheckpointError, match=f"is the folder of a run; .*{latest}"):
-        load_checkpoint(f"{tmp_path}/")
+    refuses(r"model_00009.pt: no such checkpoint", load_checkpoint, latest, error=FileNotFoundError)
+    refuses(f"is the folder of a run; .*{latest}", load_checkpoint, f"{tmp_path}/", error=CheckpointError)
 
 
 def test_a_newer_format_is_never_passed_over(save, tmp_path, monkeypatch):
@@ -98,8 +96,7 @@ def test_a_newer_format_is_never_passed_over(save, tmp_path, monkeypatch):
         for module in (ckpt, archives):
             patch.setattr(module, "CHECKPOINT_FORMAT", 2)
         save(small(2), tmp_path)
-    with pytest.raises(NewerFormatError, match=r"model_00002.* format is 2.* up to 1; update"):
-        load_newest(tmp_path)
+    refuses(r"model_00002.* format is 2.* up to 1; update", load_newest, tmp_path, error=NewerFormatError)
 
 
 # ---------------------------------------------------------------------------- the machine is to blame
@@ -141,8 +138,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, name, e
     for place in (0, file.stat().st_size // 2, file.stat().st_size - 1):
         monkeypatch.setattr(Unanswering, "place", place)
         for read in (ckpt.verify_checkpoint, load_checkpoint):
-            with pytest.raises(OSError, match=message):
-                read(tmp_path / name.split("/")[0])
+            refuses(message, read, tmp_path / name.split("/")[0], error=OSError)
         with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
             patch.setattr(ckpt, "verify_checkpoint", lambda path: None)
             load_newest(tmp_path)
@@ -151,8 +147,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, name, e
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
     refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(PermissionError, match=str(tmp_path)):
-        load_newest(tmp_path)
+    refuses(str(tmp_path), load_newest, tmp_path, error=PermissionError)
 
 
 # ---------------------------------------------------------------------------- damaged and foreign files
@@ -217,8 +212,7 @@ def test_a_compressed_file_is_refused_before_it_is_unpacked(good, tmp_path):
     with zipfile.ZipFile(io.BytesIO(good["model_00003.pt"])) as plain, zipfile.ZipFile(path, "w") as packed:
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
-    with pytest.raises(CheckpointError, match=r"model_00001\.pt: .*kind of .* is wrong"):
-        load_checkpoint(path)
+    refuses(r"model_00001\.pt: .*kind of .* is wrong", load_checkpoint, path, error=CheckpointError)
 
 
 FOREIGN = {  # name: what writes it
@@ -236,8 +230,7 @@ def test_foreign_files_are_refused(tmp_path, name):
     path = tmp_path / "model_00001.pt"
     with open(path, "wb") as file:
         FOREIGN[name](file)
-    with pytest.raises(CheckpointError, match=str(path)):
-        load_checkpoint(path)
+    refuses(str(path), load_checkpoint, path, error=CheckpointError)
 
 
 class Malice:
@@ -252,9 +245,7 @@ class Malice:
 
 @pytest.mark.parametrize("place", ["file", "old torch format", "rest.pt", ".metadata"])
 def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
-    trace, folder, file = (
-        tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt",
-    )  # fmt: skip
+    trace, folder, file = tmp_path / "trace", save_folder(small(1), tmp_path), tmp_path / "model_00001.pt"
     bad = {**small(1), "config": Malice(trace)}
     if place == ".metadata":  # torch's own index, a pickle: it is never opened
         (folder / place).write_bytes(pickle.dumps(bad))
@@ -268,8 +259,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, place):
             sharded.read_rest(folder)
     else:
         torch.save(bad, file, _use_new_zipfile_serialization=place == "file")
-        with pytest.raises(CheckpointError, match=str(file)):
-            load_checkpoint(file)
+        refuses(str(file), load_checkpoint, file, error=CheckpointError)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Malice(trace)))  # the trap works: unpickling does run it
     assert trace.exists()

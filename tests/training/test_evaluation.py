@@ -95,13 +95,8 @@ def test_a_mixture_with_several_validation_sets(data, tmp_path, monkeypatch, cap
     for curve, step, name in (("loss/val/c2", 4, "val_loss/c2"), ("data/epoch/web", 3, "epoch/web")):
         assert points(read_events(tmp_path / "log"), curve)[step] == pytest.approx(last[name])
     assert last["epoch/web"] == pytest.approx(23 / 9 * last["epoch/code"])
-    for words in (
-        "code 9 samples = 0.",
-        "web 23 samples = 0.",
-        "validation loss of c2 ",
-        "epochs          code 0.",
-    ):
-        assert words in said, said
+    words = "code 9 samples = 0.", "web 23 samples = 0.", "validation loss of c2 ", "epochs          code 0."
+    assert all(text in said for text in words), said
     resume = "--resume auto --log_dir log --device cpu --max_steps 5 --data_dir".split()
     assert train_gpt_moe.main([*resume, "web:1,code:1"]) == 0
     assert "data_dir was 'web:0.7,code:0.3' and is 'web:1,code:1' from step 4 on" in capsys.readouterr().out

@@ -343,9 +343,7 @@ def test_no_code_that_could_run_what_a_file_says(name):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
             wrong = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"} & set(names)
-            assert not wrong or name == "tokens/nanogpt_data.py", (
-                node.lineno
-            )  # its Unpickler refuses all names
+            assert not wrong or name == "tokens/nanogpt_data.py", node.lineno  # it refuses all names
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert not re.search(r"http://(?!localhost)", node.value), node.value
         if not isinstance(node, ast.Call):

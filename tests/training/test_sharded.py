@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import WTE, dense_model, small_checkpoint
@@ -70,8 +71,7 @@ def test_a_forged_index_is_refused(folder, original, capsys, message):
     (folder.parent / "secret").touch()
     FORGERIES[message](original)
     write_index(folder, original)
-    with pytest.raises(CheckpointError, match=f"{folder}.*{message}"):
-        ckpt.load_checkpoint(folder)
+    refuses(f"{folder}.*{message}", ckpt.load_checkpoint, folder, error=CheckpointError)
     assert checkpoint.main(["verify", str(folder)]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
@@ -88,8 +88,7 @@ def test_parts_that_overlap_or_leave_a_gap_are_refused_though_their_sizes_add_up
              ([], ((0,), (1,))), ([-2, -3], ((0, 0), (-2, 3))), ([5, 4],), ([],), ([4], ((1,), (4,))),
              ([4], ((0,), (4, 1)))]  # fmt: skip
     for shape, *parts in wrong:
-        with pytest.raises(ValueError, match="the parts of x do not fill its shape"):
-            check(shape, *parts)
+        refuses("the parts of x do not fill its shape", check, shape, *parts)
 
 
 def places(value, path: tuple = ()) -> list[tuple]:
