@@ -56,6 +56,7 @@ from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.profiler import Profiler
+from training.scaling import depth_settings
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
 
@@ -71,6 +72,9 @@ class TrainConfig(llmc.Flags):
     preset: str = setting("", "named settings: demo, gpt2, modern, qwen3 or llmc")
     config: str = setting("", "file of settings, such as the run.json of a run; flags win over it")
     run_name: str = setting("", "write to log/NAME, unless log_dir is given")
+    depth: int = setting(
+        0, "sizes, batch, steps and rates for so many layers; 12 = 124M; 0 = as set", least=0
+    )
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
     text: str = setting("", "train on this text file, or folder of texts, as bytes; 10% of it validates")
@@ -178,14 +182,17 @@ class TrainConfig(llmc.Flags):
     qk_norm: bool = setting(False, "normalise queries and keys")
     logit_softcap: float = setting(0.0, "largest logit, by a tanh; 0 = no limit")
     init: str = setting("gpt2", "gpt2, or zero_proj: projections into the residual stream start at zero")
-    ngram_order: int = setting(0, "longest n-gram that has embeddings of its own, 2 or more; 0 = none")
+    ngram_order: int = setting(
+        0, "longest n-gram with embeddings; 0 = none; -1 = 6 if tokens are bytes", least=-1
+    )
     ngram_rows: int = setting(16384, "embeddings for each n = 2 .. ngram_order, chosen by a hash")
     tie_word_embeddings: bool = setting(True, "one matrix for token embedding and head")
 
 
 # Named settings (--preset NAME). A flag overrides them.
 MODERN = dict(  # settings that lowered the loss: docs/measurements/recipe_ablation.csv
-    optimizer="muon", max_lr=1e-2, position="rope", qk_norm=True, activation="relu2"
+    optimizer="muon", muon_steps=3, muon_equal_neurons=True, max_lr=5e-3, position="rope", qk_norm=True,
+    activation="relu2", ngram_order=-1,
 )  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # GPT-2 124M, dense
@@ -193,7 +200,7 @@ PRESETS = {
     "modern": MODERN | dict(max_lr=2e-3),
     "qwen3": MODERN | dict(  # equal loss; can be exported as a stock Qwen3 or Qwen3-MoE
         max_lr=2e-3, norm="rmsnorm", activation="swiglu", bias=False, mlp_hidden_size=2048,
-        expert_hidden_size=2048,
+        expert_hidden_size=2048, ngram_order=0,
     ),
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, num_experts=8,
@@ -205,13 +212,15 @@ PRESETS = {
 
 
 def overrides(config: TrainConfig) -> dict:
-    """The settings that --preset and --model replace. ValueError for unknown names."""
+    """The settings that --preset, --depth and --model replace. ValueError for unknown names."""
     if config.preset and config.preset not in PRESETS:
         raise ValueError(f"preset={config.preset!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS.get(config.preset, {})
     model = config.model or preset.get("model", "")
     if model and model not in llmc.MODELS:
         raise ValueError(f"model={model!r}: choose one of {', '.join(llmc.MODELS)}")
+    if config.depth:
+        preset = preset | depth_settings(config.depth, TrainConfig(**preset))
     return preset | (dict(use_moe=False) | llmc.MODELS[model] if model else {})
 
 

@@ -316,6 +316,8 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
         bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
     )  # fmt: skip
+    if config.ngram_order < 0:
+        config.ngram_order = fields["ngram_order"] = 6 if meta["encoding"] == "bytes" else 0
     fields["block_size"] = config.block_size or config.T
     # A multiple of 128 is fast. -1: no padding. The padding's logits change the first loss by 0.001.
     multiple = 1 if config.vocab_size < 0 else 128

@@ -1,0 +1,41 @@
+"""One dial for the size of a run, --depth N, and the rules by which rates follow the size.
+
+Presets' rates are for 12 layers of 768 channels and 2^19 tokens per step. transferred() moves them to another
+width, batch and length; depth_settings() chooses all of these from the number of layers alone.
+References: compute-optimal length and batch, nanochat's base_train.py (12 tokens per parameter; batch ~
+tokens^0.383, "Power Lines", arXiv 2505.13738; weight decay with a constant horizon in tokens, same paper);
+rate ~ sqrt(batch), arXiv 2405.14578; AdamW's rate ~ 1/width, arXiv 2203.03466. Muon's exponent is measured
+here: docs/measurements.md, "One dial"."""
+
+import math
+
+WIDTH, BATCH = 768, 2**19  # channels and tokens per step for which presets' rates are meant
+WIDTH_EXPONENTS = {"adamw": 1.0, "muon": 0.5}  # rate ~ width^-exponent
+TOKENS_PER_PARAMETER, BATCH_EXPONENT, VOCABULARY = 12, 0.383, 50304
+
+
+def depth_parameters(depth: int) -> int:
+    """Parameters in matrix products of a dense model of --depth: 12 C^2 per block, and the head's C V."""
+    C = 64 * depth
+    return 12 * C * C * depth + C * VOCABULARY
+
+
+def transferred(rate: float, decay: float, optimizer: str, n_embd: int, batch: int, steps: int) -> dict:
+    """max_lr and weight_decay for another width, tokens per step and number of steps, given those for 768
+    channels, 2^19 tokens per step and the compute-optimal number of steps of 12 layers. The product of rate,
+    decay and steps stays: weights then forget their past after the same share of a run."""
+    max_lr = rate * (n_embd / WIDTH) ** -WIDTH_EXPONENTS[optimizer] * math.sqrt(batch / BATCH)
+    steps_of_12 = TOKENS_PER_PARAMETER * depth_parameters(12) / BATCH
+    return dict(max_lr=max_lr, weight_decay=decay * rate * steps_of_12 / (max_lr * steps))
+
+
+def depth_settings(depth: int, config) -> dict:
+    """Settings of a compute-optimal run of `depth` layers with 64 channels for each layer and heads of 64.
+    config: a TrainConfig with the rates for 12 layers, and with experts or without."""
+    tokens = TOKENS_PER_PARAMETER * depth_parameters(depth)
+    ideal = BATCH * (depth_parameters(depth) / depth_parameters(12)) ** BATCH_EXPONENT
+    batch = 2 ** round(math.log2(ideal))
+    steps, width = round(tokens / batch), 64 * depth
+    rates = transferred(config.max_lr, config.weight_decay, config.optimizer, width, batch, steps)
+    return dict(n_layer=depth, n_head=depth, n_embd=width, total_batch_size=batch, max_steps=steps,
+                warmup_steps=max(1, steps // 20), **rates)  # fmt: skip
