@@ -182,9 +182,8 @@ def main(arguments: list[str]) -> int:
         parallel.TIMEOUT, save = timedelta(seconds=5), ckpt.save_checkpoint
         ckpt.save_checkpoint = lambda *args: time.sleep(12) or save(*args)
         return train_gpt_moe.main(arguments)
+    parallel.TIMEOUT = timedelta(seconds=2)
     world = parallel.start("cpu")
-    parallel.TIMEOUT = timedelta(seconds=1)
-    dist.distributed_c10d._set_pg_timeout(parallel.TIMEOUT)
     folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = small(1, C=600)
@@ -214,8 +213,8 @@ def main(arguments: list[str]) -> int:
         sharded.PartWriter.stage = lambda self, tensors: torch.empty(1 << 60)  # no memory for the copy
     save(7)
     sharded.PartWriter.stage = stage
-    writer.save({**state, "step": 8}, before=lambda: time.sleep(1.5 * rank))  # longer than TIMEOUT
-    time.sleep(1.5 * (1 - rank))
+    writer.save({**state, "step": 8}, before=lambda: time.sleep(2.5 * rank))  # longer than TIMEOUT
+    time.sleep(2.5 * (1 - rank))
     world.check_equal("data", {})  # rank 1 waits for rank 0, and in the save's thread rank 0 for rank 1
     seen.append((8, str(writer.wait()), False))
     (folder / f"seen{rank}").write_text(json.dumps(seen))
