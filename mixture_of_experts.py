@@ -281,7 +281,9 @@ class MoE(nn.Module):
             balance_loss = self.balance_loss(sums, counts, n, divisor)
         kept = torch.cat((totals[1:2], sums.flatten())) if self.sums_products else totals[1:]
         kept = (kept.detach().nan_to_num(0.0) * FIXED_POINT).round().long()
-        return RouterAuxiliary(balance_loss, totals[0], torch.cat((kept[:1], counts, counts, kept[1:])))
+        # Rounding can make an entropy negative. With this clamp Inductor writes all in one kernel.
+        added = torch.cat((kept[:1], counts, counts, kept[1:])).clamp_min(0)
+        return RouterAuxiliary(balance_loss, totals[0], added)
 
     def balance_loss(self, sums: Tensor, counts: Tensor, n: Tensor, divisor) -> Tensor:
         """This call's part of the balance loss, from the sums of p (E,) or p p^T (E, E) over its n tokens.

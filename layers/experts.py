@@ -63,23 +63,27 @@ class Permute(torch.autograd.Function):
 
 
 class BiasOfRows(torch.autograd.Function):
-    """bias (E, D), expert (R,) -> bias[expert] (R, D), times weight (R, 1) if it is not None. The gradient of
-    the bias is a product with a one-hot matrix, without atomics."""
+    """bias (E, D), expert (R,) -> bias[expert] (R, D) in dtype, times weight (R, 1) if it is not None. The
+    gradient of the bias is a product with a one-hot matrix, without atomics."""
 
     @staticmethod
-    def forward(ctx, bias, expert, weight):
+    def forward(ctx, bias, expert, weight, dtype):
         ctx.save_for_backward(bias, expert, weight)
-        rows = bias.index_select(0, expert.int())
-        return rows if weight is None else (rows * weight).to(rows.dtype)
+        rows = bias.index_select(0, expert.int()).to(dtype)
+        return rows if weight is None else (rows * weight).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
         bias, expert, weight = ctx.saved_tensors
         one_hot = expert[:, None] == torch.arange(bias.shape[0], device=grad.device)  # (R, E)
+        factor = (one_hot if weight is None else one_hot * weight).to(grad.dtype)
+        # On CUDA a product of bf16 or fp16 can write fp32 itself.
+        wide = grad.is_cuda and grad.itemsize == 2 and bias.dtype == torch.float32
+        grad_bias = torch.mm(factor.t(), grad, **(dict(out_dtype=bias.dtype) if wide else {})).to(bias.dtype)
         if weight is None:
-            return one_hot.to(grad.dtype).t() @ grad, None, None
-        grad_weight = (grad * bias.index_select(0, expert.int())).sum(1, keepdim=True, dtype=weight.dtype)
-        return (one_hot * weight).to(grad.dtype).t() @ grad, None, grad_weight
+            return grad_bias, None, None, None
+        rows = bias.index_select(0, expert.int()).to(grad.dtype)
+        return grad_bias, None, (grad * rows).sum(1, keepdim=True, dtype=weight.dtype), None
 
 
 class TakeRows(torch.autograd.Function):
@@ -100,20 +104,20 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     """Sort the routed rows by expert. expert and weight (N, K) give each token K rows. If the number varies,
     expert, weight and token are (R,), token by token."""
     K = expert.shape[1] if token is None else None
-    expert = expert.reshape(-1).to(torch.int16)  # sorting takes a third of int64's time
+    expert = expert.to(torch.int16).reshape(-1)  # sorting takes a third of int64's time
     experts = torch.arange(num_experts, device=expert.device, dtype=torch.int16)
     if torch.compiler.is_exporting():  # ONNX has no stable sort, and the engine "all" needs no order
         order = torch.arange(expert.shape[0], device=expert.device)
         ends = (expert[:, None] <= experts).sum(0).int()  # (E,)
     else:
-        expert, order = expert.sort(stable=True)
-        ends = torch.searchsorted(expert, experts, right=True).int()  # (E,)
+        by_expert, order = expert.sort(stable=True)
+        ends = torch.searchsorted(by_expert, experts, right=True).int()  # (E,)
     token = order // K if token is None else token[order]  # (R,)
     rows = torch.arange(order.shape[0], device=order.device, dtype=torch.int32)
     position = torch.empty_like(rows)
     position[order] = rows
     weight = Permute.apply(weight.reshape(-1), order, position)
-    return Routing(token, weight, ends, expert, order, position, K)
+    return Routing(token, weight, ends, expert[order], order, position, K)
 
 
 def take_rows(x: Tensor, routing: Routing) -> Tensor:
@@ -362,12 +366,12 @@ class Experts(nn.Module):
             c_fc, c_proj = (ZeroIdleGradients.apply(p, routing.counts()) for p in (c_fc, c_proj))
         h = product(take_rows(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
         if self.c_fc_bias is not None:
-            h = h + BiasOfRows.apply(plain(self.c_fc_bias).to(x.dtype), routing.expert, None)
+            h = h + BiasOfRows.apply(plain(self.c_fc_bias), routing.expert, None, x.dtype)
         # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
         h = (act.forward(h) * w).to(x.dtype)
         y = product(h, c_proj.mT, ends)  # (R, C)
         if self.c_proj_bias is not None:
-            y = y + BiasOfRows.apply(plain(self.c_proj_bias).to(x.dtype), routing.expert, w)
+            y = y + BiasOfRows.apply(plain(self.c_proj_bias), routing.expert, w, x.dtype)
         return combine(y, routing, x.shape[0])  # (N, C)
 
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:

@@ -20,7 +20,6 @@ from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError
 
-WAIT_S = 5.0  # seconds between two collectives while ranks wait for a save
 BUFFER_BYTES = 2**28  # of the memory for copies
 
 
@@ -67,13 +66,6 @@ class CheckpointWriter:
         self._thread.start()
         return pause
 
-    def is_writing(self, seconds: float) -> bool:
-        """Whether a save is still being written. Waits for its end, but at most so many seconds."""
-        if self._thread is None:
-            return False
-        self._thread.join(seconds)
-        return self._thread.is_alive()
-
     def wait(self) -> Exception | None:
         """Wait until the last save has ended; returns its exception, or None."""
         if self._thread is not None:
@@ -84,7 +76,8 @@ class CheckpointWriter:
     def wants_retry(self) -> bool:
         """Whether the last save failed, may succeed now, and began more than retry_s seconds ago."""
         late = time.perf_counter() - self.tried_at > self.retry_s
-        return late and self._is_retryable() and not self.is_writing(0)
+        writing = self._thread is not None and self._thread.is_alive()
+        return late and self._is_retryable() and not writing
 
     def _is_retryable(self) -> bool:
         return self.error is not None and not isinstance(self.error, NotFiniteError)
@@ -207,9 +200,9 @@ class RunSaver:
         return stops
 
     def wait(self) -> None:
-        """Wait on all ranks until the last save has ended. In a single collective TIMEOUT could end them."""
-        while self.run.layout.any(self.writer.is_writing(WAIT_S)):
-            pass
+        """Wait on all ranks until the last save has ended."""
+        self.writer.wait()
+        self.run.layout.world.barrier()
 
     def _checkpoint(self) -> dict:  # docs/formats.md lists its entries
         run = self.run

@@ -199,6 +199,7 @@ def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, d
             command = resume_command(dataclasses.replace(config, log_dir=others[0]))
             where = f"; checkpoints are in {', '.join(others[:9])}; continue the first with: {command}"
         say(f"resume: no checkpoint in log_dir={log_dir}: a new run starts{where}")
+    world.barrier()  # rank 0 verifies the whole checkpoint
     found = [step_of(path), path.is_dir()] if path else [0, 0]
     step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
     if step > 0 and not world.is_master:

@@ -10,7 +10,8 @@ import socket
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
 from training.rendezvous import TIMEOUT, check_equal, check_own_gpu, read_environment, rendezvous, telling
 
+PATIENCE = timedelta(days=1)  # of a rank that waits for another's files; heartbeats find lost ranks
+
 
 @dataclass(frozen=True)
 class World:
@@ -40,6 +43,7 @@ class World:
     device: torch.device
     heartbeat: Heartbeat | None = None  # None if there is no process group
     store: dist.Store | None = None  # a dictionary that all ranks share
+    patient: dist.ProcessGroup | None = None  # all ranks, on the CPU
 
     @property
     def is_master(self) -> bool:  # prints, logs and saves
@@ -52,9 +56,9 @@ class World:
         return tensor
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks are here, for as long as a rank reads or writes files."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
     def lost_rank(self) -> str:
         """After an error: a sentence that names the lost ranks, "" if none is lost. Takes some seconds."""
@@ -62,6 +66,8 @@ class World:
 
     def check_equal(self, what: str, mine: dict) -> None:
         """ValueError on all ranks if `mine` differs between ranks, naming the entries, ranks and values."""
+        if self.patient:
+            self.barrier()
         if self.size > 1:
             check_equal(self.store, self.rank, self.size, what, mine)
 
@@ -127,7 +133,7 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
         dist.init_process_group(**how)
     heartbeat.start()
     atexit.register(heartbeat.stop)
-    return world
+    return replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def stop(world: World | None = None) -> None:
@@ -176,7 +182,7 @@ def make_layout(world: World, parallel: str, zero_stage: int, ep_size: int) -> L
     device, fsdp, shape = world.device.type, parallel == "fsdp", (world.size // ep_size, ep_size)
     all_ranks = init_device_mesh(device, (world.size,), mesh_dim_names=("all",)) if fsdp else None
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replica", "expert")) if ep_size > 1 else None
-    savers = dist.new_group(backend="gloo", timeout=TIMEOUT) if fsdp or ep_size > 1 else None
+    savers = dist.new_group(backend="gloo", timeout=PATIENCE) if fsdp or ep_size > 1 else None
     return Layout(world, parallel, zero_stage, ep_size, all_ranks, mesh, savers)
 
 

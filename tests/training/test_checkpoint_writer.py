@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_gpt_moe
-from training import checkpoint_writer, parallel, sharded
 from training import checkpoints as ckpt
+from training import parallel, sharded
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
@@ -179,15 +179,17 @@ def main(arguments: list[str]) -> int:
     """One of two processes that save together. Writes (step, error, whether to try again) of each save, as
     this rank sees it."""
     if "SLOW_DISK" in os.environ:
-        parallel.TIMEOUT, checkpoint_writer.WAIT_S, save = timedelta(seconds=5), 1, ckpt.save_checkpoint
+        parallel.TIMEOUT, save = timedelta(seconds=5), ckpt.save_checkpoint
         ckpt.save_checkpoint = lambda *args: time.sleep(12) or save(*args)
         return train_gpt_moe.main(arguments)
-    dist.init_process_group("gloo")
+    parallel.TIMEOUT = timedelta(seconds=2)
+    world = parallel.start("cpu")
     folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])
     state = small(1, C=600)
     state["model"][WTE] = weight
-    writer = CheckpointWriter(folder, 9, say=str, rank=rank, savers=dist.group.WORLD, retry_s=0)
+    savers = parallel.make_layout(world, "fsdp", 0, 1).savers
+    writer = CheckpointWriter(folder, 9, say=str, rank=rank, savers=savers, retry_s=0)
 
     def save(step: int, here: bool = False, before=lambda: None, sick: float = 0.0) -> None:
         """here: on this rank the disk is full, or if `sick` is given a weight is sick."""
@@ -198,9 +200,7 @@ def main(arguments: list[str]) -> int:
             writer.wait()
         seen.append((step, str(writer.error), writer.wants_retry()))
         weight.to_local().copy_(good + 1)  # a step of training, for which the ranks need each other
-        count = torch.ones(1)
-        dist.all_reduce(count)
-        assert count == 2
+        world.barrier()
 
     save(1)
     save(2, here=rank == 1)
@@ -213,9 +213,12 @@ def main(arguments: list[str]) -> int:
         sharded.PartWriter.stage = lambda self, tensors: torch.empty(1 << 60)  # no memory for the copy
     save(7)
     sharded.PartWriter.stage = stage
-    save(8)
+    writer.save({**state, "step": 8}, before=lambda: time.sleep(2.5 * rank))  # longer than TIMEOUT
+    time.sleep(2.5 * (1 - rank))
+    world.check_equal("data", {})  # rank 1 waits for rank 0, and in the save's thread rank 0 for rank 1
+    seen.append((8, str(writer.wait()), False))
     (folder / f"seen{rank}").write_text(json.dumps(seen))
-    parallel.stop()
+    parallel.stop(world)
     return 0
 
 
