@@ -186,7 +186,7 @@ def bench_time_to_loss(options) -> list[dict]:
     for scale in SCALES if options.nanochat else ():
         name, folder = f"nanochat, rates x {scale:g}", options.nanochat
         build[name] = partial(build_nanochat, folder, scale, size, batch["nanochat"], train)
-    for name in RECIPES:
+    for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
         fields = RECIPES[name] | size | dict(B=batch[name])
         build[name] = partial(build_ours, name, fields, train, 256)
     shares = {"modern": (0.15, 1.0), "modern-moe": (0.2, 1.0)}  # the short ones: to reach nanoGPT's loss

@@ -55,15 +55,6 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x
 
 
-def equalise(updates: torch.Tensor) -> torch.Tensor:
-    """Nearly orthogonal matrices (n, r, c), r <= c, whose neurons' updates all get the norm that they have on
-    average, sqrt(r/c); none grows more than tenfold. The neurons are the columns, of square matrices the
-    rows. So says NorMuon, arXiv 2510.05491, which divides by a mean over steps: that did no better here."""
-    r, c = updates.shape[-2:]
-    norms, mean = torch.linalg.vector_norm(updates, dim=-2 if c > r else -1, keepdim=True), math.sqrt(r / c)
-    return updates * (mean / norms.clamp_min(mean / 10))
-
-
 class Owners:
     """Which ranks orthogonalise `count` matrices (count, r, c), where `parameter` has some of them.
     replicated: all ranks have all plain parameters. turn: the rank whose share is rounded up first."""
@@ -122,7 +113,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
                  betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
-        muon = dict(momentum=0.95, steps=5, equal_neurons=False, row_blocks=None, replicated=True)
+        muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
         defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
         groups = [defaults[group["method"]] | group for group in param_groups]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
@@ -152,11 +143,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 jobs.append((group, parameters, owners, mine))
                 for block in mine.split(group["row_blocks"] or [mine.size(-2)], dim=-2):
                     wide = block.mT if block.size(-2) > block.size(-1) else block  # (n, r, c), r <= c
-                    stacks[wide.shape[1:], wide.dtype, group["steps"], group["equal_neurons"]].append(wide)
-        for ((_, columns), _, steps, equal_neurons), wide in stacks.items():
-            updates = newton_schulz(torch.cat(wide), steps)
-            updates = equalise(updates) if equal_neurons else updates
-            updates.mul_(ADAMW_RMS * math.sqrt(columns))
+                    stacks[wide.shape[1:], wide.dtype, group["steps"]].append(wide)
+        for ((_, columns), _, steps), wide in stacks.items():
+            updates = newton_schulz(torch.cat(wide), steps).mul_(ADAMW_RMS * math.sqrt(columns))
             torch._foreach_copy_(wide, updates.split([len(matrices) for matrices in wide]))  # into `mine`
         for group, parameters, owners, mine in jobs:
             weights = [local(parameter) for parameter in parameters]
@@ -197,27 +186,21 @@ class MuonAdamW(torch.optim.Optimizer):
         if theirs != ours:
             mend = "resume with the same --optimizer, or start afresh with --init_from"
             raise ValueError(f"saved groups (method, parameters) are {theirs}, here {ours}; {mend}")
-        settings = ("steps", "equal_neurons", "row_blocks", "replicated")
-        kept = [{name: group[name] for name in settings if name in group} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)  # an older state lacks some of them
 
 
 def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                    device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-                   replicated: bool = True, steps: int = 5,
-                   equal_neurons: bool = False) -> MuonAdamW:  # fmt: skip
+                   replicated: bool = True, steps: int = 5) -> MuonAdamW:  # fmt: skip
     """MuonAdamW for a GPT, as GPT.configure_optimizers. replicated=False: for ZeRO, where each rank updates
-    other parameters. steps: of Newton-Schulz; equal_neurons: see equalise()."""
+    other parameters. steps: of Newton-Schulz."""
 
     def details(name, parameter, role):
         if not role.is_matrix:
             return "", dict(method="adamw")
         blocks = row_blocks(name, parameter, model.config)
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
-        how = dict(steps=steps, equal_neurons=equal_neurons, replicated=replicated)
-        return ending, dict(method="muon", row_blocks=blocks, **how)
+        return ending, dict(method="muon", row_blocks=blocks, replicated=replicated, steps=steps)
 
     settings = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
     groups = parameter_groups(model.named_parameters(), *settings, details)

@@ -14,8 +14,7 @@ from training.muon import configure_muon
 OPTIMIZERS = {
     "adamw": lambda model, shared, config: model.configure_optimizers(**shared),
     "muon": lambda model, shared, config: configure_muon(
-        model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps,
-        equal_neurons=config.muon_equal_neurons),
+        model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps),
 }  # fmt: skip
 
 
