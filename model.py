@@ -104,7 +104,7 @@ class GPTConfig(StandardNames, CheckedConfig):
     tie_word_embeddings: bool = True
     init: str = setting("gpt2", choices=("gpt2", "zero_proj"))  # zero_proj: blocks begin as the identity
     ngram_order: int = setting(0, least=0, most=16)  # longest n-gram with an embedding, 2 or more; 0 = none
-    ngram_rows: int = setting(16384, least=1, most=2**24)  # vectors for each n = 2 .. ngram_order
+    ngram_rows: int = setting(8192, least=1, most=2**24)  # vectors for each n = 2 .. ngram_order
     # around the model
     encoding: str = "gpt2"  # how text becomes tokens: a name of tokens/encodings.py
     encoding_size: int | None = setting(None, least=1)  # ids from here on are padding, never generated
@@ -322,10 +322,7 @@ class Transformer(nn.ModuleDict):
         else:
             rotary, x = None, x + self.wpe(position_ids)
         if config.ngram_order:
-            if input_ids is None:
-                raise ValueError(f"ngram_order={config.ngram_order}: inputs_embeds do not tell the n-grams")
-            if previous_ids is None:
-                previous_ids = recall(past_key_values, input_ids, config.ngram_order)
+            previous_ids = recall(past_key_values, input_ids, config.ngram_order, previous_ids)
             x = x + self.ngrams(input_ids, previous_ids, position_ids)
         x = self.drop(x)
 
@@ -506,8 +503,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         output = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, output_router_logits, cache, *part, cu_seq_lens_q,
-            previous_ids=previous_ids,
-        )  # fmt: skip
+            previous_ids=previous_ids)  # fmt: skip
         if targets is not None or self._gives_logits:
             hidden, logits, losses = output.last_hidden_state, None, {}
             # An adapter or quantisation may have replaced the head. linear_cross_entropy needs an nn.Linear.

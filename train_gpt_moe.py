@@ -69,7 +69,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class TrainConfig(llmc.Flags):
     """Every setting of a run. A flag of the same name sets it."""
 
-    preset: str = setting("", "named settings: demo, gpt2, modern, qwen3 or llmc")
+    preset: str = setting("", "demo, gpt2, modern, moe-small, moe-fine, qwen3 or llmc: named settings")
     config: str = setting("", "file of settings, such as the run.json of a run; flags win over it")
     run_name: str = setting("", "write to log/NAME, unless log_dir is given")
     depth: int = setting(
@@ -184,7 +184,7 @@ class TrainConfig(llmc.Flags):
     ngram_order: int = setting(
         0, "longest n-gram with embeddings; 0 = none; -1 = 6 if tokens are bytes", least=-1
     )
-    ngram_rows: int = setting(16384, "embeddings for each n = 2 .. ngram_order, chosen by a hash")
+    ngram_rows: int = setting(8192, "embeddings for each n = 2 .. ngram_order, chosen by a hash")
     tie_word_embeddings: bool = setting(True, "one matrix for token embedding and head")
 
 
@@ -197,6 +197,9 @@ PRESETS = {
     "gpt2": dict(use_moe=False),  # GPT-2 124M, dense
     "llmc": llmc.PRESET,  # the defaults of llm.c's train_gpt2.py
     "modern": MODERN | dict(max_lr=2e-3),
+    "moe-small": MODERN | dict(  # as many active parameters as the dense model
+        max_lr=2e-3, num_experts=8, num_experts_per_tok=2, expert_hidden_size=1536),
+    "moe-fine": MODERN | dict(max_lr=2e-3, num_experts=32, num_experts_per_tok=4, expert_hidden_size=768),
     "qwen3": MODERN | dict(  # equal loss; can be exported as a stock Qwen3 or Qwen3-MoE
         max_lr=2e-3, norm="rmsnorm", activation="swiglu", bias=False, mlp_hidden_size=2048,
         expert_hidden_size=2048, ngram_order=0,

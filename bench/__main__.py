@@ -88,12 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     from bench.measure import print_table
     from tokens.printable import print_error
-    from training.parallel import choose_device
+    from training.parallel import choose_device, keep_freed_memory
 
     module = importlib.import_module(f"bench.{COMMANDS[options.command][0]}")
     try:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         options.device = choose_device(getattr(options, "device", "cpu") or default, 0)
+        if options.device.type == "cpu":
+            keep_freed_memory()  # as training does
         on_cuda, threads = options.device.type == "cuda", f"{torch.get_num_threads()} CPU threads"
         machine = torch.cuda.get_device_name(options.device) if on_cuda else threads
         how = "".join(f", {name} {getattr(options, name)}" for name in ("dtype", "rounds") if name in options)

@@ -27,6 +27,7 @@ from tokens.demo import prepare_demo
 from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
 from training.optimizers import build_optimizer, learning_rate
+from training.scaling import WIDTH_EXPONENTS
 from training.setup import build_model
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
@@ -36,18 +37,20 @@ SIZES = {
 }
 # The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
-MODERN = PRESETS["modern"] | dict(max_lr=1e-2, min_lr=1e-3, warmup_steps=20)
-EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2, expert_hidden_size=256)
+MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
+EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)  # each of half the dense width
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
 BATCHES = {"4x128": {"nanoGPT": 12, "gpt2": 12, "nanochat": 24, "modern": 24, "modern-moe": 24},
            "6x256": dict.fromkeys(("nanoGPT", "gpt2", "nanochat", "modern", "modern-moe"), 8)}  # fmt: skip
 # So small that parameters help. 261 gives the dense layers as many parameters as two experts and a router.
+# n-grams would learn a part of what experts learn.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
+PAYS |= dict(ngram_order=0, muon_steps=5, max_lr=1e-2, min_lr=1e-3)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
 SEED, WINDOWS, ROUNDS = 1337, 512, 12  # WINDOWS for validation; ROUNDS: evaluations of each contender
-SCALES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of nanochat's learning rates, which are for larger batches
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of nanochat's learning rates, which are for larger batches
 
 
 def split_text(path: str) -> Data:
@@ -187,7 +190,10 @@ def bench_time_to_loss(options) -> list[dict]:
         name, folder = f"nanochat, rates x {scale:g}", options.nanochat
         build[name] = partial(build_nanochat, folder, scale, size, batch["nanochat"], train)
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
-        fields = RECIPES[name] | size | dict(B=batch[name])
+        fields = RECIPES[name] | size | dict(B=batch[name], expert_hidden_size=2 * size["n_embd"])
+        if "modern" in name:  # as training/scaling.py says
+            fields["max_lr"] *= (128 / size["n_embd"]) ** WIDTH_EXPONENTS["muon"]
+        fields["min_lr"] = fields["max_lr"] / 10
         build[name] = partial(build_ours, name, fields, train, 256)
     shares = {"modern": (0.15, 1.0), "modern-moe": (0.2, 1.0)}  # the short ones: to reach nanoGPT's loss
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)

@@ -19,17 +19,21 @@ def tokens_before(ids: Tensor, number: int) -> Tensor:
     return torch.stack([padded[:, number - d : padded.size(1) - d] for d in range(1, number + 1)], dim=-1)
 
 
-def recall(cache, ids: Tensor, order: int) -> Tensor:
-    """The tokens before each of ids (B, T), the nearest first, (B, T, order - 1), after those that remember()
-    has kept with the cache. ValueError if the cache has changed since then, for instance its rows' order."""
-    number, keys, latest = order - 1, None, ids.new_zeros(len(ids), order - 1)
+def recall(cache, ids: Tensor | None, order: int, previous_ids: Tensor | None) -> Tensor:
+    """previous_ids as they are given, or else the tokens before each of ids (B, T), the nearest first, those
+    that remember() has kept with the cache among them: (B, T, order - 1). ValueError without ids, or if the
+    cache has changed since then, for instance the order of its rows."""
+    if ids is None:
+        raise ValueError(f"ngram_order={order}: inputs_embeds do not tell the n-grams; give input_ids")
+    if previous_ids is not None:
+        return previous_ids
+    latest = ids.new_zeros(len(ids), order - 1)
     if cache is not None and cache.get_seq_length() > 0:
         keys, latest = getattr(cache, "latest_ids", (None, None))
         if keys is None or keys is not cache.layers[0].keys:
-            raise ValueError(
-                f"ngram_order={order}: this cache does not tell the latest tokens; give previous_ids"
-            )
-    return tokens_before(torch.cat([latest, ids], dim=1), number)[:, number:]
+            problem = "this cache does not tell the latest tokens"
+            raise ValueError(f"ngram_order={order}: {problem}; give previous_ids (layers/ngrams.py)")
+    return tokens_before(torch.cat([latest, ids], dim=1), order - 1)[:, order - 1 :]
 
 
 def remember(cache, ids: Tensor, previous_ids: Tensor) -> None:

@@ -4,8 +4,11 @@ docs/many_gpus.md has the commands. NCCL connects CUDA devices, gloo all others.
 References: torch's DistributedDataParallel and distributed.fsdp.fully_shard; ZeRO, arXiv 1910.02054"""
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import inspect
+import os
 import socket
 import time
 import warnings
@@ -30,6 +33,7 @@ from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
 from training.rendezvous import TIMEOUT, check_equal, check_own_gpu, read_environment, rendezvous, telling
 
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt, from glibc's malloc.h
 PATIENCE = timedelta(days=1)  # of a rank that waits for another's files; heartbeats find lost ranks
 
 
@@ -108,6 +112,15 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"use_compile=True: {reason}: it needs {needs}; or --use_compile False") from error
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step, which takes as much: the first touch of a new page costs
+    time. Variables MALLOC_... of the environment win. Other C libraries have no mallopt."""
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1)
+
+
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
     """Choose the device; as one of several processes join the group and start the heartbeats. ValueError:
     wrong environment, no connection, parallel="none", `settings` that differ (but for a device's number)."""
@@ -115,6 +128,8 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
     if parallel == "none" and size > 1:
         raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
     chosen = choose_device(device, local_rank)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # torch's default where no device is named
     if not address:

@@ -2,10 +2,10 @@
 
 Presets' rates are for 12 layers of 768 channels and 2^19 tokens per step. transferred() moves them to another
 width, batch and length; depth_settings() chooses all of these from the number of layers alone.
-References: compute-optimal length and batch, nanochat's base_train.py (12 tokens per parameter; batch ~
-tokens^0.383, "Power Lines", arXiv 2505.13738; weight decay with a constant horizon in tokens, same paper);
-rate ~ sqrt(batch), arXiv 2405.14578; AdamW's rate ~ 1/width, arXiv 2203.03466. Muon's exponent is measured
-here: docs/measurements.md, "One dial"."""
+References: 12 tokens per parameter, nanochat's base_train.py; batch ~ tokens^0.383, Power Lines, 2505.13738;
+decay with one horizon in tokens, 2405.13698; rate ~ sqrt(batch), 2405.14578; AdamW's rate ~ 1/width, muP,
+2203.03466; Muon's ~ 1/sqrt(width), the spectral condition, 2310.17813: an update's spectral norm is
+0.2 sqrt(width) times the rate. None of these was measured at 124M."""
 
 import math
 

@@ -6,6 +6,7 @@ import pytest
 
 from train_gpt_moe import PRESETS, parse_config
 from training.scaling import depth_parameters, transferred
+from training.setup import build_model
 
 
 def settings(*flags: str):
@@ -36,6 +37,13 @@ def test_other_depths_follow_the_rules(depth, width, batch, steps):
     rate = 2e-3 * (768 / width) ** 0.5 * (batch / 2**19) ** 0.5
     decay = 0.1 * 2e-3 * 12 * depth_parameters(12) / 2**19 / (rate * steps)
     assert (config.max_lr, config.weight_decay) == pytest.approx((rate, decay))
+
+
+@pytest.mark.parametrize("encoding, size, order", [("bytes", 257, 6), ("gpt2", 50257, 0)])
+def test_modern_has_ngrams_where_tokens_are_bytes(encoding, size, order):
+    config = settings("--preset", "modern", "--n_layer", "1", "--n_embd", "24")
+    model = build_model(config, set(), dict(encoding=encoding, vocab_size=size, eot_token=None), None)
+    assert config.ngram_order == model.config.ngram_order == order
 
 
 def test_adamw_falls_with_the_width_and_flags_win():
