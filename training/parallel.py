@@ -116,7 +116,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step, which takes as much: the first touch of a new page costs
     time. Variables MALLOC_... of the environment win. Other C libraries have no mallopt."""
     if not any(name.startswith("MALLOC_") for name in os.environ):
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS, Windows
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1)
 

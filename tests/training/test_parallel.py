@@ -66,8 +66,8 @@ EVERYDAY_PAIRS = [("ddp", "experts, fsdp"), ("ddp, zero", "fsdp"), ("fsdp", "one
 def settings(**more) -> train_gpt_moe.TrainConfig:
     return train_gpt_moe.TrainConfig(
         n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position="rope", qk_norm=True, sliding_window=5,
-        global_every=2, num_experts=6, num_experts_per_tok=2, num_shared_experts=1, ngram_order=3, ngram_rows=40,
-        T=T, B=1, total_batch_size=SEQUENCES * T, router_bias_update_rate=0.01,
+        global_every=2, num_experts=6, num_experts_per_tok=2, num_shared_experts=1,
+        ngram_order=3, ngram_rows=40, T=T, B=1, total_batch_size=SEQUENCES * T, router_bias_update_rate=0.01,
         router_z_loss_coef=1e-3, max_lr=3e-3, min_lr=3e-4, warmup_steps=2, max_steps=STEPS, grad_clip=0.5,
         use_compile=False, device="cpu", **(dict(expert_hidden_size=24) | more),
     )  # fmt: skip

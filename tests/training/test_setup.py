@@ -4,6 +4,7 @@ Run: python -m pytest tests/training/test_setup.py"""
 
 import contextlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -222,3 +223,28 @@ def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
     for given_now in (given, None):  # a flag's warmup is refused, and that of a resumed run
         with pytest.raises(ValueError, match=rf"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"):
             check_config(config, ALONE, given_now)
+
+
+FAULTS = """
+import resource, torch
+from training.parallel import start
+start("cpu")
+for number in range(6):
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
+def test_freed_memory_is_used_again_unless_the_environment_says_otherwise():
+    """64 MiB are 16,384 pages, and each new page is a fault."""
+    faults = []
+    for variables in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+        shell = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, "-c", FAULTS]
+        done = subprocess.run(
+            command, env=shell | variables, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        faults.append(int(done.stdout))
+    assert faults[0] < faults[1] / 4
