@@ -56,9 +56,9 @@ from training.idle_experts import freeze_idle_experts
 from training.log import expert_load, peak_memory
 from training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate
 from training.profiler import Profiler
-from training.scaling import depth_settings
 from training.setup import Run, open_log, set_up
 from training.terminal import Terminal
+from training.transfer import depth_settings
 
 # ---------------------------------------------------------------------------- CONSTANTS
 

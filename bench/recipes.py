@@ -27,8 +27,8 @@ from tokens.demo import prepare_demo
 from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
 from training.optimizers import build_optimizer, learning_rate
-from training.scaling import WIDTH_EXPONENTS
 from training.setup import build_model
+from training.transfer import WIDTH_EXPONENTS
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 SIZES = {
@@ -191,7 +191,7 @@ def bench_time_to_loss(options) -> list[dict]:
         build[name] = partial(build_nanochat, folder, scale, size, batch["nanochat"], train)
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
         fields = RECIPES[name] | size | dict(B=batch[name], expert_hidden_size=2 * size["n_embd"])
-        if "modern" in name:  # as training/scaling.py says
+        if "modern" in name:  # as training/transfer.py says
             fields["max_lr"] *= (128 / size["n_embd"]) ** WIDTH_EXPONENTS["muon"]
         fields["min_lr"] = fields["max_lr"] / 10
         build[name] = partial(build_ours, name, fields, train, 256)

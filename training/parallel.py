@@ -156,6 +156,8 @@ def stop(world: World | None = None) -> None:
     if the interpreter ends while a gloo thread releases tensors, SIGABRT kills the process."""
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
+    if world:
+        object.__setattr__(world, "patient", None)  # the last reference to that group, whose threads must end
     if dist.is_initialized():
         gc.collect()
         time.sleep(0.5)

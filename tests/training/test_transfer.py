@@ -1,12 +1,12 @@
 """--depth and the rules that move rates between sizes.
 
-Run: python -m pytest tests/training/test_scaling.py"""
+Run: python -m pytest tests/training/test_transfer.py"""
 
 import pytest
 
 from train_gpt_moe import PRESETS, parse_config
-from training.scaling import depth_parameters, transferred
 from training.setup import build_model
+from training.transfer import depth_parameters, transferred
 
 
 def settings(*flags: str):
