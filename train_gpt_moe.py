@@ -72,9 +72,7 @@ class TrainConfig(llmc.Flags):
     preset: str = setting("", "demo, gpt2, modern, moe-small, moe-fine, qwen3 or llmc: named settings")
     config: str = setting("", "file of settings, such as the run.json of a run; flags win over it")
     run_name: str = setting("", "write to log/NAME, unless log_dir is given")
-    depth: int = setting(
-        0, "sizes, batch, steps and rates for so many layers; 12 = 124M; 0 = as set", least=0
-    )
+    depth: int = setting(0, "layers; sizes, batch, steps, rates follow; 12 = 124M; 0 = as set", least=0)
     model: str = setting("", "sizes d12, d24, d36, d48, or weights gpt2 ... gpt2-xl; without experts")
     # --- files
     text: str = setting("", "train on this text file, or folder of texts, as bytes; 10% of it validates")
@@ -181,9 +179,7 @@ class TrainConfig(llmc.Flags):
     qk_norm: bool = setting(False, "normalise queries and keys")
     logit_softcap: float = setting(0.0, "largest logit, by a tanh; 0 = no limit")
     init: str = setting("gpt2", "gpt2, or zero_proj: projections into the residual stream start at zero")
-    ngram_order: int = setting(
-        0, "longest n-gram with embeddings; 0 = none; -1 = 6 if tokens are bytes", least=-1
-    )
+    ngram_order: int = setting(0, "longest n-gram with embeddings; 0 = none; -1 = 6 for bytes", least=-1)
     ngram_rows: int = setting(8192, "embeddings for each n = 2 .. ngram_order, chosen by a hash")
     tie_word_embeddings: bool = setting(True, "one matrix for token embedding and head")
 
@@ -222,7 +218,9 @@ def overrides(config: TrainConfig) -> dict:
     if model and model not in llmc.MODELS:
         raise ValueError(f"model={model!r}: choose one of {', '.join(llmc.MODELS)}")
     if config.depth:
-        preset = preset | depth_settings(config.depth, TrainConfig(**preset))
+        defaults = vars(TrainConfig())
+        flags = {name: value for name, value in vars(config).items() if value != defaults[name]}
+        preset = preset | depth_settings(config.depth, TrainConfig(**preset | flags))
     return preset | (dict(use_moe=False) | llmc.MODELS[model] if model else {})
 
 

@@ -31,20 +31,17 @@ from training.setup import build_model
 from training.transfer import WIDTH_EXPONENTS
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
-SIZES = {
-    "4x128": dict(n_layer=4, n_head=4, n_embd=128, T=64),
-    "6x256": dict(n_layer=6, n_head=4, n_embd=256, T=256),
-}
+SIZES = {"4x128": dict(n_layer=4, n_head=4, n_embd=128, T=64),
+         "6x256": dict(n_layer=6, n_head=4, n_embd=256, T=256)}  # fmt: skip
+BATCHES = {"4x128": (12, 24), "6x256": (8, 8)}  # sequences of nanoGPT and of gpt2; of all others
 # The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)  # each of half the dense width
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
            "modern-moe": MODERN | EXPERTS}  # fmt: skip
-BATCHES = {"4x128": {"nanoGPT": 12, "gpt2": 12, "nanochat": 24, "modern": 24, "modern-moe": 24},
-           "6x256": dict.fromkeys(("nanoGPT", "gpt2", "nanochat", "modern", "modern-moe"), 8)}  # fmt: skip
-# So small that parameters help. 261 gives the dense layers as many parameters as two experts and a router.
-# n-grams would learn a part of what experts learn.
+# So small that parameters help, and without n-grams, which learn a part of what experts learn. 261 gives the
+# dense layers as many parameters as two experts and a router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
 PAYS |= dict(ngram_order=0, muon_steps=5, max_lr=1e-2, min_lr=1e-3)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
@@ -181,19 +178,19 @@ def bench_time_to_loss(options) -> list[dict]:
     if options.size not in SIZES:
         raise ValueError(f"size={options.size!r}: choose one of {', '.join(SIZES)}")
     train, val = split_text(options.text)
-    size, batch = SIZES[options.size], BATCHES[options.size]
+    size, (few, many) = SIZES[options.size], BATCHES[options.size]
     windows = draw_windows(val, WINDOWS, size["T"], torch.Generator().manual_seed(0))
     build = {}  # name: makes a contender, given its expected number of steps
     if options.nanogpt:
-        build["nanoGPT"] = partial(build_nanogpt, options.nanogpt, size, batch["nanoGPT"], train)
+        build["nanoGPT"] = partial(build_nanogpt, options.nanogpt, size, few, train)
     for scale in SCALES if options.nanochat else ():
         name, folder = f"nanochat, rates x {scale:g}", options.nanochat
-        build[name] = partial(build_nanochat, folder, scale, size, batch["nanochat"], train)
+        build[name] = partial(build_nanochat, folder, scale, size, many, train)
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
-        fields = RECIPES[name] | size | dict(B=batch[name], expert_hidden_size=2 * size["n_embd"])
-        if "modern" in name:  # as training/transfer.py says
-            fields["max_lr"] *= (128 / size["n_embd"]) ** WIDTH_EXPONENTS["muon"]
-        fields["min_lr"] = fields["max_lr"] / 10
+        fields = RECIPES[name] | size | dict(B=few, expert_hidden_size=2 * size["n_embd"])
+        if name != "gpt2":
+            rate = fields["max_lr"] * (128 / size["n_embd"]) ** WIDTH_EXPONENTS["muon"]
+            fields |= dict(B=many, max_lr=rate, min_lr=rate / 10)
         build[name] = partial(build_ours, name, fields, train, 256)
     shares = {"modern": (0.15, 1.0), "modern-moe": (0.2, 1.0)}  # the short ones: to reach nanoGPT's loss
     cost = alternate({name: make(steps=15).step for name, make in build.items()}, torch.device("cpu"), 12)

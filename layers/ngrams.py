@@ -1,7 +1,8 @@
 """Hashed n-gram embeddings: vectors for a token together with those before it, beside its own embedding.
 
 A table has `rows` vectors for each n = 2 .. order. The n-gram that ends at a token chooses one of them by its
-hash, so different n-grams may share a vector. Reading them costs almost no time, because it needs no product.
+hash, so different n-grams may share a vector. A forward needs no product. The optimizer updates all rows at
+every step: on a CPU the number of rows decides what they cost.
 References: hash n-gram embeddings of the Byte Latent Transformer, arXiv 2412.09871, section 3.2.1;
 over-encoding, arXiv 2501.16975; the multiplicative generator of Park and Miller, CACM 31(10), 1988."""
 
@@ -57,6 +58,5 @@ class NgramEmbedding(nn.Embedding):
             before = torch.where(position_ids >= n - 1, previous_ids[..., n - 2] + 1, 0)  # (B, T)
             code = (code * MULTIPLIER + before) % PRIME
             rows.append(code % self.rows + (n - 2) * self.rows)
-        return F.embedding(torch.stack(rows, dim=-1), self.weight).sum(
-            -2
-        )  # (B, T, order - 1, C) -> (B, T, C)
+        vectors = F.embedding(torch.stack(rows, dim=-1), self.weight)  # (B, T, order - 1, C)
+        return vectors.sum(-2)

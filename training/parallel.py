@@ -13,7 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -37,7 +37,7 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt, from glibc's malloc.
 PATIENCE = timedelta(days=1)  # of a rank that waits for another's files; heartbeats find lost ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process: its rank (0 .. size - 1), its rank on its machine, its device."""
 
@@ -118,7 +118,8 @@ def keep_freed_memory() -> None:
     if not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS, Windows
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1)
+            mallopt(MMAP_MAX, 0)  # large tensors come from the heap, too
+            mallopt(TRIM_THRESHOLD, -1)  # the heap never becomes smaller
 
 
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
@@ -148,7 +149,8 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
         dist.init_process_group(**how)
     heartbeat.start()
     atexit.register(heartbeat.stop)
-    return replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+    world.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return world
 
 
 def stop(world: World | None = None) -> None:
@@ -157,7 +159,7 @@ def stop(world: World | None = None) -> None:
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
     if world:
-        object.__setattr__(world, "patient", None)  # the last reference to that group, whose threads must end
+        world.patient = None  # the last reference to that group, whose threads must end
     if dist.is_initialized():
         gc.collect()
         time.sleep(0.5)

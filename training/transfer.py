@@ -31,7 +31,7 @@ def transferred(rate: float, decay: float, optimizer: str, n_embd: int, batch: i
 
 def depth_settings(depth: int, config) -> dict:
     """Settings of a compute-optimal run of `depth` layers with 64 channels for each layer and heads of 64.
-    config: a TrainConfig with the rates for 12 layers, and with experts or without."""
+    config: a TrainConfig with the optimizer, and with its rate and decay for 12 layers."""
     tokens = TOKENS_PER_PARAMETER * depth_parameters(depth)
     ideal = BATCH * (depth_parameters(depth) / depth_parameters(12)) ** BATCH_EXPONENT
     batch = 2 ** round(math.log2(ideal))
