@@ -244,16 +244,17 @@ def train_step(run: Run, step: int) -> dict:
     losses = torch.zeros(3, device=layout.world.device)  # sums of cross-entropy, balance loss, z-loss
     run.micro_losses = []
     gradients = StepGradients(run, step)  # measures only before an evaluation
-    for micro_step in range(run.accumulation):
-        x, y = faults.next_batch(run.train_loader)  # (B, T), (B, T)
-        last = micro_step == run.accumulation - 1
-        parallel.sync_gradients(run.parallel_model, last or gradients.reduces)
-        with run.autocast():
-            output = run.parallel_model(x, targets=y, position_ids=run.positions(x), return_dict=True)
-        run.scaler.scale(output.loss / run.accumulation).backward()
-        gradients.end_micro_step()
-        losses += output.loss_parts()
-        run.micro_losses.append(output.loss.detach())
+    with parallel.cast_once(model, layout, run.dtype, run.accumulation):
+        for micro_step in range(run.accumulation):
+            x, y = faults.next_batch(run.train_loader)  # (B, T), (B, T)
+            last = micro_step == run.accumulation - 1
+            parallel.sync_gradients(run.parallel_model, last or gradients.reduces)
+            with run.autocast():
+                output = run.parallel_model(x, targets=y, position_ids=run.positions(x), return_dict=True)
+            run.scaler.scale(output.loss / run.accumulation).backward()
+            gradients.end_micro_step()
+            losses += output.loss_parts()
+            run.micro_losses.append(output.loss.detach())
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -300,6 +300,26 @@ def wrap(model: nn.Module, layout: Layout, micro_steps: int) -> nn.Module:
     options |= dict(gradient_as_bucket_view=True, static_graph=micro_steps == 1)
     device = layout.world.device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, **options)
+
+
+@contextlib.contextmanager
+def cast_once(model: nn.Module, layout: Layout, dtype: str, micro_steps: int) -> Iterator[None]:
+    """Within it, copies in dtype take the place of the blocks' matrices. Without it, autocast would copy the
+    matrices in each micro-step. Gradients still go to the parameters. FSDP makes such copies itself; experts
+    that are on several ranks are not copied."""
+    held = []
+    if dtype != "float32" and micro_steps > 1 and not layout.shares_parameters:
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if role_of(f"{path}.{name}").is_matrix:
+                    # Such an attribute hides the parameter of its name, but not from state_dict().
+                    module.__dict__[name] = parameter.to(getattr(torch, dtype))
+                    held.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in held:
+            del module.__dict__[name]
 
 
 # ---------------------------------------------------------------------------- GRADIENTS AND OPTIMIZER

@@ -5,6 +5,8 @@ Run: python -m pytest tests/training/test_parallel.py
 The processes of a test are started once and try one layout after another (main, below); four ranks are slow.
 """
 
+import contextlib
+import copy
 import itertools
 import signal
 from pathlib import Path
@@ -13,12 +15,16 @@ from unittest import mock
 import pytest
 import torch
 from conftest import slow
+from models import tiny
 from processes import finish, flags, metrics, run_ranks, start_ranks, wait_for
+from torch.utils._python_dispatch import TorchDispatchMode
 from wire import Volume
 
 import train_gpt_moe
+from bench.measure import RandomBatch, make_run
 from layers.roles import role_of
 from layers.sharding import local
+from model import GPTLMHeadModel
 from training import checkpoints as ckpt
 from training import faults, muon, parallel
 from training.checkpoint_writer import CheckpointWriter
@@ -326,6 +332,32 @@ def test_what_makes_no_sense_is_refused_by_name(flags, message, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list threads so")
+def test_matrices_are_cast_once_a_step_and_nothing_else_changes():
+    """bf16, three micro-steps: to the bit the losses, norms and weights of casts in every micro-step."""
+    start, found = GPTLMHeadModel(tiny()), []
+    shapes = [p.shape for name, p in start.named_parameters() if role_of(name).is_matrix]
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+                self.count += args[0].shape in shapes
+            return operator(*args, **kwargs or {})
+
+    for cast_once in (parallel.cast_once, lambda *_: contextlib.nullcontext()):
+        torch.manual_seed(0)
+        model, casts = copy.deepcopy(start), Casts()
+        run = make_run(model, RandomBatch(model, 2, 8), dtype="bfloat16", accumulation=3)
+        with mock.patch.object(parallel, "cast_once", cast_once), casts:
+            records = [train_gpt_moe.train_step(run, step) for step in range(2)]
+        found.append((casts.count, [(r["loss"], r["norm"]) for r in records], model.state_dict()))
+    (count, numbers, weights), (_, plain_numbers, plain_weights) = found
+    assert count == 2 * len(shapes) and numbers == plain_numbers
+    assert list(weights) == list(start.state_dict())
+    assert all(torch.equal(weight, plain_weights[name]) for name, weight in weights.items())
+
+
 def test_no_thread_of_the_process_group_outlives_it(data, tmp_path):
     """One that is about to give a tensor back when the interpreter ends would end the process by SIGABRT."""
     run = flags(data, tmp_path / "log", "--max_steps", "3", "--zero_stage", "1")
