@@ -28,7 +28,6 @@ from tokens.shards import find_shards, read_shard
 from train_gpt_moe import PRESETS, TrainConfig, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.setup import build_model
-from training.transfer import WIDTH_EXPONENTS
 
 Data = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (windows, T) each
 SIZES = {"4x128": dict(n_layer=4, n_head=4, n_embd=128, T=64),
@@ -189,7 +188,7 @@ def bench_time_to_loss(options) -> list[dict]:
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
         fields = RECIPES[name] | size | dict(B=few, expert_hidden_size=2 * size["n_embd"])
         if name != "gpt2":
-            rate = fields["max_lr"] * (128 / size["n_embd"]) ** WIDTH_EXPONENTS["muon"]
+            rate = fields["max_lr"] * 128 / size["n_embd"]
             fields |= dict(B=many, max_lr=rate, min_lr=rate / 10)
         build[name] = partial(build_ours, name, fields, train, 256)
     shares = {"modern": (0.15, 1.0), "modern-moe": (0.2, 1.0)}  # the short ones: to reach nanoGPT's loss

@@ -2,8 +2,11 @@
 
 Run: python -m pytest tests/training/test_transfer.py"""
 
+import numpy as np
 import pytest
+import torch
 
+from bench.recipes import MODERN, build_ours, draw_windows, race, split_demo
 from train_gpt_moe import PRESETS, parse_config
 from training.setup import build_model
 from training.transfer import depth_parameters, transferred
@@ -34,7 +37,7 @@ def test_other_depths_follow_the_rules(depth, width, batch, steps):
         steps,
     )
     assert config.n_embd // config.n_head == 64 and config.B == 4 and config.warmup_steps == steps // 20
-    rate = 2e-3 * (768 / width) ** 0.5 * (batch / 2**19) ** 0.5
+    rate = 2e-3 * 768 / width * (batch / 2**19) ** 0.5
     decay = 0.1 * 2e-3 * 12 * depth_parameters(12) / 2**19 / (rate * steps)
     assert (config.max_lr, config.weight_decay) == pytest.approx((rate, decay))
 
@@ -46,10 +49,34 @@ def test_modern_has_ngrams_where_tokens_are_bytes(encoding, size, order):
     assert config.ngram_order == model.config.ngram_order == order
 
 
-def test_adamw_falls_with_the_width_and_flags_win():
-    half = transferred(6e-4, 0.1, "adamw", 384, 2**19, 1000)["max_lr"]
+def test_rates_fall_with_the_width_and_flags_win():
+    half = transferred(6e-4, 0.1, 384, 2**19, 1000)["max_lr"]
     assert half == pytest.approx(1.2e-3)
     config = settings("--depth", "4", "--max_lr", "1e-4", "--n_head", "2")
     assert (config.max_lr, config.n_head, config.n_layer) == (1e-4, 2, 4)
     with pytest.raises(ValueError, match=r"depth=-1.* 0"):
         settings("--depth", "-1")
+
+
+def best_rate(n_embd: int, data, windows) -> float:
+    """The rate at which a parabola through the losses of five rates has its lowest point."""
+    rates = [1.3e-2 * 64 / n_embd * 2 ** (power / 2) for power in range(-2, 3)]
+    losses = []
+    for rate in rates:
+        fields = MODERN | dict(n_layer=1, n_head=4, n_embd=n_embd, T=32, B=16, use_moe=False)
+        fields |= dict(max_lr=rate, min_lr=rate / 10, warmup_steps=10)
+        run = build_ours("", fields, data, V=257, steps=100)
+        race([run], [windows], 1)
+        losses += run.points[-1][2]
+    a, b, _ = np.polyfit(np.log2(rates), losses, 2)
+    assert a > 0, losses
+    return 2 ** (-b / (2 * a))
+
+
+@pytest.mark.slow
+def test_the_best_rate_of_64_channels_gives_the_best_rate_of_256():
+    train, val = split_demo()
+    windows = draw_windows(val, 256, 32, torch.Generator().manual_seed(0))
+    narrow, wide = (best_rate(n_embd, train, windows) for n_embd in (64, 256))
+    factor = transferred(narrow, 0.1, 256, 1, 1)["max_lr"] / transferred(narrow, 0.1, 64, 1, 1)["max_lr"]
+    assert 1 / 1.4 < narrow * factor / wide < 1.4, (narrow, wide)
