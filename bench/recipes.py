@@ -38,7 +38,7 @@ NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)  # each of half the dense width
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
-           "modern-moe": MODERN | EXPERTS}  # fmt: skip
+           "modern-moe": MODERN | EXPERTS | dict(moe_every=2)}  # fmt: skip
 # So small that parameters help, and without n-grams, which learn a part of what experts learn. 261 gives the
 # dense layers as many parameters as two experts and a router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
@@ -46,7 +46,7 @@ PAYS |= dict(ngram_order=0, muon_steps=5, max_lr=1e-2, min_lr=1e-3)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
           "8 experts top-2": PAYS | EXPERTS | dict(expert_hidden_size=128)}  # fmt: skip
 SEED, WINDOWS, ROUNDS = 1337, 512, 12  # WINDOWS for validation; ROUNDS: evaluations of each contender
-SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of nanochat's learning rates, which are for larger batches
+SCALES = (1 / 4, 1 / 2, 1, 2, 4)  # of nanochat's learning rates, which are for larger batches
 
 
 def split_text(path: str) -> Data:

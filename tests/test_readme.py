@@ -77,9 +77,9 @@ def split(command: str) -> tuple[str, list[str]]:
 
 # Of each script and module, the everyday suite runs the first command; of bench, the first `train`.
 FAST = {split(c)[0]: c for c in reversed(RUN) if split(c)[0] != "bench" or split(c)[1][0] == "train"}.values()
-SMALL = """--n_layer 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32 --val_steps 1
-    --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0 --hellaswag 0
-    --data_dir data""".split()
+SMALL = """--n_layer 1 --moe_every 1 --n_head 4 --n_embd 32 --num_experts 4 --num_experts_per_tok 2 --T 32
+    --val_steps 1 --sample_tokens 4 --prompt Return --use_compile 0 --device cpu --plot 0 --tensorboard 0
+    --hellaswag 0 --data_dir data""".split()
 SHORT = "--max_steps 3 --warmup_steps 1 --B 4 --total_batch_size 128 --infer_step 2".split()
 DENSE = ["--use_moe", "0"]
 LLAMA = "--position rope --norm rmsnorm --activation swiglu --bias 0 --tie_word_embeddings 0".split()

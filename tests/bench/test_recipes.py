@@ -34,6 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipes, "WINDOWS", 32)
     monkeypatch.setattr(recipes, "ROUNDS", 4)
     monkeypatch.setattr(recipes, "PAYS", recipes.PAYS | TINY)
+    monkeypatch.setitem(recipes.RECIPES, "modern-moe", recipes.RECIPES["modern-moe"] | dict(moe_every=1))
     for name in ("SIZES", "RIVALS"):
         monkeypatch.setattr(recipes, name, {k: v | TINY for k, v in getattr(recipes, name).items()})
 
