@@ -4,7 +4,7 @@ Presets' rates are for 12 layers of 768 channels and 2^19 tokens per step. trans
 width, batch and length; depth_settings() chooses all of these from the number of layers alone.
 References: 12 tokens per parameter, nanochat's base_train.py; batch ~ tokens^0.383, Power Lines, 2505.13738;
 decay with one horizon in tokens, 2405.13698; rate ~ sqrt(batch), 2405.14578; rate ~ 1/width, muP, 2203.03466.
-With preset modern this rule gives the best rate at 256 channels from the best one at 64, within 1.1 times
+With preset modern this rule gives the best rate at 256 channels from the best one at 64, within 1.2 times
 (docs/measurements.md). Nothing was measured at 124M."""
 
 import math
