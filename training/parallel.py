@@ -307,15 +307,14 @@ def cast_once(model: nn.Module, layout: Layout, dtype: str, micro_steps: int) ->
     """Within it, copies in dtype take the place of the blocks' matrices. Without it, autocast would copy the
     matrices in each micro-step. Gradients still go to the parameters. FSDP makes such copies itself; experts
     that are on several ranks are not copied."""
-    held = []
-    if dtype != "float32" and micro_steps > 1 and not layout.shares_parameters:
-        for path, module in model.named_modules():
+    held, needed = [], dtype != "float32" and micro_steps > 1 and not layout.shares_parameters
+    try:
+        for path, module in model.named_modules() if needed else ():
             for name, parameter in module.named_parameters(recurse=False):
                 if role_of(f"{path}.{name}").is_matrix:
                     # Such an attribute hides the parameter of its name, but not from state_dict().
                     module.__dict__[name] = parameter.to(getattr(torch, dtype))
                     held.append((module, name))
-    try:
         yield
     finally:
         for module, name in held:
