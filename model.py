@@ -128,7 +128,8 @@ class GPTConfig(StandardNames, CheckedConfig):
         if self.use_moe and K > E:
             raise ValueError(f"num_experts_per_tok={K} is more than num_experts={E}")
         if self.use_moe and self.moe_every > self.n_layer:
-            raise ValueError(f"moe_every={self.moe_every}: it can be at most n_layer={self.n_layer}")
+            wrong = f"moe_every={self.moe_every} is more than n_layer={self.n_layer}"
+            raise ValueError(f"{wrong}; use --moe_every 1")
         if self.global_every is not None and self.sliding_window is None:
             raise ValueError(f"global_every={self.global_every} has a meaning only with a sliding_window")
         if self.encoding_size is not None and self.encoding_size > self.vocab_size:
