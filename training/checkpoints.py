@@ -164,7 +164,8 @@ SETTINGS_NOT_KEPT = {*"preset config run_name text log_dir resume init_from devi
 MAY_CHANGE = {"dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef"}
 MAY_CHANGE |= {"router_bias_update_rate"}
 # A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
-FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer"} | set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
+FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer", "muon_experts"}
+FIXED_SETTINGS |= set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 
 def resume_command(config: Any, *more: str, resume: str | Path = "auto") -> str:
@@ -215,7 +216,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     if missing:
         lacks = f"cannot be resumed: it lacks {', '.join(sorted(missing))}"
         raise CheckpointError(f"{path} {lacks}; start a new run with --init_from {path}")
-    saved = state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
+    older = vars(type(config)())  # a field that the checkpoint does not know yet had its default's effect
+    saved = older | state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
     for name in LAYOUT_SETTINGS:

@@ -191,12 +191,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                    device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-                   replicated: bool = True, steps: int = 5) -> MuonAdamW:  # fmt: skip
+                   replicated: bool = True, steps: int = 5, experts: bool = True) -> MuonAdamW:  # fmt: skip
     """MuonAdamW for a GPT, as GPT.configure_optimizers. replicated=False: for ZeRO, where each rank updates
-    other parameters. steps: of Newton-Schulz."""
+    other parameters. steps: of Newton-Schulz. experts=False: AdamW updates the routed experts."""
 
     def details(name, parameter, role):
-        if not role.is_matrix:
+        if not role.is_matrix or (role.lr_group == "experts" and not experts):
             return "", dict(method="adamw")
         blocks = row_blocks(name, parameter, model.config)
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")

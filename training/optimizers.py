@@ -14,7 +14,8 @@ from training.muon import configure_muon
 OPTIMIZERS = {
     "adamw": lambda model, shared, config: model.configure_optimizers(**shared),
     "muon": lambda model, shared, config: configure_muon(
-        model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps),
+        model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps,
+        experts=config.muon_experts),
 }  # fmt: skip
 
 

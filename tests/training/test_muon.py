@@ -35,19 +35,17 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 @torch.no_grad()
-def muon_step(
-    weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, rows: list[int], **how
-) -> None:
+def muon_step(weight: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, rows: list[int], steps: int):
     """Muon written out for one parameter: a loop over the matrices that it stacks."""
     momentum.mul_(0.95).add_(0.05 * grad)
     update = 0.05 * grad + 0.95 * momentum
     for block in zip(*(t.split(rows, dim=-2) for t in (weight, update)), strict=True):
         stacks = [t if t.dim() == 3 else t[None] for t in block]
         for w, u in zip(*stacks, strict=True):
-            w.sub_(1e-2 * (0.2 * math.sqrt(max(u.shape)) * orthogonal(u, **how) + 0.1 * w))
+            w.sub_(1e-2 * (0.2 * math.sqrt(max(u.shape)) * orthogonal(u, steps) + 0.1 * w))
 
 
-@pytest.mark.parametrize("how", [dict(), dict(steps=3)])
+@pytest.mark.parametrize("how", [dict(), dict(steps=3), dict(experts=False)])
 def test_steps_equal_written_out_ones(how):
     """Muon's half equals muon_step, AdamW's half equals torch's AdamW to the bit. The optimizer is made anew
     from its saved state before every step."""
@@ -73,7 +71,7 @@ def test_steps_equal_written_out_ones(how):
         for (name, p), q in pairs:
             if p in muons:
                 rows = next((rows for end, rows in ROWS.items() if name.endswith(end)), [p.size(-2)])
-                muon_step(q, p.grad, momentum[p], rows, **how)
+                muon_step(q, p.grad, momentum[p], rows, how.get("steps", 5))
             else:
                 q.grad = p.grad.clone()
         adamw.step()  # of what has a gradient
@@ -81,11 +79,12 @@ def test_steps_equal_written_out_ones(how):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-7 if p in muons else 0, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "muon without experts"])
 def test_groups_follow_the_roles_of_parameters(kind):
     model = build_model(qk_norm=True, num_shared_experts=1, tie_word_embeddings=kind == "adamw")
     model.transformer.wte.weight.requires_grad_(False)  # and with it the head, if it is tied
-    configure = partial(configure_muon, model) if kind == "muon" else model.configure_optimizers
+    muon = partial(configure_muon, model, experts=kind == "muon")
+    configure = model.configure_optimizers if kind == "adamw" else muon
     optimizer = configure(**OPTIONS, router_lr_mult=0.5, expert_lr_mult=2.0)
     where = {p: g for g in optimizer.param_groups for p in g["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -99,11 +98,12 @@ def test_groups_follow_the_roles_of_parameters(kind):
         role, mult = ("router", 0.5) if ".gate." in name else (role, mult)
         assert group["name"].startswith(role) and group["name"].endswith("without decay") == plain, name
         assert (group["lr_mult"], group["lr"]) == (mult, 1e-2 * mult), name
+        by_muon = name.endswith(matrix) and kind != "adamw" and (kind == "muon" or role != "experts")
         if kind == "adamw":
             assert group["fused"] and group["betas"] == (0.9, 0.95)
-        elif name.endswith(matrix):
+        elif by_muon:
             assert group["row_blocks"] == row_blocks(name, parameter, model.config)
-        assert (group.get("method") == "muon") == (kind == "muon" and name.endswith(matrix)), name
+        assert (group.get("method") == "muon") == by_muon, name
 
 
 def test_the_state_of_another_optimizer_is_refused():

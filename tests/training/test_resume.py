@@ -15,6 +15,7 @@ from conftest import slow
 from processes import equal, finish, flags, full_disk, metrics, newest, run_ranks, same_run, start
 
 import train_gpt_moe
+from train_gpt_moe import TrainConfig
 from training import checkpoints as ckpt
 from training import log as run_log
 from training.log import RunLog
@@ -102,6 +103,18 @@ def test_settings_are_kept_without_flags(straight, stopped, capsys):
     same_run(straight, stopped)
     said = [line for line in capsys.readouterr().out.splitlines() if "resume:" in line]
     assert len(said) == 1 and "B=4" in said[0] and "max_lr=0.003" in said[0]
+
+
+def test_a_field_that_an_older_checkpoint_lacks_has_its_default(straight):
+    """A preset may set the field by now. The optimizer's state is of the default."""
+    path, said = straight / "model_00006.pt", []
+    state = ckpt.load_checkpoint(path)
+    del state["train_config"]["muon_experts"], state["train_config"]["muon_steps"]
+    config = TrainConfig(muon_experts=False, muon_steps=3)
+    ckpt.keep_settings(config, set(), state, path, said.append)
+    assert config.muon_experts is True and config.muon_steps == 5 and "muon_steps=5" in said[-1]
+    with pytest.raises(ValueError, match=r"muon_experts=True in .* omit the flag"):
+        ckpt.keep_settings(TrainConfig(muon_experts=False), {"muon_experts"}, state, path, said.append)
 
 
 @pytest.mark.parametrize(("flag", "value", "before"), [
