@@ -1,9 +1,10 @@
-"""Work with training checkpoints (docs/formats.md): verify, list, convert between file and folder, export.
+"""Work with training checkpoints (docs/formats.md): verify, list, average, convert, export.
 
 python checkpoint.py export log/model_19073.pt my_model                  # a folder for transformers
 python checkpoint.py export log/model_19073.pt my_gpt2 --format gpt2     # a stock GPT-2; more: --help
 python checkpoint.py verify log/model_19073.pt                           # compare all bytes with checksums
 python checkpoint.py list log                                            # step, date, size, validation loss
+python checkpoint.py average log averaged.pt --last 5                    # the mean of the newest weights
 python checkpoint.py convert log/model_19073 log/model_19073.pt          # a folder to a file, or back"""
 
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
@@ -18,7 +19,14 @@ from huggingface.export import export_folder
 from tokens.files import write_atomically
 from tokens.printable import print_error, printable
 from training import sharded
-from training.checkpoints import list_checkpoints, load_checkpoint, load_model, step_of, validation_losses
+from training.checkpoints import (
+    MAY_CHANGE,
+    list_checkpoints,
+    load_checkpoint,
+    load_model,
+    step_of,
+    validation_losses,
+)
 
 
 def print_list(folder: Path) -> None:
@@ -35,6 +43,43 @@ def print_list(folder: Path) -> None:
         size, step = sum(file.st_size for file in files) / 1e6, step_of(path)
         val_loss, bits = (f"{known[step]:.4f}" if step in known else "-" for known in losses)
         print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {bits:>9}  {printable(path)}")
+
+
+def average(folder: Path, last: int) -> dict:
+    """The mean of the weights of a run's newest checkpoints, as a checkpoint without an optimizer. While the
+    learning rate is constant it is nearly as good as the weights after a decay (LAWA, arXiv 2209.14981).
+    ValueError if there are fewer than `last` checkpoints, or two of them are of different models."""
+    paths = list_checkpoints(folder)[:last]
+    if not 2 <= last == len(paths):
+        raise ValueError(
+            f"last={last}: {folder} has {len(paths)} checkpoints to average; 2 or more are needed"
+        )
+    newest = load_checkpoint(paths[0])
+    mean, config = newest["model"], newest["config"]
+    for number, path in enumerate(paths[1:], 2):
+        older = load_checkpoint(path)
+        unlike = [n for n, v in older["config"].items() if v != config[n] and n not in MAY_CHANGE]
+        if unlike:
+            what = f"{path} has {unlike[0]}={older['config'][unlike[0]]!r}, {paths[0]} {config[unlike[0]]!r}"
+            raise ValueError(f"{what}; lower --last, so that all checkpoints are of one model")
+        for name, value in older["model"].items():
+            if value.is_floating_point():
+                mean[name] = mean[name].lerp(value, 1 / number)
+    if config["tie_word_embeddings"]:
+        mean["lm_head.weight"] = mean["transformer.wte.weight"]
+    return {name: newest[name] for name in ("model", "config", "step", "tokenizer") if name in newest}
+
+
+def write_checkpoint(checkpoint: dict, to: Path) -> None:
+    """Write a file if the name ends with .pt, otherwise a folder. FileExistsError."""
+    if to.exists():
+        raise FileExistsError(f"{to} exists already; give another name")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".pt":
+        write_atomically(to, lambda file: torch.save(checkpoint, file))
+    else:
+        sharded.save(checkpoint, to)
+    print(f"wrote {printable(to)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")
     convert.add_argument("checkpoint", help="a file log/model_XXXXX.pt, or a folder log/model_XXXXX")
     convert.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
+    averaging = commands.add_parser(
+        "average", help="write the mean of a run's newest weights, as a checkpoint"
+    )
+    averaging.add_argument("folder", help="log_dir of the run")
+    averaging.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
+    averaging.add_argument("--last", type=int, default=5, help="so many checkpoints; default: 5")
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify":
@@ -64,15 +115,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "list":
             print_list(Path(options.folder))
         elif options.command == "convert":
-            checkpoint, to = load_checkpoint(options.checkpoint), Path(options.to)
-            if to.exists():
-                raise FileExistsError(f"{to} exists already; give another name")
-            to.parent.mkdir(parents=True, exist_ok=True)
-            if to.suffix == ".pt":
-                write_atomically(to, lambda file: torch.save(checkpoint, file))
-            else:
-                sharded.save(checkpoint, to)
-            print(f"wrote {printable(to)}")
+            write_checkpoint(load_checkpoint(options.checkpoint), Path(options.to))
+        elif options.command == "average":
+            write_checkpoint(average(Path(options.folder), options.last), Path(options.to))
         else:
             export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
             print(f"wrote {printable(options.folder)}")

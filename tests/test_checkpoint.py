@@ -1,15 +1,18 @@
-"""The command line of checkpoint.py: verify, convert, export, for files and folders.
+"""The command line of checkpoint.py: verify, convert, average, export, for files and folders.
 
 Run: python -m pytest tests/test_checkpoint.py"""
+
+import shutil
 
 import pytest
 import torch
 from models import dense_model
 from processes import equal
 
+import train_gpt_moe
 from checkpoint import main
 from model import GPT
-from training.checkpoints import load_checkpoint, load_model, save_checkpoint
+from training.checkpoints import list_checkpoints, load_checkpoint, load_model, save_checkpoint
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -34,6 +37,29 @@ def test_file_and_folder_become_each_other(straight, tmp_path, tied):
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied
     hidden = [path.name for path in tmp_path.glob(".*")]
     assert hidden == [".model_00015.unfinished"]  # another process may be writing it
+
+
+def test_average_of_a_runs_newest_checkpoints(straight, tmp_path, refused):
+    """The weights are the means, the rest is the newest one's; other settings of the run do not matter."""
+    paths, mean = list_checkpoints(straight)[:3], tmp_path / "mean.pt"
+    assert main(["average", str(straight), str(mean), "--last", "3"]) == 0
+    states, found = [load_checkpoint(path) for path in paths], load_checkpoint(mean)
+    for name, value in found["model"].items():
+        values = torch.stack([state["model"][name].double() for state in states])
+        expected = values.mean(0).to(value.dtype) if value.is_floating_point() else states[0]["model"][name]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    assert (found["step"], found["config"]) == (states[0]["step"], states[0]["config"])
+    assert not torch.equal(
+        load_model(mean).transformer.wte.weight, states[0]["model"]["transformer.wte.weight"]
+    )
+    assert "--init_from" in refused(train_gpt_moe.main, "--resume", mean)  # it has no optimizer
+    shutil.copytree(straight, tmp_path / "two")
+    model = dense_model()
+    other = dict(model=model.state_dict(), config=model.config.to_dict(), step=99)
+    save_checkpoint(other, tmp_path / "two")
+    for folder, last, named in ((straight, 1, "last=1"), (straight, 99, "last=99"), ("two", 2, "block_size")):
+        assert named in refused(main, "average", tmp_path / folder, tmp_path / "new", "--last", last)
+    assert not (tmp_path / "new").exists()
 
 
 def test_export_of_a_file_and_a_folder(straight, tmp_path):
