@@ -65,7 +65,7 @@ def test_average_of_a_runs_newest_checkpoints(straight, tmp_path, refused):
 def test_export_of_a_file_and_a_folder(straight, tmp_path):
     assert main(["convert", str(straight / "latest"), str(tmp_path / "folder")]) == 0
     state = load_checkpoint(straight / "latest")["model"]
-    for name, source in (("a", straight / "latest"), ("b", tmp_path / "folder")):
+    for name, source in (("a", straight / "latest"), ("b.pt", tmp_path / "folder")):
         assert main(["export", f"{source}/", f"{tmp_path / name}/"]) == 0
         exported = load_model(f"{tmp_path / name}/").state_dict()
         learned = {name: value for name, value in state.items() if value.is_floating_point()}

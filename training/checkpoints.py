@@ -355,7 +355,7 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
     path, source = Path(source), str(source)  # Path drops a slash at the end
     is_folder = os.path.isdir(source)
     ours = any((path / name).is_file() for name in (sharded.INDEX_FILE, "latest"))
-    if ours or path.suffix in (".pt", ".pth", ".bin") or path.is_file():
+    if ours or (path.suffix in (".pt", ".pth", ".bin") and not is_folder) or path.is_file():
         checkpoint = load_checkpoint(source)
         with reading(path, "its config and its weights do not fit this model.py"):
             model = GPTLMHeadModel(checkpoint["config"])
