@@ -268,22 +268,21 @@ def test_an_error_between_update_and_next_step_saves_no_mixture(data, tmp_path, 
     assert steps_saved(tmp_path) == [3]
 
 
-def test_out_of_memory_names_what_to_lower(data, tmp_path, monkeypatch, capsys):
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0"))
-    at_call(monkeypatch, GPTLMHeadModel, "forward", [7], full)  # in step 2
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0")
+CXX_ERROR = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: fatal error: omp.h: no such file\n"
+
+
+@pytest.mark.parametrize(("error", "call", "saved", "words"), [
+    (FULL, 7, [2], ["B=4, T=32, n_layer=2", "--B", "--T", "--n_layer", "--n_embd", "allocate 20.00 GiB"]),
+    (TorchDynamoException(CXX_ERROR), 0, [], ["a.cpp:1: fatal error: omp.h", "--use_compile False\n"]),
+], ids=["memory", "compiler"])  # fmt: skip
+def test_a_lack_of_memory_or_of_a_compiler_names_what_helps(error, call, saved, words, data, tmp_path,
+                                                            monkeypatch, capsys):  # fmt: skip
+    at_call(monkeypatch, GPTLMHeadModel, "forward", [call], Mock(side_effect=error))
     assert train_gpt_moe.main(flags(data, tmp_path)) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and steps_saved(tmp_path) == [2]
-    words = "B=4, T=32, n_layer=2", "--B", "--T", "--n_layer", "--n_embd", "Tried to allocate 20.00 GiB"
-    assert all(word in said for word in words), said
-
-
-def test_a_failing_compilation_names_the_flag_that_avoids_it(data, tmp_path, monkeypatch, capsys):
-    text = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: fatal error: omp.h: no such file\n"
-    at_call(monkeypatch, GPTLMHeadModel, "forward", [0], Mock(side_effect=TorchDynamoException(text)))
-    assert train_gpt_moe.main(flags(data, tmp_path)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "a.cpp:1: fatal error: omp.h" in line and line.endswith("--use_compile False")
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert steps_saved(tmp_path) == saved
 
 
 def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_other_profiles_are_refused(text, data, tmp_path, refused):
     assert f"profile={text!r}" in refused(train_gpt_moe.main, *flags(data, tmp_path, f"--profile={text}"))
 
 
-def test_tensorboard_curves_are_the_metrics(finished):
+def test_tensorboard_has_the_metrics_as_curves_and_the_samples(finished):
     names = {
         "loss/train": "loss", "loss/val": "val_loss", "moe/balance_loss": "balance_loss",
         "moe/z_loss": "z_loss", "optim/lr": "lr", "optim/norm": "norm", "speed/tok_per_s": "tok_per_s",
@@ -115,9 +115,6 @@ def test_tensorboard_curves_are_the_metrics(finished):
     assert "settings/text_summary" in finished.events.Tags()["tensors"]
     assert "_hparams_/experiment" in finished.events.summary_metadata
     assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
-
-
-def test_tensorboard_has_the_samples(finished):
     found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
