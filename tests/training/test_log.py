@@ -233,15 +233,11 @@ def test_wandb_that_is_not_there(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- FILES AND TEXTS OF OTHERS
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("\x1b]0;title\x07", r"\x1b]0;title\x07"), ("a\r\x9bK", r"a\r\x9bK"),
-        ("two\nlines\t.", r"two\nlines\t."),
-        ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
-        ("\udcff", r"\udcff"), ("naïve 中 👩‍🚀", "naïve 中 👩‍🚀"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "shown"), [
+    ("\x1b]0;title\x07", r"\x1b]0;title\x07"), ("a\r\x9bK", r"a\r\x9bK"),
+    ("two\nlines\t.", r"two\nlines\t."), ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
+    ("\udcff", r"\udcff"), ("naïve 中 👩‍🚀", "naïve 中 👩‍🚀"),
+])  # fmt: skip
 def test_what_a_terminal_would_obey_is_made_visible(text, shown, capsys):
     assert printable(text) == one_line(ValueError(text)) == shown
     tell(text)
