@@ -51,9 +51,9 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 
 def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` (at least 1), multiples of `keep_every`, and the best."""
+    """Delete all but the newest `keep_last` (0: all stay), multiples of `keep_every`, and the best."""
     best = best_checkpoint(folder)
-    for path in list_checkpoints(folder)[keep_last:]:
+    for path in list_checkpoints(folder)[keep_last:] if keep_last > 0 else ():
         if path != best and not (keep_every and step_of(path) % keep_every == 0):
             archives.remove(path)
 
