@@ -110,11 +110,16 @@ def flags(data, log_dir, *more) -> list[str]:
     return [*TINY, "--data_dir", str(data), "--log_dir", str(log_dir), *map(str, more)]
 
 
+def read_rows(log_dir) -> list[dict]:
+    """The steps' records of metrics.jsonl."""
+    lines = (Path(log_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "step" in record]
+
+
 def metrics(log_dir) -> list[dict]:
     """The steps' records of metrics.jsonl without times and memory."""
-    records = [json.loads(line) for line in (Path(log_dir) / "metrics.jsonl").read_text().splitlines()]
     clock = {"ms", "tok_per_s", "elapsed_s", "memory"}
-    return [{k: v for k, v in record.items() if k not in clock} for record in records if "step" in record]
+    return [{k: v for k, v in record.items() if k not in clock} for record in read_rows(log_dir)]
 
 
 def losses(log_dir: Path, kind: str = "train") -> list[float]:

@@ -99,7 +99,7 @@ def load_tensor(file: Path, start: int, length: int, shape: torch.Size, dtype: t
             raise ValueError("the file is cut off")
         stream.seek(start)
         tensor = load_archive(io.BytesIO(stream.read(length)))
-        plain = type(tensor) is torch.Tensor and (tensor.device.type, tensor.layout) == ("cpu", torch.strided)
+        plain = type(tensor) is torch.Tensor and is_plain(tensor)
         if not plain or (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(f"it is no {dtype} tensor of shape {list(shape)}")
     return tensor

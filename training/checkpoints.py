@@ -50,14 +50,12 @@ def named_tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
     return [pair for key, part in inner for pair in named_tensors(part, f"{name}.{key}".lstrip("."))]
 
 
-def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> list[Path]:
+def prune_checkpoints(folder: str | Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` (0: all stay), multiples of `keep_every`, and the best."""
-    old = list_checkpoints(folder)[keep_last:] if keep_last > 0 else []
-    kept = {best_checkpoint(folder)} | {p for p in old if keep_every and step_of(p) % keep_every == 0}
-    old = [path for path in old if path not in kept]
-    for path in old:
-        archives.remove(path)
-    return old
+    best = best_checkpoint(folder)
+    for path in list_checkpoints(folder)[keep_last:] if keep_last > 0 else ():
+        if path != best and not (keep_every and step_of(path) % keep_every == 0):
+            archives.remove(path)
 
 
 # ---------------------------------------------------------------------------- READ

@@ -154,13 +154,18 @@ def sample(run: Any, step: int) -> str:
         return run.model.generate(config.prompt, synced_gpus=together, **how)
 
 
-def cannot_sample(model: GPTLMHeadModel, config: Any) -> str:
-    """The reason why the prompt cannot be encoded; "" if it can."""
+def can_sample(config: Any, model: GPTLMHeadModel, layout: Any, say: Callable[[str], None]) -> bool:
+    """Whether samples are wanted and all ranks can encode the prompt; prints the reason if one cannot."""
+    if config.sample_every == 0:
+        return False
+    problem = ""
     try:
         encode_prompt(config.prompt, model.config)
     except (ValueError, OSError) as error:  # no network, and no earlier download
-        return " ".join(str(error).split())
-    return ""
+        problem = " ".join(str(error).split())
+    if fails := layout.any(bool(problem)):
+        say(f"no samples in this run: {problem or 'another process cannot encode the prompt'}")
+    return not fails
 
 
 def hellaswag(run: Any, terminal: Any, interrupted: Callable) -> dict[str, float] | None:

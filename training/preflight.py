@@ -112,10 +112,10 @@ def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trai
 
 def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
     """Bytes of the activations of a micro-step of (B, T) at their peak."""
-    shape, device_type, trains = model.config, model.device.type, not getattr(config, "inference_only", False)
+    shape, device_type, trains = model.config, model.device.type, not config.inference_only
     size, N, C = 2 if dtype != "float32" else 4, config.B * config.T, shape.n_embd
     pairs = N * config.T * shape.n_head
-    kept, passing = attention_bytes(shape, size, device_type, getattr(config, "attention_backend", ""))
+    kept, passing = attention_bytes(shape, size, device_type, config.attention_backend)
     blocks = [N * block_bytes(shape, layer, size, device_type) for layer in range(shape.n_layer)]
     head = head_bytes(shape, N, size, config.loss_chunk, device_type, trains)
     stream = 4 * N * C + (4 * N * config.T if shape._attn_implementation == "eager" else 0)  # and the mask
@@ -130,7 +130,7 @@ def activation_bytes(model: GPTLMHeadModel, config, dtype: str) -> int:
 def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int = 1) -> dict[str, int]:
     """Bytes on one device, by use, of training with micro-steps of (B, T), in fp32. FSDP divides all but
     activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
-    held, trains = parameters_held(model, config, world_size), not getattr(config, "inference_only", False)
+    held, trains = parameters_held(model, config, world_size), not config.inference_only
     by_muon = parameters_held(model, config, world_size, True) if config.optimizer == "muon" else 0
     moments = (8 * held - 4 * by_muon) * trains  # Muon keeps one moment, AdamW two
     moments //= world_size if config.zero_stage else 1

@@ -26,7 +26,7 @@ from tokens.shards import DistributedDataLoader
 from training import checkpoints as ckpt
 from training import faults, parallel, profiler
 from training.diagnostics import Diagnostics
-from training.evaluation import cannot_sample, evaluates_at, table_of_bytes, validation_sets
+from training.evaluation import can_sample, evaluates_at, table_of_bytes, validation_sets
 from training.flags import check_limits
 from training.fsdp_init import initial_weights
 from training.log import RunLog, run_record
@@ -361,17 +361,6 @@ def place_model(
         newer = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         newer({"use_reentrant": False})
     return model
-
-
-def can_sample(config: Any, model: GPTLMHeadModel, layout: parallel.Layout, say: Callable) -> bool:
-    """Whether all ranks can encode the prompt; prints the reason if not."""
-    if config.sample_every == 0:
-        return False
-    problem = cannot_sample(model, config)
-    able = not layout.any(bool(problem))
-    if not able:
-        say(f"no samples in this run: {problem or 'another process cannot encode the prompt'}")
-    return able
 
 
 def agree_on_backend(config: Any, model: GPTLMHeadModel, world: Any, dtype: str, say: Callable) -> None:

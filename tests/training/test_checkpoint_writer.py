@@ -47,15 +47,17 @@ def steps(folder) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- in the background
-def test_training_goes_on_while_it_is_written_and_does_not_change_it(tmp_path):
-    may_write, weights = threading.Event(), torch.ones(1000)
-    writer, path = CheckpointWriter(tmp_path), tmp_path / "model_00001.pt"
+def test_training_goes_on_while_it_is_written_and_the_next_save_waits(tmp_path):
+    said, may_write, weights = [], threading.Event(), torch.ones(1000)
+    writer, path = CheckpointWriter(tmp_path, say=said.append), tmp_path / "model_00001.pt"
     state = small(1, model={"a": weights, "tied": weights, "part": weights[:10]})
     writer.save(state, before=may_write.wait)
     assert not path.exists()  # save() has returned, nothing is written yet
     weights += 1  # the next step
-    may_write.set()
-    assert writer.wait() is None
+    threading.Timer(0.05, may_write.set).start()
+    writer.save(small(2))
+    assert "step 1: saved" in said[0] and writer.wait() is None
+    assert equal(load_checkpoint(tmp_path / "model_00002.pt")["model"], small(2)["model"])
     model = torch.load(path)["model"]
     assert equal(model, {"a": torch.ones(1000), "tied": torch.ones(1000), "part": torch.ones(10)})
     assert model["a"].data_ptr() == model["tied"].data_ptr()  # tied weights are in the file once
@@ -68,18 +70,6 @@ def test_a_save_that_takes_longer_than_timeout_ends_no_rank(data, tmp_path):
     words = flags(data, tmp_path / "log", "--B", 2, "--max_steps", 4, "--checkpoint_every", 2)
     run_ranks(2, words, tmp_path / "out", script="test_checkpoint_writer", environment={"SLOW_DISK": "yes"})
     assert steps(tmp_path / "log") == [4, 2]
-
-
-def test_a_save_waits_for_the_one_before(tmp_path):
-    said, may_write = [], threading.Event()
-    writer = CheckpointWriter(tmp_path, say=said.append)
-    writer.save(small(1), before=may_write.wait)
-    threading.Timer(0.05, may_write.set).start()
-    writer.save(small(2))
-    assert "step 1: saved" in said[0]
-    writer.wait()
-    for step in (1, 2):
-        assert equal(load_checkpoint(tmp_path / f"model_0000{step}.pt")["model"], small(step)["model"])
 
 
 # ---------------------------------------------------------------------------- old checkpoints

@@ -16,12 +16,11 @@ from processes import flags, losses, metrics
 from test_log import points, read_events
 
 import train_gpt_moe
+from bench.measure import make_run
 from model import GPTLMHeadModel
 from tokens.encodings import encode_pieces, get_encoding, token_bytes
 from tokens.shards import DistributedDataLoader, write_shard
-from training.diagnostics import Diagnostics
 from training.evaluation import evaluate, measure, table_of_bytes
-from training.parallel import World
 
 STEPS, T = 3, 16
 TEXTS = [(True, f"Säure {i} → naïve 中 words, of one or of many bytes.\n") for i in range(40)]
@@ -35,15 +34,11 @@ def test_bits_per_byte_are_counted_by_hand(name, tmp_path, request):
     encoding, shard = get_encoding(name), tmp_path / "val_000000.bin"
     write_shard(shard, encode_pieces(TEXTS, name))
     model = GPTLMHeadModel(tiny(vocab_size=encoding.n_vocab, block_size=T)).eval()
-    loader, world = DistributedDataLoader(str(shard), B=4, T=T, seed=0), World(0, 0, 1, torch.device("cpu"))
-    layout = SimpleNamespace(world=world, any=bool)
-    table = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, layout)
-    run = SimpleNamespace(model=model, val_sets={"": (loader, 1.0)}, layout=layout, token_bytes=table)
-    run.positions = lambda x: None
-    run.diagnostics = Diagnostics()
-    run.config, run.autocast = SimpleNamespace(val_steps=STEPS), contextlib.nullcontext
+    loader, seen = DistributedDataLoader(str(shard), B=4, T=T, seed=0), []
+    run = make_run(model, loader, val_sets={"": (loader, 1.0)}, trains=False)
+    run.token_bytes = table_of_bytes({"encoding": name, "vocab_size": encoding.n_vocab}, run.layout)
+    run.config.val_steps = STEPS
     model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    run.trains, run.hellaswag, seen = False, False, []
     found = evaluate(run, 0, True, False, lambda: False, MagicMock())
     assert seen == [False] * STEPS and found.pop("eval_step") == 0
     nats, text, targets, ends = 0.0, b"", 0, 0

@@ -228,12 +228,6 @@ def test_a_jump_of_the_loss_is_noticed_once_the_mean_is_known():
     assert not any(Health().is_spike(loss) for loss in (1.0, 100.0, 1.0))  # too early to tell
 
 
-def test_a_jump_is_logged_and_nothing_else(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Health, "is_spike", lambda self, loss: True)
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0)) == 0
-    assert metrics(tmp_path)[0]["spike"] and "step 0: the loss jumped to" in capsys.readouterr().out
-
-
 # ---------------------------------------------------------------------------- errors in the middle of a run
 def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, data, tmp_path, refused):
     broken, log_dir = tmp_path / "data", tmp_path / "log"
@@ -251,39 +245,37 @@ def test_bad_data_in_the_middle_saves_first_and_goes_on_when_mended(straight, da
     same_run(straight, log_dir)
 
 
-def test_an_error_in_an_evaluation_loses_no_step(straight, data, tmp_path, monkeypatch):
-    at_call(monkeypatch, evaluation, "validate", [1], Mock(side_effect=RuntimeError("something unforeseen")))
+@pytest.mark.parametrize(("owner", "name", "call", "more", "step"), [
+    (evaluation, "validate", 1, ["--infer_step", 6, "--checkpoint_every", 100], 6),
+    (RunLog, "step", 4, [], 3),  # after an update, whose log line is not written
+], ids=["evaluation", "log"])  # fmt: skip
+def test_an_error_loses_no_step_and_saves_no_mixture(
+    straight, data, tmp_path, monkeypatch, owner, name, call, more, step
+):
+    at_call(monkeypatch, owner, name, [call], Mock(side_effect=RuntimeError("something unforeseen")))
     with pytest.raises(RuntimeError, match="something unforeseen"):
-        train_gpt_moe.main(flags(data, tmp_path, "--infer_step", 6, "--checkpoint_every", 100))
-    saved, expected = (ckpt.load_checkpoint(path / "model_00006.pt") for path in (tmp_path, straight))
-    for name in ("model", "optimizer", "loader", "health", "rng"):
-        assert equal(saved[name], expected[name]), name
+        train_gpt_moe.main(flags(data, tmp_path, *more))
+    assert steps_saved(tmp_path) == [step]
+    saved, expected = (ckpt.load_checkpoint(path / f"model_0000{step}.pt") for path in (tmp_path, straight))
+    for entry in ("model", "optimizer", "loader", "health", "rng"):
+        assert equal(saved[entry], expected[entry]), entry
 
 
-def test_an_error_between_update_and_next_step_saves_no_mixture(data, tmp_path, monkeypatch):
-    """Then the weights are those of the next step already, but its log line is not written."""
-    at_call(monkeypatch, RunLog, "step", [4], Mock(side_effect=RuntimeError("something unforeseen")))
-    with pytest.raises(RuntimeError, match="something unforeseen"):
-        train_gpt_moe.main(flags(data, tmp_path))
-    assert steps_saved(tmp_path) == [3]
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0")
+CXX_ERROR = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: fatal error: omp.h: no such file\n"
 
 
-def test_out_of_memory_names_what_to_lower(data, tmp_path, monkeypatch, capsys):
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0"))
-    at_call(monkeypatch, GPTLMHeadModel, "forward", [7], full)  # in step 2
+@pytest.mark.parametrize(("error", "call", "saved", "words"), [
+    (FULL, 7, [2], ["B=4, T=32, n_layer=2", "--B", "--T", "--n_layer", "--n_embd", "allocate 20.00 GiB"]),
+    (TorchDynamoException(CXX_ERROR), 0, [], ["a.cpp:1: fatal error: omp.h", "--use_compile False\n"]),
+], ids=["memory", "compiler"])  # fmt: skip
+def test_a_lack_of_memory_or_of_a_compiler_names_what_helps(error, call, saved, words, data, tmp_path,
+                                                            monkeypatch, capsys):  # fmt: skip
+    at_call(monkeypatch, GPTLMHeadModel, "forward", [call], Mock(side_effect=error))
     assert train_gpt_moe.main(flags(data, tmp_path)) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and steps_saved(tmp_path) == [2]
-    words = "B=4, T=32, n_layer=2", "--B", "--T", "--n_layer", "--n_embd", "Tried to allocate 20.00 GiB"
-    assert all(word in said for word in words), said
-
-
-def test_a_failing_compilation_names_the_flag_that_avoids_it(data, tmp_path, monkeypatch, capsys):
-    text = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: fatal error: omp.h: no such file\n"
-    at_call(monkeypatch, GPTLMHeadModel, "forward", [0], Mock(side_effect=TorchDynamoException(text)))
-    assert train_gpt_moe.main(flags(data, tmp_path)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "a.cpp:1: fatal error: omp.h" in line and line.endswith("--use_compile False")
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert steps_saved(tmp_path) == saved
 
 
 def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch, capsys):
@@ -310,14 +302,17 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(data, tmp_path
     assert newest(tmp_path) == 2 and not list(tmp_path.glob("*model*"))
 
 
-def test_a_prompt_without_tokens_costs_the_samples_and_nothing_else(data, tmp_path, monkeypatch, capsys):
+def test_a_prompt_without_tokens_and_a_jump_of_the_loss_do_not_end_a_run(data, tmp_path, monkeypatch, capsys):
+    """There are no samples, and the jump is logged."""
     no_network = Mock(side_effect=ConnectionError("tiktoken cannot fetch the files of gpt2"))
     at_call(monkeypatch, evaluation, "encode_prompt", [0], no_network)
+    monkeypatch.setattr(Health, "is_spike", lambda self, loss: True)
     words = flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1)
     assert train_gpt_moe.main(words) == 0
     said = capsys.readouterr().out
     assert "no samples in this run: tiktoken cannot fetch the files of gpt2" in said
     assert ": sample\n" not in said
+    assert metrics(tmp_path)[0]["spike"] and "step 0: the loss jumped to" in said
 
 
 def test_exit_codes(capsys):

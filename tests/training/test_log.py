@@ -15,9 +15,10 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from conftest import refuses
 from models import tiny
 from PIL import Image
-from processes import flags, losses, same_run
+from processes import flags, losses, read_rows, same_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plot_log
@@ -42,12 +43,6 @@ def pretend_wandb(monkeypatch) -> Mock:
     return wandb
 
 
-def read_records(folder) -> list[dict]:
-    """The objects of metrics.jsonl that have a step."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "step" in record]
-
-
 def read_events(folder) -> EventAccumulator:
     everything = dict.fromkeys(("scalars", "histograms", "tensors", "images"), 0)
     return EventAccumulator(str(folder / "tb"), everything).Reload()
@@ -68,7 +63,7 @@ def finished(data, tmp_path_factory):
         wandb = pretend_wandb(patch)
         patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
         assert train_gpt_moe.main(flags(data, folder, *more)) == 0
-    read = dict(records=read_records(folder), events=read_events(folder))
+    read = dict(records=read_rows(folder), events=read_events(folder))
     return SimpleNamespace(folder=folder, wandb=wandb, said=said.getvalue(), **read)
 
 
@@ -89,12 +84,7 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
     assert "Self CPU" in finished.said and "profile_2_4.json" in finished.said
 
 
-@pytest.mark.parametrize("text", ["3", "3:3", "4:2", "a:b", "11:13", "-1:2"])
-def test_other_profiles_are_refused(text, data, tmp_path, refused):
-    assert f"profile={text!r}" in refused(train_gpt_moe.main, *flags(data, tmp_path, f"--profile={text}"))
-
-
-def test_tensorboard_curves_are_the_metrics(finished):
+def test_tensorboard_has_the_metrics_as_curves_and_the_samples(finished):
     names = {
         "loss/train": "loss", "loss/val": "val_loss", "moe/balance_loss": "balance_loss",
         "moe/z_loss": "z_loss", "optim/lr": "lr", "optim/norm": "norm", "speed/tok_per_s": "tok_per_s",
@@ -115,9 +105,6 @@ def test_tensorboard_curves_are_the_metrics(finished):
     assert "settings/text_summary" in finished.events.Tags()["tensors"]
     assert "_hparams_/experiment" in finished.events.summary_metadata
     assert all(0.05 < r["memory"] < 100 and r["mfu"] == 0.25 for r in finished.records if "loss" in r)
-
-
-def test_tensorboard_has_the_samples(finished):
     found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
@@ -169,7 +156,7 @@ def test_what_was_measured_between_two_steps(tmp_path, monkeypatch):
     assert (tmp_path / "log.txt").read_text().splitlines() == [*lines[:3], "2 train 3.500000", *lines[3:]]
     text = "s:2 tel:3.250000\ns:2 eval:0.500000\ns:2 trl:3.500000\ns:3 tel:3.250000\ns:3 eval:0.500000\n"
     assert (tmp_path / "main.log").read_text() == text
-    assert read_records(tmp_path) == [{"step": 2, "loss": 3.5, **MEASURED, "elapsed_s": 9.5}]
+    assert read_rows(tmp_path) == [{"step": 2, "loss": 3.5, **MEASURED, "elapsed_s": 9.5}]
     events = read_events(tmp_path)
     assert points(events, "loss/new") == {3: 1.125}
     assert [event.step for event in events.Images("moe/expert_load")] == [2]
@@ -235,27 +222,22 @@ def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch,
     opened = RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine", say=said.append)
     for record in records:
         opened.step(record)
-    assert opened.close() and read_records(tmp_path) == records
+    assert opened.close() and read_rows(tmp_path) == records
     (line,) = said
     assert "WARNING" in line and "api_key not configured (no-tty). call wandb.login(key=...)" in line
 
 
 def test_wandb_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"wandb=.*pip install wandb"):
-        RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine")
+    refuses(r"wandb=.*pip install wandb", RunLog, tmp_path, None, 0, tensorboard=False, wandb="mine")
 
 
 # ---------------------------------------------------------------------------- FILES AND TEXTS OF OTHERS
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("\x1b]0;title\x07", r"\x1b]0;title\x07"), ("a\r\x9bK", r"a\r\x9bK"),
-        ("two\nlines\t.", r"two\nlines\t."),
-        ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
-        ("\udcff", r"\udcff"), ("naïve 中 👩‍🚀", "naïve 中 👩‍🚀"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "shown"), [
+    ("\x1b]0;title\x07", r"\x1b]0;title\x07"), ("a\r\x9bK", r"a\r\x9bK"),
+    ("two\nlines\t.", r"two\nlines\t."), ("\u202egnp.exe\u2066", r"\u202egnp.exe\u2066"),
+    ("\udcff", r"\udcff"), ("naïve 中 👩‍🚀", "naïve 中 👩‍🚀"),
+])  # fmt: skip
 def test_what_a_terminal_would_obey_is_made_visible(text, shown, capsys):
     assert printable(text) == one_line(ValueError(text)) == shown
     tell(text)
@@ -312,8 +294,7 @@ def test_a_log_file_that_is_a_link_or_a_pipe_is_refused(name, make, tmp_path):
 
 def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
     (tmp_path / "latest").mkdir()
-    with pytest.raises(FileExistsError, match=r"is a folder; move it away: .*latest"):
-        RunLog(tmp_path, None, 0, tensorboard=False)
+    refuses("is a folder; move it away: .*latest", RunLog, tmp_path, None, 0, False, error=FileExistsError)
 
 
 def test_a_temporary_file_is_new_and_not_guessed(tmp_path, monkeypatch):

@@ -142,13 +142,8 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
         sequences = gradients_of_sequences(model) if name in ALONE else None
         records.append(train_gpt_moe.train_step(run, STEPS - 1))  # an evaluation would follow
     result = {key: [record[key] for record in records] for key in ("loss", "balance_loss", "z_loss", "norm")}
-    result |= {
-        "diagnostics": run.diagnostics.state_dict(),
-        "sequences": sequences,
-        "begin": begin,
-        "end": whole(model.state_dict()),
-    }
-    result["sent"] = dict(volume.sent)
+    result |= dict(diagnostics=run.diagnostics.state_dict(), sequences=sequences, sent=dict(volume.sent))
+    result |= dict(begin=begin, end=whole(model.state_dict()))
     (folder / name).mkdir(exist_ok=True)
     writer = CheckpointWriter(folder / name, say=str, rank=world.rank, savers=layout.savers)
     state = {"model": model.state_dict(), "optimizer": parallel.optimizer_state(optimizer, layout)}

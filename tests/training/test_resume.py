@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import slow
-from processes import equal, finish, flags, full_disk, metrics, newest, run_ranks, same_run, start
+from processes import equal, finish, flags, full_disk, metrics, newest, read_rows, run_ranks, same_run, start
 
 import train_gpt_moe
 from train_gpt_moe import TrainConfig
@@ -51,8 +51,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_been(straight, data, t
     process = start(command, output)
     assert finish(process) == 0 and "resumed" in output.read_text(), output.read_text()
     same_run(straight, log_dir)
-    records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    elapsed = [record["elapsed_s"] for record in records if "step" in record]
+    elapsed = [record["elapsed_s"] for record in read_rows(log_dir)]
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
 
 

@@ -121,6 +121,7 @@ def test_a_run_is_not_resumed_from_it(good, forged, refused, data, tmp_path):
 @pytest.mark.parametrize(("place", "value"), [
     ("optimizer.param_groups", None), ("loader", None), ("rng", "x"), ("step", -5), ("format", True),
     ("train_config", DEEP), ("model.transformer.h.0.ln_1.weight", torch.full((32,), math.nan)),
+    ("model.transformer.h.0.ln_1.weight", torch.ones(32).to(torch.float8_e4m3fn)),
 ])  # fmt: skip
 def test_a_forged_folder_is_refused(good, place, value, refused, tmp_path, monkeypatch):
     path = tmp_path / "model_00012"

@@ -20,10 +20,8 @@ def settings(*flags: str):
 
 def test_twelve_layers_keep_the_rates_of_the_preset():
     config, plain = settings("--preset", "modern", "--depth", "12"), settings("--preset", "modern")
-    sizes = config.n_layer, config.n_head, config.n_embd, config.total_batch_size
-    assert (
-        sizes == (12, 12, 768, 2**19) == (plain.n_layer, plain.n_head, plain.n_embd, plain.total_batch_size)
-    )
+    for each in (config, plain):
+        assert (each.n_layer, each.n_head, each.n_embd, each.total_batch_size) == (12, 12, 768, 2**19)
     assert (config.max_lr, config.weight_decay) == pytest.approx((plain.max_lr, plain.weight_decay), rel=1e-3)
     assert config.max_steps == round(12 * (12 * 12 * 768**2 + 768 * 50304) / 2**19)
     assert config.position == "rope" and PRESETS["modern"].get("n_layer") is None
@@ -32,12 +30,8 @@ def test_twelve_layers_keep_the_rates_of_the_preset():
 @pytest.mark.parametrize("depth, width, batch, steps", [(4, 256, 2**18, 734), (24, 1536, 2**20, 8660)])
 def test_other_depths_follow_the_rules(depth, width, batch, steps):
     config = settings("--preset", "modern", "--depth", str(depth), "--B", "4")
-    assert (config.n_layer, config.n_embd, config.total_batch_size, config.max_steps) == (
-        depth,
-        width,
-        batch,
-        steps,
-    )
+    sizes = config.n_layer, config.n_embd, config.total_batch_size, config.max_steps
+    assert sizes == (depth, width, batch, steps)
     assert config.n_embd // config.n_head == 64 and config.B == 4 and config.warmup_steps == steps // 20
     rate = 2e-3 * 768 / width * (batch / 2**19) ** 0.5
     decay = 0.1 * 2e-3 * 12 * depth_parameters(12) / 2**19 / (rate * steps)
