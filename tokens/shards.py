@@ -44,9 +44,8 @@ GOLDEN = 0.618034  # its multiples, modulo 1, are spread evenly: they shift the 
 # -------------------------------------------------------------------------------------------------- SHARDS
 def shard_header(count: int, dtype: np.dtype) -> bytes:
     """The bytes before the tokens of an llm.c shard of so many tokens, uint16 or uint32."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
-    return header.tobytes()
+    numbers = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
+    return np.array(numbers, dtype="<i4").tobytes().ljust(4 * HEADER_INTS, b"\0")
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
@@ -113,10 +112,9 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.
         start, count = _read_npy_header(path, file)
     elif magic in FORMATS and size >= 4 * HEADER_INTS:
         start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        if version != FORMATS[magic][0]:
-            right = FORMATS[magic][0]
+        right, dtype = FORMATS[magic][0], np.dtype(FORMATS[magic][1])
+        if version != right:
             raise ValueError(f"{path} has shard version {version}, not {right}; {_rebuild(path)}")
-        dtype = np.dtype(FORMATS[magic][1])
     else:
         _refuse_foreign(path, head, magic)
         start, count = 0, size // 2
