@@ -117,6 +117,8 @@ def test_accuracies_and_standard_errors(write):
         hits = [int(a == b) for a, b in zip(choices, labels, strict=True)]
         assert (acc, error) == (sum(hits) / 17, pytest.approx(statistics.stdev(hits) / 17**0.5))
     assert harness.choices_norm != (harness.losses / tokens).argmin(1).tolist()
+    marks = examples[0] | {"endings": ["[step]", "a b", "c d", "e f"]}  # the first has no characters
+    assert evaluate(model, write([marks]), style="harness").choices_norm[0] != 0
 
 
 def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write):
@@ -130,20 +132,15 @@ def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write)
     assert evaluate(model, write(make_examples(5, seed=1)), limit=1).losses.ne(one.losses).all()
 
 
-def test_encoding_and_arguments_are_checked(write):
+def test_wrong_arguments_encodings_and_nan_are_refused(write):
     model, path = make_model(), write(make_examples(2))
     for wrong, words in ((dict(limit=0), "limit=0"), (dict(tokens_per_batch=0), "tokens_per_batch=0"),
                          (dict(style="letters"), "style='letters'"),
                          (dict(world_size=2), "world_size=2.*torchrun")):  # fmt: skip
         refuses(words, evaluate, model, path, **wrong)
     refuses(r"encoding='bytes' .*256 .*vocab_size=200", evaluate, make_model(vocab_size=200), path)
-
-
-def test_a_model_that_gives_nan_gets_no_accuracy(write):
-    model = make_model()
     model.transformer.wte.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError):
-        evaluate(model, write(make_examples(1)))
+    refuses("NaN", evaluate, model, path, error=FloatingPointError)
 
 
 def test_modes_and_router_statistics_are_left_as_they_were(write):
@@ -261,17 +258,6 @@ def test_harness_style_by_hand(fields, context, endings):
     assert bytes(start).decode() == context
     assert [bytes(ending).decode() for ending in rest] == endings
     assert characters == [len(hellaswag.preprocess(ending)) for ending in example["endings"]]
-
-
-def test_an_ending_of_marks_alone_is_never_the_normalised_choice(write):
-    example = make_examples(1)[0] | {"endings": ["[step]", "a b", "c d", "e f"]}
-    assert evaluate(make_model(), write([example]), style="harness").choices_norm[0] != 0
-
-
-def test_a_question_without_parts_of_its_context_is_taken_whole():
-    example = {k: v for k, v in make_examples(1)[0].items() if k not in ("ctx_a", "ctx_b")}
-    start = hellaswag.tokenize(example, "bytes", "harness")[0]
-    assert bytes(start).decode().endswith(hellaswag.preprocess(example["ctx"]))
 
 
 def test_all_validation_questions_are_read():

@@ -110,6 +110,7 @@ def test_missing_data_says_how_to_make_it(tmp_path):
         (lambda: DistributedDataLoader(tmp_path / "*.none", B=1, T=4), r"no data: .*\.none"),
         (lambda: DistributedDataLoader([], B=1, T=4), "no data"),
         (lambda: read_meta(tmp_path / "none"), "no data folder .*none"),
+        (lambda: read_meta("x", str(tmp_path / "no_*.bin")), r"no data: .*no_\*\.bin is neither"),
     ):  # fmt: skip
         refuses(words, look, error=FileNotFoundError)
 
@@ -133,6 +134,13 @@ def test_meta_of_one_machine_and_of_several(tmp_path):
     for damaged in bad:
         second.write_text(damaged)
         refuses(r"meta_p0001\.json is damaged", read_meta, tmp_path)
+
+
+def test_meta_of_the_shards_that_a_pattern_matches(tmp_path):
+    make_shards(tmp_path / "a1", [9])
+    (tmp_path / "a1" / "meta.json").write_text(json.dumps(META | {"encoding": "bytes", "tokens": {}}))
+    for pattern in ("*/train_*.bin", "a[1]/*", "a1", "a1/train_000000.bin"):
+        assert read_meta("nowhere", str(tmp_path / pattern))["encoding"] == "bytes"
 
 
 def next_tokens(*loaders: DistributedDataLoader, n: int) -> torch.Tensor:

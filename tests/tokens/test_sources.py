@@ -8,19 +8,18 @@ import os
 import random
 import re
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pyarrow
 import pytest
-from corpus import DOCUMENTS, write_source
+from corpus import DOCUMENTS, small_flags, write_source
 from pyarrow import parquet
 
 import fineweb
 from fineweb import DataConfig
 from tokens import encodings, sources
 from tokens.encodings import EOT
-from tokens.shards import read_shard
+from tokens.shards import read_meta, read_shard
 
 
 def read(path: Path, field="text", position=sources.START_POSITION, **share) -> list[tuple[bool, str, dict]]:
@@ -57,17 +56,6 @@ def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path):
     found = [os.path.relpath(path, tmp_path / "in") for path in sources.find_files(str(tmp_path / "in"))]
     assert found == ["far/c.txt", "sub/a.txt", "z.jsonl.gz"]
     assert documents_of(read(tmp_path / "in")) == ["c", "a", "y", "z"]
-
-
-def test_invalid_utf8_is_replaced_and_counted(tmp_path):
-    text = b"\xef\xbb\xbfcaf\xe9 \xff\xfe, a true \xef\xbf\xbd, cut \xe2\x82"
-    lines = b'{"text": "caf\xe9"}\n{"text": "lone \\ud800, pair \\ud83d\\ude00"}\n'
-    (tmp_path / "a.txt").write_bytes(text)
-    (tmp_path / "b.jsonl").write_bytes(lines)
-    pieces = read(tmp_path)
-    texts = ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd", "caf\ufffd", "lone \ufffd, pair 😀"]
-    assert documents_of(pieces) == texts
-    assert pieces[-1][2]["replaced"] == 4 + 1 + 1
 
 
 def test_columns_of_parquet(tmp_path):
@@ -144,10 +132,7 @@ def test_reading_goes_on_anywhere_and_cuts_long_runs_alike(tmp_path, monkeypatch
 
 
 def make(source, out, **flags) -> int:
-    """fineweb.main with settings for small texts."""
-    flags = dict(source=source, out=out, encoding="bytes", val_tokens=0, workers=1) | flags
-    with mock.patch("signal.signal"):  # main keeps its handler of SIGTERM
-        return fineweb.main([f"--{name}={value}" for name, value in flags.items()])
+    return fineweb.main(small_flags(source, out, val_tokens=0, **flags))
 
 
 REPLACE = {"errors": "replace"}
@@ -159,7 +144,10 @@ TEXTS = {
     "b.jsonl": ('{"text": "é"}\n'.encode("utf-16"), {}, ["é"]),
     "b.csv": ("text\né\n".encode("utf-16"), {}, ["é"]), "b.json": ('["é"]'.encode("utf-32"), {}, ["é"]),
     "lone.txt": (b"\xff\xfea\0\x00\xd8b\0", REPLACE, ["a\ufffdb"]), "nul.txt": ("a\0b", REPLACE, ["a\0b"]),
-    "latin.txt": (b"caf\xe9", REPLACE, ["caf\ufffd"]),
+    "latin.txt": (b"\xef\xbb\xbfcaf\xe9 \xff\xfe, a true \xef\xbf\xbd, cut \xe2\x82", REPLACE,
+                  ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd"]),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n{"text": "lone \\ud800, pair \\ud83d\\ude00"}\n', REPLACE,
+                    ["caf\ufffd", "lone \ufffd, pair 😀"]),
     "few.txt": (b"caf\xe9" + b" " * 300, {}, ["caf\ufffd" + " " * 300]),
     "split.txt": (f"a{EOT}\nb\n{EOT}", {"split_on": EOT}, ["a", "\nb\n"]),
 }  # fmt: skip
@@ -178,6 +166,8 @@ def test_text_is_read(tmp_path, monkeypatch, name, whole_folder):
     tokens = read_shard(tmp_path / "out" / "train_000000.bin")
     parts = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
     assert [bytes(part[1:].astype(np.uint8)).decode() for part in parts] == documents
+    replaced = "".join(documents).count("\ufffd") - content.count("\ufffd".encode())
+    assert read_meta(tmp_path / "out")["replaced"] == replaced
 
 
 BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
