@@ -278,16 +278,15 @@ def test_all_validation_questions_are_read():
 def test_bad_questions_name_file_line_and_field(wrong, words, write):
     good = make_examples(1)[0]
     path = write([good, b"", wrong if isinstance(wrong, bytes) else good | wrong])
-    with pytest.raises(ValueError, match=f"{path}, line 3: {words}"):
-        list(iterate_examples(data=path))
+    refuses(f"{path}, line 3: {words}", list, iterate_examples(data=path))
 
 
 def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
     example = make_examples(1)[0] | {"label": "2"}  # as in Hugging Face's copy
     assert [e["label"] for e in iterate_examples(data=write([example]))] == [2]
     refuses("no questions in this file", evaluate, make_model(), write([b"", b"  "]))
-    with pytest.raises(HellaSwagUnavailable, match=f"cannot read the questions in {tmp_path}"):
-        evaluate(make_model(), tmp_path)  # missing files: test_two_ranks
+    words = f"cannot read the questions in {tmp_path}"  # missing files: test_two_ranks
+    refuses(words, evaluate, make_model(), tmp_path, error=HellaSwagUnavailable)
 
 
 @pytest.fixture

@@ -208,10 +208,11 @@ def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0)
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select: a Feistel
+def permute(index: np.ndarray, n: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Map `index`, (k,), by the permutation of range(n) that the seed (of a SeedSequence) selects: a Feistel
     network with just enough bits for n, repeated until the result is below n (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser."""
+    keys = np.random.SeedSequence(seed).generate_state(FEISTEL_ROUNDS, np.uint64)
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
     x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -318,9 +319,8 @@ class DistributedDataLoader:
         epochs, index = np.divmod(index, self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
-                seeds = np.random.SeedSequence([self.seed, int(epoch)])
-                keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
-                index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
+                now = epochs == epoch
+                index[now] = permute(index[now], self.samples_per_epoch, [self.seed, int(epoch)])
         file = np.searchsorted(self._ends, index, side="right")
         start = (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
         if self.shuffle and self.shift:
