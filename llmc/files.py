@@ -131,8 +131,7 @@ def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], 
         for ours in our_names(name, sizes.L):
             tensor = state[ours].detach().to("cpu", dtype)
             if name == "wte":
-                padding = tensor.new_zeros(sizes.Vp - sizes.V, sizes.C)
-                tensor = torch.cat([tensor[: sizes.V], padding])  # (Vp, C)
+                tensor = torch.nn.functional.pad(tensor[: sizes.V], (0, 0, 0, sizes.Vp - sizes.V))  # (Vp, C)
             bits = tensor.contiguous().view(torch.int16 if version == 5 else torch.float32)
             file.write(bits.numpy().astype(stored, copy=False))
 

@@ -33,10 +33,10 @@ TINY = dict(n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe
 def write(tmp_path):
     """Function that writes lines, each bytes or to become JSON, to a file and returns its path."""
 
-    def to_file(lines, name="questions.jsonl"):
+    def to_file(lines):
         raw = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-        (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
-        return tmp_path / name
+        (tmp_path / "questions.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+        return tmp_path / "questions.jsonl"
 
     return to_file
 
