@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refuses
-from corpus import small_flags
+from corpus import small_flags, write_source
 from processes import flags
 
 import fineweb
@@ -31,10 +31,7 @@ def build(*arguments, **more) -> int:
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    for name in "abc":
-        (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name} word " * 1000)
-    return tmp_path / "corpus"
+    return write_source(tmp_path / "corpus", [f"{name} word " * 1000 for name in "abc"])
 
 
 @pytest.fixture
@@ -125,10 +122,10 @@ def test_verify_compares_every_token(corpus, tmp_path, capsys, refused):
 
 
 CHANGES = {
-    "replaced": (lambda folder: (folder / "b.txt").write_text("z WORD " * 1000), "file 'corpus/b.txt'"),
-    "swapped": (lambda folder: shutil.copy(folder / "a.txt", folder / "b.txt"), "file 'corpus/b.txt'"),
-    "renamed": (lambda folder: (folder / "b.txt").rename(folder / "d.txt"), "'corpus/d.txt'='missing'"),
-    "removed": (lambda folder: (folder / "c.txt").unlink(), "'corpus/c.txt'='missing'"),
+    "replaced": (lambda folder: (folder / "1.txt").write_text("z WORD " * 1000), "file 'corpus/1.txt'"),
+    "swapped": (lambda folder: shutil.copy(folder / "0.txt", folder / "1.txt"), "file 'corpus/1.txt'"),
+    "renamed": (lambda folder: (folder / "1.txt").rename(folder / "3.txt"), "'corpus/3.txt'='missing'"),
+    "removed": (lambda folder: (folder / "2.txt").unlink(), "'corpus/2.txt'='missing'"),
 }
 
 
@@ -160,10 +157,10 @@ def test_parts_of_other_sources_are_refused(corpus, tmp_path, refused):
     out = tmp_path / "out"
     assert build(corpus, out, num_parts=2, part=0) == 0
     CHANGES["replaced"][0](corpus)
-    assert "file 'corpus/b.txt'" in refused(fineweb.main, *make(corpus, out, num_parts=2, part=1))
+    assert "file 'corpus/1.txt'" in refused(fineweb.main, *make(corpus, out, num_parts=2, part=1))
     assert build(corpus, tmp_path / "apart", num_parts=2, part=1) == 0
     shutil.copytree(tmp_path / "apart", out, dirs_exist_ok=True)
-    assert "b.txt" in refused(train_gpt_moe.main, *flags(out, tmp_path / "log"))
+    assert "1.txt" in refused(train_gpt_moe.main, *flags(out, tmp_path / "log"))
 
 
 FORGED = [dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),

@@ -209,9 +209,7 @@ def test_text_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys, name
 
 
 def test_end_marks_are_counted_and_splitting_is_a_setting(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_text(f"a{EOT}b{EOT}")
-    (tmp_path / "in" / "b.txt").write_text(EOT)
+    write_source(tmp_path / "in", [f"a{EOT}b{EOT}", EOT])
     assert make(tmp_path / "in", tmp_path / "out") == 0
     warning = capsys.readouterr().err
     assert warning.count("warning") == 1 and "(2 times" in warning and f'--split_on "{EOT}"' in warning
