@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from huggingface.generation import evaluating
 from tokens.encodings import encode_text, load_encoding
@@ -70,13 +71,9 @@ def tokenize(example: dict, encoding: str, style: str) -> tuple[list[int], list[
 
 def pad_rows(rows: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (B, T) of contexts and endings, and mask (B, T), 1 on the endings; zeros pad on the right."""
-    T = max(len(context) + len(ending) for context, ending in rows)
-    tokens, mask = torch.zeros(2, len(rows), T, dtype=torch.long)
-    for row, (context, ending) in enumerate(rows):
-        end = len(context) + len(ending)
-        tokens[row, :end] = torch.tensor(context + ending)
-        mask[row, len(context) : end] = 1
-    return tokens, mask
+    tokens = [torch.tensor(context + ending) for context, ending in rows]
+    mask = [torch.tensor([0] * len(context) + [1] * len(ending)) for context, ending in rows]
+    return pad_sequence(tokens, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def render_example(example: dict, encoding: str = "gpt2", style: str = "completion") -> tuple:

@@ -120,9 +120,8 @@ def our_names(name: str, layers: int) -> list[str]:
 
 def header(kind: str, version: int, *fields: int) -> bytes:
     """The 1024 bytes at the beginning of a file."""
-    numbers = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    numbers[: 2 + len(fields)] = (KINDS[kind], version, *fields)
-    return numbers.tobytes()
+    numbers = np.array((KINDS[kind], version, *fields), dtype="<i4")
+    return numbers.tobytes().ljust(HEADER_BYTES, b"\0")
 
 
 def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], version: int) -> None:
@@ -132,8 +131,7 @@ def write_tensors(file: BinaryIO, sizes: Sizes, state: dict[str, torch.Tensor], 
         for ours in our_names(name, sizes.L):
             tensor = state[ours].detach().to("cpu", dtype)
             if name == "wte":
-                padding = tensor.new_zeros(sizes.Vp - sizes.V, sizes.C)
-                tensor = torch.cat([tensor[: sizes.V], padding])  # (Vp, C)
+                tensor = torch.nn.functional.pad(tensor[: sizes.V], (0, 0, 0, sizes.Vp - sizes.V))  # (Vp, C)
             bits = tensor.contiguous().view(torch.int16 if version == 5 else torch.float32)
             file.write(bits.numpy().astype(stored, copy=False))
 
@@ -278,13 +276,12 @@ def run(options: argparse.Namespace) -> list[Path]:
     x = y = None
     if options.command == "state":
         B, T, parts = options.B, options.T, ("state",)
+        need = B * T + 1
         if min(B, T) < 1:
             raise ValueError(f"--B {B} --T {T}: both must be at least 1")
-        tokens = torch.from_numpy(read_shard(options.data)[: B * T + 1].astype(np.int64))
-        if len(tokens) <= B * T:
-            raise ValueError(
-                f"{options.data}: {len(tokens)} tokens, --B and --T need {B * T + 1}; lower them"
-            )
+        tokens = torch.from_numpy(read_shard(options.data)[:need].astype(np.int64))
+        if len(tokens) < need:
+            raise ValueError(f"{options.data}: {len(tokens)} tokens, --B and --T need {need}; lower them")
         x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)
     else:
         parts = (options.dtype, "tokenizer") if options.dtype else ("float32", "bfloat16", "tokenizer")

@@ -50,6 +50,12 @@ def write_source(path: Path, documents: list[str] = DOCUMENTS) -> Path:
     return path
 
 
+def small_flags(source: Path, out: Path, **flags) -> list[str]:
+    """The flags of fineweb.py, for small texts."""
+    flags = dict(source=source, out=out, encoding="bytes", val_tokens=100, workers=1) | flags
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
 def build(source: Path | str | list[str], out: Path | None, **flags) -> dict:
     """fineweb.build with settings for small texts."""
     flags = {"encoding": "bytes", "val_tokens": 100, "workers": 1, **flags}

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 from conftest import ROOT
-from corpus import DOCUMENTS, TOKENS, build, content, stream_of, write_source
+from corpus import DOCUMENTS, TOKENS, build, content, small_flags, stream_of, write_source
 from processes import full_disk
 
 import fineweb
@@ -24,9 +24,7 @@ from tokens import sources
 
 
 def command(source: Path, out: Path, **flags) -> list[str]:
-    """corpus.build as a command."""
-    flags = {"source": source, "out": out, "encoding": "bytes", "val_tokens": 100, "workers": 1, **flags}
-    return [sys.executable, str(ROOT / "fineweb.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    return [sys.executable, str(ROOT / "fineweb.py"), *small_flags(source, out, **flags)]
 
 
 class Crash(BaseException):
@@ -124,11 +122,6 @@ def test_workers_do_not_change_the_output(tmp_path, monkeypatch):
     assert content(tmp_path / "1") == content(tmp_path / "2") and len(content(tmp_path / "1")) == 8
 
 
-def wait_for_shards(out: Path, process: subprocess.Popen) -> None:
-    while process.poll() is None and not list(out.glob("*.bin")):
-        time.sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory) -> Path:
     """A source of a gigabyte that takes no room: whoever is to be stopped later is still at it."""
@@ -148,19 +141,12 @@ def test_a_signal_ends_it_at_once(endless, tmp_path, name, workers, code, reques
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(make, **pipes, start_new_session=True)
     request.addfinalizer(process.kill)
-    wait_for_shards(tmp_path, process)
+    while process.poll() is None and not list(tmp_path.glob("*.bin")):
+        time.sleep(0.002)
     os.killpg(process.pid, end)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == code and "Traceback" not in errors, errors
     assert not list(tmp_path.glob(".*.tmp"))
-
-
-@pytest.fixture
-def main():
-    """fineweb.main on any values; SIGTERM's handler is put back afterwards."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield lambda *flags: fineweb.main([*map(str, flags)])
-    signal.signal(signal.SIGTERM, handler)
 
 
 WRONG = {"--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shard_size=2147483648 .*below",
@@ -172,35 +158,36 @@ WRONG = {"--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shar
 
 
 @pytest.mark.parametrize("arguments", WRONG)
-def test_wrong_settings_are_named(arguments, main, tmp_path, capsys, monkeypatch):
+def test_wrong_settings_are_named(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = "a.doc" if "--source ." in arguments else "a.txt"
     (tmp_path / source).write_text("hello")
-    with pytest.raises(SystemExit, match="2"):
-        sys.exit(main("--source", source, "--encoding", "bytes", *arguments.split()))  # argparse itself exits
+    with pytest.raises(SystemExit, match="2"):  # argparse itself exits
+        sys.exit(fineweb.main(["--source", source, "--encoding", "bytes", *arguments.split()]))
     assert re.search(f"error: .*{WRONG[arguments]}", capsys.readouterr().err)
 
 
-def test_full_disk_is_reported_and_gone_on_from(main, tmp_path, capsys):
+def test_full_disk_is_reported_and_gone_on_from(tmp_path, capsys):
     """A limit on the size of files stands for the disk."""
     pytest.importorskip("resource")
-    make = command(write_source(tmp_path / "a.jsonl", DOCUMENTS * 40), tmp_path / "out", shard_size=3000)[2:]
+    source = write_source(tmp_path / "a.jsonl", DOCUMENTS * 40)
+    make = small_flags(source, tmp_path / "out", shard_size=3000)
     with full_disk(4000):
-        assert main(*make) == 1
+        assert fineweb.main(make) == 1
     assert f"shard with: python fineweb.py {make[0]}" in capsys.readouterr().err
     assert sorted(content(tmp_path / "out")) == ["meta.json", "val_000000.bin"]
-    assert main(*make) == 0 and stream_of(tmp_path / "out") == TOKENS * 40
+    assert fineweb.main(make) == 0 and stream_of(tmp_path / "out") == TOKENS * 40
 
 
 @pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
-def test_signals_that_come_while_tqdm_takes_its_lock(main, monkeypatch, cause, code):
+def test_signals_that_come_while_tqdm_takes_its_lock(monkeypatch, cause, code):
     error = RuntimeError("cannot release un-acquired lock")
     error.__context__ = cause
     monkeypatch.setattr(fineweb, "build", mock.Mock(side_effect=error))
-    assert main() == code
+    assert fineweb.main([]) == code
     error.__context__ = None  # no signal
     with pytest.raises(RuntimeError):
-        main()
+        fineweb.main([])
 
 
 def test_it_starts_without_torch():

@@ -33,10 +33,10 @@ TINY = dict(n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe
 def write(tmp_path):
     """Function that writes lines, each bytes or to become JSON, to a file and returns its path."""
 
-    def to_file(lines, name="questions.jsonl"):
+    def to_file(lines):
         raw = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
-        (tmp_path / name).write_bytes(b"\n".join(raw) + b"\n")
-        return tmp_path / name
+        (tmp_path / "questions.jsonl").write_bytes(b"\n".join(raw) + b"\n")
+        return tmp_path / "questions.jsonl"
 
     return to_file
 
@@ -117,6 +117,8 @@ def test_accuracies_and_standard_errors(write):
         hits = [int(a == b) for a, b in zip(choices, labels, strict=True)]
         assert (acc, error) == (sum(hits) / 17, pytest.approx(statistics.stdev(hits) / 17**0.5))
     assert harness.choices_norm != (harness.losses / tokens).argmin(1).tolist()
+    marks = examples[0] | {"endings": ["[step]", "a b", "c d", "e f"]}  # the first has no characters
+    assert evaluate(model, write([marks]), style="harness").choices_norm[0] != 0
 
 
 def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write):
@@ -130,20 +132,15 @@ def test_limit_takes_the_first_questions_and_a_changed_file_is_read_again(write)
     assert evaluate(model, write(make_examples(5, seed=1)), limit=1).losses.ne(one.losses).all()
 
 
-def test_encoding_and_arguments_are_checked(write):
+def test_wrong_arguments_encodings_and_nan_are_refused(write):
     model, path = make_model(), write(make_examples(2))
     for wrong, words in ((dict(limit=0), "limit=0"), (dict(tokens_per_batch=0), "tokens_per_batch=0"),
                          (dict(style="letters"), "style='letters'"),
                          (dict(world_size=2), "world_size=2.*torchrun")):  # fmt: skip
         refuses(words, evaluate, model, path, **wrong)
     refuses(r"encoding='bytes' .*256 .*vocab_size=200", evaluate, make_model(vocab_size=200), path)
-
-
-def test_a_model_that_gives_nan_gets_no_accuracy(write):
-    model = make_model()
     model.transformer.wte.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError):
-        evaluate(model, write(make_examples(1)))
+    refuses("NaN", evaluate, model, path, error=FloatingPointError)
 
 
 def test_modes_and_router_statistics_are_left_as_they_were(write):
@@ -263,17 +260,6 @@ def test_harness_style_by_hand(fields, context, endings):
     assert characters == [len(hellaswag.preprocess(ending)) for ending in example["endings"]]
 
 
-def test_an_ending_of_marks_alone_is_never_the_normalised_choice(write):
-    example = make_examples(1)[0] | {"endings": ["[step]", "a b", "c d", "e f"]}
-    assert evaluate(make_model(), write([example]), style="harness").choices_norm[0] != 0
-
-
-def test_a_question_without_parts_of_its_context_is_taken_whole():
-    example = {k: v for k, v in make_examples(1)[0].items() if k not in ("ctx_a", "ctx_b")}
-    start = hellaswag.tokenize(example, "bytes", "harness")[0]
-    assert bytes(start).decode().endswith(hellaswag.preprocess(example["ctx"]))
-
-
 def test_all_validation_questions_are_read():
     assert sum(1 for _ in iterate_examples(data=shared_file("hellaswag_val.jsonl"))) == 10042
 
@@ -292,16 +278,15 @@ def test_all_validation_questions_are_read():
 def test_bad_questions_name_file_line_and_field(wrong, words, write):
     good = make_examples(1)[0]
     path = write([good, b"", wrong if isinstance(wrong, bytes) else good | wrong])
-    with pytest.raises(ValueError, match=f"{path}, line 3: {words}"):
-        list(iterate_examples(data=path))
+    refuses(f"{path}, line 3: {words}", list, iterate_examples(data=path))
 
 
 def test_labels_may_be_texts_and_files_must_have_questions(tmp_path, write):
     example = make_examples(1)[0] | {"label": "2"}  # as in Hugging Face's copy
     assert [e["label"] for e in iterate_examples(data=write([example]))] == [2]
     refuses("no questions in this file", evaluate, make_model(), write([b"", b"  "]))
-    with pytest.raises(HellaSwagUnavailable, match=f"cannot read the questions in {tmp_path}"):
-        evaluate(make_model(), tmp_path)  # missing files: test_two_ranks
+    words = f"cannot read the questions in {tmp_path}"  # missing files: test_two_ranks
+    refuses(words, evaluate, make_model(), tmp_path, error=HellaSwagUnavailable)
 
 
 @pytest.fixture

@@ -92,8 +92,7 @@ def load_metas(folder: str) -> dict[str, dict]:
             metas[path] = json.loads(Path(path).read_text(encoding="utf-8"))
             _check_meta(metas[path])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            again = f"`python fineweb.py --out {shlex.quote(folder)}` with its settings"
-            cure = f"delete it, and run {again}"
+            cure = f"delete it, and run `python fineweb.py --out {shlex.quote(folder)}` with its settings"
             raise ValueError(f"{path} is damaged ({repr(error)[:200]}); {cure}") from error
     for path, meta in metas.items():
         first = next(iter(metas))

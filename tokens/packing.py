@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokens.shards import FEISTEL_ROUNDS, DistributedDataLoader, Shard, permute
+from tokens.shards import DistributedDataLoader, Shard, permute
 
 SCANNED = 1 << 22  # tokens that are searched at a time
 
@@ -76,8 +76,7 @@ class PackedShard:
         made_for, order = self.epoch  # one attribute: locate() and the prefetching thread both come here
         if made_for != seed:
             lengths = np.minimum(np.diff(self.begins), self.room)
-            keys = np.random.SeedSequence(seed).generate_state(FEISTEL_ROUNDS, np.uint64)
-            ties = permute(np.arange(len(lengths)), len(lengths), keys)
+            ties = permute(np.arange(len(lengths)), len(lengths), seed)
             order = self.begins[np.lexsort((ties, lengths))]
             self.epoch = seed, order
         pattern = np.searchsorted(self.ends, row, side="right") - 1

@@ -44,9 +44,8 @@ GOLDEN = 0.618034  # its multiples, modulo 1, are spread evenly: they shift the 
 # -------------------------------------------------------------------------------------------------- SHARDS
 def shard_header(count: int, dtype: np.dtype) -> bytes:
     """The bytes before the tokens of an llm.c shard of so many tokens, uint16 or uint32."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
-    return header.tobytes()
+    numbers = next((magic, version, count) for magic, (version, kind) in FORMATS.items() if dtype == kind)
+    return np.array(numbers, dtype="<i4").tobytes().ljust(4 * HEADER_INTS, b"\0")
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
@@ -113,10 +112,9 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.
         start, count = _read_npy_header(path, file)
     elif magic in FORMATS and size >= 4 * HEADER_INTS:
         start, (version, count) = 4 * HEADER_INTS, np.frombuffer(head, "<i4", 2, offset=4).tolist()
-        if version != FORMATS[magic][0]:
-            right = FORMATS[magic][0]
+        right, dtype = FORMATS[magic][0], np.dtype(FORMATS[magic][1])
+        if version != right:
             raise ValueError(f"{path} has shard version {version}, not {right}; {_rebuild(path)}")
-        dtype = np.dtype(FORMATS[magic][1])
     else:
         _refuse_foreign(path, head, magic)
         start, count = 0, size // 2
@@ -210,10 +208,11 @@ def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0)
 
 
 # -------------------------------------------------------------------------------------------------- LOADER
-def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Map `index`, (k,), by the permutation of range(n) that `keys`, (rounds,) uint64, select: a Feistel
+def permute(index: np.ndarray, n: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Map `index`, (k,), by the permutation of range(n) that the seed (of a SeedSequence) selects: a Feistel
     network with just enough bits for n, repeated until the result is below n (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002). The round function is MurmurHash3's finaliser."""
+    keys = np.random.SeedSequence(seed).generate_state(FEISTEL_ROUNDS, np.uint64)
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
     x, walking = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -320,9 +319,8 @@ class DistributedDataLoader:
         epochs, index = np.divmod(index, self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
-                seeds = np.random.SeedSequence([self.seed, int(epoch)])
-                keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
-                index[epochs == epoch] = permute(index[epochs == epoch], self.samples_per_epoch, keys)
+                now = epochs == epoch
+                index[now] = permute(index[now], self.samples_per_epoch, [self.seed, int(epoch)])
         file = np.searchsorted(self._ends, index, side="right")
         start = (index - np.where(file > 0, self._ends[file - 1], 0)) * self.T
         if self.shuffle and self.shift:

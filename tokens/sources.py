@@ -71,7 +71,7 @@ def split_documents(blocks: Iterable[str], split_on: str | None) -> Iterator[tup
     yield separator, held
 
 
-def read_txt(path: str, at: int, field: str = "", split_on: str | None = None) -> Pieces:
+def read_txt(path: str, at: int, split_on: str | None) -> Pieces:
     """Pieces of a text file from byte `at` on: one document, or those between the separators `split_on`.
     A document need not fit into memory. Its pieces give the tokens of the whole, as split_text does."""
     with open(path, "rb") as file:
@@ -261,7 +261,7 @@ def read_files(
         reader = readers.get(os.path.splitext(path.lower())[1])
         if reader and split_on:
             raise ValueError(f"split_on={split_on!r} divides plain text; {path} has its documents in records")
-        pieces = reader(path, start, field) if reader else read_txt(path, start, field, split_on)
+        pieces = reader(path, start, field) if reader else read_txt(path, start, split_on)
         if errors == "strict":
             pieces = check_text(pieces, path, reader in (None, read_csv))
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refuses
+from corpus import small_flags, write_source
 from processes import flags
 
 import fineweb
@@ -20,25 +21,17 @@ from tokens.files import DataError
 from tokens.shards import DistributedDataLoader, Shard, read_meta, read_shard, write_shard
 
 
-def build(source: Path, out: Path, *more) -> int:
-    """Exit code of fineweb.py on small texts."""
-    words = ["--source", source, "--out", out, "--encoding=bytes", "--workers=1", "--shard_size=2000"]
-    return fineweb.main([*map(str, words), "--val_tokens=100", *more])
+def make(source: Path, out: Path, **more) -> list[str]:
+    return small_flags(source, out, shard_size=2000, **more)
 
 
-def error_line(capsys) -> str:
-    """The only message on stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if ".py: error: " in line]
-    assert len(lines) == 1, lines
-    return lines[0]
+def build(*arguments, **more) -> int:
+    return fineweb.main(make(*arguments, **more))
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    for name in "abc":
-        (tmp_path / "corpus" / f"{name}.txt").write_text(f"{name} word " * 1000)
-    return tmp_path / "corpus"
+    return write_source(tmp_path / "corpus", [f"{name} word " * 1000 for name in "abc"])
 
 
 @pytest.fixture
@@ -68,7 +61,7 @@ def test_shard_that_is_cut_or_fails_while_it_is_open(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, capsys):
+def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, refused):
     shutil.copytree(data, tmp_path / "data")
     step, small = train_gpt_moe.train_step, ["--max_steps=6", "--sample_every=0", "--checkpoint_every=0"]
 
@@ -78,21 +71,20 @@ def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, capsy
         return step(run, number)
 
     monkeypatch.setattr(train_gpt_moe, "train_step", cut_before_step_3)
-    assert train_gpt_moe.main(flags(tmp_path / "data", tmp_path / "log", *small)) == 2
-    line = error_line(capsys)
+    line = refused(train_gpt_moe.main, *flags(tmp_path / "data", tmp_path / "log", *small))
     assert f"{split}_000000.bin: no token at offset" in line and "Repair" in line
     assert sorted((tmp_path / "log").glob("model_*.pt")), "nothing saved"
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_resume_refuses_shards_with_another_middle(split, data, straight, tmp_path, capsys):
+def test_resume_refuses_shards_with_another_middle(split, data, straight, tmp_path, refused):
     shutil.copytree(straight, tmp_path / "log")
     path = Path(shutil.copytree(data, tmp_path / "data"), f"{split}_000000.bin")
     tokens = read_shard(path)
     tokens[256:-256] = 7
     write_shard(path, tokens)
-    assert train_gpt_moe.main(flags(tmp_path / "data", tmp_path / "log", "--resume", "auto")) == 2
-    assert f"{path} is another shard" in error_line(capsys)
+    resume = flags(tmp_path / "data", tmp_path / "log", "--resume", "auto")
+    assert f"{path} is another shard" in refused(train_gpt_moe.main, *resume)
 
 
 def test_loader_compares_what_a_checkpoint_has(data):
@@ -106,7 +98,7 @@ def test_loader_compares_what_a_checkpoint_has(data):
         refuses(message, train.load_state_dict, state | wrong)
 
 
-def test_verify_compares_every_token(corpus, tmp_path, capsys):
+def test_verify_compares_every_token(corpus, tmp_path, capsys, refused):
     out, verify = tmp_path / "out", ["--verify", "--out", str(tmp_path / "out")]
     assert build(corpus, out) == 0 == fineweb.main(verify)
     assert "compared 12 shards, 21,003 tokens" in capsys.readouterr().out
@@ -126,24 +118,23 @@ def test_verify_compares_every_token(corpus, tmp_path, capsys):
     (out / "train_000099.bin").unlink()
     assert build(corpus, out) == 0 == fineweb.main(verify)  # as the messages say
     (out / "meta.json").unlink()
-    assert fineweb.main(verify) == 2 and "no meta.json" in error_line(capsys)
+    assert "no meta.json" in refused(fineweb.main, *verify)
 
 
 CHANGES = {
-    "replaced": (lambda folder: (folder / "b.txt").write_text("z WORD " * 1000), "file 'corpus/b.txt'"),
-    "swapped": (lambda folder: shutil.copy(folder / "a.txt", folder / "b.txt"), "file 'corpus/b.txt'"),
-    "renamed": (lambda folder: (folder / "b.txt").rename(folder / "d.txt"), "'corpus/d.txt'='missing'"),
-    "removed": (lambda folder: (folder / "c.txt").unlink(), "'corpus/c.txt'='missing'"),
+    "replaced": (lambda folder: (folder / "1.txt").write_text("z WORD " * 1000), "file 'corpus/1.txt'"),
+    "swapped": (lambda folder: shutil.copy(folder / "0.txt", folder / "1.txt"), "file 'corpus/1.txt'"),
+    "renamed": (lambda folder: (folder / "1.txt").rename(folder / "3.txt"), "'corpus/3.txt'='missing'"),
+    "removed": (lambda folder: (folder / "2.txt").unlink(), "'corpus/2.txt'='missing'"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_sources_that_changed_after_a_kill_are_refused(change, corpus, killed, capsys):
+def test_sources_that_changed_after_a_kill_are_refused(change, corpus, killed, refused):
     before = {path: path.read_bytes() for path in killed.iterdir()}
     alter, words = CHANGES[change]
     alter(corpus)
-    assert build(corpus, killed) == 2
-    line = error_line(capsys)
+    line = refused(fineweb.main, *make(corpus, killed))
     assert words in line and "another --out, or delete the folder" in line
     assert {path: path.read_bytes() for path in killed.iterdir()} == before
 
@@ -162,15 +153,14 @@ def test_copied_sources_and_older_folders_continue(corpus, killed, tmp_path, cap
     assert "3 of them have no checksum" in capsys.readouterr().out
 
 
-def test_parts_of_other_sources_are_refused(corpus, tmp_path, capsys):
-    out, parts = tmp_path / "out", ["--num_parts=2"]
-    assert build(corpus, out, *parts, "--part=0") == 0
+def test_parts_of_other_sources_are_refused(corpus, tmp_path, refused):
+    out = tmp_path / "out"
+    assert build(corpus, out, num_parts=2, part=0) == 0
     CHANGES["replaced"][0](corpus)
-    assert build(corpus, out, *parts, "--part=1") == 2 and "file 'corpus/b.txt'" in error_line(capsys)
-    assert build(corpus, tmp_path / "apart", *parts, "--part=1") == 0
+    assert "file 'corpus/1.txt'" in refused(fineweb.main, *make(corpus, out, num_parts=2, part=1))
+    assert build(corpus, tmp_path / "apart", num_parts=2, part=1) == 0
     shutil.copytree(tmp_path / "apart", out, dirs_exist_ok=True)
-    capsys.readouterr()
-    assert train_gpt_moe.main(flags(out, tmp_path / "log")) == 2 and "b.txt" in error_line(capsys)
+    assert "1.txt" in refused(train_gpt_moe.main, *flags(out, tmp_path / "log"))
 
 
 FORGED = [dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),
@@ -181,10 +171,9 @@ FORGED = [dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), 
 
 
 @pytest.mark.parametrize("entry", FORGED)
-def test_forged_meta_json_is_refused_in_one_line(entry, data, tmp_path, capsys):
+def test_forged_meta_json_is_refused_in_one_line(entry, data, tmp_path, refused):
     meta = json.loads(Path(data, "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | entry))
     for command in ("--verify", "--demo"):
-        assert fineweb.main([command, "--out", str(tmp_path)]) == 2
-        line = error_line(capsys)
+        line = refused(fineweb.main, command, "--out", tmp_path)
         assert "meta.json is damaged" in line and "python fineweb.py" in line and len(line) < 700

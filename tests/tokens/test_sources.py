@@ -8,19 +8,19 @@ import os
 import random
 import re
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pyarrow
 import pytest
-from corpus import DOCUMENTS, write_source
+from conftest import refuses
+from corpus import DOCUMENTS, small_flags, write_source
 from pyarrow import parquet
 
 import fineweb
 from fineweb import DataConfig
 from tokens import encodings, sources
 from tokens.encodings import EOT
-from tokens.shards import read_shard
+from tokens.shards import read_meta, read_shard
 
 
 def read(path: Path, field="text", position=sources.START_POSITION, **share) -> list[tuple[bool, str, dict]]:
@@ -59,22 +59,10 @@ def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path):
     assert documents_of(read(tmp_path / "in")) == ["c", "a", "y", "z"]
 
 
-def test_invalid_utf8_is_replaced_and_counted(tmp_path):
-    text = b"\xef\xbb\xbfcaf\xe9 \xff\xfe, a true \xef\xbf\xbd, cut \xe2\x82"
-    lines = b'{"text": "caf\xe9"}\n{"text": "lone \\ud800, pair \\ud83d\\ude00"}\n'
-    (tmp_path / "a.txt").write_bytes(text)
-    (tmp_path / "b.jsonl").write_bytes(lines)
-    pieces = read(tmp_path)
-    texts = ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd", "caf\ufffd", "lone \ufffd, pair 😀"]
-    assert documents_of(pieces) == texts
-    assert pieces[-1][2]["replaced"] == 4 + 1 + 1
-
-
 def test_columns_of_parquet(tmp_path):
     path = write_source(tmp_path / "a.parquet")
     for field, words in (("body", "'body'.*'text', 'id'.*--text_field"), ("id", "'id' is not text")):
-        with pytest.raises(ValueError, match=rf"a\.parquet: .*{words}"):
-            read(path, field)
+        refuses(rf"a\.parquet: .*{words}", read, path, field)
     texts = pyarrow.array(["first", None, "sécond", "first"]).dictionary_encode()
     parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=3)
     assert documents_of(read(path)) == ["first", "sécond", "first"]
@@ -114,8 +102,7 @@ def test_a_long_run_is_cut_and_a_panic_of_tiktoken_is_one_line(gpt2_encoding, mo
         assert gpt2_encoding.decode(encodings.encode_text(text, "gpt2")) == text
     panic = type("PanicException", (BaseException,), {})("StackOverflow " * 99)
     stand_in = type("Encoding", (), {"encode_to_numpy": lambda *_, **__: (_ for _ in ()).throw(panic)})
-    with pytest.raises(ValueError, match=r"^tiktoken cannot encode 'some text.{,200}$"):
-        encodings.encode(stand_in(), "some text " * 99)
+    refuses(r"^tiktoken cannot encode 'some text.{,200}$", encodings.encode, stand_in(), "some text " * 99)
 
 
 @pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -144,10 +131,7 @@ def test_reading_goes_on_anywhere_and_cuts_long_runs_alike(tmp_path, monkeypatch
 
 
 def make(source, out, **flags) -> int:
-    """fineweb.main with settings for small texts."""
-    flags = dict(source=source, out=out, encoding="bytes", val_tokens=0, workers=1) | flags
-    with mock.patch("signal.signal"):  # main keeps its handler of SIGTERM
-        return fineweb.main([f"--{name}={value}" for name, value in flags.items()])
+    return fineweb.main(small_flags(source, out, val_tokens=0, **flags))
 
 
 REPLACE = {"errors": "replace"}
@@ -159,7 +143,10 @@ TEXTS = {
     "b.jsonl": ('{"text": "é"}\n'.encode("utf-16"), {}, ["é"]),
     "b.csv": ("text\né\n".encode("utf-16"), {}, ["é"]), "b.json": ('["é"]'.encode("utf-32"), {}, ["é"]),
     "lone.txt": (b"\xff\xfea\0\x00\xd8b\0", REPLACE, ["a\ufffdb"]), "nul.txt": ("a\0b", REPLACE, ["a\0b"]),
-    "latin.txt": (b"caf\xe9", REPLACE, ["caf\ufffd"]),
+    "latin.txt": (b"\xef\xbb\xbfcaf\xe9 \xff\xfe, a true \xef\xbf\xbd, cut \xe2\x82", REPLACE,
+                  ["caf\ufffd \ufffd\ufffd, a true \ufffd, cut \ufffd"]),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n{"text": "lone \\ud800, pair \\ud83d\\ude00"}\n', REPLACE,
+                    ["caf\ufffd", "lone \ufffd, pair 😀"]),
     "few.txt": (b"caf\xe9" + b" " * 300, {}, ["caf\ufffd" + " " * 300]),
     "split.txt": (f"a{EOT}\nb\n{EOT}", {"split_on": EOT}, ["a", "\nb\n"]),
 }  # fmt: skip
@@ -178,6 +165,8 @@ def test_text_is_read(tmp_path, monkeypatch, name, whole_folder):
     tokens = read_shard(tmp_path / "out" / "train_000000.bin")
     parts = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
     assert [bytes(part[1:].astype(np.uint8)).decode() for part in parts] == documents
+    replaced = "".join(documents).count("\ufffd") - content.count("\ufffd".encode())
+    assert read_meta(tmp_path / "out")["replaced"] == replaced
 
 
 BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
@@ -220,9 +209,7 @@ def test_text_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys, name
 
 
 def test_end_marks_are_counted_and_splitting_is_a_setting(tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_text(f"a{EOT}b{EOT}")
-    (tmp_path / "in" / "b.txt").write_text(EOT)
+    write_source(tmp_path / "in", [f"a{EOT}b{EOT}", EOT])
     assert make(tmp_path / "in", tmp_path / "out") == 0
     warning = capsys.readouterr().err
     assert warning.count("warning") == 1 and "(2 times" in warning and f'--split_on "{EOT}"' in warning
@@ -239,5 +226,5 @@ def test_out_of_memory_and_an_error_in_a_worker_are_one_line(tmp_path, monkeypat
     assert make(tmp_path / "a.txt", tmp_path / "out") == 1
     assert re.findall("stopped by MemoryError.*--workers.*\n", capsys.readouterr().err, re.MULTILINE)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="'nonsense' is unknown"):  # an error in the workers
-        list(fineweb.encode_tasks(iter([({}, [(True, "a")])] * 3), "nonsense", 2))
+    tasks = fineweb.encode_tasks(iter([({}, [(True, "a")])] * 3), "nonsense", 2)
+    refuses("'nonsense' is unknown", list, tasks)  # an error in the workers
