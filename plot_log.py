@@ -191,7 +191,7 @@ def draw_references(ax, name: str, runs: list[LoggedRun], compare: bool) -> list
     return list(found.values())
 
 
-def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> np.ndarray:
+def draw_smoothed(ax, run: LoggedRun, name: str, label: str | None = None) -> np.ndarray:
     """Draw a metric's values as a light line, and in the run's style their running median over 1/30 of the
     points, fewer at the start, where losses fall fast. A mean would make a spike a plateau. Return it."""
     x, y = run.points(name)
@@ -199,7 +199,7 @@ def draw_smoothed(ax, run: LoggedRun, name: str, **more: str) -> np.ndarray:
     at = np.unique(np.linspace(0, len(y) - 1, min(len(y), 1000)).astype(int))  # 1,000 medians are enough
     half = np.minimum(at // 6, 1 + len(y) // 60)
     medians = np.array([np.median(y[i - h : i + h + 1]) for i, h in zip(at, half, strict=True)])
-    ax.plot(x[at], medians, **run.line, **more)
+    ax.plot(x[at], medians, **run.line, label=label)
     return medians
 
 

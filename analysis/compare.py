@@ -127,13 +127,13 @@ def find_baseline(settings: pd.DataFrame, text: str) -> str:
 
 
 # ---------------------------------------------------------------------------- STATISTICS
-def t_quantile(freedom: float, inside: float = 0.95) -> float:
-    """The t with P(|T| < t) = inside for Student's T. With t = sqrt(freedom) * tan(angle) the density is
+def t_quantile(freedom: float) -> float:
+    """The t with P(|T| < t) = 0.95 for Student's T. With t = sqrt(freedom) * tan(angle) the density is
     proportional to cos(angle)**(freedom - 1), from angle 0 to a right angle."""
     angle = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (freedom - 1)
     below = np.cumsum(density) - density / 2 - density[0] / 2  # the trapezoidal rule
-    return math.sqrt(freedom) * math.tan(np.interp(inside * below[-1], below, angle))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * below[-1], below, angle))
 
 
 def difference(final: pd.Series, baseline: pd.Series) -> tuple[float, float]:

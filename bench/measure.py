@@ -67,8 +67,8 @@ def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
     return run
 
 
-def print_table(rows: list[dict], csv_path: str = "") -> None:
-    """Print the rows as a Markdown table; with a path, also write them as CSV."""
+def print_table(rows: list[dict], csv_path: str) -> None:
+    """Print the rows as a Markdown table; unless the path is empty, also write them as CSV."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     for number, line in enumerate(lines):
         texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in line)

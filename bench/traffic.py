@@ -54,10 +54,10 @@ class Collective:
 class Links:
     """Bandwidths in bytes/s per rank and direction, within and between machines; seconds per hop."""
 
-    inside: float = 0.8 * 450e9
-    outside: float = 0.8 * 50e9
-    per_machine: int = 8
-    latency: float = 10e-6
+    inside: float
+    outside: float
+    per_machine: int
+    latency: float
 
     def seconds(self, collective: Collective) -> float:
         """Time of all calls of a collective, one after the other."""
@@ -168,9 +168,8 @@ def bench_scale(options) -> list[dict]:
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")
     if not options.micro_ms:
-        raise ValueError(
-            "micro_ms=0: give a micro-step's milliseconds, such as `python -m bench train` measures"
-        )
+        mend = "give a micro-step's milliseconds, such as `python -m bench train` measures"
+        raise ValueError(f"micro_ms=0: {mend}")
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
     links = Links(options.nvlink * 1e9, options.network * 1e9, options.gpus, options.latency * 1e-6)
     micro, update = options.micro_ms / 1e3, options.update_ms / 1e3

@@ -6,6 +6,7 @@ Run: python -m pytest            # everyday, some minutes
 """
 
 import contextlib
+import csv
 import itertools
 import multiprocessing
 import os
@@ -121,6 +122,18 @@ def refused(capsys):
         assert main([str(argument) for argument in arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
+
+    return run
+
+
+@pytest.fixture
+def rows_of(tmp_path):
+    """Function that runs a command's main, which must succeed, with --csv; returns the rows of that table."""
+
+    def run(main, *arguments) -> list[dict[str, str]]:
+        path = tmp_path / "rows.csv"
+        assert main([*map(str, arguments), "--csv", str(path)]) == 0
+        return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
     return run
 

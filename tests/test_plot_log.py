@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from processes import full_disk
+from processes import full_disk, metrics
 
 import plot_log
 
@@ -24,10 +24,6 @@ def write_log(folder: Path, records: list) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     return folder
-
-
-def read_log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 50304) -> Path:
@@ -61,13 +57,12 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
 
 @pytest.fixture
 def draw(monkeypatch):
-    """draw(*folders) -> {panel title up to a colon: axes} and the figure; writes a file only with `out`."""
-    figures, save = [], plot_log.save_picture
+    """draw(*folders) -> {panel title up to a colon: axes} and the figure; writes no file."""
+    figures = []
+    monkeypatch.setattr(plot_log, "save_picture", lambda fig, path: figures.append(fig))
 
-    def draw(*folders, x="step", out=None):
-        keep = lambda fig, path: figures.append(fig) or (out and save(fig, path))  # noqa: E731
-        monkeypatch.setattr(plot_log, "save_picture", keep)
-        plot_log.plot_runs([str(folder) for folder in folders], str(out or "unused.png"), x)
+    def draw(*folders, x="step"):
+        plot_log.plot_runs([str(folder) for folder in folders], x=x)
         fig = figures[-1]
         return {ax.get_title(loc="left").split(":")[0]: ax for ax in fig.axes}, fig
 
@@ -152,7 +147,7 @@ def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
 
 def test_curves_are_the_logs_numbers(moe, draw):
     axes, fig = draw(moe)
-    rows, loss = read_log(moe), axes["Loss"]
+    rows, loss = metrics(moe), axes["Loss"]
     for line, name in ((points(loss), "loss"), (points(loss, "validation"), "val_loss"),
                        (points(axes["HellaSwag"]), "hella_acc_norm"),
                        (points(by_label(fig, "max / mean load")), "max_load")):  # fmt: skip
@@ -168,7 +163,7 @@ def test_curves_are_the_logs_numbers(moe, draw):
 def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe, draw):
     axes, fig = draw(moe)
     now = axes["Expert load at step 400"]
-    shares = np.array(read_log(moe)[-1]["expert_load"])
+    shares = np.array(metrics(moe)[-1]["expert_load"])
     np.testing.assert_allclose(now.collections[0].get_array().reshape(4, 8), shares * 8)
     crosses = [text.get_position() for text in now.texts if text.get_text() == "x"]
     assert crosses == [(2.5, 1.5)] and len(now.texts) == 32  # expert 2 of layer 1, middle of its cell

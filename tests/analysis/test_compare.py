@@ -2,7 +2,6 @@
 
 Run: python -m pytest tests/analysis/test_compare.py"""
 
-import csv
 import json
 import math
 
@@ -35,12 +34,6 @@ def fake_run(folder, final: float, seed: int, steps=STEPS, speed=1.0, change=Non
     return str(folder)
 
 
-def table(tmp_path, *arguments) -> list[dict]:
-    assert main(["compare", str(tmp_path), "--csv", str(tmp_path / "o.csv"), *arguments]) == 0
-    with open(tmp_path / "o.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_quantiles_are_those_of_the_published_table():
     assert {n: round(compare.t_quantile(n), 3) for n in T_TABLE} == pytest.approx(T_TABLE, abs=1e-3)
 
@@ -49,7 +42,7 @@ def test_quantiles_are_those_of_the_published_table():
     (0.05, (1, 2, 3, 4), "worse"), (-0.05, (1, 2, 3, 4), "better"), (0.0, (1, 2, 3, 4), "cannot tell"),
     (-0.05, (4, 5, 6, 7), "cannot tell*"), (-0.05, (5,), "cannot tell*"),
 ])  # fmt: skip
-def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, seeds, word, capsys):
+def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, seeds, word, rows_of, capsys):
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 9))
     first = [2 + noise[0, seed] for seed in range(1, 5)]
     second = [2 + gap + noise[1, seed] for seed in seeds]
@@ -57,7 +50,7 @@ def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, s
         fake_run(tmp_path / f"a{seed}", final, seed)
     for seed, final in zip(seeds, second, strict=True):
         fake_run(tmp_path / f"b{seed}", final, seed, max_lr=0.02)
-    base, other = table(tmp_path)
+    base, other = rows_of(main, "compare", tmp_path)
     said = capsys.readouterr().out
     assert (base["verdict"], other["verdict"]) == ("baseline", word) and word in said
     assert f"noise of this baseline is {np.std(first, ddof=1):.4f}" in said
@@ -70,7 +63,7 @@ def test_a_planted_difference_is_found_and_no_difference_is_not(tmp_path, gap, s
     assert all(len(line) <= 110 for line in said.splitlines())
 
 
-def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path):
+def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path, rows_of):
     """The baseline's loss is 2 + ln(40 / step): it reaches 2 + ln(factor) at 1 / factor of its steps."""
     for seed in (1, 2):
         fake_run(tmp_path / f"a{seed}", 2, seed)
@@ -78,7 +71,7 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path):
         fake_run(tmp_path / f"c{seed}", 1.9, seed, max_lr=0.03)
         fake_run(tmp_path / f"d{seed}", 9, seed, max_lr=0.04)
         fake_run(tmp_path / f"e{seed}", 2, seed, max_lr=0.05, steps=20, speed=0.5)
-    rows = {row["max_lr"]: row for row in table(tmp_path)}
+    rows = {row["max_lr"]: row for row in rows_of(main, "compare", tmp_path)}
     assert [row["effective_tokens"] for row in rows.values()] == ["1.00", "0.40", "> 1.00", "< 0.10", "0.50"]
     assert rows["0.02"]["effective_seconds"] == pytest.approx("0.41")  # at the end of step 16, of 40.0 s
     assert float(rows["0.05"]["common_tokens"]) == 20 * TOKENS and rows["0.05"]["common_seconds"] == "40.0"
@@ -86,7 +79,7 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path):
     assert float(rows["0.01"]["at_seconds_mean"]) == pytest.approx(2)
 
 
-def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(tmp_path, capsys):
+def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(tmp_path, rows_of, capsys):
     fake_run(tmp_path / "good", 2, 1, text="t", data_dir="good/data")
     fake_run(tmp_path / "other", 2, 2, text="t", data_dir="other/data", plot=False, document_mask=False)
     fake_run(tmp_path / "twin", 2, 1, text="t", data_dir="twin/data")
@@ -96,7 +89,8 @@ def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
     fake_run(tmp_path / "empty", 2, 3, change=lambda rows: rows.clear())
     (tmp_path / "failed").mkdir()
     (tmp_path / "failed" / "output.txt").touch()
-    (row,) = table(tmp_path, "--markdown", str(tmp_path / "o.md"), "--picture", str(tmp_path / "o.png"))
+    files = "--markdown", tmp_path / "o.md", "--picture", tmp_path / "o.png"
+    (row,) = rows_of(main, "compare", tmp_path, *files)
     assert row["seeds"] == "2"
     said = capsys.readouterr().out
     for name, words in dict(twin="same seed", short="--resume auto", nan="diverged", lost="diverged at",
@@ -106,7 +100,7 @@ def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_refused(tmp_path, refused):
+def test_what_is_refused(tmp_path, rows_of, refused):
     fake_run(tmp_path / "a", 2, 1)
     fake_run(tmp_path / "b", 2, 1, max_lr=0.02)
     fake_run(tmp_path / "c" / "short", 2, 3, change=lambda rows: rows.pop())
@@ -115,4 +109,4 @@ def test_what_is_refused(tmp_path, refused):
         ((tmp_path, "--picture", "x.bmp"), ".png"), ((tmp_path / "c",), "unfinished"),
     ):  # fmt: skip
         assert words in refused(main, "compare", *arguments)
-    assert table(tmp_path, "--baseline", "max_lr=0.02")[1]["verdict"] == "baseline"
+    assert rows_of(main, "compare", tmp_path, "--baseline", "max_lr=0.02")[1]["verdict"] == "baseline"

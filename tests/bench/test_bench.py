@@ -2,7 +2,6 @@
 
 Run: python -m pytest tests/bench/test_bench.py"""
 
-import csv
 import gc
 import json
 import subprocess
@@ -24,24 +23,18 @@ from training.log import RunLog
 CPU = torch.device("cpu")
 
 
-def rows_of(folder, *arguments) -> list[dict]:
-    """The table that the command writes."""
-    assert bench.main([*map(str, arguments), "--csv", str(folder / "t.csv")]) == 0
-    return list(csv.DictReader((folder / "t.csv").open(newline="")))
-
-
 @pytest.fixture
 def d4(monkeypatch):
     """--size d4 is smaller still."""
     monkeypatch.setitem(models.MODEL_SIZES, "d4", dict(n_layer=1, n_head=2, n_embd=16, use_moe=False))
 
 
-def test_whole_models_beside_nanogpts(d4, tmp_path, capsys, monkeypatch):
+def test_whole_models_beside_nanogpts(d4, rows_of, tmp_path, capsys, monkeypatch):
     tiny_moe = dict(n_layer=1, n_head=2, n_embd=16, num_experts=4, expert_hidden_size=16)
     monkeypatch.setitem(models.MODEL_SIZES, "d12-moe8x2", tiny_moe)
     (tmp_path / "model.py").write_text(NANOGPT)
     flags = ["train", "--size", "d4,d12-moe8x2", "--B", 2, "--T", 8, "--vocab_size", 32, "--rounds", 1]
-    rows = rows_of(tmp_path, *flags, "--nanogpt", tmp_path)
+    rows = rows_of(bench.main, *flags, "--nanogpt", tmp_path)
     assert "number of parameters" not in capsys.readouterr().out
     whose = [(row["model"], row["whose"]) for row in rows]
     assert whose == [("d4", "ours"), ("d4", "nanoGPT"), ("d12-moe8x2", "ours")]
@@ -77,48 +70,47 @@ def test_bad_options_are_refused_before_anything_runs(flags, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_help_names_every_command_and_imports_nothing_heavy():
+def test_help_names_every_command_and_options_import_nothing_heavy(capsys):
     code = "import sys; from bench.__main__ import *; parse_options(['moe']); print('torch' in sys.modules)"
-
-    def ask(*words):
-        return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-
-    assert ask("-c", code).stdout == "False\n"
-    shown = ask("-m", "bench", "--help").stdout
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    shown = capsys.readouterr().out
     assert all(f"    {name}" in shown for name in bench.COMMANDS)
 
 
-def test_hellaswag_of_both_methods(d4, tmp_path, monkeypatch, refused):
+def test_hellaswag_of_both_methods(d4, rows_of, tmp_path, monkeypatch, refused):
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, make_examples(9, longest=1))))
     load = hellaswag.load_questions
     bytes_ = lambda path, limit, style, _, *sizes: load(path, limit, style, "bytes", *sizes)  # noqa: E731
     monkeypatch.setattr(hellaswag, "load_questions", bytes_)
     flags = ["--size", "d4", "--data", tmp_path / "q.jsonl", "--limit", 3, "--rounds", 1]
-    plain, ours = rows_of(tmp_path, "hellaswag", *flags)
-    assert rows_of(tmp_path, "hellaswag", *flags, "--data", "random")[1]["same choices"] == "3"
+    plain, ours = rows_of(bench.main, "hellaswag", *flags)
+    assert rows_of(bench.main, "hellaswag", *flags, "--data", "random")[1]["same choices"] == "3"
     assert (plain["questions"], plain["same choices"], ours["same choices"]) == ("3", "3", "3")
     assert float(plain["x plain"]) == 1 and float(ours["losses off by"]) < 1e-4
     error = refused(bench.main, "hellaswag", *flags, "--data", tmp_path / "none")
     assert "cannot read the questions" in error
 
 
-def test_checkpoints(d4, tmp_path, monkeypatch):
+def test_checkpoints(d4, rows_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = rows_of(tmp_path, "checkpoint", "--size", "d4", "--rounds", 2)
+    rows = rows_of(bench.main, "checkpoint", "--size", "d4", "--rounds", 2)
     pauses, background = {"first pause", "pause of training"}, "writing and reading back, in the background"
     assert {row["part"] for row in rows} == pauses | {background, "verifying", "verifying and loading"}
     parameters = GPTLMHeadModel(GPTConfig(**models.MODEL_SIZES["d4"])).get_num_params(non_embedding=False)
     assert [float(row["GB"]) for row in rows] == pytest.approx([12e-9 * parameters] * 5, rel=0.02)
     assert all(float(row["ms"]) > 0 for row in rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
 
 
-def test_every_rung_is_climbed(tmp_path, monkeypatch):
+def test_every_rung_is_climbed(rows_of, monkeypatch):
     monkeypatch.setitem(ladder.SHAPES, "cpu", (1, 2, 8, 1, 8))
     settings, climb = [], ladder.climb
     monkeypatch.setattr(ladder, "climb", lambda s, *rest: settings.append(s) or climb(s, *rest))
     before = torch.get_float32_matmul_precision()
-    rows = rows_of(tmp_path, "ladder", "--device", "cpu", "--rounds", 1)
+    rows = rows_of(bench.main, "ladder", "--device", "cpu", "--rounds", 1)
     assert torch.get_float32_matmul_precision() == before
     assert [row["rung"] for row in rows] == list(ladder.rungs_for(CPU, compiled=False))
     product = 1.0
@@ -131,7 +123,7 @@ def test_every_rung_is_climbed(tmp_path, monkeypatch):
             assert sum(below[name] != above[name] for name in below) == 1  # one change at a time
 
 
-def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, monkeypatch):
+def test_what_of_a_step_is_the_loops_own(d4, short_demo, rows_of, monkeypatch):
     """By a clock that only these two move."""
     clock = SimpleNamespace(now=0.0)
 
@@ -146,7 +138,7 @@ def test_what_of_a_step_is_the_loops_own(d4, short_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train_step", lasts(2, loop.train_step))
     monkeypatch.setattr(RunLog, "step", lasts(3, RunLog.step))
     flags = ["--device", "cpu", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
-    rows = rows_of(tmp_path, "loop", *flags)
+    rows = rows_of(bench.main, "loop", *flags)
     found = {row["part"]: (float(row["ms"]), float(row["% of a step"])) for row in rows}
     steps = {"a step of the loop": (5000, 100), "train_step alone": (2000, 40)}
     assert found == steps | {"the loop's own": (3000, 60)}

@@ -2,7 +2,6 @@
 
 Run: python -m pytest tests/bench/test_recipes.py"""
 
-import csv
 import sys
 from functools import partial
 from itertools import count
@@ -67,17 +66,15 @@ def test_evaluation_is_the_mean_over_all_windows():
     assert found == pytest.approx(expected, rel=1e-5) and model.training
 
 
-def test_time_to_loss(text, small, tmp_path, capsys, monkeypatch):
+def test_time_to_loss(text, small, rows_of, tmp_path, capsys, monkeypatch):
     seconds = count(0.0)  # every step takes a second by this clock, however busy the machine is
     monkeypatch.setattr(recipes, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     for name, source in (("nanoGPT/model.py", NANOGPT), ("nanochat/nanochat/gpt.py", NANOCHAT)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(source)
-    png, table = tmp_path / "loss.png", tmp_path / "table.csv"
-    command = ["time_to_loss", "--text", text, "--seconds", "20", "--png", str(png), "--csv", str(table)]
-    others = ["--nanogpt", str(tmp_path / "nanoGPT"), "--nanochat", str(tmp_path / "nanochat")]
-    assert bench.main([*command, *others]) == 0
-    rows = list(csv.DictReader(table.open()))
+    command, png = ["time_to_loss", "--text", text], tmp_path / "loss.png"
+    others = ["--nanogpt", tmp_path / "nanoGPT", "--nanochat", tmp_path / "nanochat"]
+    rows = rows_of(bench.main, *command, "--seconds", 20, "--png", png, *others)
     parts = {"modern": "0.15", "modern-moe": "0.2"}
     names = [f"nanochat, rates x {scale:g}" for scale in recipes.SCALES]
     names += [name for one, part in parts.items() for name in (f"{one}, {part} of the time", one)]
@@ -86,12 +83,12 @@ def test_time_to_loss(text, small, tmp_path, capsys, monkeypatch):
     assert [int(row["steps"]) for row in rows] == [19] * 6 + [2, 19, 3, 19]
     assert png.stat().st_size > 10_000 and "number of parameters" not in capsys.readouterr().out
     # without nanoGPT our own is the baseline
-    assert bench.main([*command[:3], "--seconds", "4"]) == 0
+    assert bench.main([*command, "--seconds", "4"]) == 0
     assert "| gpt2 | " in capsys.readouterr().out.splitlines()[4]
     assert bench.main(["time_to_loss"]) == 2 and "give --text FILE" in capsys.readouterr().err
-    assert bench.main([*command[:3], "--size", "huge"]) == 2 and "4x128, 6x256" in capsys.readouterr().err
+    assert bench.main([*command, "--size", "huge"]) == 2 and "4x128, 6x256" in capsys.readouterr().err
     for flag, file in (("--nanogpt", "model.py"), ("--nanochat", "nanochat/gpt.py")):
-        assert bench.main([*command[:3], flag, str(tmp_path)]) == 2
+        assert bench.main([*command, flag, str(tmp_path)]) == 2
         assert f"has no {file}; git clone" in capsys.readouterr().err
 
 
@@ -124,11 +121,8 @@ def test_the_rivals_have_equal_active_parameters(text):
     assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, short_demo, tmp_path):
-    table = tmp_path / "table.csv"
-    command = ["moe_pays", "--text", text, "--steps", "8", "--seeds", "2", "--csv", str(table)]
-    assert bench.main(command) == 0
-    dense, experts = csv.DictReader(table.open())
+def test_moe_pays(text, small, short_demo, rows_of):
+    dense, experts = rows_of(bench.main, "moe_pays", "--text", text, "--steps", 8, "--seeds", 2)
     assert (dense["model"], experts["model"]) == ("dense", "8 experts top-2")
     assert dense["tokens"] == experts["tokens"] == "512" and dense["mean: below dense"] == "0.000 ± 0.000"
     for row in (dense, experts):
