@@ -12,10 +12,7 @@ on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out 
 import torch
 from torch import Tensor
 
-from layers.grouped_product import NAMESPACE, triton
-
-if triton is not None:
-    import triton.language as tl
+from layers.grouped_product import NAMESPACE, tl, triton
 
 # Bytes of the logits for chunk=-1: in fp32, or for loss_kernel in the product's dtype. The CPU's number is
 # measured (bench head), the others are estimated.
@@ -109,7 +106,7 @@ def has_kernel(device_type: str) -> bool:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with a and b in bf16 or fp16 and total in fp32; on CUDA in the product itself."""
-    if total.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():
+    if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(a, b)

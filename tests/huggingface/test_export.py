@@ -187,8 +187,7 @@ def test_code_is_exported_flat_and_again(tmp_path):
     (tmp_path / "other" / "a.py").write_text("")
     (tmp_path / "other" / "b.py").write_text("from other.a import nothing\n")
     (tmp_path / "three").mkdir()
-    with pytest.raises(ValueError, match=r"two a\.py"):
-        export_code(tmp_path / "three", tmp_path / "start.py")
+    refuses(r"two a\.py", export_code, tmp_path / "three", tmp_path / "start.py")
     assert not list((tmp_path / "three").iterdir())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import refuses
-from models import strong, tokens
+from models import gradients, strong, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,13 +131,11 @@ def test_hidden_states_attentions_and_gradients_are_gpt2s(attention, tmp_path):
     ours = GPTLMHeadModel.from_pretrained(tmp_path, attn_implementation=attention)
     arguments = dict(input_ids=ids, labels=ids, output_hidden_states=True, output_attentions=True)
     a, b = ours(**arguments), theirs(**arguments)
-    mine, stocks = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
-    for x, y in zip(mine, stocks, strict=True):
-        assert torch.allclose(x, y, atol=1e-5, rtol=1e-5)
+    outputs = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     (a.loss + b.loss).backward()
     grads = transpose_weights({name: p.grad for name, p in theirs.named_parameters()})
-    for name, parameter in ours.named_parameters():
-        assert torch.allclose(parameter.grad, grads[name], atol=1e-5, rtol=1e-4), name
+    torch.testing.assert_close(gradients(ours), grads, atol=1e-5, rtol=1e-4)
     # These weights are large enough to tell GPT-2's GELU from the exact one.
     assert (stock("gpt2", activation_function="gelu")(ids).logits - b.logits).abs().max() > 1e-3
 
