@@ -32,13 +32,6 @@ def rows_per_chunk(N: int, V: int, chunk: int, kind: str) -> int:
     return min(N, -(-rows // step) * step)
 
 
-def log_softmax_(z: Tensor) -> Tensor:
-    """z (n, V) becomes its log-softmax over V, in place."""
-    if z.device.type == "cpu":  # this kernel reads a row's maximum and sum before it writes the row
-        return torch.log_softmax(z, dim=1, out=z)
-    return z.sub_(z.logsumexp(dim=1, keepdim=True))
-
-
 def row_losses(logits: Tensor, z: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
     """The cross-entropy of each row, (n,), of logits (n, V); with_grad: they become its gradient.
 
@@ -49,7 +42,10 @@ def row_losses(logits: Tensor, z: Tensor, targets: Tensor, softcap: float, with_
     if softcap > 0:
         slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
         z.mul_(softcap)
-    log_softmax_(z)
+    if z.device.type == "cpu":  # this kernel reads a row's maximum and sum before it writes the row
+        torch.log_softmax(z, dim=1, out=z)
+    else:
+        z.sub_(z.logsumexp(dim=1, keepdim=True))
     losses = -z.gather(1, targets[:, None])[:, 0]
     if with_grad:
         z.exp_().scatter_add_(1, targets[:, None], z.new_full((), -1.0).expand(len(z), 1))
