@@ -153,8 +153,6 @@ class MoE(nn.Module):
       reference_totals    counts (E,) and the sum of p or p p^T of the last finished step, all ranks
     """
 
-    per_rank_buffers = ("step_totals",)
-
     def __init__(self, config):
         super().__init__()
         E, K, C = config.num_experts, config.num_experts_per_tok, config.n_embd

@@ -383,7 +383,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if name.endswith("c_proj"):
                 module.into_residual = True  # _init_weights does not know the name
         # DDP would overwrite each rank's counts with rank 0's; update_routers() adds up the counts.
-        ignored = [name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)]
+        ignored = [name for name, _ in self.named_buffers() if name.endswith("step_totals")]
         self._ddp_params_and_buffers_to_ignore = ignored
         self._suppress_padding()
         self.post_init()
