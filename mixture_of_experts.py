@@ -17,15 +17,13 @@ Stages 2 to 4 are in layers/experts.py. Experts have no capacity limit: no token
 output for a token depends only on its input for the same token. If ranks share the experts
 (training/expert_parallel.py), they exchange rows before stage 3 and results after it.
 
-Letters: B batch, T length, C n_embd, N tokens = B*T, E experts, K experts per token, R routed rows = N*K.
-
 References: Shazeer et al. 2017 (arXiv 1701.06538), Switch Transformer (2101.03961), ST-MoE (2202.08906),
 loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -154,8 +152,6 @@ class MoE(nn.Module):
                           counts and the sum of p or p p^T, for update_router. DDP must not broadcast it
       reference_totals    counts (E,) and the sum of p or p p^T of the last finished step, all ranks
     """
-
-    per_rank_buffers = ("step_totals",)
 
     def __init__(self, config):
         super().__init__()
@@ -302,7 +298,7 @@ class MoE(nn.Module):
             return sums.new_zeros(())
         if self.step_managed:
             counts, reference = self.reference_totals.split([self.num_experts, sums.numel()])
-            tokens = self.tokens_of(counts.sum().clamp_min(1))
+            tokens = counts.sum().clamp_min(1) / self.num_experts_per_tok
             reference = reference.to(sums.dtype).view_as(sums) / (FIXED_POINT * tokens)
         else:
             reference = sums.detach() / n.clamp_min(1)
@@ -312,10 +308,6 @@ class MoE(nn.Module):
             lambda mean: loss.function(mean, *f), (reference,), ((sums - n * reference) / divisor,)
         )
         return (value * (n / divisor) + change).to(sums.dtype)
-
-    def tokens_of(self, rows: Tensor) -> Tensor:
-        """How many tokens these rows belong to."""
-        return rows / self.num_experts_per_tok
 
     @torch.no_grad()
     def accumulate(self, auxiliary: RouterAuxiliary) -> None:
@@ -344,17 +336,16 @@ class MoE(nn.Module):
         """(1 + E,) fp32 of a step's totals: the entropy of the probabilities, nats, mean over tokens (NaN
         without tokens), and the rows of each expert."""
         counts = totals[1 : 1 + self.num_experts]
-        entropy = totals[:1] / self.tokens_of(FIXED_POINT * counts.sum())
+        entropy = totals[:1] / (FIXED_POINT * counts.sum() / self.num_experts_per_tok)
         return torch.cat((entropy, counts.to(entropy.dtype)))
 
-    def usage_statistics(self, step_totals: Tensor | None = None) -> ExpertUsage:
-        """Usage since the last reset. step_totals: the buffer summed over ranks; None: this rank's buffer."""
-        step = self.step_totals if step_totals is None else step_totals
+    def usage_statistics(self, step: Tensor) -> ExpertUsage:
+        """Usage since the last reset. step: `step_totals` of this rank, or summed over ranks."""
         counts = self.usage_counts + step[1 : 1 + self.num_experts]
         rows = counts.sum().clamp_min(1)
         share = counts / rows
         load = share * self.num_experts
-        entropy = (self.usage_entropy + step[:1])[0] / self.tokens_of(FIXED_POINT * rows)
+        entropy = (self.usage_entropy + step[:1])[0] / (FIXED_POINT * rows / self.num_experts_per_tok)
         return ExpertUsage(counts, share, load.max(), (load < STARVED_BELOW).float().mean(), entropy)
 
     @torch.no_grad()
@@ -378,32 +369,28 @@ class MoE(nn.Module):
 # All layers of a model
 
 
-def sum_totals(layers: list[MoE], process_group=None, reduce: bool = True) -> tuple[Tensor, ...]:
+def sum_totals(layers: list[MoE]) -> tuple[Tensor, ...]:
     """Every layer's `step_totals`, summed over the ranks by a single collective."""
     if not layers:
         return ()
     totals = torch.cat([layer.step_totals for layer in layers])
-    if reduce and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
-        dist.all_reduce(totals, group=process_group)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(totals)
     return totals.split([layer.step_totals.numel() for layer in layers])
 
 
-def update_routers(
-    layers: Iterable[MoE], process_group=None, reduce: bool = True, totals: tuple[Tensor, ...] | None = None
-) -> None:
-    """Close the optimizer step in every layer, with all ranks' totals (reduce=False: this rank's).
+def update_routers(layers: list[MoE], totals: tuple[Tensor, ...] | None = None) -> None:
+    """Close the optimizer step in every layer, with all ranks' totals.
 
     Every rank must call it before every step's first forward, and must not call it between micro-steps.
     totals: what `sum_totals` has returned since the last backward; None: this function calls it.
     """
-    layers = list(layers)
-    totals = sum_totals(layers, process_group, reduce) if totals is None else totals
+    totals = sum_totals(layers) if totals is None else totals
     for layer, step in zip(layers, totals, strict=True):
         layer.update_router(step)
 
 
-def expert_usage(layers: Iterable[MoE], process_group=None, reduce: bool = True) -> list[ExpertUsage]:
-    """Usage of every layer since its last reset, on all ranks. A collective; it changes nothing."""
-    layers = list(layers)
-    totals = sum_totals(layers, process_group, reduce)
+def expert_usage(layers: list[MoE], reduce: bool = True) -> list[ExpertUsage]:
+    """Usage of every layer since its last reset. reduce: on all ranks, by a collective. Changes nothing."""
+    totals = sum_totals(layers) if reduce else [layer.step_totals for layer in layers]
     return [layer.usage_statistics(step) for layer, step in zip(layers, totals, strict=True)]

@@ -302,15 +302,14 @@ class Transformer(nn.ModuleDict):
         past_key_values = choose_cache(past_key_values, cache)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
         T = x.size(1)
-        checkpointing = self.training and any(block.gradient_checkpointing for block in self.h)
-        if checkpointing:
-            past_key_values = None  # the second forward of a block would add its keys again
+        if self.training and any(block.gradient_checkpointing for block in self.h):
+            past_key_values, use_cache = None, False  # a block's second forward would add its keys again
         if position_ids is None and cu_seq_lens_q is not None:
             first = torch.isin(torch.arange(T, device=x.device), cu_seq_lens_q)  # (T,)
             position_ids = positions_in_documents(first[None])
         flexible = self.training and not output_attentions
         masks = build_masks(config, x, attention_mask, position_ids, past_key_values, flexible)
-        if use_cache and past_key_values is None and not checkpointing:
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         padding = attention_mask if torch.is_tensor(attention_mask) and attention_mask.dim() == 2 else None
         if padding is not None:
@@ -384,7 +383,7 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
             if name.endswith("c_proj"):
                 module.into_residual = True  # _init_weights does not know the name
         # DDP would overwrite each rank's counts with rank 0's; update_routers() adds up the counts.
-        ignored = [name for name, _ in self.named_buffers() if name.endswith(MoE.per_rank_buffers)]
+        ignored = [name for name, _ in self.named_buffers() if name.endswith("step_totals")]
         self._ddp_params_and_buffers_to_ignore = ignored
         self._suppress_padding()
         self.post_init()
@@ -412,10 +411,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; non_embedding leaves out tables: positions, n-grams, untied tokens."""
         count = sum(p.numel() for p in self.parameters())
-        for table in ("wpe", "ngrams") if non_embedding else ():
-            count -= self.transformer[table].weight.numel() if table in self.transformer else 0
-        if non_embedding and not self.config.tie_word_embeddings:
-            count -= self.transformer.wte.weight.numel()
+        tables = ("wpe", "ngrams") if self.config.tie_word_embeddings else ("wpe", "ngrams", "wte")
+        for name in tables if non_embedding else ():
+            count -= self.transformer[name].weight.numel() if name in self.transformer else 0
         return count
 
     def get_num_active_params(self) -> int:
@@ -452,9 +450,9 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         """The MoE layers, first block first; empty for a dense model."""
         return [block.mlp for block in self.transformer.h if isinstance(block.mlp, MoE)]
 
-    def update_routers(self, process_group=None) -> None:
+    def update_routers(self) -> None:
         """Tell the routers that an optimizer step is over; call it before training, too. One collective."""
-        update_routers(self.moe_layers(), process_group)
+        update_routers(self.moe_layers())
 
     def expert_usage(self, reset: bool = False, reduce: bool = False) -> list[ExpertUsage]:
         """Each MoE layer's counts and loads since its last reset, of all ranks. Counts after the last

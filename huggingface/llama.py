@@ -175,12 +175,10 @@ def refuse_inexpressible(model: PreTrainedModel, kind: str) -> None:
 
 def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dict[str, Any]:
     """Arguments of their configuration. from_llama reads `encoding` back."""
-    expert = config.expert_hidden_size or 4 * config.n_embd
-    arguments = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()} | dict(
-        vocab_size=vocab_size, intermediate_size=config.mlp_hidden_size or 4 * config.n_embd,
-        num_key_value_heads=config.n_kv_head or config.n_head, head_dim=config.n_embd // config.n_head,
-        rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        encoding=config.encoding)  # fmt: skip
+    names = *FIELDS.values(), "head_dim", "encoding"  # GPTConfig knows all of them
+    rope = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    arguments = {name: getattr(config, name) for name in names}
+    arguments |= dict(vocab_size=vocab_size, rope_parameters=rope)
     if kind == "llama":
         return arguments | dict(attention_bias=config.bias, mlp_bias=config.bias)
     arguments["sliding_window"] = config.sliding_window
@@ -189,10 +187,11 @@ def llama_arguments(config: PreTrainedConfig, kind: str, vocab_size: int) -> dic
         return arguments | dict(use_sliding_window=windowed, layer_types=config.layer_types)
     arguments |= dict(num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok)
     if kind == "mixtral":
-        return arguments | dict(intermediate_size=expert)
+        return arguments | dict(intermediate_size=config.moe_intermediate_size)
     step, dense_layers = config.moe_every, []
     if config.n_layer % step != 0:  # Qwen3 counts from the first layer, and would choose other layers
         step, dense_layers = 1, [i for i in range(config.n_layer) if not config.is_moe_layer(i)]
     normed = config.norm_topk_prob and config.num_experts_per_tok > 1
-    return arguments | dict(use_sliding_window=windowed, moe_intermediate_size=expert, norm_topk_prob=normed,
-                            decoder_sparse_step=step, mlp_only_layers=dense_layers)  # fmt: skip
+    return arguments | dict(
+        use_sliding_window=windowed, moe_intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=normed, decoder_sparse_step=step, mlp_only_layers=dense_layers)  # fmt: skip

@@ -7,7 +7,6 @@
 mixture_of_experts.py decides which experts compute a token. This file computes the experts' outputs. The two
 files share only a `Routing`, in which tokens may have different numbers of rows.
 
-Letters: N tokens, C channels, E experts, H hidden size, R routed rows, K rows per token if all have as many.
 References: MegaBlocks (arXiv 2211.15841); torch.nn.functional.grouped_mm in torch's documentation."""
 
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from layers.sharding import local
 # it again costs less than writing to fresh memory.
 KEEP_ACTIVATION_BELOW = 512
 
-grouped_mm = getattr(F, "grouped_mm", None)
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 
 # ----------------------------- Dispatch and combine: from tokens to rows, sorted by expert, and back
@@ -120,11 +118,6 @@ def dispatch(expert: Tensor, weight: Tensor, num_experts: int, token: Tensor | N
     return Routing(token, weight, ends, expert[order], order, position, K)
 
 
-def take_rows(x: Tensor, routing: Routing) -> Tensor:
-    """Each token's channels in all of its rows, x (N, D) -> (R, D)."""
-    return TakeRows.apply(x, routing)
-
-
 def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = False) -> Tensor:
     """Sum of each token's rows, (R, D) -> (N, D), in their dtype; weighted: times the rows' weights."""
     if routing.per_token is None:
@@ -175,16 +168,11 @@ def expert_mlp(
         if n == 0:
             continue
         c_fc, c_proj, *biases = (p[e].to(x.dtype) for p in parameters)
+        fc_bias, proj_bias = biases or (None, None)
         torch.index_select(x, 0, t, out=rows[:n])
-        if biases:
-            torch.addmm(biases[0], rows[:n], c_fc.t(), out=h)
-        else:
-            torch.mm(rows[:n], c_fc.t(), out=h)
+        F.linear(rows[:n], c_fc, fc_bias, out=h)
         a = act.forward_into(acts[span] if acts.shape[0] else scratch[:n], h)
-        if biases:
-            torch.addmm(biases[1], a, c_proj.t(), out=y[:n])
-        else:
-            torch.mm(a, c_proj.t(), out=y[:n])
+        F.linear(a, c_proj, proj_bias, out=y[:n])
         out.index_add_(0, t, y[:n].mul_(w[span]).to(out.dtype))
     return out.to(x.dtype), hidden, acts
 
@@ -261,7 +249,7 @@ expert_mlp.register_autograd(_run_backward, setup_context=_save_for_backward)
 @torch.compiler.assume_constant_result
 def _has_grouped_kernel() -> bool:
     """Whether grouped_mm has one kernel on this GPU; on other GPUs it loops and synchronises."""
-    return grouped_mm is not None and torch.cuda.get_device_capability()[0] in (9, 10)
+    return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 @torch.compiler.assume_constant_result
@@ -335,7 +323,7 @@ class Experts(nn.Module):
         x = x.contiguous()
         engine = self._choose_engine(x, routing.token.shape[0]) if self.engine == "auto" else self.engine
         if engine == "grouped_mm":
-            return self._grouped(x, routing, lambda rows, w, ends: grouped_mm(rows, w, offs=ends))
+            return self._grouped(x, routing, lambda rows, w, ends: F.grouped_mm(rows, w, offs=ends))
         if engine == "triton":
             return self._grouped(x, routing, grouped_product)
         if engine == "gather":
@@ -364,7 +352,7 @@ class Experts(nn.Module):
         c_fc, c_proj = (plain(p).to(x.dtype) for p in (self.c_fc, self.c_proj))
         if product is not grouped_product and _idle_gradients_are_garbage():
             c_fc, c_proj = (ZeroIdleGradients.apply(p, routing.counts()) for p in (c_fc, c_proj))
-        h = product(take_rows(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
+        h = product(TakeRows.apply(x, routing), c_fc.mT, ends)  # (R, H), gated (R, 2H)
         if self.c_fc_bias is not None:
             h = h + BiasOfRows.apply(plain(self.c_fc_bias), routing.expert, None, x.dtype)
         # If weights are applied before the projection, autograd keeps (R, H); after it, (R, C).
@@ -377,7 +365,7 @@ class Experts(nn.Module):
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
         expert = routing.expert.int()
         chosen = {name: plain(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every row
-        y = take_rows(x, routing)  # (R, C)
+        y = TakeRows.apply(x, routing)  # (R, C)
         h = (chosen["c_fc"] @ y[:, :, None])[:, :, 0] + chosen.get("c_fc_bias", 0)  # (R, H), gated (R, 2H)
         h = get_activation(self.activation).forward(h)
         y = (chosen["c_proj"] @ h[:, :, None])[:, :, 0] + chosen.get("c_proj_bias", 0)  # (R, C)

@@ -20,7 +20,7 @@ try:  # transformers refuses to load an exported file that imports triton outsid
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 # Namespace of our operators. An exported folder has a copy of this file, and a process may import both. The
 # copy registers its operators under another name. Under the same name torch would free the first operators,

@@ -12,10 +12,7 @@ on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out 
 import torch
 from torch import Tensor
 
-from layers.grouped_product import NAMESPACE, triton
-
-if triton is not None:
-    import triton.language as tl
+from layers.grouped_product import NAMESPACE, tl, triton
 
 # Bytes of the logits for chunk=-1: in fp32, or for loss_kernel in the product's dtype. The CPU's number is
 # measured (bench head), the others are estimated.
@@ -35,13 +32,6 @@ def rows_per_chunk(N: int, V: int, chunk: int, kind: str) -> int:
     return min(N, -(-rows // step) * step)
 
 
-def log_softmax_(z: Tensor) -> Tensor:
-    """z (n, V) becomes its log-softmax over V, in place."""
-    if z.device.type == "cpu":  # this kernel reads a row's maximum and sum before it writes the row
-        return torch.log_softmax(z, dim=1, out=z)
-    return z.sub_(z.logsumexp(dim=1, keepdim=True))
-
-
 def row_losses(logits: Tensor, z: Tensor, targets: Tensor, softcap: float, with_grad: bool) -> Tensor:
     """The cross-entropy of each row, (n,), of logits (n, V); with_grad: they become its gradient.
 
@@ -52,7 +42,10 @@ def row_losses(logits: Tensor, z: Tensor, targets: Tensor, softcap: float, with_
     if softcap > 0:
         slope = 1 - z.div_(softcap).tanh_().square()  # of softcap * tanh(z / softcap)
         z.mul_(softcap)
-    log_softmax_(z)
+    if z.device.type == "cpu":  # this kernel reads a row's maximum and sum before it writes the row
+        torch.log_softmax(z, dim=1, out=z)
+    else:
+        z.sub_(z.logsumexp(dim=1, keepdim=True))
     losses = -z.gather(1, targets[:, None])[:, 0]
     if with_grad:
         z.exp_().scatter_add_(1, targets[:, None], z.new_full((), -1.0).expand(len(z), 1))
@@ -109,7 +102,7 @@ def has_kernel(device_type: str) -> bool:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, with a and b in bf16 or fp16 and total in fp32; on CUDA in the product itself."""
-    if total.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():
+    if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(a, b)

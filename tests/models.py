@@ -5,13 +5,12 @@ import random
 import torch
 import torch.nn.functional as F
 
-from layers.experts import Experts, grouped_mm
+from layers.experts import Experts
 from layers.mlp import ACTIVATIONS
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
 
-# Engines of layers/experts.py; older versions of torch have no grouped_mm.
-ENGINES = ("loop", "gather", "all", "grouped_mm") if grouped_mm else ("loop", "gather", "all")
+ENGINES = ("loop", "gather", "all", "grouped_mm")  # of layers/experts.py
 
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 

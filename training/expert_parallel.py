@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layers.experts import Experts, Routing, combine, dispatch, take_rows
+from layers.experts import Experts, Routing, TakeRows, combine, dispatch
 
 
 class AllToAll:
@@ -87,7 +87,7 @@ class Exchange:
         send, receive = torch.stack([counts, arriving]).view(2, self.size, -1).sum(2).tolist()
 
         there = AllToAll(self.group, send, receive)
-        rows = AllToAllStart.apply(take_rows(x, routing), there)
+        rows = AllToAllStart.apply(TakeRows.apply(x, routing), there)
         other = meanwhile()
         rows = AllToAllWait.apply(rows, there)  # (rows here, C)
 

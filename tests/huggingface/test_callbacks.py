@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import slow
+from conftest import refuses, slow
 from models import strong, tiny, tokens
 from processes import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -106,8 +106,7 @@ def test_without_a_callback_the_balance_loss_is_each_micro_batchs_own(tmp_path):
 def test_evaluation_has_no_auxiliary_terms_and_leaves_no_trace(tmp_path):
     trainer, batch = train(build(GPT), tmp_path, max_steps=1), whole()
     before = copy.deepcopy(trainer.model.state_dict())
-    with torch.no_grad():
-        logits = copy.deepcopy(trainer.model).double().eval()(**batch)["logits"]
+    logits = copy.deepcopy(trainer.model).double().eval()(**batch)["logits"]
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert expected < losses(trainer)[0] - 0.5
@@ -244,5 +243,4 @@ def test_a_dense_model_has_nothing_to_report_and_the_interval_is_at_least_one_st
         event(*rest, model=build(use_moe=False))
     for cls in (MoEUsageLoggingCallback, MoEUsageTensorBoardCallback):
         assert cls().log_interval == 100
-        with pytest.raises(ValueError, match="log_interval=0"):
-            cls(log_interval=0)
+        refuses("log_interval=0", cls, log_interval=0)

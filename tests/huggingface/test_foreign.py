@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import refuses
-from models import strong, tokens
+from models import gradients, strong, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,13 +72,12 @@ def assert_equal_models(ours, theirs):
     ids = tokens(T=24)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        assert expected.std() > 0.5  # not all alike, whatever the weights
-        assert (ours(ids).logits - expected).abs().max() < 1e-4
-        padded = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-        difference = ours(ids, **padded).logits - theirs(ids, **padded).logits
-        assert difference[0, 7:].abs().max() < 1e-4
+    expected = theirs(ids).logits
+    assert expected.std() > 0.5  # not all alike, whatever the weights
+    assert (ours(ids).logits - expected).abs().max() < 1e-4
+    padded = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    difference = ours(ids, **padded).logits - theirs(ids, **padded).logits
+    assert difference[0, 7:].abs().max() < 1e-4
     how = dict(max_new_tokens=4, do_sample=False)
     assert torch.equal(ours.generate(tokens(T=5), **how), theirs.generate(tokens(T=5), **how))
 
@@ -115,9 +114,8 @@ def test_their_folders_load(kind, fields, expected, tmp_path):
     assert_equal_models(ours, theirs)
     assert (ours.lm_head.weight is ours.transformer.wte.weight) == theirs.config.tie_word_embeddings
     base = GPT.from_pretrained(tmp_path)
-    with torch.no_grad():
-        hidden = theirs.base_model(tokens(T=5)).last_hidden_state
-        assert (base(tokens(T=5)).last_hidden_state - hidden).abs().max() < 1e-4
+    hidden = theirs.base_model(tokens(T=5)).last_hidden_state
+    assert (base(tokens(T=5)).last_hidden_state - hidden).abs().max() < 1e-4
     ours.train()(tokens(), targets=tokens(seed=1))[1].backward()
     assert all(parameter.grad is not None for parameter in ours.parameters())
     for moe in ours.moe_layers():
@@ -131,13 +129,11 @@ def test_hidden_states_attentions_and_gradients_are_gpt2s(attention, tmp_path):
     ours = GPTLMHeadModel.from_pretrained(tmp_path, attn_implementation=attention)
     arguments = dict(input_ids=ids, labels=ids, output_hidden_states=True, output_attentions=True)
     a, b = ours(**arguments), theirs(**arguments)
-    mine, stocks = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
-    for x, y in zip(mine, stocks, strict=True):
-        assert torch.allclose(x, y, atol=1e-5, rtol=1e-5)
+    outputs = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     (a.loss + b.loss).backward()
     grads = transpose_weights({name: p.grad for name, p in theirs.named_parameters()})
-    for name, parameter in ours.named_parameters():
-        assert torch.allclose(parameter.grad, grads[name], atol=1e-5, rtol=1e-4), name
+    torch.testing.assert_close(gradients(ours), grads, atol=1e-5, rtol=1e-4)
     # These weights are large enough to tell GPT-2's GELU from the exact one.
     assert (stock("gpt2", activation_function="gelu")(ids).logits - b.logits).abs().max() > 1e-3
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import shared_file
+from conftest import refuses, shared_file
 from models import byte_model, greedy_by_hand, strong, tiny
 from transformers import DataCollatorForLanguageModeling, GPT2TokenizerFast
 
@@ -42,10 +42,9 @@ def test_gpt2_text(gpt2_encoding):
     expected = gpt2_encoding.decode(ids[: ids.index(50256)] if 50256 in ids else ids)
     assert model.generate(PROMPT, max_new_tokens=9, do_sample=False) == expected
     assert decode_tokens([15496, 50256, 50300, 995], "gpt2") == "Hello world"
-    with pytest.raises(ValueError, match=r"encoding='gpt2' .*vocab_size=97; set config\.encoding"):
-        GPTLMHeadModel(tiny()).generate("Hello there")
-    with pytest.raises(ValueError, match="bos_token_id"):
-        GPTLMHeadModel(tiny()).generate("")
+    generate = GPTLMHeadModel(tiny()).generate
+    refuses(r"encoding='gpt2' .*vocab_size=97; set config\.encoding", generate, "Hello there")
+    refuses("bos_token_id", generate, "")
 
 
 @pytest.mark.parametrize("name, end", [("bytes", 256), ("gpt2", 50256)])

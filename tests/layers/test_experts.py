@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import TRITON_DEVICE, needs_gpu
 from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
+from torch.nn.functional import grouped_mm
 
 from layers import experts
-from layers.experts import combine, dispatch, expert_mlp, grouped_mm, take_rows, triton
+from layers.experts import TakeRows, combine, dispatch, expert_mlp, triton
 from layers.mlp import ACTIVATIONS
 
-needs_grouped_mm = pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
-GROUPED, BLACKWELL = (pytest.param(name, marks=needs_grouped_mm) for name in ("grouped_mm", "Blackwell"))
 TRITON = pytest.param("triton", marks=needs_triton)
 
 
@@ -41,11 +40,11 @@ def blackwells(x, weights, offs):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("engine", ["loop", "gather", GROUPED, TRITON, BLACKWELL])
+@pytest.mark.parametrize("engine", ["loop", "gather", "grouped_mm", TRITON, "Blackwell"])
 def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias, activation, monkeypatch):
     """Expert 1 has no rows. ragged: a token has none to three rows instead of three."""
     if engine == "Blackwell":
-        monkeypatch.setattr(experts, "grouped_mm", blackwells)
+        monkeypatch.setattr(experts.F, "grouped_mm", blackwells)
         monkeypatch.setattr(experts, "_idle_gradients_are_garbage", lambda: True)
         engine = "grouped_mm"
     dtype = torch.float32 if engine in ("grouped_mm", "triton") else torch.float64
@@ -70,7 +69,7 @@ def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias
             rows = (index[keep], weight[keep], 5, token) if ragged else (index, weight, 5)
             routing = dispatch(*rows)
             assert (routing.per_token is None) == ragged and routing.counts().sum() == keep.sum()
-            y, mixed = layer(x, routing), combine(take_rows(x, routing), routing, 7, weighted=True)
+            y, mixed = layer(x, routing), combine(TakeRows.apply(x, routing), routing, 7, weighted=True)
         y.square().sum().backward()
         found.append({"y": y, "mixed": mixed, "x": x.grad, "weight": weight.grad, **gradients(layer)})
     close = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
@@ -128,7 +127,7 @@ def test_operators_are_well_formed():
     ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)), ("triton", dict(num_experts=1024)),
     ("triton", dict(capability=(8, 0))), ("triton", dict(capability=(12, 0))), ("triton", dict(n_embd=12)),
     ("triton", dict(dtype=torch.float32)), ("triton", dict(dtype=torch.float16)),
-    ("triton", dict(expert_hidden_size=12)), ("triton", dict(kernel=None)),
+    ("triton", dict(expert_hidden_size=12)),
     ("loop", dict(n_embd=12, triton=None)), ("loop", dict(capability=(8, 9), triton=None)),
     ("loop", dict(capability=(7, 5))), ("loop", dict(dtype=torch.float64)), ("loop", dict(rows=0)),
     ("loop", dict(device="cpu")), ("gather", dict(rows=4, grad=False)),
@@ -136,10 +135,9 @@ def test_operators_are_well_formed():
 ])  # fmt: skip
 def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     """What "auto" takes on CUDA. No GPU is needed: the choice reads only x's device, dtype and shape."""
-    case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True, kernel="any",
+    case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True,
                 triton="any", num_experts=4, n_embd=16, expert_hidden_size=8) | changes  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
-    monkeypatch.setattr(experts, "grouped_mm", case["kernel"])
     monkeypatch.setattr(experts, "triton", case["triton"])
     with torch.device("meta"):
         sizes = {name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")}
@@ -170,7 +168,7 @@ def run_engine(engine, device="cpu", dtype=torch.float32, **fields) -> dict[str,
 CASES = ("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=needs_gpu)
 
 
-@pytest.mark.parametrize("engine", ["loop", GROUPED])
+@pytest.mark.parametrize("engine", ["loop", "grouped_mm"])
 @pytest.mark.parametrize("device, deterministic", CASES)
 def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
     """torch.use_deterministic_algorithms raises an error for operations that are not deterministic."""
@@ -186,7 +184,7 @@ def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("engine", ["loop", "gather", GROUPED, TRITON])
+@pytest.mark.parametrize("engine", ["loop", "gather", "grouped_mm", TRITON])
 @pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
 def test_an_engine_on_a_gpu_equals_one_on_a_cpu(activation, bias, K, engine):
     """In bf16 they are close to the loop in fp32. An expert with another's rows would not be."""

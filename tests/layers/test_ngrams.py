@@ -1,13 +1,15 @@
-"""Hashed n-gram embeddings around caches and texts; test_model_options.py has their values.
+"""Hashed n-gram embeddings around caches. test_model_options.py has their values and padding,
+test_documents.py has texts in a row.
 
 Run: python -m pytest tests/layers/test_ngrams.py"""
 
 import pytest
 import torch
+from conftest import refuses
 from models import strong, tiny, tokens
 
 from layers.roles import role_of
-from model import GPTConfig, GPTLMHeadModel
+from model import GPTLMHeadModel
 
 NGRAMS = dict(ngram_order=3, ngram_rows=64)
 
@@ -28,22 +30,10 @@ def test_steps_with_a_cache_equal_one_call_until_the_cache_is_changed(model):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
     for change in (lambda: cache.reorder_cache(torch.tensor([1, 0])), lambda: cache.crop(-4)):
         change()
-        with pytest.raises(ValueError, match=r"ngram_order=3.*previous_ids"):
-            model(ids[:, :1], past_key_values=cache)
+        refuses("ngram_order=3.*previous_ids", model, ids[:, :1], past_key_values=cache)
     previous = torch.stack([ids[:, 7:8], ids[:, 6:7]], dim=-1).flip(0)  # the rows were exchanged
     logits = model(ids[:, 8:9].flip(0), past_key_values=cache, previous_ids=previous).logits
     torch.testing.assert_close(logits.flip(0)[:, 0], whole[:, 8], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_texts_in_a_row_and_behind_padding_have_their_own_ngrams(model):
-    ids, alone = tokens(2, 6), model(tokens(2, 6)).logits
-    row = model(ids.view(1, 12), position_ids=torch.arange(6).repeat(2)[None]).logits
-    torch.testing.assert_close(row.view_as(alone), alone, atol=1e-5, rtol=1e-5)
-    padded, mask = torch.cat([tokens(2, 3), ids], 1), torch.ones(2, 9)
-    mask[:, :3] = 0
-    logits = model(padded, attention_mask=mask).logits[:, 3:]
-    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_new_model_starts_as_the_one_without_and_learns_the_tables():
@@ -71,7 +61,4 @@ def test_assisted_generation_equals_plain_generation(model):
 
 
 def test_what_has_no_ngrams_is_refused_by_name(model):
-    with pytest.raises(ValueError, match="ngram_order=3: inputs_embeds"):
-        model(inputs_embeds=torch.randn(1, 2, model.config.n_embd))
-    with pytest.raises(ValueError, match="ngram_order=1"):
-        GPTConfig(ngram_order=1)
+    refuses("ngram_order=3: inputs_embeds", model, inputs_embeds=torch.randn(1, 2, model.config.n_embd))
