@@ -148,14 +148,11 @@ class GPTConfig(StandardNames, CheckedConfig):
         return self.use_moe and (self.n_layer - 1 - layer) % self.moe_every == 0
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation with an optional bias."""
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation. transformers.Trainer does not decay a nn.LayerNorm, and so none of our norms."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self.eps = eps
+        super().__init__(ndim, eps, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         weight, bias = self.weight, self.bias
@@ -164,8 +161,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(input, weight.shape, weight, bias, self.eps)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.LayerNorm):
     """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
+
+    def __init__(self, ndim: int, eps: float):
+        super().__init__(ndim, eps, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from layers.roles import role_of
 from mixture_of_experts import expert_usage
 from model import GPT, GPTLMHeadModel, MoEUsageLoggingCallback, MoEUsageTensorBoardCallback
 from training import parallel
@@ -124,6 +125,13 @@ def test_smoothed_labels_are_shifted_and_refused_with_experts(tmp_path):
     torch.testing.assert_close(found, F.cross_entropy(*rows, label_smoothing=0.1))
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1: .*balance losses"):
         MoEUsageLoggingCallback().on_train_begin(settings, TrainerState(), TrainerControl(), model=build())
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_trainer_decays_what_our_optimizers_decay(norm, tmp_path):
+    model = build(norm=norm, qk_norm=True)
+    decayed = Trainer(model=model, args=arguments(tmp_path)).get_decay_parameter_names(model)
+    assert set(decayed) == {n for n, _ in model.named_parameters(remove_duplicate=False) if role_of(n).decays}
 
 
 def test_resuming_is_bit_identical(tmp_path):
