@@ -52,7 +52,7 @@ def average(folder: Path, last: int) -> dict:
     paths = list_checkpoints(folder)[:last]
     if not 2 <= last == len(paths):
         raise ValueError(
-            f"last={last}: {folder} has {len(paths)} checkpoints to average; 2 or more are needed"
+            f"last={last}: {folder} has {len(paths)} checkpoints; give --last 2 or more, up to those"
         )
     newest = load_checkpoint(paths[0])
     mean, config = newest["model"], newest["config"]
