@@ -49,11 +49,13 @@ def average(folder: Path, last: int) -> dict:
     """The mean of the weights of a run's newest checkpoints, as a checkpoint without an optimizer. While the
     learning rate is constant it is nearly as good as the weights after a decay (LAWA, arXiv 2209.14981).
     ValueError if there are fewer than `last` checkpoints, or two of them are of different models."""
-    paths = list_checkpoints(folder)[:last]
-    if not 2 <= last == len(paths):
-        raise ValueError(
-            f"last={last}: {folder} has {len(paths)} checkpoints; give --last 2 or more, up to those"
-        )
+    found = list_checkpoints(folder)
+    if len(found) < 2:
+        mend = "save more of them with --checkpoint_every"
+        raise ValueError(f"{folder}: a mean needs 2 checkpoints or more, but there are {len(found)}; {mend}")
+    if not 2 <= last <= len(found):
+        raise ValueError(f"last={last}: {folder} has {len(found)} checkpoints; give --last 2 to {len(found)}")
+    paths = found[:last]
     newest = load_checkpoint(paths[0])
     mean, config = newest["model"], newest["config"]
     for number, path in enumerate(paths[1:], 2):

@@ -37,9 +37,9 @@ BATCHES = {"4x128": (12, 24), "6x256": (8, 8)}  # sequences of nanoGPT and of gp
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
 EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)  # each of half the dense width
-CHEAP = dict(moe_every=2, muon_experts=False, expert_lr_mult=0.3)  # as in preset demo
+DEMO = {name: PRESETS["demo"][name] for name in ("moe_every", "muon_experts", "expert_lr_mult")}
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
-           "modern-moe": MODERN | EXPERTS | CHEAP}  # fmt: skip
+           "modern-moe": MODERN | EXPERTS | DEMO}  # fmt: skip
 # So small that parameters help, and without n-grams, which learn a part of what experts learn. 261 gives the
 # dense layers as many parameters as two experts and a router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)

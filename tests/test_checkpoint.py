@@ -57,7 +57,8 @@ def test_average_of_a_runs_newest_checkpoints(straight, tmp_path, refused):
     model = dense_model()
     other = dict(model=model.state_dict(), config=model.config.to_dict(), step=99)
     save_checkpoint(other, tmp_path / "two")
-    for folder, last, named in ((straight, 1, "last=1"), (straight, 99, "last=99"), ("two", 2, "block_size")):
+    for folder, last, named in ((straight, 1, "last=1"), (straight, 99, "last=99"),
+                                ("two", 2, "block_size"), ("none", 2, "but there are 0")):  # fmt: skip
         assert named in refused(main, "average", tmp_path / folder, tmp_path / "new", "--last", last)
     assert not (tmp_path / "new").exists()
 

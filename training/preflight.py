@@ -56,8 +56,7 @@ def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
 
 
 def parameters_held(model: nn.Module, config, world_size: int, only_matrices: bool = False) -> int:
-    """Elements of parameters that each rank holds. only_matrices: of those
-    that Muon updates."""
+    """Elements of parameters that each rank holds. only_matrices: of those that Muon updates."""
     part, ranks = shapes_by_part(model, only_matrices), world_size // config.ep_size
     if only_matrices and not config.muon_experts:
         part["experts"] = []
