@@ -22,7 +22,6 @@ loss-free balancing (2408.15664), DeepSeek-V3 (2412.19437).
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -175,9 +174,7 @@ class MoE(nn.Module):
         self.exchange = None  # expert_parallel.Exchange, where ranks share the experts
         for name, value in self.initial_statistics().items():
             self.register_buffer(name, value)
-        self.step_managed = False  # whether update_router is in use; see balance_loss
-        # torch 2.14 itself uses what it calls deprecated, in a module that torch.func.jvp imports.
-        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        self.expansion = None  # (1 + E or E*E,) fp32, set by update_router; see balance_loss
         self._auxiliary_loss = None
 
     def initial_statistics(self) -> dict[str, Tensor]:
@@ -286,28 +283,38 @@ class MoE(nn.Module):
 
         The loss L(s) of a step's mean s is not the mean of its parts' losses; the gradients differ, too. If
         `update_router` is in use, the layer therefore computes the first-order expansion at s_ref. s_ref is
-        the mean over the previous step on all ranks, detached; f is of that step, too:
+        the mean over the previous step on all ranks; f is of that step, too:
 
             L(s_ref) + <grad L(s_ref), s - s_ref>
 
         It is linear in the tokens, so micro-steps and ranks add up exactly. It may be slightly negative. The
-        first s_ref is perfect balance. If `update_router` is never called, s_ref is the mean of this call,
-        detached: value and gradient are then those of L, the textbook loss of one batch.
+        first s_ref is perfect balance. If `update_router` is never called, the value is L(s) of this call,
+        the textbook loss of one batch.
         """
         if self.loss_type is None:
             return sums.new_zeros(())
-        if self.step_managed:
-            counts, reference = self.reference_totals.split([self.num_experts, sums.numel()])
-            tokens = counts.sum().clamp_min(1) / self.num_experts_per_tok
-            reference = reference.to(sums.dtype).view_as(sums) / (FIXED_POINT * tokens)
-        else:
-            reference = sums.detach() / n.clamp_min(1)
+        if self.expansion is None:
+            return self.loss_of_mean(sums / n.clamp_min(1), counts) * (n / divisor)
+        constant, slope = self.expansion[0], self.expansion[1:].view_as(sums)
+        return ((constant * n + (slope * sums).sum()) / divisor).to(sums.dtype)
+
+    def loss_of_mean(self, mean: Tensor, counts: Tensor) -> Tensor:
+        """The balance loss () of the mean p (E,) or p p^T (E, E), and of each expert's rows (E,)."""
         loss = BALANCE_LOSSES[self.loss_type]
-        f = [counts.to(sums.dtype) / counts.sum().clamp_min(1)] if loss.takes_f else []
-        value, change = torch.func.jvp(
-            lambda mean: loss.function(mean, *f), (reference,), ((sums - n * reference) / divisor,)
-        )
-        return (value * (n / divisor) + change).to(sums.dtype)
+        f = [counts.to(mean.dtype) / counts.sum().clamp_min(1)] if loss.takes_f else []
+        return loss.function(mean, *f)
+
+    def expand(self) -> Tensor:
+        """(1 + E or E*E,): L(s_ref) - <grad L(s_ref), s_ref>, and grad L(s_ref), of `balance_loss`."""
+        E = self.num_experts
+        counts, sums = self.reference_totals[:E], self.reference_totals[E:]
+        tokens = counts.sum().clamp_min(1) / self.num_experts_per_tok
+        sums = sums.to(torch.promote_types(self.router_bias.dtype, torch.float32)) / (FIXED_POINT * tokens)
+        mean = (sums.view(E, E) if self.sums_products else sums).requires_grad_()
+        with torch.enable_grad():
+            value = self.loss_of_mean(mean, counts)
+            (slope,) = torch.autograd.grad(value, mean)
+        return torch.cat(((value - (slope * mean).sum()).view(1), slope.flatten())).detach()
 
     @torch.no_grad()
     def accumulate(self, auxiliary: RouterAuxiliary) -> None:
@@ -362,7 +369,7 @@ class MoE(nn.Module):
         if self.router_bias_update_rate > 0:
             self.router_bias += self.router_bias_update_rate * torch.sign(counts.sum() - E * counts)
         self.step_totals.zero_()
-        self.step_managed = True
+        self.expansion = None if self.loss_type is None else self.expand()
 
 
 # -----------------------------------------------------------------------------

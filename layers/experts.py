@@ -134,11 +134,18 @@ def combine(rows: Tensor, routing: Routing, num_tokens: int, weighted: bool = Fa
 # ----------------------------- The engine for every device: a loop over experts inside one operator
 
 
-def _spans(ends: Tensor) -> tuple[list[slice], int]:
-    """The rows of every expert, and the largest number of them. Synchronises, except on a CPU."""
-    stops = ends.tolist()
-    spans = [slice(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True)]
-    return spans, max(span.stop - span.start for span in spans)
+def _sizes(ends: Tensor) -> list[int]:
+    """The rows of each expert, on the host. Synchronises, except on a CPU."""
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def _products(rows: Tensor, weights: Tensor, biases: Tensor | None, sizes: list[int], out: Tensor) -> Tensor:
+    """Each expert's rows (R, D), `sizes` of them, times its matrix of weights (E, F, D), plus its bias of
+    (E, F), into out (R, F). Returns out."""
+    for e, (one, result) in enumerate(zip(rows.split(sizes), out.split(sizes), strict=True)):
+        bias = None if biases is None else biases[e].to(rows.dtype)
+        F.linear(one, weights[e].to(rows.dtype), bias, out=result)
+    return out
 
 
 def _kept_rows(x: Tensor, token: Tensor) -> int:
@@ -155,26 +162,16 @@ def expert_mlp(
 
     x (N, C); weight, token and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
-    It is one operator, so that torch.compile sees no shape that depends on data. Every expert's rows go into
-    the same buffers: on a CPU, writing (R, C) to fresh memory costs more than gathering."""
-    act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
-    rows, y = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
-    hidden = x.new_empty(token.shape[0], parameters[0].shape[1])  # (R, H) or (R, 2H)
-    acts = x.new_empty(_kept_rows(x, token), parameters[1].shape[2])  # (R, H), or nothing
-    scratch = None if acts.shape[0] else x.new_empty(most, acts.shape[1])
-    out = w.new_zeros(x.shape)
-    for e, span in enumerate(spans):
-        n, t, h = span.stop - span.start, token[span], hidden[span]
-        if n == 0:
-            continue
-        c_fc, c_proj, *biases = (p[e].to(x.dtype) for p in parameters)
-        fc_bias, proj_bias = biases or (None, None)
-        torch.index_select(x, 0, t, out=rows[:n])
-        F.linear(rows[:n], c_fc, fc_bias, out=h)
-        a = act.forward_into(acts[span] if acts.shape[0] else scratch[:n], h)
-        F.linear(a, c_proj, proj_bias, out=y[:n])
-        out.index_add_(0, t, y[:n].mul_(w[span]).to(out.dtype))
-    return out.to(x.dtype), hidden, acts
+    It is one operator, so that torch.compile sees no shape that depends on data. Only the products are
+    computed expert by expert: one call for all rows costs less than one per expert."""
+    act, sizes, w = get_activation(activation), _sizes(ends), weight[:, None]  # (R, 1)
+    c_fc, c_proj, fc_bias, proj_bias = (*parameters, None, None)[:4]
+    rows = x.index_select(0, token)  # (R, C)
+    hidden, acts = (x.new_empty(len(token), width) for width in (c_fc.shape[1], c_proj.shape[2]))
+    act.forward_into(acts, _products(rows, c_fc, fc_bias, sizes, hidden))  # (R, H)
+    y = _products(acts, c_proj, proj_bias, sizes, rows).mul_(w)  # (R, C), where the rows were
+    out = w.new_zeros(x.shape).index_add_(0, token, y.to(w.dtype))
+    return out.to(x.dtype), hidden, acts if _kept_rows(x, token) else acts.new_empty(0, acts.shape[1])
 
 
 @expert_mlp.register_fake
@@ -187,36 +184,27 @@ def _(x, weight, token, ends, parameters, activation):
 def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor,
                         acts: Tensor, parameters: list[Tensor], activation: str) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight and every parameter, given the output's; hidden, acts: `expert_mlp`'s."""
-    act, (spans, most), w = get_activation(activation), _spans(ends), weight[:, None]  # (R, 1)
-    rows, grad_rows = x.new_empty(most, x.shape[1]), x.new_empty(most, x.shape[1])
-    grad_acts = x.new_empty(most, parameters[1].shape[2])
-    scratch = None if acts.shape[0] else torch.empty_like(grad_acts)
-    grad_x, grad_w = w.new_zeros(x.shape), w.new_empty(w.shape)
+    act, sizes, w = get_activation(activation), _sizes(ends), weight[:, None]  # (R, 1)
+    c_fc, c_proj, *biases = parameters
+    g = grad.index_select(0, token)  # (R, C)
+    ga = _products(g, c_proj.mT, None, sizes, x.new_empty(len(token), c_proj.shape[2]))  # (R, H)
+    acts = acts if len(acts) == len(ga) else act.forward_into(torch.empty_like(ga), hidden)
+    # A weight's gradient is <g, c_proj a + bias>, computed as <c_proj^T g, a> + <g, bias>.
+    grad_w = (ga * acts).sum(1, keepdim=True, dtype=w.dtype)
+    if biases:
+        grad_w += _products(g, biases[1][:, None], None, sizes, g.new_empty(len(g), 1))
+    g.mul_(w)
+    gh, rows = act.backward(ga.mul_(w), hidden), x.index_select(0, token)  # (R, H) or (R, 2H), (R, C)
     grads = [x.new_empty(p.shape) for p in parameters]
-    for e, span in enumerate(spans):
-        n, t, h = span.stop - span.start, token[span], hidden[span]
-        if n == 0:
-            for grad_p in grads:
-                grad_p[e].zero_()
-            continue
-        c_fc, c_proj, *biases = (p[e].to(x.dtype) for p in parameters)
-        r, g, ga = rows[:n], grad_rows[:n], grad_acts[:n]
-        torch.index_select(x, 0, t, out=r)
-        torch.index_select(grad, 0, t, out=g)
-        torch.mm(g, c_proj, out=ga)
-        a = acts[span] if acts.shape[0] else act.forward_into(scratch[:n], h)
-        # A weight's gradient is <g, c_proj a + bias>, computed as <c_proj^T g, a> + <g, bias>.
-        torch.sum(ga * a, 1, keepdim=True, dtype=w.dtype, out=grad_w[span])
+    by_expert = zip(*(tensor.split(sizes) for tensor in (rows, gh, acts, g)), strict=True)
+    for e, (rows_e, gh_e, acts_e, g_e) in enumerate(by_expert):
+        torch.mm(gh_e.t(), rows_e, out=grads[0][e])  # zeros for an expert without rows
+        torch.mm(g_e.t(), acts_e, out=grads[1][e])
         if biases:
-            grad_w[span] += g @ biases[1][:, None]
-        torch.mm(g.mul_(w[span]).t(), a, out=grads[1][e])
-        gh = act.backward(ga.mul_(w[span]), h)
-        torch.mm(gh.t(), r, out=grads[0][e])
-        if biases:
-            torch.sum(gh, 0, out=grads[2][e])
-            torch.sum(g, 0, out=grads[3][e])
-        torch.mm(gh, c_fc, out=g)
-        grad_x.index_add_(0, t, g.to(grad_x.dtype))
+            torch.sum(gh_e, 0, out=grads[2][e])
+            torch.sum(g_e, 0, out=grads[3][e])
+    grad_rows = _products(gh, c_fc.mT, None, sizes, g).to(w.dtype)  # (R, C)
+    grad_x = w.new_zeros(x.shape).index_add_(0, token, grad_rows)
     grads = [grad_p.to(p.dtype) for grad_p, p in zip(grads, parameters, strict=True)]
     return [grad_x.to(x.dtype), grad_w.view(-1), *grads]
 
@@ -290,7 +278,7 @@ class Experts(nn.Module):
     c_fc_bias (E, H), c_proj_bias (E, C). With a gated activation c_fc and its bias have 2H rows, as in `MLP`.
 
     `engine` is "auto", which chooses by device, dtype and size, or one of
-      "loop"        `expert_mlp`: products for the experts that have rows; any dtype; reads sizes on the host
+      "loop"        `expert_mlp`: products, one expert after the other; any dtype; reads sizes on the host
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
       "triton"      our grouped_product; auto for all other cases on CUDA capability 8 or higher, with Triton

@@ -65,7 +65,7 @@ def test_a_folder_without_the_statistics_of_routers_gets_fresh_ones(tmp_path):
     for moe in again.moe_layers():
         for name, value in moe.initial_statistics().items():
             assert torch.equal(getattr(moe, name), value), name
-        assert not moe.step_managed
+        assert moe.expansion is None
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in kept.items())
 
