@@ -203,7 +203,7 @@ PRESETS = {
     ),
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, moe_every=2,
-        num_experts=8, num_experts_per_tok=2, expert_hidden_size=256, muon_experts=False, expert_lr_mult=0.3,
+        num_experts=8, num_experts_per_tok=2, expert_hidden_size=128, muon_experts=False, expert_lr_mult=0.3,
         B=16, T=128, total_batch_size=2048, max_steps=600, warmup_steps=40, infer_step=100, val_steps=40,
         sample_every=300, sample_tokens=100, log_every=25, prompt="Return the ", use_compile=False,
     ),

@@ -36,10 +36,10 @@ BATCHES = {"4x128": (12, 24), "6x256": (8, 8)}  # sequences of nanoGPT and of gp
 # The CPU recipe in nanoGPT's README, with config/train_shakespeare_char.py
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
-EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)  # each of half the dense width
+EXPERTS = dict(use_moe=True, num_experts=8, num_experts_per_tok=2)
 DEMO = {name: PRESETS["demo"][name] for name in ("moe_every", "muon_experts", "expert_lr_mult")}
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
-           "modern-moe": MODERN | EXPERTS | DEMO}  # fmt: skip
+           "modern-moe": MODERN | EXPERTS | DEMO | dict(num_experts_per_tok=1)}  # fmt: skip
 # So small that parameters help, and without n-grams, which learn a part of what experts learn. 261 gives the
 # dense layers as many parameters as two experts and a router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
@@ -187,7 +187,7 @@ def bench_time_to_loss(options) -> list[dict]:
         name, folder = f"nanochat, rates x {scale:g}", options.nanochat
         build[name] = partial(build_nanochat, folder, scale, size, many, train)
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
-        fields = RECIPES[name] | size | dict(B=few, expert_hidden_size=2 * size["n_embd"])
+        fields = RECIPES[name] | size | dict(B=few, expert_hidden_size=size["n_embd"])
         if name != "gpt2":
             rate = fields["max_lr"] * 128 / size["n_embd"]
             fields |= dict(B=many, max_lr=rate, min_lr=rate / 10)
