@@ -295,8 +295,9 @@ class MoE(nn.Module):
             return sums.new_zeros(())
         if self.expansion is None:
             return self.loss_of_mean(sums / n.clamp_min(1), counts) * (n / divisor)
-        constant, slope = self.expansion[0], self.expansion[1:].view_as(sums)
-        return ((constant * n + (slope * sums).sum()) / divisor).to(sums.dtype)
+        expansion = self.expansion.to(sums)  # the layer may have moved since
+        constant, slope = expansion[0], expansion[1:].view_as(sums)
+        return (constant * n + (slope * sums).sum()) / divisor
 
     def loss_of_mean(self, mean: Tensor, counts: Tensor) -> Tensor:
         """The balance loss () of the mean p (E,) or p p^T (E, E), and of each expert's rows (E,)."""

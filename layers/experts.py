@@ -20,8 +20,8 @@ from layers.grouped_product import NAMESPACE, grouped_product, triton
 from layers.mlp import get_activation
 from layers.sharding import local
 
-# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers computing
-# it again costs less than writing to fresh memory.
+# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers it
+# computes it again, which saves memory.
 KEEP_ACTIVATION_BELOW = 512
 
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this

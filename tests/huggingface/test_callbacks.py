@@ -101,7 +101,7 @@ def test_trainer_equals_one_whole_batch_however_it_is_cut(cut, whole_batch, tmp_
 def test_without_a_callback_the_balance_loss_is_each_micro_batchs_own(tmp_path):
     trainer = train(build(), tmp_path, callbacks=[], batch=8, accumulation=1, max_steps=1)
     assert losses(trainer)[0] == pytest.approx(build()(**whole()).loss.item(), rel=1e-5)
-    assert not any(moe.expansion is not None for moe in trainer.model.moe_layers())
+    assert all(moe.expansion is None for moe in trainer.model.moe_layers())
 
 
 def test_evaluation_has_no_auxiliary_terms_and_leaves_no_trace(tmp_path):
