@@ -102,6 +102,7 @@ class TrainConfig(llmc.Flags):
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     muon_steps: int = setting(5, "Newton-Schulz iterations of Muon", least=1, most=20)
     muon_experts: bool = setting(True, "Muon for experts too; False = AdamW, cheaper if batches are small")
+    adagrad_ngrams: bool = setting(False, "with muon: Adagrad for n-grams; False = AdamW, dearer on a CPU")
     weight_decay: float = setting(0.1, "for matrices and embeddings, not for biases and norms", least=0)
     beta1: float = setting(0.9, "AdamW's first beta", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's second beta", least=0, below=1)
@@ -188,7 +189,7 @@ class TrainConfig(llmc.Flags):
 # Named settings (--preset NAME). A flag overrides them.
 MODERN = dict(  # settings that lowered the loss: docs/measurements/recipe_ablation.csv
     optimizer="muon", muon_steps=3, max_lr=5e-3, position="rope", qk_norm=True, activation="relu2",
-    ngram_order=-1,
+    ngram_order=-1, adagrad_ngrams=True,
 )  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # GPT-2 124M, dense

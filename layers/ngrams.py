@@ -1,8 +1,8 @@
 """Hashed n-gram embeddings: vectors for a token together with those before it, beside its own embedding.
 
 A table has `rows` vectors for each n = 2 .. order. The n-gram that ends at a token chooses one of them by its
-hash, so different n-grams may share a vector. A forward needs no product. The optimizer updates all rows at
-every step: on a CPU the number of rows decides what they cost.
+hash, so different n-grams may share a vector. A forward needs no product. A step uses few of the rows, but
+a dense gradient has them all: on a CPU sparse gradients cost less.
 References: hash n-gram embeddings of the Byte Latent Transformer, arXiv 2412.09871, section 3.2.1;
 over-encoding, arXiv 2501.16975; the multiplicative generator of Park and Miller, CACM 31(10), 1988."""
 
@@ -50,6 +50,11 @@ class NgramEmbedding(nn.Embedding):
         super().__init__((order - 1) * rows, n_embd)
         self.order, self.rows = order, rows
 
+    def use_sparse_gradients(self) -> None:
+        """From now on the gradient is a coalesced sparse tensor with the rows that were used, each once."""
+        self.sparse = True
+        self.weight.register_post_accumulate_grad_hook(_coalesce)
+
     def forward(self, ids: Tensor, previous_ids: Tensor, position_ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C). previous_ids (B, T, order - 1): the tokens before each one, the nearest
         first. position_ids (B or 1, T) in the text: what lies before its first token does not count."""
@@ -58,5 +63,9 @@ class NgramEmbedding(nn.Embedding):
             before = torch.where(position_ids >= n - 1, previous_ids[..., n - 2] + 1, 0)  # (B, T)
             code = (code * MULTIPLIER + before) % PRIME
             rows.append(code % self.rows + (n - 2) * self.rows)
-        vectors = F.embedding(torch.stack(rows, dim=-1), self.weight)  # (B, T, order - 1, C)
+        vectors = super().forward(torch.stack(rows, dim=-1))  # (B, T, order - 1, C)
         return vectors.sum(-2)
+
+
+def _coalesce(parameter: nn.Parameter) -> None:
+    parameter.grad = parameter.grad.coalesce()

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a shared tensor, differentiable; a plain tensor unchanged."""
+    """This rank's part of a shared tensor, differentiable; a plain tensor unchanged. Of a sparse gradient,
+    whose other rows are 0, the rows that it has."""
+    if tensor.is_sparse:
+        return tensor.values()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

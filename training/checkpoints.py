@@ -154,7 +154,7 @@ def load_newest(folder: str | Path, warn: Callable = print, whole: bool = True) 
 
 # ---------------------------------------------------------------------------- RESUME
 # What an optimizer keeps of each parameter, by the method of the parameter's group.
-MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+MOMENTS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}, "adagrad": {"sum"}}
 # A resumed run keeps all settings that no flag sets, except these: folders, device and layout.
 LAYOUT_SETTINGS = ("parallel", "zero_stage", "ep_size", "activation_checkpointing")
 SETTINGS_NOT_KEPT = {*"preset config run_name text log_dir resume init_from device".split(), *LAYOUT_SETTINGS}
@@ -162,7 +162,7 @@ SETTINGS_NOT_KEPT = {*"preset config run_name text log_dir resume init_from devi
 MAY_CHANGE = {"dropout", "infer_step", "use_cache", "moe_loss_coef", "router_z_loss_coef"}
 MAY_CHANGE |= {"router_bias_update_rate"}
 # A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
-FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer", "muon_experts"}
+FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer", "muon_experts", "adagrad_ngrams"}
 FIXED_SETTINGS |= set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
 
 

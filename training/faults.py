@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from layers.sharding import local
 from tokens.files import DataError
 from tokens.printable import one_line
 from training.heartbeat import shorten
@@ -195,7 +196,7 @@ def diagnose(model: nn.Module, micro_losses: list[torch.Tensor], loader: Any) ->
     """Names what is not finite after a bad step. micro_losses: this rank's, of the loader's last batches."""
     named = list(model.named_parameters())
     values = [name for name, p in named if not p.isfinite().all()]
-    gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = [name for name, p in named if p.grad is not None and not local(p.grad).isfinite().all()]
     bad = [i for i, loss in enumerate(micro_losses) if not loss.isfinite()]
     begin = loader.position - len(micro_losses) * loader.world_size * loader.B  # samples before the step
     first = begin + ((bad[0] if bad else 0) * loader.world_size + loader.rank) * loader.B

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks and AdamW for all other parameters, as one optimizer.
+"""Muon for the matrices of the blocks, AdamW (Adagrad for n-grams) for the rest, as one optimizer.
 
 Muon replaces the momentum of a matrix by the nearest (semi-)orthogonal matrix, so that an update moves all
 directions by the same amount. Newton-Schulz iterations approximate that matrix with matrix products alone.
@@ -14,7 +14,7 @@ orthogonalises it. Of P elements in matrices, each of W ranks sends per step (fp
     zero    0 bytes: only the owner has the momentum; ZeRO sends all weights after the step, as for AdamW
     ep      0 bytes for experts: they are whole where they are, unless fsdp cuts them
 References: https://kellerjordan.github.io/posts/muon/; Moonlight, arXiv 2502.16982, whose section 2.3 divides
-the momenta; AdamW, 1711.05101."""
+the momenta; AdamW, 1711.05101; Adagrad, Duchi et al., JMLR 12, 2011."""
 
 import functools
 import math
@@ -28,11 +28,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from layers.mlp import get_activation
-from layers.roles import parameter_groups
+from layers.roles import parameter_groups, role_of
 from layers.sharding import local
 
 # Coefficients of a x + b x^3 + c x^5. Five rounds drive singular values of 0.003 .. 1 to 0.7 .. 1.2 (Jordan).
 QUINTIC = (3.4445, -4.7750, 2.0315)
+# Adagrad's learning rate relative to the others'. It falls as 1/sqrt(number of a row's gradients).
+ADAGRAD_LR_MULT = 4.0
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in units of the learning rate (Moonlight)
 
 
@@ -107,14 +109,15 @@ class Owners:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameter groups with method="muon" or "adamw", lr and weight_decay. A Muon group also has row_blocks,
-    as row_blocks() returns them, and replicated: whether all ranks update the same plain parameters, and so
-    can share the work. Its parameters have 2 or 3 dimensions."""
+    """Parameter groups with a method, as method_of() tells it, lr and weight_decay. A Muon group also has
+    row_blocks, as row_blocks() returns them, and replicated: whether all ranks update the same plain
+    parameters, and so can share the work. Its parameters have 2 or 3 dimensions."""
 
     def __init__(self, param_groups: list[dict], lr: float, weight_decay: float = 0.1,
                  betas: tuple[float, float] = (0.9, 0.95), fused: bool = False):  # fmt: skip
         muon = dict(momentum=0.95, steps=5, row_blocks=None, replicated=True)
-        defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused)}
+        defaults = {"muon": muon, "adamw": dict(betas=betas, eps=1e-8, fused=fused),
+                    "adagrad": dict(eps=1e-10)}  # fmt: skip
         groups = [defaults[group["method"]] | group for group in param_groups]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
 
@@ -126,6 +129,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
         for group in [group for group in self.param_groups if group["method"] == "adamw"]:
             self._adamw_step(group)
+        for group in [group for group in self.param_groups if group["method"] == "adagrad"]:
+            self._adagrad_step(group)
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:
@@ -179,6 +184,21 @@ class MuonAdamW(torch.optim.Optimizer):
         settings |= dict(amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1])
         adamw(params, [parameter.grad for parameter in params], averages, squares, [], steps, **settings)
 
+    def _adagrad_step(self, group: dict) -> None:
+        """Adagrad leaves rows without a gradient as they are, so the rows of a sparse gradient suffice."""
+        for parameter in (p for p in group["params"] if p.grad is not None):
+            if not self.state[parameter]:
+                self.state[parameter]["sum"] = torch.zeros_like(parameter)
+            weight, total, grad = map(local, (parameter, self.state[parameter]["sum"], parameter.grad))
+            if not parameter.grad.is_sparse:
+                total.addcmul_(grad, grad)
+                weight.addcdiv_(grad, total.sqrt().add_(group["eps"]), value=-group["lr"])
+                continue
+            rows = parameter.grad.indices()[0]
+            squares = total.index_select(0, rows).addcmul_(grad, grad)
+            total.index_copy_(0, rows, squares)
+            weight.index_add_(0, rows, grad / squares.sqrt_().add_(group["eps"]), alpha=-group["lr"])
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch's; ValueError for the state of another optimizer or of other parameter groups."""
         theirs = [(group.get("method"), len(group["params"])) for group in state_dict["param_groups"]]
@@ -189,18 +209,35 @@ class MuonAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
 
+def method_of(name: str, experts: bool = True, adagrad_ngrams: bool = False) -> str:
+    """What updates the parameter of this name: "muon", "adagrad" or "adamw". experts: Muon updates the routed
+    experts, too. adagrad_ngrams: Adagrad updates the n-gram table."""
+    role = role_of(name)
+    if role.is_matrix and (experts or role.lr_group != "experts"):
+        return "muon"
+    return "adagrad" if adagrad_ngrams and ".ngrams." in name else "adamw"
+
+
 def configure_muon(model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float],
                    device_type: str, router_lr_mult: float = 1.0, expert_lr_mult: float = 1.0,
-                   replicated: bool = True, steps: int = 5, experts: bool = True) -> MuonAdamW:  # fmt: skip
+                   replicated: bool = True, steps: int = 5, experts: bool = True,
+                   adagrad_ngrams: bool = False) -> MuonAdamW:  # fmt: skip
     """MuonAdamW for a GPT, as GPT.configure_optimizers. replicated=False: for ZeRO, where each rank updates
-    other parameters. steps: of Newton-Schulz. experts=False: AdamW updates the routed experts."""
+    other parameters. steps: of Newton-Schulz. experts, adagrad_ngrams: as for method_of(). With Adagrad, in a
+    single process on a CPU, the gradients of the n-gram table become sparse."""
+    if adagrad_ngrams and model.config.ngram_order and device_type == "cpu" and not dist.is_initialized():
+        model.transformer.ngrams.use_sparse_gradients()
 
     def details(name, parameter, role):
-        if not role.is_matrix or (role.lr_group == "experts" and not experts):
-            return "", dict(method="adamw")
+        method = method_of(name, experts, adagrad_ngrams)
+        if method == "adagrad":
+            rate = dict(lr=ADAGRAD_LR_MULT * learning_rate, lr_mult=ADAGRAD_LR_MULT)
+            return " n-grams", dict(method=method, **rate)
+        if method == "adamw":
+            return "", dict(method=method)
         blocks = row_blocks(name, parameter, model.config)
         ending = " matrices" + (f" in blocks of {blocks} rows" if blocks else "")
-        return ending, dict(method="muon", row_blocks=blocks, replicated=replicated, steps=steps)
+        return ending, dict(method=method, row_blocks=blocks, replicated=replicated, steps=steps)
 
     settings = (weight_decay, learning_rate, router_lr_mult, expert_lr_mult)
     groups = parameter_groups(model.named_parameters(), *settings, details)

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "adamw": lambda model, shared, config: model.configure_optimizers(**shared),
     "muon": lambda model, shared, config: configure_muon(
         model, **shared, replicated=config.zero_stage == 0, steps=config.muon_steps,
-        experts=config.muon_experts),
+        experts=config.muon_experts, adagrad_ngrams=config.adagrad_ngrams),
 }  # fmt: skip
 
 

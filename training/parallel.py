@@ -354,7 +354,7 @@ def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], layout: Layout) -> 
     zero = torch.zeros((), device=layout.world.device)  # get_total_norm([]) would lie on the CPU
     total = lambda grads: nn.utils.get_total_norm(grads) if grads else zero  # noqa: E731
     grads = [[p.grad for p in group if p.grad is not None] for group in groups]
-    norms = torch.stack([total([g for g in group if not isinstance(g, DTensor)]) for group in grads])
+    norms = torch.stack([total([local(g) for g in group if not isinstance(g, DTensor)]) for group in grads])
     if layout.shares_parameters:
         shared = [total([local(g) for g in group if isinstance(g, DTensor)]) for group in grads]
         squares = torch.stack(shared).square()

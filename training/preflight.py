@@ -5,8 +5,9 @@ and the logits. `size`: bytes of a number in the dtype of matrix products. `conf
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,7 @@ from layers.mlp import get_activation
 from layers.roles import role_of
 from layers.sharding import dimension_to_shard
 from model import GPTLMHeadModel
+from training.muon import method_of
 
 REPEATS_THAT_HURT = 4  # epochs; more epochs help little (Muennighoff et al., arXiv 2305.16264)
 
@@ -29,13 +31,13 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
     return {part: count for part, count in parts.items() if count}
 
 
-def shapes_by_part(model: nn.Module, only_matrices: bool = False) -> dict[str, list[torch.Size]]:
+def shapes_by_part(model: nn.Module, methods: Callable | None = None) -> dict[str, list[torch.Size]]:
     """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them.
-    only_matrices: of those that Muon may update."""
+    methods: only those for which this method_of() does not say "adamw"."""
     shapes = {"experts": [], "gates": [], "blocks": [], "outside": []}
     part_of = {"experts": "experts", "router": "gates", "rest": "blocks"}
     for name, parameter in model.named_parameters():
-        if role_of(name).is_matrix or not only_matrices:
+        if not methods or methods(name) != "adamw":
             shapes[part_of[role_of(name).lr_group] if ".h." in name else "outside"].append(parameter.shape)
     return shapes
 
@@ -55,11 +57,9 @@ def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
     return sum(math.prod(s) if dimension_to_shard(s, ranks) else elements([s], ranks) for s in shapes)
 
 
-def parameters_held(model: nn.Module, config, world_size: int, only_matrices: bool = False) -> int:
-    """Elements of parameters that each rank holds. only_matrices: of those that Muon updates."""
-    part, ranks = shapes_by_part(model, only_matrices), world_size // config.ep_size
-    if only_matrices and not config.muon_experts:
-        part["experts"] = []
+def parameters_held(model: nn.Module, config, world_size: int, methods: Callable | None = None) -> int:
+    """Elements of parameters that each rank holds. methods: as for shapes_by_part."""
+    part, ranks = shapes_by_part(model, methods), world_size // config.ep_size
     rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], config.ep_size)
     if config.parallel == "fsdp":
         return elements(rest, world_size) // world_size + expert_elements(mine, ranks) // ranks
@@ -130,8 +130,9 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     """Bytes on one device, by use, of training with micro-steps of (B, T), in fp32. FSDP divides all but
     activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
     held, trains = parameters_held(model, config, world_size), not config.inference_only
-    by_muon = parameters_held(model, config, world_size, True) if config.optimizer == "muon" else 0
-    moments = (8 * held - 4 * by_muon) * trains  # Muon keeps one moment, AdamW two
+    methods = partial(method_of, experts=config.muon_experts, adagrad_ngrams=config.adagrad_ngrams)
+    one = parameters_held(model, config, world_size, methods) if config.optimizer == "muon" else 0
+    moments = (8 * held - 4 * one) * trains  # Muon and Adagrad keep one number of a parameter, AdamW two
     moments //= world_size if config.zero_stage else 1
     activations = activation_bytes(model, config, dtype)
     return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)

@@ -1,4 +1,4 @@
-"""Muon and AdamW in one optimizer, against written-out references; the groups of both optimizers.
+"""Muon, AdamW and Adagrad in one optimizer, against references; the groups of both optimizers.
 
 Run: python -m pytest tests/training/test_muon.py"""
 
@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import tiny, tokens
 
 from model import GPTLMHeadModel
+from training import parallel
 from training.muon import configure_muon, row_blocks
 
 OPTIONS = dict(learning_rate=1e-2, weight_decay=0.1, betas=(0.9, 0.95), device_type="cpu")
@@ -77,6 +79,40 @@ def test_steps_equal_written_out_ones(how):
         adamw.step()  # of what has a gradient
         for (name, p), q in pairs:
             torch.testing.assert_close(p, q, rtol=0, atol=1e-7 if p in muons else 0, msg=name)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_adagrad_updates_n_grams_as_torchs_does(sparse, monkeypatch):
+    """From sparse gradients, which clipping measures and scales, or from dense ones, as in a process group.
+    torch's Adagrad gets dense ones. Rows without n-grams stay as they are."""
+    model, twin = (build_model(ngram_order=3, ngram_rows=64).double() for _ in range(2))
+    with monkeypatch.context() as context:
+        context.setattr(dist, "is_initialized", lambda: not sparse)
+        optimizer = configure_muon(model, **OPTIONS, adagrad_ngrams=True)
+    table, reference = model.transformer.ngrams.weight, twin.transformer.ngrams.weight
+    before, used = table.detach().clone(), torch.zeros(len(table), dtype=torch.bool)
+    adagrad = torch.optim.Adagrad([reference], lr=4e-2, eps=1e-10)
+    layout = parallel.make_layout(parallel.World(0, 0, 1, torch.device("cpu")), "none", 0, 1)
+    for step in range(3):
+        twin.load_state_dict(model.state_dict())
+        for part in (0, 1):  # a step of two micro-steps
+            ids = tokens(2, 9, seed=2 * step + part)
+            for each in (model, twin):
+                each(ids[:, :-1], targets=ids[:, 1:])[1].backward()
+        norms = [parallel.gradient_norm(each, layout) for each in (model, twin)]
+        for each, norm in zip((model, twin), norms, strict=True):
+            parallel.clip_gradients(each, 0.1, norm)
+        assert table.grad.is_sparse == sparse and norms[0] > 0.1
+        torch.testing.assert_close(norms[0], norms[1])
+        torch.testing.assert_close(table.grad.to_dense(), reference.grad)
+        used |= reference.grad.any(dim=1)
+        optimizer.step()
+        adagrad.step()
+        torch.testing.assert_close(table, reference)
+        model.zero_grad()
+        twin.zero_grad()
+    assert torch.equal((table != before).any(dim=1), used) and 0 < used.sum() < len(used)
+    assert optimizer.state[table].keys() == {"sum"}
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "muon without experts"])

@@ -37,7 +37,7 @@ IDLE = 2  # an expert of the first layer that no token ever chooses
 
 # Four ranks cut 50 rows (gate and up) unevenly, and experts along their last dimension.
 MUON = dict(optimizer="muon", moe_loss_type="diversity_regularization", activation="swiglu")
-MUON |= dict(expert_hidden_size=25)
+MUON |= dict(expert_hidden_size=25, adagrad_ngrams=True)
 # name: processes, settings, micro-steps
 LAYOUTS = {"one process": (1, {}, 1), "one process, muon": (1, MUON, 1), "ddp, muon": (2, MUON, 1),
            "ddp, zero, muon": (2, MUON | dict(zero_stage=1), 1),
@@ -106,8 +106,8 @@ def gradients_of_sequences(model) -> list[torch.Tensor]:
     rows = []
     for tokens in sequences()[-SEQUENCES:, None]:
         model(tokens[..., :-1], targets=tokens[..., 1:], return_dict=True).loss.backward()
-        named = list(model.named_parameters())
-        parts = [[p.grad.flatten() for n, p in named if (".experts." in n) == experts] for experts in (0, 1)]
+        grads = [(name, p.grad.to_dense().flatten()) for name, p in model.named_parameters()]
+        parts = [[grad for n, grad in grads if (".experts." in n) == experts] for experts in (0, 1)]
         rows.append([torch.cat(part) for part in parts])
         model.zero_grad()
     faults.discard_routing(model)

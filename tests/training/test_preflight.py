@@ -83,11 +83,11 @@ def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
     assert memory["optimizer"] == pytest.approx(moments * expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("muon_experts", [True, False])
+@pytest.mark.parametrize("muon_experts, adagrad_ngrams", [(True, False), (False, True)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_moments_are_counted_to_the_byte(optimizer, muon_experts):
-    model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4))
-    config = TrainConfig(optimizer=optimizer, muon_experts=muon_experts)
+def test_moments_are_counted_to_the_byte(optimizer, muon_experts, adagrad_ngrams):
+    model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4, ngram_order=2))
+    config = TrainConfig(optimizer=optimizer, muon_experts=muon_experts, adagrad_ngrams=adagrad_ngrams)
     trained = build_optimizer(config, model)
     model(x := torch.zeros(2, 8, dtype=torch.long), targets=x)[1].backward()
     trained.step()

@@ -61,6 +61,7 @@ def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path, o
     differ by rounding only."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ["--dropout", 0, "--max_steps", 6, "--optimizer", optimizer, "--log_norms", True]
+    more += ["--ngram_order", 3, "--ngram_rows", 64, "--adagrad_ngrams", True]  # AdamW's, without muon
     assert train_gpt_moe.main(flags(data, whole, *more)) == 0
     parts.mkdir()
     shutil.copy(whole / "model_00003.pt", parts)
