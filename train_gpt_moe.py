@@ -189,7 +189,7 @@ class TrainConfig(llmc.Flags):
 # Named settings (--preset NAME). A flag overrides them.
 MODERN = dict(  # settings that lowered the loss: docs/measurements/recipe_ablation.csv
     optimizer="muon", muon_steps=3, max_lr=5e-3, position="rope", qk_norm=True, activation="relu2",
-    ngram_order=-1, adagrad_ngrams=True,
+    ngram_order=-1, ngram_rows=32768, adagrad_ngrams=True,
 )  # fmt: skip
 PRESETS = {
     "gpt2": dict(use_moe=False),  # GPT-2 124M, dense
@@ -204,9 +204,10 @@ PRESETS = {
     ),
     "demo": MODERN | dict(
         data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, moe_every=2,
-        num_experts=8, num_experts_per_tok=2, expert_hidden_size=128, muon_experts=False, expert_lr_mult=0.3,
-        B=16, T=128, total_batch_size=2048, max_steps=600, warmup_steps=40, infer_step=100, val_steps=40,
-        sample_every=300, sample_tokens=100, log_every=25, prompt="Return the ", use_compile=False,
+        num_experts=8, num_experts_per_tok=1, expert_hidden_size=128, muon_experts=False, expert_lr_mult=0.3,
+        B=16, T=128, total_batch_size=2048, max_steps=600, warmup_steps=40, infer_step=200, val_steps=40,
+        ngram_rows=65536, sample_every=300, sample_tokens=100, log_every=25, prompt="Return the ",
+        use_compile=False,
     ),
 }  # fmt: skip
 

@@ -37,16 +37,17 @@ BATCHES = {"4x128": (12, 24), "6x256": (8, 8)}  # sequences of nanoGPT and of gp
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
 EXPERTS = dict(use_moe=True, num_experts=8)
-DEMO = {name: PRESETS["demo"][name] for name in ("moe_every", "muon_experts", "expert_lr_mult")}
+DEMO = "moe_every num_experts_per_tok muon_experts expert_lr_mult".split()  # what modern-moe has of it
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
-           "modern-moe": MODERN | EXPERTS | DEMO | dict(num_experts_per_tok=1)}  # fmt: skip
-# So small that parameters help, and without n-grams, which learn a part of what experts learn. 261 gives the
-# dense layers as many parameters as two experts and a router.
+           "modern-moe": MODERN | EXPERTS | {name: PRESETS["demo"][name] for name in DEMO}}  # fmt: skip
+# So small that parameters help, and without n-grams, which learn a part of what experts learn. A dense layer
+# of 261 has as many parameters as 2 experts of 128, or 4 of 61, and their router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)
 PAYS |= dict(ngram_order=0, muon_steps=5, max_lr=1e-2, min_lr=1e-3)
 RIVALS = {"dense": PAYS | dict(use_moe=False, mlp_hidden_size=261),
-          "8 experts top-2": PAYS | EXPERTS | dict(num_experts_per_tok=2,
-                                                   expert_hidden_size=128)}  # fmt: skip
+          "8 experts top-2": PAYS | EXPERTS | dict(num_experts_per_tok=2, expert_hidden_size=128),
+          "32 experts top-4": PAYS | dict(use_moe=True, num_experts=32, num_experts_per_tok=4,
+                                          expert_hidden_size=61)}  # fmt: skip
 SEED, WINDOWS, ROUNDS = 1337, 512, 12  # WINDOWS for validation; ROUNDS: evaluations of each contender
 SCALES = (1 / 4, 1 / 2, 1, 2, 4)  # of nanochat's learning rates, which are for larger batches
 

@@ -134,8 +134,14 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     one = parameters_held(model, config, world_size, methods) if config.optimizer == "muon" else 0
     moments = (8 * held - 4 * one) * trains  # Muon and Adagrad keep one number of a parameter, AdamW two
     moments //= world_size if config.zero_stage else 1
+    gradients = held
+    if model.config.ngram_order and model.transformer.ngrams.sparse:  # only the rows that a micro-step uses
+        table, rows = model.transformer.ngrams.weight, config.B * config.T * (model.config.ngram_order - 1)
+        gradients -= max(0, len(table) - rows) * table.size(1)
     activations = activation_bytes(model, config, dtype)
-    return dict(parameters=4 * held, gradients=4 * held * trains, optimizer=moments, activations=activations)
+    return dict(
+        parameters=4 * held, gradients=4 * gradients * trains, optimizer=moments, activations=activations
+    )
 
 
 def larger_batch(config, model, accumulation: int, dtype: str, world_size: int, most: float) -> dict:

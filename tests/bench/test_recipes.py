@@ -115,17 +115,17 @@ def test_nanochat_follows_its_schedules(tmp_path):
 def test_the_rivals_have_equal_active_parameters(text):
     train, _ = recipes.split_text(text)
     rivals = recipes.RIVALS.items()
-    dense, experts = (recipes.build_ours(name, fields, train, 257, 1).model for name, fields in rivals)
-    assert dense.get_num_active_params() == pytest.approx(experts.get_num_active_params(), rel=0.002)
-    assert dense.get_num_active_params() >= experts.get_num_active_params()
-    assert len(experts.moe_layers()) == 4 and not dense.moe_layers()
+    dense, *experts = (recipes.build_ours(name, fields, train, 257, 1).model for name, fields in rivals)
+    for model in experts:
+        assert model.get_num_active_params() == pytest.approx(dense.get_num_active_params(), rel=0.002)
+        assert len(model.moe_layers()) == 4 and not dense.moe_layers()
 
 
 def test_moe_pays(text, small, short_demo, rows_of):
-    dense, experts = rows_of(bench.main, "moe_pays", "--text", text, "--steps", 8, "--seeds", 2)
-    assert (dense["model"], experts["model"]) == ("dense", "8 experts top-2")
+    dense, experts, fine = rows_of(bench.main, "moe_pays", "--text", text, "--steps", 8, "--seeds", 2)
+    assert [row["model"] for row in (dense, experts, fine)] == list(recipes.RIVALS)
     assert dense["tokens"] == experts["tokens"] == "512" and dense["mean: below dense"] == "0.000 ± 0.000"
-    for row in (dense, experts):
+    for row in (dense, experts, fine):
         parts = [float(row[name].split(" ± ")[0]) for name in ("embedded corpus", "input.txt", "mean")]
         assert parts[2] == pytest.approx((parts[0] + parts[1]) / 2, abs=2e-3) and parts[2] < 6
     difference = float(dense["mean"].split()[0]) - float(experts["mean"].split()[0])

@@ -11,6 +11,7 @@ import torch
 from models import tiny
 
 from bench.measure import memory_bytes
+from layers.sharding import local
 from model import GPTConfig, GPTLMHeadModel
 from train_gpt_moe import TrainConfig
 from training.optimizers import OPTIMIZERS, build_optimizer
@@ -87,12 +88,17 @@ def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_moments_are_counted_to_the_byte(optimizer, muon_experts, adagrad_ngrams):
     model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4, ngram_order=2))
-    config = TrainConfig(optimizer=optimizer, muon_experts=muon_experts, adagrad_ngrams=adagrad_ngrams)
+    more = dict(muon_experts=muon_experts, adagrad_ngrams=adagrad_ngrams)
+    config = TrainConfig(optimizer=optimizer, B=2, T=8, **more)
     trained = build_optimizer(config, model)
     model(x := torch.zeros(2, 8, dtype=torch.long), targets=x)[1].backward()
     trained.step()
     moments = [v for state in trained.state.values() for k, v in state.items() if k != "step"]
-    assert memory_estimate(model, config, "float32")["optimizer"] == sum(v.nbytes for v in moments)
+    memory = memory_estimate(model, config, "float32")
+    assert memory["optimizer"] == sum(v.nbytes for v in moments)
+    sparse = optimizer == "muon" and adagrad_ngrams  # 2 rows of n-grams are used, 2 * 8 could be
+    unused = 4 * 14 * model.config.n_embd * sparse
+    assert memory["gradients"] == sum(local(p.grad).nbytes for p in model.parameters()) + unused
 
 
 def test_warnings_name_the_cure():
