@@ -244,19 +244,26 @@ def draw_losses(contenders: list[Contender], path: str) -> None:
 
 
 def bench_moe_pays(options) -> list[dict]:
-    """A row per model: validation losses on each corpus, mean and standard deviation over seeds."""
+    """A row per model: validation losses on each corpus after equal tokens; how far below dense it is if all
+    train anew, in turns, for the seconds that the dense one took. Mean and deviation over seeds."""
     corpora = {"embedded corpus": split_demo()}
     if options.text:
         corpora[Path(options.text).name] = split_text(options.text)
     train = torch.cat([part.short() for part, _ in corpora.values()])
     draw = partial(draw_windows, number=WINDOWS // 2, T=PAYS["T"])
     windows = [draw(val, generator=torch.Generator().manual_seed(0)) for _, val in corpora.values()]
-    races = []  # (seeds, models)
+    races, timed = [], []  # (seeds, models): equal tokens, equal seconds
     for seed in range(SEED, SEED + options.seeds):
         races.append([build_ours(name, RIVALS[name], train, 257, options.steps, seed) for name in RIVALS])
         race(races[-1], windows, ROUNDS // 2)
-    losses = np.array([[run.points[-1][2] for run in pair] for pair in races])  # (seeds, models, corpora)
-    losses = np.append(losses, losses.mean(-1, keepdims=True), axis=-1)
+        seconds, again = races[-1][0].seconds, []
+        for one in races[-1]:
+            steps = max(1, int(options.steps * seconds / one.seconds))
+            again.append(build_ours(one.name, RIVALS[one.name], train, 257, steps, seed))
+            again[-1].budget = seconds
+        timed.append(again)
+        race(again, windows, ROUNDS // 2)
+    losses, in_time = (last_losses(part) for part in (races, timed))  # (seeds, models, corpora + 1) each
     rows = []
     for number, one in enumerate(races[0]):
         tokens = one.config.max_steps * one.config.B * one.config.T
@@ -266,8 +273,15 @@ def bench_moe_pays(options) -> list[dict]:
         for column, corpus in enumerate([*corpora, "mean"]):
             dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
             row |= {corpus: mean_and_spread(this), f"{corpus}: below dense": mean_and_spread(dense - this)}
+        row["mean: below dense in its seconds"] = mean_and_spread(in_time[:, 0, -1] - in_time[:, number, -1])
         rows.append(row)
     return rows
+
+
+def last_losses(races: list[list[Contender]]) -> np.ndarray:
+    """The last losses of all contenders, then their means: (races, contenders, corpora + 1)."""
+    losses = np.array([[one.points[-1][2] for one in each] for each in races])
+    return np.append(losses, losses.mean(-1, keepdims=True), axis=-1)
 
 
 def mean_and_spread(values) -> str:

@@ -121,12 +121,16 @@ def test_the_rivals_have_equal_active_parameters(text):
         assert len(model.moe_layers()) == 4 and not dense.moe_layers()
 
 
-def test_moe_pays(text, small, short_demo, rows_of):
+def test_moe_pays(text, small, short_demo, rows_of, monkeypatch):
+    seconds = count(0.0)  # every step takes a second, so that 8 steps need 8
+    monkeypatch.setattr(recipes, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     dense, experts, fine = rows_of(bench.main, "moe_pays", "--text", text, "--steps", 8, "--seeds", 2)
     assert [row["model"] for row in (dense, experts, fine)] == list(recipes.RIVALS)
     assert dense["tokens"] == experts["tokens"] == "512" and dense["mean: below dense"] == "0.000 ± 0.000"
     for row in (dense, experts, fine):
         parts = [float(row[name].split(" ± ")[0]) for name in ("embedded corpus", "input.txt", "mean")]
         assert parts[2] == pytest.approx((parts[0] + parts[1]) / 2, abs=2e-3) and parts[2] < 6
+    in_time = [float(row["mean: below dense in its seconds"].split()[0]) for row in (dense, experts, fine)]
+    assert in_time[0] == 0 and abs(in_time[1] - float(experts["mean: below dense"].split()[0])) < 0.5
     difference = float(dense["mean"].split()[0]) - float(experts["mean"].split()[0])
     assert float(experts["mean: below dense"].split()[0]) == pytest.approx(difference, abs=2e-3)
