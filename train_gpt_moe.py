@@ -102,7 +102,7 @@ class TrainConfig(llmc.Flags):
     optimizer: str = setting("adamw", "muon trains matrices by Muon, the rest by AdamW", choices=OPTIMIZERS)
     muon_steps: int = setting(5, "Newton-Schulz iterations of Muon", least=1, most=20)
     muon_experts: bool = setting(True, "Muon for experts too; False = AdamW, cheaper if batches are small")
-    adagrad_ngrams: bool = setting(False, "with muon: Adagrad for n-grams; False = AdamW, dearer on a CPU")
+    adagrad_ngrams: bool = setting(False, "with muon: Adagrad for n-grams; False = AdamW, slower on a CPU")
     weight_decay: float = setting(0.1, "for matrices and embeddings, not for biases and norms", least=0)
     beta1: float = setting(0.9, "AdamW's first beta", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's second beta", least=0, below=1)

@@ -37,9 +37,9 @@ BATCHES = {"4x128": (12, 24), "6x256": (8, 8)}  # sequences of nanoGPT and of gp
 NANOGPT = dict(max_lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99)
 MODERN = PRESETS["modern"] | dict(max_lr=5e-3, min_lr=5e-4, warmup_steps=20)  # for 128 channels
 EXPERTS = dict(use_moe=True, num_experts=8)
-DEMO = "moe_every num_experts_per_tok muon_experts expert_lr_mult".split()  # what modern-moe has of it
+FROM_DEMO = "moe_every num_experts_per_tok muon_experts expert_lr_mult".split()
 RECIPES = {"gpt2": PRESETS["gpt2"] | NANOGPT, "modern": MODERN | dict(use_moe=False),
-           "modern-moe": MODERN | EXPERTS | {name: PRESETS["demo"][name] for name in DEMO}}  # fmt: skip
+           "modern-moe": MODERN | EXPERTS | {name: PRESETS["demo"][name] for name in FROM_DEMO}}  # fmt: skip
 # So small that parameters help, and without n-grams, which learn a part of what experts learn. A dense layer
 # of 261 has as many parameters as 2 experts of 128, or 4 of 61, and their router.
 PAYS = MODERN | SIZES["4x128"] | dict(n_embd=64, T=128, B=12)

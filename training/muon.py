@@ -33,7 +33,7 @@ from layers.sharding import local
 
 # Coefficients of a x + b x^3 + c x^5. Five rounds drive singular values of 0.003 .. 1 to 0.7 .. 1.2 (Jordan).
 QUINTIC = (3.4445, -4.7750, 2.0315)
-# Adagrad's learning rate relative to the others'. It falls as 1/sqrt(number of a row's gradients).
+# Adagrad's learning rate relative to the others'. Its steps become shorter with each gradient of a row.
 ADAGRAD_LR_MULT = 4.0
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates, in units of the learning rate (Moonlight)
 
@@ -127,10 +127,11 @@ class MuonAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         self._muon_step([group for group in self.param_groups if group["method"] == "muon"])
-        for group in [group for group in self.param_groups if group["method"] == "adamw"]:
-            self._adamw_step(group)
-        for group in [group for group in self.param_groups if group["method"] == "adagrad"]:
-            self._adagrad_step(group)
+        for group in self.param_groups:
+            if group["method"] == "adamw":
+                self._adamw_step(group)
+            elif group["method"] == "adagrad":
+                self._adagrad_step(group)
         return loss
 
     def _muon_step(self, groups: list[dict]) -> None:

@@ -131,12 +131,13 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
     activations among the ranks, zero_stage=1 the moments, ep_size the experts."""
     held, trains = parameters_held(model, config, world_size), not config.inference_only
     methods = partial(method_of, experts=config.muon_experts, adagrad_ngrams=config.adagrad_ngrams)
-    one = parameters_held(model, config, world_size, methods) if config.optimizer == "muon" else 0
-    moments = (8 * held - 4 * one) * trains  # Muon and Adagrad keep one number of a parameter, AdamW two
+    not_adamw = parameters_held(model, config, world_size, methods) if config.optimizer == "muon" else 0
+    moments = (8 * held - 4 * not_adamw) * trains  # AdamW keeps two numbers of each parameter, others one
     moments //= world_size if config.zero_stage else 1
     gradients = held
-    if model.config.ngram_order and model.transformer.ngrams.sparse:  # only the rows that a micro-step uses
-        table, rows = model.transformer.ngrams.weight, config.B * config.T * (model.config.ngram_order - 1)
+    if model.config.ngram_order and model.transformer.ngrams.sparse:  # the rows that a step uses, at most
+        table = model.transformer.ngrams.weight
+        rows = config.total_batch_size * (model.config.ngram_order - 1)
         gradients -= max(0, len(table) - rows) * table.size(1)
     activations = activation_bytes(model, config, dtype)
     return dict(

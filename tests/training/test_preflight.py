@@ -89,7 +89,7 @@ def test_what_each_of_8_ranks_holds(settings, rest, experts, moments):
 def test_moments_are_counted_to_the_byte(optimizer, muon_experts, adagrad_ngrams):
     model = GPTLMHeadModel(GPTConfig(**SMALL, num_experts=4, ngram_order=2))
     more = dict(muon_experts=muon_experts, adagrad_ngrams=adagrad_ngrams)
-    config = TrainConfig(optimizer=optimizer, B=2, T=8, **more)
+    config = TrainConfig(optimizer=optimizer, B=2, T=8, total_batch_size=16, **more)
     trained = build_optimizer(config, model)
     model(x := torch.zeros(2, 8, dtype=torch.long), targets=x)[1].backward()
     trained.step()
