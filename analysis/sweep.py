@@ -107,7 +107,7 @@ def look_for_earlier(job: Job) -> None:
             mend = f"give another --log_dir, or delete that run: rm -r {shlex.quote(job.folder)}"
             raise ValueError(f"{job.folder} has a run with {name}={before!r}, not {now!r}; {mend}")
     # The last checkpoint is written while the last evaluation runs. No checkpoint: somebody has deleted them.
-    saved = not checkpoints or step_of(checkpoints[0]) >= run.rows[-1]["step"]
+    saved = not checkpoints or not run.rows or step_of(checkpoints[0]) >= run.rows[-1]["step"]
     job.state = "finished" if has_ended(run) and saved else "continued"
 
 

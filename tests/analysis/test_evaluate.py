@@ -53,6 +53,7 @@ def test_what_is_refused(folder, refused, tmp_path):
     for arguments, words in (
         ((model, tmp_path / "none.txt"), "none.txt"), ((model, tmp_path / "empty.txt"), "at least 2"),
         ((model, text, "--T=49"), "block_size=48"), ((model, text, "--B=0"), "--B 0"),
+        ((model, text, "--max_tokens=1"), "--max_tokens 1: must be at least 2"),
         ((model, folder / "ids"), "encoding='gpt2'"), ((tmp_path / "none.pt", text), "none.pt"),
     ):  # fmt: skip
         error = refused(main, "evaluate", *arguments)

@@ -97,6 +97,10 @@ def test_a_folder_of_another_run_is_refused_and_a_stopped_run_continues(data, st
     (tmp_path / "s1337" / "model_00012.pt").unlink()  # as after a kill while it was written
     sweep.look_for_earlier(job)
     assert job.state == "continued"
+    for log in ("metrics.jsonl", "log.txt"):
+        (tmp_path / "s1337" / log).unlink()
+    sweep.look_for_earlier(job)  # its checkpoints suffice
+    assert job.state == "continued"
     line = refused(main, *words, "--dropout", "0.2")
     assert "dropout=0.1, not 0.2" in line and f"rm -r {tmp_path}/s1337" in line
 

@@ -48,6 +48,7 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, refused):
     wrong = {f"{command} --size d5": "size='d5'" for command in ("train", "hellaswag", "checkpoint")}
     scale = {"--layouts ddp,ep2": "layouts='ep2': choose from ddp, zero", "--ranks 4,x": "ranks='4,x'"}
     scale |= {f"--size {sizes}": f"size='{sizes}': choose from d4" for sizes in ("d13", "d4,d6")}
+    scale["--size d12 --layouts ep"] = "layouts='ep': size d12 has no experts to share"
     wrong |= {f"scale --micro_ms 1 {flags}": message for flags, message in scale.items()}
     wrong[f"train --size d4 --nanogpt {tmp_path}"] = "git clone https://github.com/karpathy/nanoGPT"
     wrong["scale --size d12"] = "micro_ms=0: give a micro-step's milliseconds"
