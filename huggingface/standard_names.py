@@ -40,6 +40,7 @@ class StandardNames:
         if value != 0 and not self.moe_layers:
             raise ValueError(f"router_aux_loss_coef={value}: this model has no MoE layers")
         if value != self.router_aux_loss_coef:
+            self.moe_loss = True  # otherwise the coefficient has no effect
             self.moe_loss_coef = value * self.num_experts_per_tok / self.moe_layers
 
     def to_dict(self) -> dict[str, Any]:

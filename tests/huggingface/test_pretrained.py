@@ -145,8 +145,9 @@ def test_router_logits_give_the_balance_loss_of_transformers(training, checkpoin
     if training and moe_every == 2:
         assert torch.allclose(config.router_aux_loss_coef * output.aux_loss, 0.01 * output.balance_loss)
     assert config.router_aux_loss_coef == pytest.approx(0.01 * len(layers) / K)
+    config.moe_loss = False
     config.router_aux_loss_coef = 0.5
-    assert config.moe_loss_coef == pytest.approx(0.5 * K / len(layers))
+    assert config.moe_loss_coef == pytest.approx(0.5 * K / len(layers)) and config.router_aux_loss_coef == 0.5
     dense = GPTLMHeadModel(tiny(use_moe=False))
     assert dense(ids, output_router_logits=True).aux_loss is None
     refuses(r"router_aux_loss_coef=0\.5", setattr, dense.config, "router_aux_loss_coef", 0.5)
