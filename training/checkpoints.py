@@ -199,9 +199,9 @@ def find_resumed(config: Any, world: Any, say: Callable) -> tuple[Path | None, d
             where = f"; checkpoints are in {', '.join(others[:9])}; continue the first with: {command}"
         say(f"resume: no checkpoint in log_dir={log_dir}: a new run starts{where}")
     world.barrier()  # rank 0 verifies the whole checkpoint
-    found = [step_of(path), path.is_dir()] if path else [0, 0]
-    step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
-    if step > 0 and not world.is_master:
+    found = [1, step_of(path), path.is_dir()] if path else [0, 0, 0]
+    resumes, step, is_folder = world.sum(torch.tensor(found, device=world.device)).tolist()
+    if resumes and not world.is_master:
         path = checkpoint_path(log_dir, step, "" if is_folder else ".pt")
         state = load_checkpoint(path, whole=False, trusted=True)
     return path, state

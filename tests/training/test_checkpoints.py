@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -75,6 +76,20 @@ def test_the_newest_good_one_is_found_among_both_forms(tmp_path):
     (tmp_path / "model_00002" / "index.json").unlink()
     assert load_newest(tmp_path, str)[0].name == "model_00001.pt"
     assert load_newest(tmp_path / "nowhere") is None
+
+
+def test_all_ranks_resume_what_rank_0_has_found_at_step_0_too(save, tmp_path):
+    path, ranks = save(small(0), tmp_path), []
+    config = SimpleNamespace(resume="auto", log_dir=str(tmp_path))
+
+    def add_up(numbers):
+        ranks.append(numbers)
+        return ranks[0]
+
+    for rank in (0, 1):
+        world = Mock(is_master=rank == 0, device="cpu", sum=add_up)
+        found, state = ckpt.find_resumed(config, world, print)
+        assert found == path and state["step"] == 0
 
 
 def test_latest_is_followed_only_to_a_checkpoint_beside_it(save, tmp_path):
