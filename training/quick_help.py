@@ -14,7 +14,6 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 from tokens.printable import print_error
 
@@ -37,18 +36,10 @@ OURS = {
 SYNONYMS = {theirs: ours for ours, names in OURS.items() for theirs in names.split()}
 
 
-class Flag(NamedTuple):
-    """A setting as its line in the dataclass gives it."""
-
-    group: str
-    name: str
-    aliases: list[str]
-
-
-def read_flags(script: str | Path) -> list[Flag]:
-    """The fields of the script's class TrainConfig, grouped by the comments `# --- GROUP` above them, then
-    the fields of llmc/trainer.py's class Flags, from which it inherits."""
-    found = []
+def read_flags(script: str | Path) -> dict[str, dict[str, list[str]]]:
+    """{group: {flag: its aliases}}: the fields of the script's class TrainConfig, grouped by the comments
+    `# --- GROUP` above them, then the fields of llmc/trainer.py's class Flags, from which it inherits."""
+    found: dict[str, dict[str, list[str]]] = {}
     for path, first in ((Path(script), "general"), (Path(script).parent / "llmc" / "trainer.py", "llm.c's")):
         text = path.read_text(encoding="utf-8")
         lines, group = text.splitlines(), first
@@ -61,7 +52,7 @@ def read_flags(script: str | Path) -> list[Flag]:
             if isinstance(node, ast.AnnAssign):
                 texts = [argument.value for argument in node.value.args if isinstance(argument, ast.Constant)]
                 aliases = [text for text in texts if isinstance(text, str) and text.startswith("--")]
-                found.append(Flag(group, node.target.id, aliases))
+                found.setdefault(group, {})[node.target.id] = aliases
     return found
 
 
@@ -70,13 +61,10 @@ def short_help(script: str | Path) -> str:
     text = Path(script).read_text(encoding="utf-8")
     purpose, examples, *_ = ast.get_docstring(ast.parse(text)).split("\n\n")
     width = min(110, shutil.get_terminal_size().columns)
-    groups: dict[str, list[str]] = {}
-    for flag in read_flags(script):
-        groups.setdefault(flag.group, []).append(f"--{flag.name}")
     lines = [purpose, "", examples.rstrip(), "", "Flags; each is a constant of the same name in the script:"]
-    for group, names in groups.items():
-        begin = f"  {group}: "
-        lines += textwrap.wrap(" ".join(names), width, initial_indent=begin, subsequent_indent="      ",
+    for group, flags in read_flags(script).items():
+        begin, names = f"  {group}: ", " ".join(f"--{name}" for name in flags)
+        lines += textwrap.wrap(names, width, initial_indent=begin, subsequent_indent="      ",
                                break_on_hyphens=False)  # fmt: skip
     lines += ["", "--help WORD explains the flags that have to do with WORD, --help all explains all."]
     return "\n".join(lines)
@@ -102,8 +90,8 @@ def answer(script: str, arguments: list[str]) -> None:
         sys.exit(0)
     if "--help" in arguments:  # --help WORD
         return
-    flags = read_flags(script)
-    names = {flag.name for flag in flags} | {alias[2:] for flag in flags for alias in flag.aliases}
+    flags = {name: aliases for group in read_flags(script).values() for name, aliases in group.items()}
+    names = flags.keys() | {alias[2:] for aliases in flags.values() for alias in aliases}
     if wrong := unknown_flag(arguments, names):
         print_error(Path(script).name, wrong)
         sys.exit(2)

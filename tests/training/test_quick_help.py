@@ -36,7 +36,8 @@ def test_help_and_mistyped_flags_do_not_wait_for_torch():
 
 
 def test_the_flags_that_are_read_are_those_of_the_dataclass():
-    read = {flag.name: flag.aliases for flag in read_flags(train_gpt_moe.__file__)}
+    groups = read_flags(train_gpt_moe.__file__).values()
+    read = {name: also for flags in groups for name, also in flags.items()}
     assert read == {field.name: field.metadata["aliases"] for field in dataclasses.fields(TrainConfig)}
     known = read.keys() | {alias.removeprefix("--") for aliases in read.values() for alias in aliases}
     assert not SYNONYMS.keys() & known and {text.split()[0].strip(",") for text in SYNONYMS.values()} <= known
@@ -87,9 +88,10 @@ def test_own_text_in_one_flag(tmp_path, capsys):
 
 def test_files_of_settings(tmp_path, monkeypatch):
     file, yaml = tmp_path / "a.json", tmp_path / "a.yaml"
-    yaml.write_text("B: 3\nmax_lr: 0.5\n")
+    yaml.write_text("B: 3\nmax_lr: 0.5\nmin_lr: 6e-5\n")
     config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
     assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
+    assert config.min_lr == 6e-5
     wrong = {"{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
              "[" * 10**5: "a.json", '{"preset": []}': "preset="}  # fmt: skip
     for text, words in wrong.items():
