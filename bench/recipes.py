@@ -126,36 +126,29 @@ def build_ours(name: str, fields: dict, train: torch.Tensor, V: int, steps: int,
     return Contender(name, model, config, partial(train_step, run), partial(pair_loss, model))
 
 
-def build_nanogpt(folder: str, size: dict, batch: int, train: torch.Tensor, steps: int) -> Contender:
-    """A contender with nanoGPT's model, optimizer and step; bias=False, as in its train.py."""
+def build_theirs(
+    folder: str, scale: float | None, size: dict, batch: int, train: torch.Tensor, steps: int
+) -> Contender:
+    """A contender with model, optimizer and step of nanoGPT (bias=False, as in its train.py), or of nanochat
+    with its learning rates times `scale`."""
     config = TrainConfig(**NANOGPT | size | dict(B=batch, max_steps=steps))
     torch.manual_seed(config.seed)
-    sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
-    sizes |= dict(block_size=config.T, vocab_size=256, bias=False)
-    nanogpt = NanoGPT(folder, torch.device("cpu"), lr=config.max_lr, beta2=config.beta2, **sizes)
-    loader = window_loader(train, config)
+    sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")} | dict(vocab_size=256)
+    draw, cpu = window_loader(train, config).next_batch, torch.device("cpu")
+    if scale is None:
+        sizes |= dict(block_size=config.T, bias=False)
+        theirs = NanoGPT(folder, cpu, lr=config.max_lr, beta2=config.beta2, **sizes)
+        loss = partial(pair_loss, theirs.model)
+    else:
+        sizes |= dict(n_kv_head=size["n_head"], sequence_len=config.T)
+        theirs = Nanochat(folder, cpu, scale, **sizes)
+        loss = theirs.model
 
     def step(number: int) -> None:
-        nanogpt.step(*loader.next_batch(), lr=learning_rate(number, config))
+        when = (learning_rate(number, config),) if scale is None else (number, steps)
+        theirs.step(*draw(), *when)
 
-    return Contender("nanoGPT", nanogpt.model, config, step, partial(pair_loss, nanogpt.model))
-
-
-def build_nanochat(
-    folder: str, scale: float, size: dict, batch: int, train: torch.Tensor, steps: int
-) -> Contender:
-    """A contender with nanochat's model, optimizer and step; scale: of its learning rates."""
-    config = TrainConfig(**size | dict(B=batch, max_steps=steps))
-    torch.manual_seed(config.seed)
-    sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
-    sizes |= dict(n_kv_head=size["n_head"], sequence_len=config.T, vocab_size=256)
-    nanochat = Nanochat(folder, torch.device("cpu"), scale, **sizes)
-    loader = window_loader(train, config)
-
-    def step(number: int) -> None:
-        nanochat.step(*loader.next_batch(), number, steps)
-
-    return Contender(f"nanochat, rates x {scale:g}", nanochat.model, config, step, nanochat.model)
+    return Contender("", theirs.model, config, step, loss)
 
 
 def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
@@ -184,10 +177,10 @@ def bench_time_to_loss(options) -> list[dict]:
     windows = draw_windows(val, WINDOWS, size["T"], torch.Generator().manual_seed(0))
     build = {}  # name: makes a contender, given its expected number of steps
     if options.nanogpt:
-        build["nanoGPT"] = partial(build_nanogpt, options.nanogpt, size, few, train)
+        build["nanoGPT"] = partial(build_theirs, options.nanogpt, None, size, few, train)
     for scale in SCALES if options.nanochat else ():
         name, folder = f"nanochat, rates x {scale:g}", options.nanochat
-        build[name] = partial(build_nanochat, folder, scale, size, many, train)
+        build[name] = partial(build_theirs, folder, scale, size, many, train)
     for name in [n for n in RECIPES if n != "gpt2" or not options.nanogpt]:  # gpt2 is our nanoGPT
         fields = RECIPES[name] | size | dict(B=few, expert_hidden_size=size["n_embd"])
         if name != "gpt2":
