@@ -285,7 +285,7 @@ def train_step(run: Run, step: int) -> dict:
             run.diagnosis = faults.diagnose(model, run.micro_losses, run.train_loader)
     else:
         run.updating = True  # weights and optimizer state no longer belong to the same step
-        if config.grad_clip > 0:
+        if 0 < config.grad_clip < record["norm"]:
             parallel.clip_gradients(model, config.grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = record["lr"] * group["lr_mult"]
@@ -357,6 +357,7 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
                 saver.save_before_bad_steps()
                 break
             step += 1
+    profiler.write()  # if the run ends among the steps that --profile names
     return finish(run, step, saver, terminal)
 
 

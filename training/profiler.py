@@ -40,10 +40,16 @@ class Profiler:
             self.profile = torch.profiler.profile(activities=kinds & torch.profiler.supported_activities())
             self.profile.start()
         yield
-        if self.profile is None or step + 1 in self.steps:
+        self.end = step + 1
+        if self.end not in self.steps:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was recorded, if anything: also for a run that ends before the last of its steps."""
+        if self.profile is None:
             return
         self.profile.stop()
-        path = self.folder / f"profile_{self.steps.start}_{step + 1}.json"
+        path = self.folder / f"profile_{self.steps.start}_{self.end}.json"
         by = f"self_{'device' if self.device.type == 'cuda' else 'cpu'}_time_total"
         table = self.profile.key_averages().table(sort_by=by, row_limit=DEAREST, max_name_column_width=40)
         try:

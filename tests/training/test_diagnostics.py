@@ -57,7 +57,8 @@ def train(dtype: str) -> list[float]:
     """Four steps, of which 1 and 3 stand before an evaluation. Returns the state of the noise scale."""
     model, norms, reads = GPTLMHeadModel(tiny()), [], []
     batches = SimpleNamespace(next_batch=lambda: torch.randint(97, (2, 4, 24)))
-    config = train_gpt_moe.TrainConfig(infer_step=2, max_lr=1e-4, warmup_steps=0, min_lr=1e-4)
+    settings = dict(max_lr=1e-4, warmup_steps=0, min_lr=1e-4, grad_clip=1e-6)
+    config = train_gpt_moe.TrainConfig(infer_step=2, **settings)
     run = make_run(model, batches, accumulation=4, config=config, dtype=dtype)
 
     def note(*_) -> None:

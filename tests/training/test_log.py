@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import refuses
 from models import tiny
 from PIL import Image
@@ -31,6 +32,8 @@ from training import checkpoints as ckpt
 from training import log
 from training.log import RunLog
 from training.metrics import METRICS, Metric
+from training.parallel import World
+from training.profiler import Profiler
 from training.terminal import tell
 
 
@@ -82,6 +85,19 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
     updates = sum(name.startswith("Optimizer.step#") for name in names)
     assert updates == 2 and any(name == "aten::mm" for name in names)
     assert "Self CPU" in finished.said and "profile_2_4.json" in finished.said
+
+
+def test_a_profile_is_written_if_the_run_ends_among_its_steps(tmp_path):
+    config, said = SimpleNamespace(profile="2:9", max_steps=9, log_dir=str(tmp_path)), []
+    layout = SimpleNamespace(world=World(0, 0, 1, torch.device("cpu")))
+    profiler = Profiler(SimpleNamespace(config=config, layout=layout, say=said.append))
+    for step in (1, 2, 3):
+        with profiler.recording(step):
+            torch.ones(8).sum()
+    assert not said
+    profiler.write()
+    profiler.write()  # there is nothing more to write
+    assert (tmp_path / "profile_2_4.json").exists() and len(said) == 1
 
 
 def test_tensorboard_has_the_metrics_as_curves_and_the_samples(finished):
