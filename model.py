@@ -44,6 +44,7 @@ from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
 from layers.ngrams import NgramEmbedding, recall, remember
 from layers.roles import parameter_groups
+from layers.rotary import NormAndRotate, norms_and_rotates, rotary_angles, rotate
 
 from layers.attention import (  # isort: skip
     BlockMask, attention_reference, build_masks, fused_attention, positions_in_documents, upcast
@@ -178,24 +179,6 @@ def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config.n_embd, config.bias, config.norm_eps)
 
 
-def rotary_angles(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE, arXiv 2104.09864 eq. 15; as in Llama, a head's two halves are the pairs.
-    position_ids (B or 1, T) -> two fp32 tensors (B or 1, 1, T, hs). Every forward computes them: a buffer
-    outside the state dict would hold garbage after transformers has loaded a model on the meta device."""
-    channel = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (channel / head_size)  # (hs/2)
-    angle = position_ids[:, None, :, None].float() * frequency  # (B, 1, T, hs/2)
-    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, hs)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys (B, nh, T, hs) by their positions' angles, in fp32 at least; the dtype stays."""
-    wide = upcast(x)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; grouped queries, RoPE, QK norm, windows and cache by configuration."""
 
@@ -214,12 +197,7 @@ class CausalSelfAttention(nn.Module):
                 output_attentions: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """x (B, T, C) -> y of that shape, or with output_attentions y and the weights (B, nh, T, S)."""
         B, T, C = x.shape
-        parts = self.c_attn(x).split([C, self.kv_size, self.kv_size], dim=2)
-        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts)  # (B, nh, T, hs)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = self.queries_keys_values(self.c_attn(x), rotary)  # (B, nh, T, hs), twice (B, nkv, T, hs)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer)  # (B, nkv, S, hs)
         dropout = self.config.dropout if self.training else 0.0
@@ -229,6 +207,21 @@ class CausalSelfAttention(nn.Module):
             y, weight = fused_attention(q, k, v, mask, dropout), None
         y = F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.config.dropout, self.training)
         return (y, weight) if output_attentions else y
+
+    def queries_keys_values(self, packed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """c_attn's output (B, T, (nh + 2*nkv) * hs) -> q (B, nh, T, hs), k, v (B, nkv, T, hs); q and k are
+        normalised and rotated, if the configuration says so."""
+        q_norm, k_norm, C = self.q_norm, self.k_norm, self.config.n_embd
+        if q_norm is not None and rotary is not None and norms_and_rotates(packed):
+            weights = q_norm.weight, k_norm.weight
+            return NormAndRotate.apply(packed, *weights, *rotary, q_norm.eps, self.config.n_head)
+        parts = packed.split([C, self.kv_size, self.kv_size], dim=2)
+        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in parts)
+        if q_norm is not None:
+            q, k = q_norm(q).to(v.dtype), k_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v
 
 
 class Block(GradientCheckpointingLayer):
