@@ -10,7 +10,6 @@ import csv
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,11 +24,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MALLOC_TOP_PAD_", "131072")  # malloc's default; so no run changes it for later tests
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton, if installed, runs its kernels on the CPU
-from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -44,16 +38,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 if len(tempfile.gettempdir()) > 50 and multiprocessing.parent_process() is None:
     short_folder = tempfile.TemporaryDirectory(dir="/tmp")
     multiprocessing.current_process()._config["tempdir"] = short_folder.name
-
-# Compiled CPU code on several threads of a busy machine can be a hundred times slower than on one.
-torch.set_num_threads(1)
-
-# The same examples every time, however slow the machine is.
-settings.register_profile(
-    "same", derandomize=True, deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-settings.load_profile("same")
 
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED_DATA / "tiktoken_cache").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED_DATA / "tiktoken_cache")
@@ -72,16 +56,23 @@ def slow(*values) -> list:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU with Triton's interpreter, see above
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
-)
+def pytest_collectstart():
+    """Before the first test file is imported. The process of xdist that hands out tests collects none, so the
+    others need not wait until it has imported torch."""
+    import devices  # noqa: F401  # before Triton
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time, however slow the machine is.
+    calm = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=calm)
+    settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
 def same_numbers():
     """What a test draws does not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 

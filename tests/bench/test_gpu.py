@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import needs_gpu
+from devices import needs_gpu
 from models import tiny
 
 from bench import __main__ as bench

@@ -5,7 +5,7 @@ Run: python -m pytest tests/layers/test_attention.py"""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_gpu
+from devices import needs_gpu
 from models import dense_model, strong, tiny, tokens
 from torch.nn.attention.flex_attention import flex_attention
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRITON_DEVICE, needs_gpu
+from devices import TRITON_DEVICE, needs_gpu
 from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
 from torch.nn.functional import grouped_mm
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TRITON_DEVICE
+from devices import TRITON_DEVICE
 
 from layers.grouped_product import grouped_product
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TRITON_DEVICE, refuses
+from conftest import refuses
+from devices import TRITON_DEVICE
 from models import strong, tiny, tokens
 
 from bench.measure import memory_bytes

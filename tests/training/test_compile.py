@@ -4,7 +4,7 @@ Run: python -m pytest tests/training/test_compile.py"""
 
 import pytest
 import torch
-from conftest import needs_compiler
+from devices import needs_compiler
 from processes import flags, losses, run_ranks
 
 import train_gpt_moe
