@@ -2,17 +2,27 @@
 
 Run: python -m pytest tests/training/test_compile.py"""
 
+import functools
+
 import pytest
 import torch
+from conftest import slow
 from devices import needs_compiler
 from processes import flags, losses, run_ranks
 
 import train_gpt_moe
+from training import parallel
 
 pytestmark = needs_compiler
 
 
-def test_a_compiled_run_makes_few_graphs_and_equals_the_eager_one(data, tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", *slow("inductor")])
+def test_a_compiled_run_makes_few_graphs_and_equals_the_eager_one(data, tmp_path, monkeypatch, backend):
+    """aot_eager does all but generate code, which takes its time."""
+    if backend == "aot_eager":
+        compile_ = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+        monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+        monkeypatch.setattr(parallel, "check_compiler", lambda device: None)
     more = "--max_steps 5 --infer_step 2 --sample_every 2 --sample_tokens 8 --dropout 0 --use_compile".split()
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
