@@ -161,12 +161,16 @@ def test_options_equal_the_written_out_model(names):
 
 
 # ---------------------------------------------------------------------------- all pairs
-@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
-def test_pair(pair):
+# These four models have every pair; slow: each pair alone.
+ALL = [[name for name in PAIRED if name not in without] for without in itertools.product(*SAME)]
+
+
+@pytest.mark.parametrize("names", [*ALL, *slow(*PAIRS)], ids=" + ".join)
+def test_options_together(names):
     """All gradients, with both attentions; a cache changes nothing, and padding changes nothing."""
-    model, ids, results = build(*pair), tokens(2, 16), []
+    model, ids, results = build(*names), tokens(2, 16), []
     model.train()
-    if "zero_proj" in pair:
+    if "zero_proj" in names:
         wake(model, ids)
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
