@@ -5,6 +5,7 @@
     assert finish(process) == 0
     run_ranks(2, ["--max_steps", "9"], "out.txt")               # starts them, and waits for a good end
 
+With script="test_x", test_x.main runs in its place. It returns an exit code, or what run_ranks is to return.
 A server process imports the program once; every training process is forked from it (multiprocessing's
 forkserver), so it has an id, memory, signals and an exit code of its own."""
 
@@ -32,7 +33,8 @@ from tokens.shard_writer import describe
 from training.checkpoints import load_checkpoint
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train_gpt_moe", "fineweb", "torch.utils.tensorboard"])
+PRELOADED = "train_gpt_moe fineweb torch.utils.tensorboard bench.measure pytest hypothesis"
+CONTEXT.set_forkserver_preload(PRELOADED.split())
 PORTS = itertools.count(101 * os.getpid())  # other processes begin elsewhere
 
 STEPS = 12
@@ -71,10 +73,12 @@ def start_ranks(size: int, arguments: list, output: str | Path, sick: Mapping = 
     return [start(arguments, output, names, sick, script) for names in each]
 
 
-def run_ranks(size: int, arguments: list, output: Path, **options) -> None:
-    """start_ranks, and wait for their end. AssertionError with the output unless all exit codes are 0."""
+def run_ranks(size: int, arguments: list, output: Path, **options) -> list:
+    """start_ranks, and wait for their end. AssertionError with the output unless all exit codes are 0.
+    Returns what the ranks' mains have returned, if that is no exit code."""
     ranks = start_ranks(size, arguments, output, **options)
     assert [finish(rank) for rank in ranks] == [0] * size, output.read_text()
+    return [torch.load(path) for path in sorted(output.parent.glob(f"{output.name}.rank*"))]
 
 
 def finish(process, timeout: float = 600) -> int:
@@ -189,7 +193,11 @@ def _run(script: str, arguments: list[str], output: str, environment: dict, sick
         from model import GPTLMHeadModel
 
         GPTLMHeadModel.forward = poisoned(GPTLMHeadModel.forward, sick, int(os.environ.get("RANK", 0)))
-    sys.exit(__import__(script).main(arguments))
+    found = __import__(script).main(arguments)
+    if not isinstance(found, int):
+        torch.save(found, f"{output}.rank{os.environ['RANK']}")
+        found = 0
+    sys.exit(found)
 
 
 def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Callable:

@@ -82,11 +82,11 @@ def bytes_held(run: Run) -> int:
 
 def train_ranks(folder: Path, plan: Plan, fields: dict, names: list[str]) -> list[dict]:
     """What each of plan.ranks processes finds that train a GPTConfig(**fields) in the layouts of `names`."""
-    run_ranks(plan.ranks, [json.dumps([asdict(plan), fields, names]), folder], folder / "out", script="wire")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(plan.ranks)]
+    words = [json.dumps([asdict(plan), fields, names])]
+    return run_ranks(plan.ranks, words, folder / "out", script="wire")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> dict:
     """One of train_ranks' processes."""
     world, found, (plan, fields, names) = parallel.start("cpu"), {}, json.loads(arguments[0])
     for name in names:
@@ -108,7 +108,6 @@ def main(arguments: list[str]) -> int:
             train_step(run, 2)
         wire = bytes_on_the_wire() - before
         found[name] = {"sent": dict(volume.sent), "wire": wire, "held": bytes_held(run)}
-    Path(arguments[1], f"{world.rank}.json").write_text(json.dumps(found))
     run = None  # DDP must be freed before its process group
     parallel.stop(world)
-    return 0
+    return found

@@ -3,8 +3,6 @@
 Run: python -m pytest tests/huggingface/test_callbacks.py"""
 
 import copy
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,7 +153,7 @@ def test_resuming_is_bit_identical(tmp_path):
     assert all(torch.equal(value, loaded[name]) for name, value in state.items() if "usage" not in name)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> dict:
     """One of two processes that train together."""
     (folder,), alone = arguments, Recording(log_interval=2)
     trainer = train(build(), folder, callbacks=[alone], batch=2)
@@ -164,28 +162,23 @@ def main(arguments: list[str]) -> int:
     # Without the callback nobody adds up the ranks' counts before expert_usage. DDP must not mix them.
     plain = train(build(), folder, callbacks=[], batch=2)
     usage = [usage.counts.tolist() for usage in expert_usage(plain.model.moe_layers())]
-    if dist.get_rank() == 0:
-        torch.save(trainer.model.state_dict(), folder + "/weights.pt")
-        found = dict(losses=losses(trainer), reports=alone.found, evaluated=evaluated, usage=usage)
-        Path(folder, "result.json").write_text(json.dumps(found))
-    else:
-        assert not alone.found  # only the master reports
+    found = dict(losses=losses(trainer), reports=alone.found, evaluated=evaluated, usage=usage)
+    found["weights"] = trainer.model.state_dict()
     del trainer, plain  # DDP before its process group
     parallel.stop()
-    return 0
+    return found
 
 
 def test_two_processes_equal_one(whole_batch, tmp_path):
     expected, expected_losses = whole_batch
     alone = Recording(2)
     trainer = train(build(), tmp_path / "alone", callbacks=[alone])
-    run_ranks(2, [tmp_path], tmp_path / "output", script="test_callbacks")
-    result = json.loads((tmp_path / "result.json").read_text())
+    result, other = run_ranks(2, [tmp_path], tmp_path / "output", script="test_callbacks")
     assert result["losses"] == pytest.approx(expected_losses, rel=2e-5)
     model = build()
-    model.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    model.load_state_dict(result["weights"])
     torch.testing.assert_close(dict(model.named_parameters()), expected, rtol=0, atol=2e-6)
-    assert alone.found == [(step, counts) for step, counts in map(tuple, result["reports"])]
+    assert alone.found == result["reports"] and not other["reports"]  # only the master reports
     assert [sum(counts) for counts in result["usage"]] == [STEPS * ROUTED] * 2
     assert result["evaluated"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 
