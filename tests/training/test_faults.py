@@ -33,8 +33,6 @@ from training.faults import Health, Signals
 from training.log import RunLog
 from training.schema import check_checkpoint
 
-LONG = ["--max_steps", 50_000, "--checkpoint_every", 0]  # it only ends by a signal
-
 
 def steps_saved(log_dir) -> list[int]:
     """The steps of all checkpoints in the folder."""
@@ -58,7 +56,7 @@ def at_call(monkeypatch, owner, name: str, numbers: list[int], action) -> list:
 # ---------------------------------------------------------------------------- signals
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_path):
     output = tmp_path / "out.txt"
-    process = start(flags(data, tmp_path, *LONG), output)
+    process = start(flags(data, tmp_path, "--max_steps", 50_000, "--checkpoint_every", 0), output)
     wait_for(tmp_path / "log.txt", 6)
     os.kill(process.pid, signal.SIGUSR1)
     wait_for(tmp_path / "latest", 0)

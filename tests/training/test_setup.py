@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -224,23 +225,23 @@ def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
             check_config(config, ALONE, given_now)
 
 
-FAULTS = """
-import resource, torch
-from training.parallel import start
-start("cpu")
-for number in range(6):
-    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
-"""
+def main(arguments: list[str]) -> int:
+    """What `start(..., script="test_setup")` runs, with these variables: prints a large tensor's faults."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
+    os.environ.update(dict.fromkeys(arguments, "65536"))
+    parallel.start("cpu")
+    for _ in range(6):
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+    return 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
-def test_freed_memory_is_used_again_unless_the_environment_says_otherwise():
+def test_freed_memory_is_used_again_unless_the_environment_says_otherwise(tmp_path):
     """64 MiB are 16,384 pages, and each new page is a fault."""
-    faults = []
-    for variables in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-        shell = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        command = [sys.executable, "-c", FAULTS]
-        faults.append(int(subprocess.check_output(command, env=shell | variables, cwd=ROOT)))
-    assert faults[0] < faults[1] / 4
+    for variables in ([], ["MALLOC_MMAP_THRESHOLD_"]):
+        assert finish(start(variables, tmp_path / "faults", script="test_setup")) == 0
+    kept, given = map(int, (tmp_path / "faults").read_text().split())
+    assert kept < given / 4
