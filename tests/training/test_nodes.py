@@ -144,7 +144,7 @@ def test_a_rank_that_says_nothing_any_more_is_named(data, tmp_path, frozen):
 def test_all_learn_who_is_lost_and_none_that_has_finished_is_missed(monkeypatch):
     """Heartbeats of five ranks in this process. Rank 2 finishes, then ranks 3 and 4 are lost together, as
     they are with a machine."""
-    times = dict(INTERVAL=0.05, HEARTBEAT_TIMEOUT=1.0, TIMEOUT_AFTER_ERROR=1.0)
+    times = dict(INTERVAL=0.05, HEARTBEAT_TIMEOUT=1.0, TIMEOUT_AFTER_ERROR=0.5)
     for name, seconds in (times | dict(EXIT_TIMEOUT=600.0)).items():  # whose end would end this process
         monkeypatch.setattr(heartbeat, name, seconds)
     host = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
@@ -180,7 +180,7 @@ BAD = [  # variable, value, words that the message must contain
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_an_environment_that_makes_no_sense_is_named(name, value, message, monkeypatch):
-    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.3))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for variable in WORLD.items():
         monkeypatch.setenv(*variable)

@@ -209,8 +209,8 @@ WAITING = (0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 wait
 
 @pytest.mark.parametrize(("rank", "said"), WAITING)
 def test_a_start_that_waits_says_for_whom(rank, said, monkeypatch, capsys):
-    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=1))
-    monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.2)
+    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.6))
+    monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.1)
     with pytest.raises(ValueError, match=r"ranks 1, 2 of WORLD_SIZE=3 did not start|cannot reach"):
         rendezvous.rendezvous(rank, 3, "localhost", free_port())
     assert capsys.readouterr().err.count(said) > 1
