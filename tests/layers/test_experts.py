@@ -2,6 +2,7 @@
 
 Run: python -m pytest tests/layers/test_experts.py"""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -17,6 +18,12 @@ from layers.mlp import ACTIVATIONS
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
 TRITON = pytest.param("triton", marks=needs_triton)
+KINDS = [*itertools.product((False, True), (False, True), ACTIVATIONS)]  # ragged, bias, activation
+OF_ENGINES = [(e, *kind) for e in ("loop", "gather", "grouped_mm", "Blackwell") for kind in KINDS]
+# Triton's interpreter takes its time. Everyday has each activation, and each pair of the others, once.
+for number, kind in enumerate(KINDS):
+    marks = [needs_triton, *[pytest.mark.slow] * (number % 5 > 0)]
+    OF_ENGINES.append(pytest.param("triton", *kind, marks=marks))
 
 
 def test_dispatch_of_a_hand_worked_example():
@@ -37,10 +44,7 @@ def blackwells(x, weights, offs):
     return grouped_mm(x, weights, offs=offs)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("engine", ["loop", "gather", "grouped_mm", TRITON, "Blackwell"])
+@pytest.mark.parametrize("engine, ragged, bias, activation", OF_ENGINES)
 def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias, activation, monkeypatch):
     """Expert 1 has no rows. ragged: a token has none to three rows instead of three."""
     if engine == "Blackwell":
