@@ -28,23 +28,24 @@ EXPERTS = dict(use_moe=True, num_experts=4, num_experts_per_tok=2, expert_hidden
 PRESET = {name: value for name, value in PRESETS["qwen3"].items() if name in GPTConfig.__annotations__}
 PRESET = GPTConfig(**PRESET | SIZES).to_dict()
 
-# What is exported exactly: format -> variants of our fields.
+# What is exported exactly: format -> variants of our fields, of which all after the third are slow.
 EXACT = {
-    "gpt2": [dict(), dict(bias=False), dict(tie_word_embeddings=False), dict(n_kv_head=4),
-             dict(activation="gelu_erf"),
-             dict(norm_eps=1e-2, dropout=0.1, mlp_hidden_size=None)],
-    "llama": [dict(), dict(bias=True), dict(norm_eps=1e-2, rope_theta=50.0), dict(n_kv_head=1),
-              dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None)],
-    "qwen3": [dict(), dict(tie_word_embeddings=False), dict(sliding_window=5), PRESET,
+    "gpt2": [dict(), dict(norm_eps=1e-2, dropout=0.1, mlp_hidden_size=None),
+             dict(bias=False, tie_word_embeddings=False, activation="gelu_erf"), dict(n_kv_head=4)],
+    "llama": [dict(), dict(n_kv_head=None, tie_word_embeddings=False, mlp_hidden_size=None),
+              dict(bias=True, norm_eps=1e-2, rope_theta=50.0, n_kv_head=1)],
+    "qwen3": [dict(), PRESET, dict(tie_word_embeddings=False, sliding_window=5),
               dict(sliding_window=5, global_every=2, n_kv_head=None), dict(sliding_window=5, global_every=1)],
-    "mixtral": [EXPERTS, EXPERTS | dict(num_experts_per_tok=4), EXPERTS | dict(expert_hidden_size=None),
+    "mixtral": [EXPERTS, EXPERTS | dict(num_experts_per_tok=4, expert_hidden_size=None),
                 EXPERTS | dict(sliding_window=5, tie_word_embeddings=False)],
-    "qwen3_moe": [EXPERTS, EXPERTS | dict(norm_topk_prob=False), EXPERTS | dict(num_experts_per_tok=1),
-                  EXPERTS | dict(moe_every=2), EXPERTS | dict(moe_every=2, n_layer=4), PRESET | EXPERTS,
-                  EXPERTS | dict(moe_every=3, router_z_loss_coef=0.1),
-                  EXPERTS | dict(sliding_window=5, tie_word_embeddings=False)],
+    "qwen3_moe": [EXPERTS, PRESET | EXPERTS | dict(norm_topk_prob=False),
+                  EXPERTS | dict(moe_every=2, sliding_window=5, tie_word_embeddings=False),
+                  EXPERTS | dict(num_experts_per_tok=1), EXPERTS | dict(moe_every=2, n_layer=4),
+                  EXPERTS | dict(moe_every=3, router_z_loss_coef=0.1)],
 }  # fmt: skip
-CASES = [(kind, fields) for kind, variants in EXACT.items() for fields in variants]
+CASES = [(kind, fields) for kind, variants in EXACT.items() for fields in variants[:3]]
+for kind, variants in EXACT.items():
+    CASES += [pytest.param(kind, fields, marks=pytest.mark.slow) for fields in variants[3:]]
 
 
 def small(kind: str, **fields) -> GPTConfig:
