@@ -11,7 +11,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import datasets
 import pytest
 import torch
 from conftest import ROOT
@@ -68,7 +67,7 @@ def test_an_old_python_and_a_missing_package_are_one_line(script):
 
 
 def test_without_network_no_folder_stays(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr("datasets.load_dataset", mock.Mock(side_effect=ConnectionError("no network")))
     assert fineweb.main(["--encoding", "bytes", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "no network" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import refuses
+from conftest import refuses, slow
 from models import ARCHITECTURES, greedy_by_hand, strong, tiny, tokens
 
 from huggingface.text import build_tokenizer
@@ -49,7 +49,7 @@ def test_beams_and_seeded_samples_do_not_depend_on_the_cache(model, how):
 CACHES = {"dynamic": dict(), "none": dict(use_cache=False), "static": dict(cache_implementation="static")}
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ["dynamic", "static", *slow("none")])
 def test_a_left_padded_batch_equals_its_rows(model, cache):
     rows = [tokens(1, T, seed=T) for T in (2, 5, 7)]
     new = 5 if cache == "static" else 9  # with 9 the longest outgrows block_size

@@ -92,10 +92,10 @@ def test_embeddings_can_be_replaced_and_ties_hold(cls, tied):
     assert ("lm_head.weight" in names) != tied
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("size, multiple, padding, encoding_size", [
-    (120, None, range(90, 97), None), (60, None, [], None), (93, 64, range(93, 128), 93),
-    (None, 64, range(90, 128), 90), (100, 64, [*range(90, 97), *range(100, 128)], None),
+@pytest.mark.parametrize("tied, size, multiple, padding, encoding_size", [
+    (True, 120, None, range(90, 97), None), (True, 60, None, [], None), (True, 93, 64, range(93, 128), 93),
+    (True, None, 64, range(90, 128), 90), (True, 100, 64, [*range(90, 97), *range(100, 128)], None),
+    (False, 100, 64, [*range(90, 97), *range(100, 128)], None),
 ])  # fmt: skip
 def test_resizing_the_vocabulary(tied, size, multiple, padding, encoding_size, tmp_path):
     model = strong(GPTLMHeadModel(tiny(tie_word_embeddings=tied, encoding_size=90)))

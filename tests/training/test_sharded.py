@@ -105,30 +105,37 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100)
-@given(data=st.data())
-def test_any_other_index_is_refused_or_gives_the_right_tensors(folder, original, data):
+def test_any_other_index_is_refused_or_gives_the_right_tensors(folder, original):
     """One to three places of it hold something else, or nothing, and its checksum is right."""
-    index, truth = copy.deepcopy(original), small_checkpoint(5)
-    for _ in range(data.draw(st.integers(1, 3))):
-        *way, key = data.draw(st.sampled_from(places(index)[1:]))
-        inner = index
-        for step in way:
-            inner = inner[step]
-        if data.draw(st.booleans()):
-            inner[key] = data.draw(JSON)
-        else:
-            inner.pop(key)
-    write_index(folder, index)
-    for read in (ckpt.load_checkpoint, sharded.load):
-        try:
-            found = read(folder)
-        except CheckpointError as error:
-            assert str(folder) in str(error)
-            continue
-        for name in found["model"].keys() & truth["model"].keys():
-            assert equal(found["model"][name], truth["model"][name])
-        assert found["step"] == 5 and found["optimizer"]["state"].keys() == {0}
+    truth, accepted = small_checkpoint(5), []
+
+    @settings(max_examples=40)
+    @given(data=st.data())
+    def read_another(data):
+        index = copy.deepcopy(original)
+        for _ in range(data.draw(st.integers(1, 3))):
+            *way, key = data.draw(st.sampled_from(places(index)[1:]))
+            inner = index
+            for step in way:
+                inner = inner[step]
+            if data.draw(st.booleans()):
+                inner[key] = data.draw(JSON)
+            else:
+                inner.pop(key)
+        write_index(folder, index)
+        for read in (ckpt.load_checkpoint, sharded.load):
+            try:
+                found = read(folder)
+            except CheckpointError as error:
+                assert str(folder) in str(error)
+                continue
+            for name in found["model"].keys() & truth["model"].keys():
+                assert equal(found["model"][name], truth["model"][name])
+            assert found["step"] == 5 and found["optimizer"]["state"].keys() == {0}
+            accepted.append(index)
+
+    read_another()
+    assert 0 < len(accepted) < 40
 
 
 def test_a_folder_is_a_checkpoint_even_if_latest_lies_in_it(tmp_path):
