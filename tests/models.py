@@ -154,6 +154,16 @@ def small_checkpoint(step: int = 3, V: int = 5, C: int = 7, **more) -> dict:
     return {"model": weights, "config": config.to_dict(), "step": step, "optimizer": optimizer, **more}
 
 
+class Malice:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
 def make_examples(n: int, seed: int = 0, longest: int = 9) -> list[dict]:
     """Questions of random words, of very different lengths, with ctx_a and ctx_b."""
     rng = random.Random(seed)

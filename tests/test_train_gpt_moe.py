@@ -14,7 +14,6 @@ from conftest import ROOT
 from processes import flags, losses, metrics, run_ranks
 
 import plot_log
-import sample
 import train_gpt_moe
 from model import GPT, GPTLMHeadModel
 from train_gpt_moe import PRESETS, TrainConfig, parse_config
@@ -73,14 +72,6 @@ def test_what_a_finished_run_prints(straight):
     once = ("step    11/12 | loss", " bits per byte, after 12 steps", "step 12: MoE layer  1 |", command)
     once += (f"see what the experts learnt: python -m analysis routing {straight}/model_00012.pt",)
     assert [printed.count(text) for text in once] == [1] * 5 and "iters avg" not in printed
-
-
-def test_sampling_a_model_that_is_not_there(straight, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    for name in ("nope", "log/nope", "log/best", "gpt2"):
-        error = refused(sample.main, "--checkpoint", name)
-        assert error.startswith(f"sample.py: error: {name}: no such file") and "`ls -d log/model_*`" in error
-    assert "no such checkpoint" in refused(sample.main, "--checkpoint", straight / "model_00099.pt")
 
 
 def test_two_processes_give_the_losses_of_one_and_say_everything_once(data, tmp_path):

@@ -16,7 +16,7 @@ import requests
 import tiktoken
 from conftest import refuses, slow
 from corpus import DOCUMENTS, build, content, stream_of, write_source
-from models import tiny
+from models import Malice, tiny
 from processes import finish, flags, made_up_text, start, write_data
 from test_fineweb import command, crash_and_resume
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -171,13 +171,6 @@ def test_the_bytes_of_sentencepieces_tokens_are_those_of_the_text():
     assert encodings.decode_tokens(ids, name) == "hi hé"
 
 
-class Evil:
-    """Writes a file when its pickle is loaded."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
 @pytest.mark.slow
 def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -192,7 +185,8 @@ def test_nanogpts_characters_are_text_and_its_pickle_runs_nothing(tmp_path, monk
     code = finish(start(flags(".", "log", "--sample_every", 4, "--prompt", "a", "--max_steps", 4), "out.txt"))
     said = Path("out.txt").read_text()
     assert code == 0 and "sample\n    a" in said and "bits per byte" in said, said
-    for wrong in (Evil(), table | {"stoi": Evil()}, table | {"vocab_size": 7}, 7):
+    evil = Malice("executed")
+    for wrong in (evil, table | {"stoi": evil}, table | {"vocab_size": 7}, 7):
         Path("meta.pkl").write_bytes(pickle.dumps(wrong))
         refuses(r"meta\.pkl: .*`python fineweb.py --source=input.txt .*--out", read_meta, ".")
     assert not Path("executed").exists()

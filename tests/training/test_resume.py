@@ -219,13 +219,6 @@ def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsy
     assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2]
 
 
-def test_weights_alone_cannot_be_resumed(straight, tmp_path, refused):
-    state = ckpt.load_checkpoint(straight / "latest")
-    path = ckpt.save_checkpoint({name: state[name] for name in ("model", "config", "step")}, tmp_path)
-    error = refused(train_gpt_moe.main, "--resume", path)
-    assert str(path) in error and "--init_from" in error
-
-
 def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, refused):
     lock = run_log.claim_folder(tmp_path)
     assert "another run is writing there" in refused(train_gpt_moe.main, *flags(data, tmp_path))
