@@ -5,8 +5,10 @@ Run: python -m pytest            # everyday, some minutes
      python -m pytest -m slow    # the rest: restarts, launchers, four ranks, compilers, all README commands
 """
 
+import atexit
 import contextlib
 import csv
+import gc
 import itertools
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch and transformers are imported anywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +36,8 @@ sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+
+atexit.register(gc.unfreeze)  # little_to_collect, below, freezes what must be gone in the end
 
 # multiprocessing's servers have a socket there, whose path may have 107 characters.
 if len(tempfile.gettempdir()) > 50 and multiprocessing.parent_process() is None:
@@ -66,6 +71,21 @@ def pytest_collectstart():
     calm = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=calm)
     settings.load_profile("same")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """A run collects garbage some times, which takes 0.3 s each among all that tests import. What was there
+    before a test file is frozen here, so its runs must neither freeze nor unfreeze anything."""
+    from training import faults
+
+    gc.collect()
+    gc.freeze()
+    kept = {name: getattr(gc, name) for name in ("collect", "enable", "disable")}
+    collector = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None, **kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "gc", collector)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,12 @@
 
 Run: python -m pytest tests/bench/test_bench.py"""
 
-import gc
 import json
 import subprocess
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import hellaswag
 from bench import __main__ as bench
 from bench import ladder, loop, models
 from model import GPTConfig, GPTLMHeadModel
+from training import faults
 from training.log import RunLog
 
 CPU = torch.device("cpu")
@@ -139,9 +140,11 @@ def test_what_of_a_step_is_the_loops_own(d4, short_demo, rows_of, monkeypatch):
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(loop, "train_step", lasts(2, loop.train_step))
     monkeypatch.setattr(RunLog, "step", lasts(3, RunLog.step))
+    monkeypatch.setattr(faults, "gc", collector := Mock())
     flags = ["--device", "cpu", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
     rows = rows_of(bench.main, "loop", *flags)
     found = {row["part"]: (float(row["ms"]), float(row["% of a step"])) for row in rows}
     steps = {"a step of the loop": (5000, 100), "train_step alone": (2000, 40)}
     assert found == steps | {"the loop's own": (3000, 60)}
-    assert gc.isenabled() and gc.get_freeze_count() == 0  # as it was before the run
+    called = [name for name, *_ in collector.method_calls]
+    assert called == ["collect", "freeze", "disable", "enable", "unfreeze"]  # as it was before the run
