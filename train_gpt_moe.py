@@ -203,10 +203,10 @@ PRESETS = {
         expert_hidden_size=2048, ngram_order=0,
     ),
     "demo": MODERN | dict(
-        data_dir="demo_data", log_dir="log/demo", n_layer=4, n_head=4, n_embd=128, moe_every=2,
+        data_dir="demo_data", log_dir="log/demo", n_layer=2, n_head=2, n_embd=128, moe_every=2,
         num_experts=8, num_experts_per_tok=1, expert_hidden_size=128, muon_experts=False, expert_lr_mult=0.3,
-        B=16, T=128, total_batch_size=2048, max_steps=600, warmup_steps=40, infer_step=200, val_steps=40,
-        ngram_rows=65536, sample_every=300, sample_tokens=100, log_every=25, prompt="Return the ",
+        B=16, T=128, total_batch_size=2048, max_steps=720, warmup_steps=40, infer_step=360, val_steps=40,
+        ngram_rows=65536, sample_tokens=100, log_every=25, prompt="Return the ",
         use_compile=False,
     ),
 }  # fmt: skip
