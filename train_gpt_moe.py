@@ -1,6 +1,6 @@
 """Train a GPT, dense or with Mixture-of-Experts layers, from token shards to evaluated checkpoints.
 
-    python train_gpt_moe.py --preset demo                     # two minutes on a laptop, no data needed
+    python train_gpt_moe.py --preset demo                     # a minute or two on a laptop, no data needed
     python fineweb.py                                         # the real data, once
     python train_gpt_moe.py                                   # one GPU
     torchrun --nproc_per_node=8 train_gpt_moe.py              # one machine with 8 GPUs
