@@ -44,7 +44,7 @@ from layers.linear_cross_entropy import linear_cross_entropy
 from layers.mlp import ACTIVATIONS, MLP
 from layers.ngrams import NgramEmbedding, recall, remember
 from layers.roles import parameter_groups
-from layers.rotary import NormAndRotate, norms_and_rotates, rotary_angles, rotate
+from layers.rotary import NormAndRotate, can_norm_and_rotate, rotary_angles, rotate
 
 from layers.attention import (  # isort: skip
     BlockMask, attention_reference, build_masks, fused_attention, positions_in_documents, upcast
@@ -212,7 +212,7 @@ class CausalSelfAttention(nn.Module):
         """c_attn's output (B, T, (nh + 2*nkv) * hs) -> q (B, nh, T, hs), k, v (B, nkv, T, hs); q and k are
         normalised and rotated, if the configuration says so."""
         q_norm, k_norm, C = self.q_norm, self.k_norm, self.config.n_embd
-        if q_norm is not None and rotary is not None and norms_and_rotates(packed):
+        if q_norm is not None and rotary is not None and can_norm_and_rotate(packed):
             weights = q_norm.weight, k_norm.weight
             return NormAndRotate.apply(packed, *weights, *rotary, q_norm.eps, self.config.n_head)
         parts = packed.split([C, self.kv_size, self.kv_size], dim=2)

@@ -180,7 +180,8 @@ def bench_scale(options) -> list[dict]:
     if not model.moe_layers():
         names = [name for name in names if "ep" not in name]
     if not names:
-        raise ValueError(f"layouts={options.layouts!r}: size {options.size} has no experts to share")
+        problem = f"size {options.size} has no experts to share; choose ddp, zero or fsdp"
+        raise ValueError(f"layouts={options.layouts!r}: {problem}")
     groups = [n for n in (1, 2, 4, 8, 16) if n <= options.gpus and config.num_experts % n == 0]
     for name, W in product(names, map(int, ranks)):
         steps = max(1, options.total_batch_size // (B * T * W))

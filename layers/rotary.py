@@ -26,7 +26,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def norms_and_rotates(packed: Tensor) -> bool:
+def add_turned(out: Tensor, x: Tensor, table: Tensor, sign: int = 1) -> None:
+    """out += sign * [-second half of x, first half of x] * table, in place."""
+    half = x.size(-1) // 2
+    out[..., :half].addcmul_(x[..., half:], table[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], table[..., half:], value=sign)
+
+
+def can_norm_and_rotate(packed: Tensor) -> bool:
     """Whether NormAndRotate takes these projections: fp32 or float64, on a CPU, uncompiled."""
     plain = packed.device.type == "cpu" and packed.dtype in (torch.float32, torch.float64)
     return plain and not torch.compiler.is_compiling()
@@ -46,8 +53,9 @@ class NormAndRotate(torch.autograd.Function):
         J = (heads.size(2) + num_heads) // 2
         x, v = heads[:, :, :J], heads[:, :, J:].transpose(1, 2)
         weight = torch.cat([q_weight.expand(num_heads, hs), k_weight.expand(J - num_heads, hs)])  # (J, hs)
-        # Tables for all heads: then a row of torch's loops has J * hs numbers, not hs.
-        cos, sin = (t.transpose(1, 2).expand(-1, -1, J, -1).contiguous() for t in (cos, sin))  # (1, T, J, hs)
+        # With a table for all heads torch's inner loops run over J * hs numbers, not over hs.
+        cos, sin = (t.transpose(1, 2).expand(-1, -1, J, -1) for t in (cos, sin))  # (B or 1, T, J, hs)
+        cos, sin = cos.contiguous(), sin.contiguous()
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(hs).add_(eps).rsqrt_()
         y = x * (cos * weight)
         add_turned(y, x, sin * weight.roll(hs // 2, -1))
@@ -64,20 +72,13 @@ class NormAndRotate(torch.autograd.Function):
         grad = torch.empty_like(packed).view(*packed.shape[:2], -1, hs)  # (B, T, J + nkv, hs)
         x, d = packed.view(grad.shape)[:, :, :J], grad[:, :, :J]
         grad[:, :, J:] = grad_v.transpose(1, 2)
-        for part, of_part in ((slice(0, nh), grad_q), (slice(nh, J), grad_k)):  # turn back
-            of_part = of_part.transpose(1, 2)
-            torch.mul(of_part, cos[:, :, part], out=d[:, :, part])
-            add_turned(d[:, :, part], of_part, sin[:, :, part], sign=-1)
+        for part, g in ((slice(0, nh), grad_q), (slice(nh, J), grad_k)):  # the inverse rotation
+            g = g.transpose(1, 2)  # (B, T, nh or nkv, hs)
+            torch.mul(g, cos[:, :, part], out=d[:, :, part])
+            add_turned(d[:, :, part], g, sin[:, :, part], sign=-1)
         d *= scale
         product = d * x
         grad_weight = product.sum((0, 1))  # (J, hs)
         mean = (product * weight).mean(-1, keepdim=True).mul_(scale).mul_(scale)
         d.mul_(weight).addcmul_(x, mean, value=-1)  # the gradient of rms_norm
         return grad.view_as(packed), grad_weight[:nh].sum(0), grad_weight[nh:].sum(0), None, None, None, None
-
-
-def add_turned(out: Tensor, x: Tensor, table: Tensor, sign: int = 1) -> None:
-    """out += sign * [-second half of x, first half of x] * table, in place."""
-    half = x.size(-1) // 2
-    out[..., :half].addcmul_(x[..., half:], table[..., :half], value=-sign)
-    out[..., half:].addcmul_(x[..., :half], table[..., half:], value=sign)

@@ -37,7 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
-atexit.register(gc.unfreeze)  # little_to_collect, below, freezes what must be gone in the end
+atexit.register(gc.unfreeze)  # so Python frees at its end what little_to_collect, below, has frozen
 
 # multiprocessing's servers have a socket there, whose path may have 107 characters.
 if len(tempfile.gettempdir()) > 50 and multiprocessing.parent_process() is None:
@@ -64,7 +64,7 @@ def slow(*values) -> list:
 def pytest_collectstart():
     """Before the first test file is imported. The process of xdist that hands out tests collects none, so the
     others need not wait until it has imported torch."""
-    import devices  # noqa: F401  # before Triton
+    import devices  # noqa: F401 (it sets a variable that Triton reads when it is imported)
     from hypothesis import HealthCheck, settings
 
     # The same examples every time, however slow the machine is.
@@ -75,8 +75,8 @@ def pytest_collectstart():
 
 @pytest.fixture(scope="module", autouse=True)
 def little_to_collect():
-    """A run collects garbage some times, which takes 0.3 s each among all that tests import. What was there
-    before a test file is frozen here, so its runs must neither freeze nor unfreeze anything."""
+    """A run calls gc.collect() several times. With all modules that the tests import, a call takes 0.3 s. So
+    this freezes the objects that exist before a test file. The file's runs must not unfreeze them."""
     from training import faults
 
     gc.collect()

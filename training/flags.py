@@ -115,7 +115,7 @@ def read_settings(file: str, names: set[str]) -> dict:
                 class Loader(yaml.SafeLoader):
                     """YAML 1.1 as PyYAML reads it, and 6e-4 is a number, not a text."""
 
-                number = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+                number = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
                 Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
                 settings = yaml.load(text, Loader)
             else:

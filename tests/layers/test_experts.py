@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install tri
 TRITON = pytest.param("triton", marks=needs_triton)
 KINDS = [*itertools.product((False, True), (False, True), ACTIVATIONS)]  # ragged, bias, activation
 OF_ENGINES = [(e, *kind) for e in ("loop", "gather", "grouped_mm", "Blackwell") for kind in KINDS]
-# Triton's interpreter takes its time. Everyday has each activation, and each pair of the others, once.
+# Triton's interpreter is slow. The everyday tests have each activation, and each pair of the others, once.
 for number, kind in enumerate(KINDS):
     marks = [needs_triton, *[pytest.mark.slow] * (number % 5 > 0)]
     OF_ENGINES.append(pytest.param("triton", *kind, marks=marks))

@@ -7,7 +7,7 @@ import torch
 from models import tiny
 
 import model as model_file
-from layers.rotary import norms_and_rotates, rotary_angles
+from layers.rotary import can_norm_and_rotate, rotary_angles
 from model import CausalSelfAttention
 
 
@@ -32,7 +32,7 @@ def test_it_equals_the_plain_operators(nkv, dtype, close, monkeypatch):
         ours, our_gradients = results(layer, packed, rotary)
         assert ours[0].grad_fn.name() == "NormAndRotateBackward"
         with monkeypatch.context() as patch:
-            patch.setattr(model_file, "norms_and_rotates", lambda packed: False)
+            patch.setattr(model_file, "can_norm_and_rotate", lambda packed: False)
             plain, plain_gradients = results(layer, packed, rotary)
         for one, other in zip((*ours, *our_gradients), (*plain, *plain_gradients), strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype
@@ -40,7 +40,7 @@ def test_it_equals_the_plain_operators(nkv, dtype, close, monkeypatch):
 
 
 def test_it_takes_wide_numbers_on_a_cpu_outside_of_graphs(monkeypatch):
-    assert norms_and_rotates(torch.zeros(1)) and not norms_and_rotates(torch.zeros(1, device="meta"))
-    assert not norms_and_rotates(torch.zeros(1, dtype=torch.bfloat16))
+    assert can_norm_and_rotate(torch.zeros(1)) and not can_norm_and_rotate(torch.zeros(1, device="meta"))
+    assert not can_norm_and_rotate(torch.zeros(1, dtype=torch.bfloat16))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not norms_and_rotates(torch.zeros(1))
+    assert not can_norm_and_rotate(torch.zeros(1))

@@ -88,10 +88,10 @@ def test_own_text_in_one_flag(tmp_path, capsys):
 
 def test_files_of_settings(tmp_path, monkeypatch):
     file, yaml = tmp_path / "a.json", tmp_path / "a.yaml"
-    yaml.write_text("B: 3\nmax_lr: 0.5\nmin_lr: 6e-5\n")
+    yaml.write_text("B: 3\nmax_lr: 0.5\nmin_lr: 6e-5\nwandb_project: 12e4f\n")
     config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
     assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
-    assert config.min_lr == 6e-5
+    assert (config.min_lr, config.wandb_project) == (6e-5, "12e4f")
     wrong = {"{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
              "[" * 10**5: "a.json", '{"preset": []}': "preset="}  # fmt: skip
     for text, words in wrong.items():
