@@ -169,13 +169,21 @@ def checkpoint(folder: Path, name: str) -> Path:
     return ckpt.list_checkpoints(folder / name)[0]
 
 
+def threads() -> list[str]:
+    """The names of this process's threads. A thread that ends meanwhile has none."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(path.read_text())
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """What each process does: given a folder, the layouts for that many processes, one after the other; given
     flags, a training run, whose exit code is the number of gloo's threads once it has left its group."""
     if len(arguments) > 1:
         before, left, stop = [], [], parallel.stop
-        names = lambda: [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # noqa: E731
-        parallel.stop = lambda world: (before.extend(names()), stop(world), left.extend(names()))
+        parallel.stop = lambda world: (before.extend(threads()), stop(world), left.extend(threads()))
         assert train_gpt_moe.main(arguments) == 0 and left and any("gloo" in name for name in before)
         return sum("gloo" in name for name in left)
     world, folder = parallel.start("cpu"), Path(arguments[0])
