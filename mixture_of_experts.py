@@ -243,9 +243,12 @@ class MoE(nn.Module):
             choice = scores.detach() + self.router_bias
             if self.router_score == "sigmoid":  # very small scores are equal (0) where logits are not
                 choice = torch.where(self.router_bias.any(), choice, log_score(logits.detach()))
-            exporting = torch.compiler.is_exporting()  # ONNX has no stable sort
-            best = choice.topk(K) if exporting else choice.sort(dim=-1, descending=True, stable=True)
-            index = best.indices[:, :K]
+            if K == 1:
+                index = choice.argmax(-1, keepdim=True)  # the first of equals
+            elif torch.compiler.is_exporting():  # ONNX has no stable sort
+                index = choice.topk(K).indices
+            else:
+                index = choice.sort(dim=-1, descending=True, stable=True).indices[:, :K]
         if K > 1 and self.norm_topk_prob:
             weights = log_score(logits).gather(1, index).softmax(-1)
         else:

@@ -20,10 +20,6 @@ from layers.grouped_product import NAMESPACE, grouped_product, triton
 from layers.mlp import get_activation
 from layers.sharding import local
 
-# In layers with fewer channels, `expert_mlp` keeps the activation for its backward. In wider layers it
-# computes it again, which saves memory.
-KEEP_ACTIVATION_BELOW = 512
-
 MOST_GROUPS = 1024  # torch's grouped product needs fewer groups than this
 
 # ----------------------------- Dispatch and combine: from tokens to rows, sorted by expert, and back
@@ -148,41 +144,54 @@ def _products(rows: Tensor, weights: Tensor, biases: Tensor | None, sizes: list[
     return out
 
 
-def _kept_rows(x: Tensor, token: Tensor) -> int:
-    """How many rows of activations `expert_mlp` saves for its backward: all, or none."""
-    return token.shape[0] if x.device.type == "cpu" and x.shape[1] < KEEP_ACTIVATION_BELOW else 0
+def _on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU. Then `expert_mlp` saves the activations for its backward: a CPU computes them
+    slowly. A GPU has less memory, and computes them again."""
+    return x.device.type == "cpu"
+
+
+def _add_up(rows: Tensor, weight: Tensor | None, token: Tensor, position: Tensor, out: Tensor) -> Tensor:
+    """Set each row of out (N, C) to the sum of its token's rows (R, C), times their weights (R,) if given."""
+    rows = rows.to(out.dtype)
+    if not _on_cpu(out):
+        return out.zero_().index_add_(0, token, rows if weight is None else rows * weight[:, None])
+    slots = F.pad(torch.bincount(token, minlength=len(out)).cumsum(0), (1, 0)).int()  # (N + 1,) borders
+    options = dict(per_sample_weights=None if weight is None else weight[position], include_last_offset=True)
+    return F.embedding_bag(position, rows, slots, mode="sum", **options)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_mlp", mutates_args=())
 def expert_mlp(
-    x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, parameters: list[Tensor], activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, token: Tensor, position: Tensor, ends: Tensor, parameters: list[Tensor],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Stages 3 and 4, one expert after the other. Returns the output (N, C) and two tensors for the backward:
-    hidden values before the activation, (R, H) or gated (R, 2H), and after it, (R, H) or `_kept_rows` rows.
+    hidden values before the activation, (R, H) or gated (R, 2H), and after it, (R, H) or, not saved, (0, H).
 
-    x (N, C); weight, token and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
+    x (N, C); weight, token, position and ends as in `Routing`; parameters [c_fc, c_proj] or, with biases,
     [c_fc, c_proj, c_fc_bias, c_proj_bias]; activation a name in ACTIVATIONS, else ValueError.
     It is one operator, so that torch.compile sees no shape that depends on data. Only the products are
     computed expert by expert: one call for all rows costs less than one per expert."""
-    act, sizes, w = get_activation(activation), _sizes(ends), weight[:, None]  # (R, 1)
+    act, sizes = get_activation(activation), _sizes(ends)
     c_fc, c_proj, fc_bias, proj_bias = (*parameters, None, None)[:4]
     rows = x.index_select(0, token)  # (R, C)
     hidden, acts = (x.new_empty(len(token), width) for width in (c_fc.shape[1], c_proj.shape[2]))
     act.forward_into(acts, _products(rows, c_fc, fc_bias, sizes, hidden))  # (R, H)
-    y = _products(acts, c_proj, proj_bias, sizes, rows).mul_(w)  # (R, C), where the rows were
-    out = w.new_zeros(x.shape).index_add_(0, token, y.to(w.dtype))
-    return out.to(x.dtype), hidden, acts if _kept_rows(x, token) else acts.new_empty(0, acts.shape[1])
+    y = _products(acts, c_proj, proj_bias, sizes, rows)  # (R, C), where the rows were
+    out = _add_up(y, weight, token, position, weight.new_empty(x.shape))
+    return out.to(x.dtype), hidden, acts if _on_cpu(x) else acts.new_empty(0, acts.shape[1])
 
 
 @expert_mlp.register_fake
-def _(x, weight, token, ends, parameters, activation):
-    hidden = x.new_empty(token.shape[0], parameters[0].shape[1])
-    return x.new_empty(x.shape), hidden, x.new_empty(_kept_rows(x, token), parameters[1].shape[2])
+def _(x, weight, token, position, ends, parameters, activation):
+    rows, hidden, kept = token.shape[0], parameters[0].shape[1], parameters[1].shape[2]
+    return x.new_empty(x.shape), x.new_empty(rows, hidden), x.new_empty(rows if _on_cpu(x) else 0, kept)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_mlp_backward", mutates_args=())
-def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, hidden: Tensor,
-                        acts: Tensor, parameters: list[Tensor], activation: str) -> list[Tensor]:  # fmt: skip
+def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, position: Tensor,
+                        ends: Tensor, hidden: Tensor, acts: Tensor, parameters: list[Tensor],
+                        activation: str) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight and every parameter, given the output's; hidden, acts: `expert_mlp`'s."""
     act, sizes, w = get_activation(activation), _sizes(ends), weight[:, None]  # (R, 1)
     c_fc, c_proj, *biases = parameters
@@ -192,7 +201,9 @@ def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, 
     # A weight's gradient is <g, c_proj a + bias>, computed as <c_proj^T g, a> + <g, bias>.
     grad_w = (ga * acts).sum(1, keepdim=True, dtype=w.dtype)
     if biases:
-        grad_w += _products(g, biases[1][:, None], None, sizes, g.new_empty(len(g), 1))
+        of_experts = grad @ biases[1].to(grad.dtype).t()  # (N, E)
+        expert = torch.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))  # (R,)
+        grad_w += of_experts[token, expert][:, None]
     g.mul_(w)
     gh, rows = act.backward(ga.mul_(w), hidden), x.index_select(0, token)  # (R, H) or (R, 2H), (R, C)
     grads = [x.new_empty(p.shape) for p in parameters]
@@ -203,14 +214,14 @@ def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, 
         if biases:
             torch.sum(gh_e, 0, out=grads[2][e])
             torch.sum(g_e, 0, out=grads[3][e])
-    grad_rows = _products(gh, c_fc.mT, None, sizes, g).to(w.dtype)  # (R, C)
-    grad_x = w.new_zeros(x.shape).index_add_(0, token, grad_rows)
+    grad_rows = _products(gh, c_fc.mT, None, sizes, g)  # (R, C)
+    grad_x = _add_up(grad_rows, None, token, position, weight.new_empty(x.shape))
     grads = [grad_p.to(p.dtype) for grad_p, p in zip(grads, parameters, strict=True)]
     return [grad_x.to(x.dtype), grad_w.view(-1), *grads]
 
 
 @expert_mlp_backward.register_fake
-def _(grad, x, weight, token, ends, hidden, acts, parameters, activation):
+def _(grad, x, weight, token, position, ends, hidden, acts, parameters, activation):
     return [tensor.new_empty(tensor.shape) for tensor in (x, weight, *parameters)]
 
 
@@ -222,11 +233,11 @@ def _save_for_backward(ctx, inputs, output):
 
 def _run_backward(ctx, grad, *_):
     saved = ctx.saved_tensors  # read once: under activation checkpointing this recomputes
-    saved, parameters = saved[:6], list(saved[6:])
+    saved, parameters = saved[:7], list(saved[7:])
     if grad is None:
-        return None, None, None, None, [None] * len(parameters), None
+        return None, None, None, None, None, [None] * len(parameters), None
     grad_x, grad_weight, *grads = expert_mlp_backward(grad.contiguous(), *saved, parameters, ctx.activation)
-    return grad_x, grad_weight, None, None, grads, None
+    return grad_x, grad_weight, None, None, None, grads, None
 
 
 expert_mlp.register_autograd(_run_backward, setup_context=_save_for_backward)
@@ -320,7 +331,8 @@ class Experts(nn.Module):
             return self._all(x, routing)
         biases = [] if self.c_fc_bias is None else [self.c_fc_bias, self.c_proj_bias]
         parameters = [plain(p) for p in (self.c_fc, self.c_proj, *biases)]
-        return expert_mlp(x, routing.weight, routing.token, routing.ends, parameters, self.activation)[0]
+        token, weight, ends, _, _, position, _ = routing
+        return expert_mlp(x, weight, token, position, ends, parameters, self.activation)[0]
 
     def _choose_engine(self, x: Tensor, rows: int) -> str:
         if torch.compiler.is_exporting():  # the program must run in a process that lacks our operators

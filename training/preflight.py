@@ -12,7 +12,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from layers.experts import KEEP_ACTIVATION_BELOW
 from layers.linear_cross_entropy import has_kernel, rows_per_chunk
 from layers.mlp import get_activation
 from layers.roles import role_of
@@ -88,10 +87,8 @@ def block_bytes(shape, layer: int, size: int, device_type: str) -> int:
         return needs + size * (wide + 1) * (shape.mlp_hidden_size or 4 * C)  # hidden values
     H, K = shape.expert_hidden_size or 4 * C, shape.num_experts_per_tok
     needs += K * size * H * wide + 4 * 4 * shape.num_experts  # hidden values of K experts, and the router
-    if on_cuda:
-        needs += K * size * (2 * H + 2 * C)  # grouped_mm: activations, weighted too, and rows of C
-    elif C < KEEP_ACTIVATION_BELOW:
-        needs += K * size * H  # loop: activations
+    # activations; on CUDA, with grouped_mm, also weighted ones, and rows of C
+    needs += K * size * (2 * H + 2 * C if on_cuda else H)
     return needs + size * 2 * (wide + 1) * H * shape.num_shared_experts
 
 

@@ -19,7 +19,8 @@ from layers.mlp import ACTIVATIONS
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
 TRITON = pytest.param("triton", marks=needs_triton)
 KINDS = [*itertools.product((False, True), (False, True), ACTIVATIONS)]  # ragged, bias, activation
-OF_ENGINES = [(e, *kind) for e in ("loop", "gather", "grouped_mm", "Blackwell") for kind in KINDS]
+VARIANTS = "loop", "loop, GPU", "gather", "grouped_mm", "Blackwell"
+OF_ENGINES = [(engine, *kind) for engine in VARIANTS for kind in KINDS]
 # Triton's interpreter is slow. The everyday tests have each activation, and each pair of the others, once.
 for number, kind in enumerate(KINDS):
     marks = [needs_triton, *[pytest.mark.slow] * (number % 5 > 0)]
@@ -47,6 +48,8 @@ def blackwells(x, weights, offs):
 @pytest.mark.parametrize("engine, ragged, bias, activation", OF_ENGINES)
 def test_output_and_every_gradient_equal_a_loop_over_tokens(engine, ragged, bias, activation, monkeypatch):
     """Expert 1 has no rows. ragged: a token has none to three rows instead of three."""
+    monkeypatch.setattr(experts, "_on_cpu", lambda x: engine != "loop, GPU")
+    engine = engine.removesuffix(", GPU")
     if engine == "Blackwell":
         monkeypatch.setattr(experts.F, "grouped_mm", blackwells)
         monkeypatch.setattr(experts, "_idle_gradients_are_garbage", lambda: True)
@@ -123,7 +126,8 @@ def test_operators_are_well_formed():
     x, *parameters = (torch.randn(shape) for shape in ((3, 4), (5, 6, 4), (5, 4, 6), (5, 6), (5, 4)))
     for tensor in (x, routing.weight, *parameters):
         tensor.requires_grad_()
-    torch.library.opcheck(expert_mlp, (x, routing.weight, routing.token, routing.ends, parameters, "gelu"))
+    token, weight, ends, _, _, position, _ = routing
+    torch.library.opcheck(expert_mlp, (x, weight, token, position, ends, parameters, "gelu"))
 
 
 @pytest.mark.parametrize("engine, changes", [
