@@ -81,8 +81,7 @@ def little_to_collect():
 
     gc.collect()
     gc.freeze()
-    kept = {name: getattr(gc, name) for name in ("collect", "enable", "disable")}
-    collector = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None, **kept)
+    collector = SimpleNamespace(**vars(gc) | dict.fromkeys(("freeze", "unfreeze"), lambda: None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faults, "gc", collector)
         yield
@@ -118,10 +117,11 @@ def straight(data, tmp_path_factory) -> Path:
     return folder / "log"
 
 
-def refuses(words: str, call: Callable, *arguments, error=ValueError, **named) -> None:
-    """call(*arguments, **named) must raise this error; its message must match the pattern `words`."""
-    with pytest.raises(error, match=words):
+def refuses(words: str, call: Callable, *arguments, error=ValueError, **named) -> str:
+    """call(*arguments, **named) must raise this error. Returns its message, which must match `words`."""
+    with pytest.raises(error, match=words) as raised:
         call(*arguments, **named)
+    return str(raised.value)
 
 
 @pytest.fixture

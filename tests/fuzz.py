@@ -291,7 +291,6 @@ def in_child(work: Callable[[], int], limit: float) -> tuple[int | None, str, st
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w", 1, errors="backslashreplace")
-            torch.set_num_threads(1)
             with processes.little_memory(MEMORY):
                 sys.exit(work())
 

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -169,16 +168,25 @@ def wait_for(path: Path, wanted: int | str, timeout: float = 300) -> None:
 
 
 @contextlib.contextmanager
-def full_disk(size: int):
-    """No file can grow beyond `size` bytes: writes fail with OSError, as they do where the disk is full."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+def limited(kind: int, size: int):
+    """This process gets no more than `size` of this kind of resource."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+        resource.setrlimit(kind, (soft, hard))
+
+
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes: writes fail with OSError, as they do where the disk is full."""
+    return limited(resource.RLIMIT_FSIZE, size)
+
+
+def little_memory(megabytes: int):
+    """This process can take so much more memory."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return limited(resource.RLIMIT_AS, now + (megabytes << 20))
 
 
 def _run(script: str, arguments: list[str], output: str, environment: dict, sick: dict) -> None:
@@ -186,8 +194,6 @@ def _run(script: str, arguments: list[str], output: str, environment: dict, sick
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environment)
-    import torch
-
     torch.set_num_threads(1)
     if sick:
         from model import GPTLMHeadModel
@@ -215,18 +221,6 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
             return forward(self, *args, **kwargs)
 
     return sick_forward
-
-
-@contextlib.contextmanager
-def little_memory(megabytes: int):
-    """This process can take so much more memory."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def write_index(path: Path, index: dict) -> None:

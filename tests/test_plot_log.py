@@ -5,10 +5,10 @@ Run: python -m pytest tests/test_plot_log.py"""
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,9 +29,8 @@ def write_log(folder: Path, records: list) -> Path:
 def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 50304) -> Path:
     """A log like a real run's; expert 2 of layer 1 starves half-way. No experts: a dense model."""
     rng = np.random.default_rng(0)
-    config = dict(total_batch_size=BATCH, vocab_size=vocab, n_layer=4, n_embd=768)
     lr = 1e-3 if experts else 2e-3
-    config |= dict(log_dir=folder.name, max_lr=lr, min_lr=lr / 10)
+    config = dict(total_batch_size=BATCH, vocab_size=vocab, log_dir=folder.name, max_lr=lr, min_lr=lr / 10)
     config |= dict(use_moe=experts > 0, num_experts=experts, num_experts_per_tok=2)
     records = []
     for step in range(steps + 1):
@@ -55,18 +54,12 @@ def fake_log(folder: Path, steps: int, experts: int = 8, vocab: int | None = 503
     return folder
 
 
-@pytest.fixture
-def draw(monkeypatch):
-    """draw(*folders) -> {panel title up to a colon: axes} and the figure; writes no file."""
-    figures = []
-    monkeypatch.setattr(plot_log, "save_picture", lambda fig, path: figures.append(fig))
-
-    def draw(*folders, x="step"):
+def draw(*folders, x="step"):
+    """{panel title up to a colon: axes}, and the figure; writes no file."""
+    with mock.patch.object(plot_log, "save_picture") as save:
         plot_log.plot_runs([str(folder) for folder in folders], x=x)
-        fig = figures[-1]
-        return {ax.get_title(loc="left").split(":")[0]: ax for ax in fig.axes}, fig
-
-    return draw
+    fig, _path = save.call_args.args
+    return {ax.get_title(loc="left").split(":")[0]: ax for ax in fig.axes}, fig
 
 
 @pytest.fixture
@@ -83,7 +76,7 @@ def by_label(fig, label: str):
     return next(ax for ax in fig.axes if ax.get_ylabel() == label)
 
 
-def test_the_losses_of_named_validation_sets_are_drawn(tmp_path, draw):
+def test_the_losses_of_named_validation_sets_are_drawn(tmp_path):
     rows = [dict(step=i, loss=3.0 - i, val_loss=3.1 - i, **{"val_loss/web": 3.2 - i}) for i in range(3)]
     axes, _ = draw(write_log(tmp_path, rows))
     assert points(axes["Loss"], "validation web")[:, 1].tolist() == [3.2, 2.2, pytest.approx(1.2)]
@@ -108,14 +101,12 @@ sys.exit(code)"""
     assert picture.startswith(b"<?xml") and len(picture) > 10_000
 
 
-def test_a_folder_without_a_log_and_wrong_arguments(moe, tmp_path, capsys):
+def test_a_folder_without_a_log_and_wrong_arguments(moe, tmp_path, refused):
+    """test_printed.py runs the command that the error names."""
     (tmp_path / "none").mkdir()
     for given in ([tmp_path / "none"], [moe, tmp_path / "nowhere"], [moe, tmp_path / "no*match"]):
-        assert plot_log.main([str(path) for path in given]) == 2
-        error = capsys.readouterr().err
-        assert f"{given[-1]}: no metrics.jsonl" in error
-        assert f"--log_dir {shlex.quote(str(given[-1]))}" in error
-        assert error.count("\n") == 1 and len(os.listdir(moe)) == 2
+        assert f"{given[-1]}: no metrics.jsonl" in refused(plot_log.main, *given)
+    assert len(os.listdir(moe)) == 2
 
 
 def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
@@ -130,7 +121,7 @@ def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == f"{tmp_path}/runs.png"
 
 
-def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
+def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path):
     axes, fig = draw(moe)
     assert list(axes) == ["Loss", "HellaSwag", "", "Optimizer", "Throughput", "Expert balance", "Router",
                           "Expert load at step 400", "Expert load over time, a row per expert"]  # fmt: skip
@@ -145,7 +136,7 @@ def test_panels_with_data_are_drawn_and_others_left_out(moe, tmp_path, draw):
     assert list(draw(tmp_path)[0]) == ["Loss"]
 
 
-def test_curves_are_the_logs_numbers(moe, draw):
+def test_curves_are_the_logs_numbers(moe):
     axes, fig = draw(moe)
     rows, loss = metrics(moe), axes["Loss"]
     for line, name in ((points(loss), "loss"), (points(loss, "validation"), "val_loss"),
@@ -153,14 +144,12 @@ def test_curves_are_the_logs_numbers(moe, draw):
                        (points(by_label(fig, "max / mean load")), "max_load")):  # fmt: skip
         expected = [(row["step"], row[name]) for row in rows if name in row]
         np.testing.assert_array_equal(line, expected, err_msg=name)
-    validation = points(loss, "validation")
-    assert len(validation) == 21 and validation[-1, 0] == 400
     low, high = loss.get_ylim()
     assert low < points(loss)[:, 1].min()
-    assert validation[1:, 1].max() < high < 10  # the fall of the first steps is cut off
+    assert points(loss, "validation")[1:, 1].max() < high < 10  # the fall of the first steps is cut off
 
 
-def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe, draw):
+def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe):
     axes, fig = draw(moe)
     now = axes["Expert load at step 400"]
     shares = np.array(metrics(moe)[-1]["expert_load"])
@@ -172,7 +161,7 @@ def test_loads_are_drawn_in_fair_shares_and_starved_experts_are_marked(moe, draw
     assert starved[-1] == 1 / 32 and starved[len(starved) // 2 - 2] == 0
 
 
-def test_other_axes(moe, draw):
+def test_other_axes(moe):
     cases = dict(tokens=(BATCH, "training tokens"), time=(0.5 / 60, "minutes of training"))
     for x, (per_step, label) in cases.items():
         loss = draw(moe, x=x)[0]["Loss"]
@@ -180,7 +169,7 @@ def test_other_axes(moe, draw):
         assert loss.get_xlabel() == label and loss.xaxis.get_major_formatter()(2.5e9, 0) == "2.5B"
 
 
-def test_smoothing_against_a_plain_loop(tmp_path, draw):
+def test_smoothing_against_a_plain_loop(tmp_path):
     y = np.random.default_rng(0).normal(size=700)
     half = [min(i // 6, 1 + 700 // 60) for i in range(700)]
     medians = [np.median(y[i - half[i] : i + half[i] + 1]) for i in range(700)]
@@ -189,7 +178,7 @@ def test_smoothing_against_a_plain_loop(tmp_path, draw):
     np.testing.assert_array_equal(line, list(enumerate(medians)))
 
 
-def test_a_spike_is_no_plateau_and_is_marked_and_few_validation_losses_are_markers(tmp_path, draw):
+def test_a_spike_is_no_plateau_and_is_marked_and_few_validation_losses_are_markers(tmp_path):
     losses = [3.5 - step / 1000 for step in range(300)]
     losses[200:202] = 11.3, 7.9
     for every, style in ((100, "None"), (10, "-")):
@@ -201,7 +190,7 @@ def test_a_spike_is_no_plateau_and_is_marked_and_few_validation_losses_are_marke
         assert next(line for line in loss.lines if line.get_label() == "validation").get_linestyle() == style
 
 
-def test_the_ceilings_of_the_largest_load_and_of_the_entropy(moe, tmp_path, draw):
+def test_the_ceilings_of_the_largest_load_and_of_the_entropy(moe, tmp_path):
     few = fake_log(tmp_path / "few", steps=40, experts=4)
     (few / "run.json").write_text(json.dumps({"config": {"use_moe": True, "num_experts": 16}}))
     both = [moe, few]
@@ -218,14 +207,14 @@ def test_the_ceilings_of_the_largest_load_and_of_the_entropy(moe, tmp_path, draw
     ([50257], True), ([50304], True), ([257], False), ([100352], False), ([None], False),
     ([50304, 257], False),
 ])  # fmt: skip
-def test_gpt2s_results_are_drawn_only_beside_its_vocabulary(tmp_path, draw, vocabularies, compared):
+def test_gpt2s_results_are_drawn_only_beside_its_vocabulary(tmp_path, vocabularies, compared):
     axes, _ = draw(*(fake_log(tmp_path / str(V), steps=40, experts=0, vocab=V) for V in vocabularies))
     assert [text.get_text()[:20] for text in axes["Loss"].texts] == ["GPT-2 124M on FineWe"] * compared
     heights = {float(line.get_ydata()[0]) for line in axes["HellaSwag"].lines if len(line.get_ydata()) == 2}
     assert heights == ({0.25, 0.294463, 0.337} if compared else {0.25})
 
 
-def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path, draw):
+def test_several_runs_have_their_own_names_line_styles_and_heat_maps(tmp_path):
     folders = [fake_log(tmp_path / name, steps=20) for name in ("a", "_b", "x/c$d$", "y/c$d$")]
     folders.append(fake_log(tmp_path / "dense", steps=20, experts=0))
     axes, fig = draw(*folders)
@@ -246,7 +235,7 @@ def one_warning(capsys) -> str:
     return said
 
 
-def test_garbage_and_a_cut_last_line(tmp_path, draw, capsys):
+def test_garbage_and_a_cut_last_line(tmp_path, capsys):
     folder = fake_log(tmp_path / "log", steps=100)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     lines[10], lines[20] = "\x00\x00 not json", '{"loss": 3.0}'
@@ -260,7 +249,7 @@ def test_garbage_and_a_cut_last_line(tmp_path, draw, capsys):
     assert len(points(axes["Loss"])) == 100 - 6  # the cut line had no loss
 
 
-def test_steps_without_a_finite_loss(tmp_path, draw, capsys):
+def test_steps_without_a_finite_loss(tmp_path, capsys):
     losses = [3.0] * 100
     losses[60], losses[61], losses[99] = math.nan, math.inf, None
     write_log(tmp_path, [{"step": step, "loss": loss} for step, loss in enumerate(losses)])
@@ -281,7 +270,7 @@ def test_nothing_logged_yet(tmp_path, capsys):
     assert len(os.listdir(tmp_path)) == 4 and Path(out).read_bytes().endswith(b"%%EOF\n")  # the old one stays
 
 
-def test_log_txt_alone_and_behind_an_empty_metrics_file(tmp_path, draw, capsys):
+def test_log_txt_alone_and_behind_an_empty_metrics_file(tmp_path, capsys):
     (tmp_path / "log.txt").write_text("0 val 10.9500\n0 hella 0.2463\n0 train 10.952377\n1 train 9.5\n\n2 tr")
     axes, _ = draw(tmp_path)
     assert "log.txt: 1 unreadable line(s) skipped, first line 6" in one_warning(capsys)
@@ -292,7 +281,7 @@ def test_log_txt_alone_and_behind_an_empty_metrics_file(tmp_path, draw, capsys):
     assert "metrics.jsonl holds no step" in one_warning(capsys)
 
 
-def test_a_run_that_cannot_be_placed_is_named(moe, tmp_path, draw, capsys):
+def test_a_run_that_cannot_be_placed_is_named(moe, tmp_path, capsys):
     (tmp_path / "log.txt").write_text("0 train 5.0\n1 train 4.0\n")
     axes, _ = draw(tmp_path, moe, x="tokens")
     warning = one_warning(capsys)

@@ -5,7 +5,6 @@ The everyday suite runs one command of each script and module; with -m slow come
 """
 
 import csv
-import importlib
 import json
 import re
 import runpy
@@ -194,10 +193,8 @@ def test_commands_run(command, workshop, monkeypatch, capsys, request):
         exec(flags[0], {})
     elif script == "train_gpt_moe.py":
         code = run_training(flags)
-    elif script.endswith(".py"):
-        code = importlib.import_module(script.removesuffix(".py")).main([*flags, *more])
     else:
-        code = run_module(script, [*flags, *more], monkeypatch)
+        code = run_module(script.removesuffix(".py"), [*flags, *more], monkeypatch)
     assert code == 0, capsys.readouterr().err
 
 
@@ -211,10 +208,7 @@ def test_python_examples_run_in_order(workshop, capsys, own_modules):
     assert "Hello" in capsys.readouterr().out
 
 
-NAMING = [c for c in COMMANDS if c not in RUN and re.search(r"\.(py|slurm)\b", c)]
-
-
-@pytest.mark.parametrize("command", NAMING)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUN and re.search(r"\.(py|slurm)\b", c)])
 def test_listed_commands_name_files_and_flags_that_exist(command):
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith((".py", ".slurm")))

@@ -3,10 +3,10 @@
 Run: python -m pytest tests/test_train_gpt_moe.py"""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
-import sys
+import re
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from processes import flags, losses, metrics, run_ranks
 import plot_log
 import train_gpt_moe
 from model import GPT, GPTLMHeadModel
-from train_gpt_moe import PRESETS, TrainConfig, parse_config
+from train_gpt_moe import TrainConfig
 from training import parallel
 from training.setup import check_config
 
@@ -42,7 +42,6 @@ def test_log_files_have_every_step_once(straight):
     assert [r["eval_step"] for r in evaluated] == [0, 4, 8, 12]
     for kind, name in (("val", "val_loss"), ("val_bpb", "val_bpb")):
         assert losses(straight, kind) == pytest.approx([r[name] for r in evaluated], abs=1e-6)
-    assert [record["elapsed_s"] for record in records] == sorted(record["elapsed_s"] for record in records)
 
 
 def test_the_loss_that_is_logged_is_the_cross_entropy_alone(straight, data, tmp_path):
@@ -83,8 +82,7 @@ def test_two_processes_give_the_losses_of_one_and_say_everything_once(data, tmp_
     assert "warn" not in said.lower(), said
     for text in "parameters  |step 0: validation loss|step     0/5|step 5: saved|speed  ".split("|"):
         assert sum(line.startswith(text) for line in said.splitlines()) == 1, text
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    for kind in ("val", "val_bpb"):
+    for kind in ("train", "val", "val_bpb"):
         assert losses(tmp_path / "two", kind) == pytest.approx(losses(tmp_path / "one", kind), rel=1e-4)
 
 
@@ -97,30 +95,17 @@ def test_defaults_are_those_of_the_124m_recipe():
     assert config.prompt == "Hello, I'm a language model,"
 
 
-def test_flags_win_over_presets_and_aliases_are_fields():
-    words = "--preset demo --T 64 --num_iterations 7 --use_moe=False --compile 0".split()
-    config, given = parse_config(words)
-    assert (config.T, config.max_steps, config.use_moe, config.use_compile) == (64, 7, False, False)
-    assert config.n_embd == PRESETS["demo"]["n_embd"]
-    assert given == {"preset", "T", "max_steps", "use_moe", "use_compile"}
-
-
-def test_edited_constants_behave_like_flags(tmp_path):
+def test_edited_constants_behave_like_flags(tmp_path, monkeypatch):
     """What follows from a setting (min_lr from max_lr, the warmup from max_steps) follows an edit, too."""
-    code, edited = (ROOT / "train_gpt_moe.py").read_text(encoding="utf-8"), []
-    edits = "max_lr:float 6e-4 1e-3, max_steps:int 19073 100, T:int 1024 512, num_experts:int 2 8"
-    for name, before, after in map(str.split, edits.split(", ")):
-        line = f"    {name.replace(':', ': ')} = setting({before},"
-        assert code.count(line) == 1, line
-        code = code.replace(line, line.replace(before, after))
-        edited.append(f"--{name.split(':')[0]}={after}")
+    code, words = (ROOT / "train_gpt_moe.py").read_text(encoding="utf-8"), []
+    for name, value in dict(max_lr="1e-3", max_steps="100", T="512", num_experts="8").items():
+        code, edits = re.subn(rf"(?m)^(    {name}: \w+ = setting\()[^,]+", rf"\g<1>{value}", code)
+        assert edits == 1, name
+        words.append(f"--{name}={value}")
     (tmp_path / "edited_script.py").write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("edited_script", tmp_path / "edited_script.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # dataclasses look their module up there
-    spec.loader.exec_module(script)
+    monkeypatch.syspath_prepend(tmp_path)
     configs = []
-    for module, arguments in ((script, []), (train_gpt_moe, edited)):
+    for module, arguments in ((importlib.import_module("edited_script"), []), (train_gpt_moe, words)):
         config, given = module.parse_config(arguments)
         check_config(config, parallel.World(0, 0, 1, torch.device("cpu")), given, lambda text: None)
         configs.append(dataclasses.asdict(config))

@@ -58,17 +58,14 @@ class Volume(TorchDispatchMode):
 def bytes_on_the_wire() -> int:
     """Bytes that this process has sent through its TCP connections so far, each counted once (Linux)."""
     total = 0
-    for path in Path("/proc/self/fd").iterdir():
+    for path in filter(Path.is_socket, Path("/proc/self/fd").iterdir()):
         try:
-            if not os.readlink(path).startswith("socket:"):
-                continue
             with socket.socket(fileno=os.dup(int(path.name))) as connection:
                 information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:  # closed meanwhile, or no TCP
             continue
-        if len(information) >= 216:
-            sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
-            total += sent - again
+        sent, again = struct.unpack_from("QQ", information, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+        total += sent - again
     return total
 
 

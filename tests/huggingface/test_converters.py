@@ -40,7 +40,6 @@ def exported_how(T: int = 24) -> dict:
 def test_an_exported_program_runs_where_our_code_is_missing(tmp_path):
     model, ids = strong(GPTLMHeadModel(tiny(**MODERN))), tokens(B=2, T=7, seed=3)
     program = torch.export.export(model, (tokens(),), **exported_how())
-    assert not [node for node in program.graph.nodes if "gpt_moe" in str(node.target)]
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save(ids, tmp_path / "ids.pt")
     subprocess.run([sys.executable, "-P", "-I", "-c", LOADS], cwd=tmp_path, check=True)

