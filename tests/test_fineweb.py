@@ -168,8 +168,6 @@ def test_wrong_settings_are_named(arguments, tmp_path, capsys, monkeypatch):
 
 
 def test_full_disk_is_reported_and_gone_on_from(tmp_path, capsys):
-    """A limit on the size of files stands for the disk."""
-    pytest.importorskip("resource")
     source = write_source(tmp_path / "a.jsonl", DOCUMENTS * 40)
     make = small_flags(source, tmp_path / "out", shard_size=3000)
     with full_disk(4000):

@@ -65,13 +65,11 @@ def test_batched_scores_equal_plain_ones(style, fields, write):
     for budget in (1, 300, 100_000):  # one row per forward, some, all
         result = evaluate(model, path, style=style, tokens_per_batch=budget)
         assert_close(result.losses, plain)
-        assert result.choices == plain.argmin(1).tolist()
     bare = GPT(model.config)
     bare.load_state_dict(model.state_dict())
     assert_close(evaluate(bare, path, style=style).losses, plain)
     model.set_attn_implementation("eager")
     assert_close(evaluate(model, path, style=style).losses, plain)
-    assert result.n == 16
     assert (result.cropped > 5) == ("block_size" in fields)
 
 
@@ -96,7 +94,7 @@ def test_losses_against_hugging_face_in_double_precision(tmp_path, write):
     for model in (theirs, GPTLMHeadModel.from_pretrained(tmp_path / "gpt2")):
         result = evaluate(model, path, encoding="bytes", tokens_per_batch=200)
         assert_close(result.losses, expected)
-        assert result.choices == expected.argmin(1).tolist() and result.cropped > 0
+        assert result.cropped > 0
     theirs.config.model_type = "other"
     refuses(r"model_type='other' .*encoding=", evaluate, theirs, path)
 
@@ -149,8 +147,7 @@ def test_modes_and_router_statistics_are_left_as_they_were(write):
     first, second = evaluate(model, path), evaluate(model, path)
     assert torch.equal(first.losses, second.losses)  # no dropout
     model.transformer.h[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        evaluate(model, path)
+    refuses("division", evaluate, model, path, error=ZeroDivisionError)
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not model.lm_head._forward_pre_hooks
@@ -303,7 +300,6 @@ def test_download_once(urlopen, tmp_path):
     url = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
     urlopen.assert_called_once_with(url, timeout=mock.ANY)
     assert [p.name for p in (tmp_path / "hellaswag").iterdir()] == ["hellaswag_val.jsonl"]
-    assert evaluate(make_model()).n == 1
     refuses("split='test'", hellaswag.download, "test")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refuses
-from corpus import small_flags, write_source
+from corpus import content, small_flags, write_source
 from processes import flags
 
 import fineweb
@@ -98,11 +98,11 @@ def test_loader_compares_what_a_checkpoint_has(data):
         refuses(message, train.load_state_dict, state | wrong)
 
 
-def test_verify_compares_every_token(corpus, tmp_path, capsys, refused):
+def test_verify_compares_every_token_and_the_same_command_mends_them(corpus, tmp_path, capsys, refused):
     out, verify = tmp_path / "out", ["--verify", "--out", str(tmp_path / "out")]
     assert build(corpus, out) == 0 == fineweb.main(verify)
     assert "compared 12 shards, 21,003 tokens" in capsys.readouterr().out
-    shutil.copytree(out, other := tmp_path / "other")
+    expected = content(shutil.copytree(out, other := tmp_path / "other"))
     shutil.copy(out / "train_000003.bin", other / "train_000001.bin")  # a run notices that by itself
     refuses(r"train_000001\.bin: its tokens are not those .* --verify", read_meta, other)
     raw = bytearray((out / "train_000001.bin").read_bytes())
@@ -116,14 +116,17 @@ def test_verify_compares_every_token(corpus, tmp_path, capsys, refused):
     assert [re.search(r"train_0000(\d+)", line)[1] for line in lines] == ["01", "02", "03", "99"], lines
     (out / "train_000001.bin").unlink()
     (out / "train_000099.bin").unlink()
-    assert build(corpus, out) == 0 == fineweb.main(verify)  # as the messages say
-    (out / "meta.json").unlink()
+    for name in (".train_000002.bin", ".meta.json"):  # left by a kill
+        (out / f"{name}.0123456789abcdef.tmp").touch()
+    assert build(corpus, out) == 0 and content(out) == expected  # as the messages say
+    for lost in ("meta.json", "val_000000.bin"):
+        (out / lost).unlink()
     assert "no meta.json" in refused(fineweb.main, *verify)
+    assert build(corpus, out) == 0 and content(out) == expected
 
 
 CHANGES = {
     "replaced": (lambda folder: (folder / "1.txt").write_text("z WORD " * 1000), "file 'corpus/1.txt'"),
-    "swapped": (lambda folder: shutil.copy(folder / "0.txt", folder / "1.txt"), "file 'corpus/1.txt'"),
     "renamed": (lambda folder: (folder / "1.txt").rename(folder / "3.txt"), "'corpus/3.txt'='missing'"),
     "removed": (lambda folder: (folder / "2.txt").unlink(), "'corpus/2.txt'='missing'"),
 }
@@ -131,12 +134,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_sources_that_changed_after_a_kill_are_refused(change, corpus, killed, refused):
-    before = {path: path.read_bytes() for path in killed.iterdir()}
+    before = content(killed)
     alter, words = CHANGES[change]
     alter(corpus)
     line = refused(fineweb.main, *make(corpus, killed))
     assert words in line and "another --out, or delete the folder" in line
-    assert {path: path.read_bytes() for path in killed.iterdir()} == before
+    assert content(killed) == before
 
 
 def test_copied_sources_and_older_folders_continue(corpus, killed, tmp_path, capsys):

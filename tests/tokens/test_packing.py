@@ -1,4 +1,4 @@
-"""Rows that begin at a document: packing, epochs, resuming, what is refused; later epochs of plain loaders.
+"""Rows that begin at a document: packing, epochs, what is refused; all loaders: resuming, later epochs.
 
 Run: python -m pytest tests/tokens/test_packing.py"""
 
@@ -65,24 +65,27 @@ def test_every_token_is_in_one_row_of_an_epoch_or_counted_as_dropped(tmp_path, s
         assert loader.kept == {name: sizes[name] for name in loader.kept}
 
 
-def test_epochs_differ_and_a_run_resumes_on_other_ranks_alone_and_in_a_mixture(tmp_path):
+def test_any_ranks_read_the_same_stream_and_resume_exactly(tmp_path):
+    """Plain rows and rows of documents, alone and in a mixture. The rows differ from epoch to epoch."""
     lengths = np.random.default_rng(0).integers(1, 30, (2, 60)).tolist()
     for name, chosen in dict(a=lengths, b=lengths[1:], c=[[5]]).items():
         write_documents(tmp_path / name, chosen)
     weights, make = {tmp_path / "a": 2, tmp_path / "b": 1}, partial(DocumentLoader, eot_token=EOT)
     plain = partial(DistributedDataLoader, tmp_path / "a"), partial(MixtureLoader, weights)
     packed = partial(make, tmp_path / "a"), partial(MixtureLoader, weights, make=make)
-    for build, other in zip(packed, plain, strict=True):
+    for build in (*plain, *packed):
         loader = build(B=1, T=40)
         stream, size = next_tokens(loader, n=300), loader.samples_per_epoch
         rows = [{tuple(row) for row in stream[i : i + size].tolist()} for i in (0, size)]
-        assert size < 150 and len(rows[0] & rows[1]) < len(rows[0]) / 2 and loader.kept["dropped"]
+        assert size < 150 and len(rows[0] & rows[1]) < len(rows[0]) / 2
         one, ranks = build(B=5, T=40), [build(B=2, T=40, rank=rank, world_size=3) for rank in range(3)]
-        assert next_tokens(one, n=33).equal(stream[:165])
-        for rank in ranks:
+        assert next_tokens(one, n=33).equal(stream[:165]) and next_tokens(*ranks, n=2).equal(stream[:12])
+        for rank in ranks:  # which have prefetched other batches, as `one` has
             rank.load_state_dict(json.loads(json.dumps(one.state_dict())))
         assert next_tokens(*ranks, n=20).equal(stream[165:285])
-        unpacked = other(B=1, T=40)
+    for loaders in zip(plain, packed, strict=True):
+        unpacked, one = (build(B=1, T=40) for build in loaders)
+        assert one.kept["dropped"]
         for saved, now, words in ((one, unpacked, "'documents'.*''"), (unpacked, one, "''.*'documents'")):
             refuses(f"align={words}", now.load_state_dict, saved.state_dict())
     refuses("no token 7.*omit --align", make, tmp_path / "c", B=1, T=8, eot_token=7)
