@@ -189,7 +189,14 @@ def small_encoding(special: dict[str, int], *longer: bytes) -> tiktoken.Encoding
     return tiktoken.Encoding("small", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
 
 
-def test_tokenizers(tmp_path):
+def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
+    llmc.write_tokenizer(gpt2_encoding, tmp_path / "gpt2_tokenizer.bin")
+    pieces, eot = read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
+    assert (len(pieces), eot, pieces[eot]) == (50257, 50256, b"<|endoftext|>")
+    assert b"".join(pieces[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
+
+
+def test_tokenizers_of_bytes_and_others(tmp_path):
     path, end, longest = tmp_path / "tokenizer.bin", b"<|endoftext|>", b"x" * 255
     llmc.write_tokenizer(get_encoding("bytes"), path)
     assert read_tokenizer(path) == ([*BYTES, end], 256)
