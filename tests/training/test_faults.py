@@ -167,13 +167,17 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_pat
 
 
 def test_weights_that_are_not_finite_are_named_and_never_saved(data, tmp_path, monkeypatch, capsys):
-    broken = lambda model, *args: model.transformer.h[1].mlp.experts.c_fc.data[0].fill_(float("nan"))  # noqa: E731
-    at_call(monkeypatch, GPTLMHeadModel, "forward", [8], broken)  # in step 3
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_bad_steps", 2, "--checkpoint_every", 1)) == 1
+    """The evaluation before step 4 logs its loss as nan, and has no sample."""
+    broken = lambda model, *args: model.transformer.h[0].mlp.experts.c_fc.data[0].fill_(float("nan"))  # noqa: E731
+    at_call(monkeypatch, GPTLMHeadModel, "forward", [10], broken)  # in step 3
+    more = ["--max_bad_steps", 2, "--checkpoint_every", 1, "--sample_every", -1, "--sample_tokens", 2]
+    assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 1
     said = capsys.readouterr()
-    assert "parameters that are not finite: transformer.h.1.mlp.experts.c_fc\n" in said.err
+    assert "parameters that are not finite: transformer.h.0.mlp.experts.c_fc\n" in said.err
     assert "CHECKPOINT NOT WRITTEN: step 4 is not saved" in said.out
-    assert "model.transformer.h.1.mlp.experts.c_fc" in said.out and "--max_lr" in said.out
+    assert "model.transformer.h.0.mlp.experts.c_fc" in said.out and "--max_lr" in said.out
+    assert "step 4: no sample: the model's logits are NaN" in said.out
+    assert "4 val nan\n" in (tmp_path / "log.txt").read_text()
     assert steps_saved(tmp_path) == [1, 2, 3] and (tmp_path / "latest").read_text() == "model_00003.pt"
 
 

@@ -30,17 +30,10 @@ LONG = ["--max_steps", 50_000, "--checkpoint_every", 0]
 
 
 def main(arguments: list[str]) -> int:
-    """What `start(..., script="test_ranks")` runs: a rank in a folder of its own."""
-    os.chdir(os.environ["FOLDER"])
-    return train_gpt_moe.main(arguments)
-
-
-def start_unlike(arguments: list[list], output: Path, folders: list | None = None) -> list:
-    """Ranks with arguments and folders of their own."""
-    world = dict(WORLD_SIZE=str(len(arguments)), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    each = enumerate(zip(arguments, folders or [ROOT] * 2, strict=True))
-    names = lambda rank, folder: world | dict(RANK=str(rank), LOCAL_RANK=str(rank), FOLDER=str(folder))  # noqa: E731
-    return [start(mine, output, names(rank, its), script="test_ranks") for rank, (mine, its) in each]
+    """What `start_ranks(..., script="test_ranks")` runs: each rank may have a folder and flags of its own."""
+    rank = os.environ["RANK"]
+    os.chdir(os.environ.get(f"FOLDER_{rank}", "."))
+    return train_gpt_moe.main([*arguments, *os.environ.get(f"FLAGS_{rank}", "").split()])
 
 
 def saved_all(log_dir: Path) -> bool:
@@ -63,7 +56,7 @@ def test_signals_that_end_a_run(name):
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_that_is_ignored_at_the_start_stays_ignored(monkeypatch):
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with Signals() as signals:
@@ -178,11 +171,11 @@ def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------- different settings or data
 def test_different_settings_are_named_on_all_ranks(data, tmp_path):
-    arguments = flags(data, tmp_path / "log", "--B", 2)
-    other = [*arguments, "--max_lr", 0.1, "--resume", "auto", "--prompt", "x" * 1000]
-    begin, ranks = time.monotonic(), start_unlike([arguments, other], tmp_path / "out")
-    assert [finish(rank, 60) for rank in ranks] == [2, 2] and time.monotonic() - begin < 60
-    for line in (lines := (tmp_path / "out").read_text().splitlines()):
+    other = {"FLAGS_1": f"--max_lr 0.1 --resume auto --prompt {'x' * 1000}"}
+    arguments, out = flags(data, tmp_path / "log", "--B", 2), tmp_path / "out"
+    ranks = start_ranks(2, arguments, out, script="test_ranks", environment=other)
+    assert [finish(rank, 60) for rank in ranks] == [2, 2]
+    for line in (lines := out.read_text().splitlines()):
         assert "max_lr=0.003 on rank 0, but 0.1 on rank 1" in line and len(line) < 500
         assert "resume='' on rank 0, but 'auto' on rank 1" in line and "prompt=" in line
         assert "log_dir" not in line
@@ -196,21 +189,20 @@ def test_different_data_are_named_on_all_ranks(data, tmp_path, name):
         shutil.copytree(data, tmp_path / machine / "data")
     tokens = np.array(read_shard(tmp_path / "b" / "data" / name))
     write_shard(tmp_path / "b" / "data" / name, tokens[::-1])
-    arguments = flags("data", tmp_path / "log", "--B", 2)
-    ranks = start_unlike([arguments] * 2, tmp_path / "out", [tmp_path / "a", tmp_path / "b"])
+    folders = {"FOLDER_0": str(tmp_path / "a"), "FOLDER_1": str(tmp_path / "b")}
+    arguments, out = flags("data", tmp_path / "log", "--B", 2), tmp_path / "out"
+    ranks = start_ranks(2, arguments, out, script="test_ranks", environment=folders)
     assert [finish(rank, 60) for rank in ranks] == [2, 2]
-    said, field = (tmp_path / "out").read_text(), "validation" if "val" in name else "sha256"
+    said, field = out.read_text(), "validation" if "val" in name else "sha256"
     assert len(re.findall(rf"different training data: .*{field}=\S+ on rank 0, but \S+ on rank 1", said)) == 2
 
 
 # ---------------------------------------------------------------------------- a start that waits
-WAITING = (0, "rank 0 waits for ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 1 waits for rank 0 at ")
-
-
-@pytest.mark.parametrize(("rank", "said"), WAITING)
-def test_a_start_that_waits_says_for_whom(rank, said, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "others"), [(0, "ranks 1, 2 of WORLD_SIZE=3 ("), (1, "rank 0 at ")])
+def test_a_start_that_waits_says_for_whom(rank, others, monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.6))
     monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.1)
-    with pytest.raises(ValueError, match=r"ranks 1, 2 of WORLD_SIZE=3 did not start|cannot reach"):
+    end = "ranks 1, 2 of WORLD_SIZE=3 did not start|rank 1 cannot reach rank 0 at MASTER_ADDR=localhost, MAST"
+    with pytest.raises(ValueError, match=end):
         rendezvous.rendezvous(rank, 3, "localhost", free_port())
-    assert capsys.readouterr().err.count(said) > 1
+    assert capsys.readouterr().err.count(f"rank {rank} waits for {others}") > 1
