@@ -2,7 +2,6 @@
 
 Run: python -m pytest tests/training/test_evaluation.py"""
 
-import contextlib
 import math
 import shutil
 from types import SimpleNamespace
@@ -62,12 +61,10 @@ def test_the_whole_set_is_every_window_once_on_any_number_of_ranks(size, tmp_pat
     windows = torch.from_numpy(tokens[: 49 * T + 1].astype(int))
     x, y = windows[:-1].view(49, T), windows[1:].view(49, T)
     nats, parts = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()).item(), []
+    run = make_run(model, None, token_bytes=torch.arange(257))
+    run.config.val_steps = 0
     for rank in range(size):
         loader = DistributedDataLoader(str(tmp_path / "*"), B=4, T=T, rank=rank, world_size=size, seed=0)
-        run = SimpleNamespace(model=model, token_bytes=torch.arange(257), autocast=contextlib.nullcontext)
-        run.positions = lambda x: None
-        run.layout = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu"), sum=lambda part: part))
-        run.config = SimpleNamespace(val_steps=0)
         parts.append(measure(run, loader, lambda: False))
     assert torch.tensor(parts).sum(0).tolist() == pytest.approx([nats, y.double().mean().item()], rel=1e-6)
 
