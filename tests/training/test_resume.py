@@ -118,8 +118,9 @@ def test_a_field_that_an_older_checkpoint_lacks_has_its_default(straight):
 
 
 @pytest.mark.parametrize(("flag", "value", "before"), [
-    ("n_layer", 3, 2), ("T", 16, 32), ("seed", 7, 1337), ("block_size", 64, 32), ("vocab_size", 512, 384),
-    ("moe_loss_type", "variance_penalty", "'load_balancing'"),
+    ("n_layer", 3, 2), ("n_embd", 64, 32), ("num_experts", 8, 4), ("T", 16, 32), ("seed", 7, 1337),
+    ("activation", "relu2", "'gelu'"), ("tie_word_embeddings", False, True), ("block_size", 64, 32),
+    ("moe_loss_type", "variance_penalty", "'load_balancing'"), ("vocab_size", 512, 384),
 ])  # fmt: skip
 def test_another_run_is_refused_naming_field_and_values(stopped, refused, flag, value, before):
     content = {path: path.read_bytes() for path in stopped.glob("*.*")}
@@ -197,9 +198,32 @@ def test_damaged_checkpoints_are_skipped_and_put_aside(straight, stopped, capsys
     same_run(straight, stopped)
 
 
+def test_an_earlier_checkpoint_starts_a_new_branch(straight, tmp_path):
+    """Newer checkpoints of the branch that is left must not be taken by the next --resume auto."""
+    log_dir = tmp_path / "log"
+    shutil.copytree(straight, log_dir)
+    assert resume(log_dir / "model_00003.pt", "--max_steps", 5) == 0
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(log_dir)] == [5, 3]
+    (old,) = log_dir.glob("old_*")
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(old)] == [12, 9, 6]
+    assert (log_dir / "latest").read_text() == "model_00005.pt"
+
+
+def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsys):
+    tmp_path.joinpath("log.txt").write_text("0 val 5.9\n0 train 5.9\n1 tr")
+    tmp_path.joinpath("metrics.jsonl").write_text('{"run": {}}\n{"step": 0, "loss": 5.9}\n{"st')
+    more = ["--resume", "auto", "--max_steps", 3, "--seed", 1_732_243_200]  # a large seed
+    assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
+    (old,) = tmp_path.glob("old_*")
+    assert (old / "log.txt").read_text().endswith("1 tr") and "resumed" not in capsys.readouterr().out
+    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2]
+
+
 def test_a_folder_belongs_to_one_run_at_a_time(data, tmp_path, refused):
-    with run_log.claim_folder(tmp_path):
-        assert "another run is writing there" in refused(train_gpt_moe.main, *flags(data, tmp_path))
+    lock = run_log.claim_folder(tmp_path)
+    assert "another run is writing there" in refused(train_gpt_moe.main, *flags(data, tmp_path))
+    lock.close()
+    run_log.claim_folder(tmp_path).close()
 
 
 # ---------------------------------------------------------------------------- log files

@@ -48,6 +48,7 @@ def change_part(place: int, value):
 FORGERIES = {  # what the error says: the change
     "it lacks 'tensors'": lambda index: index.pop("tensors"),
     r"'rest\.pt' is missing": lambda index: index["files"].pop("rest.pt"),
+    "'/etc/passwd' is missing or is no file": lambda index: index["files"].update({"/etc/passwd": [1, 1]}),
     r"'\.\./secret' is missing or is no file": lambda index: index["files"].update({"../secret": [0, 0]}),
     r"rest\.pt.* is damaged": lambda index: index["files"].update({"rest.pt": []}),
     "does not fit into '/etc/passwd'": change_part(2, "/etc/passwd"),
@@ -55,7 +56,10 @@ FORGERIES = {  # what the error says: the change
     "another index.json: it lacks 99": lambda index: index["tensors"].update({"optimizer.99.m": a(index)}),
     "there is no dtype 'load'": lambda index: a(index).update(dtype="load"),
     "wte.weight is torch.int32 of shape": lambda index: a(index).update(dtype="int32"),
+    "it lacks 'shape'": lambda index: a(index).pop("shape"),
     "do not fill its shape .6, 7. exactly": lambda index: a(index).update(shape=[6, 7]),
+    "do not fill its shape .5, 7. exactly": lambda index: a(index).update(parts=[]),
+    "do not fill .* exactly once": lambda index: a(index).update(parts=2 * a(index)["parts"]),
     "no tensor can be read from byte -1": change_part(3, -1),
     r"__0_0\.distcp: .* the file is cut off": change_part(3, 10**9),
     "a part of .* does not fit into": change_part(4, 5),
