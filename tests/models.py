@@ -108,6 +108,16 @@ def experts_by_hand(experts: Experts, x, expert, weight):
     return torch.stack(y)
 
 
+def moe_by_hand(moe: MoE, x):
+    """The routed experts' output for x (N, C)."""
+    logits = x @ moe.gate.weight.t()
+    scores = logits.softmax(1) if moe.router_score == "softmax" else logits.sigmoid()
+    weight, expert = scores.topk(moe.num_experts_per_tok)
+    if weight.size(1) > 1 and moe.norm_topk_prob:
+        weight = weight / weight.sum(1, keepdim=True)
+    return experts_by_hand(moe.experts, x, expert, weight)
+
+
 def sure_layer(**fields) -> MoE:
     """A layer of 4 channels and 4 experts that sends the unit vector e to expert e, with probability 1."""
     layer = moe_layer(n_embd=4, **fields)

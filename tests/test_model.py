@@ -95,9 +95,8 @@ def test_impossible_configurations_are_refused_by_name(fields, words):
     assert re.search(words, str(error.value))
 
 
-@pytest.mark.parametrize("name, meant", [("n_embed", "n_embd"), ("num_expert", "num_experts")])
-def test_an_unknown_name_is_refused_with_the_one_that_was_meant(name, meant):
-    refuses(f"'{name}'.*'{meant}'", GPTConfig, **{name: 64})
+def test_an_unknown_name_is_refused_with_the_one_that_was_meant():
+    refuses("'n_embed'.*'n_embd'", GPTConfig, n_embed=64)
 
 
 @pytest.mark.parametrize("name, value", [("vocab_size", "x"), ("n_layer", 2.0), ("bias", 1), ("bias", "no")])
@@ -114,8 +113,8 @@ def test_configuration_survives_dictionary_file_and_older_names(tmp_path):
     assert again.pop("auto_map")["AutoModel"] == "model.GPT" and again == config.to_dict()
     # A file of a later version may hold names that this one does not know.
     assert GPTConfig(**config.to_dict() | {"name_of_tomorrow": 1}).n_layer == 2
-    with pytest.raises(ValueError, match="n_kv_head=2 and num_key_value_heads=4"):
-        GPTConfig(**config.to_dict() | {"num_key_value_heads": 4})
+    both = config.to_dict() | {"num_key_value_heads": 4}
+    refuses("n_kv_head=2 and num_key_value_heads=4", GPTConfig, **both)
 
 
 def test_every_standard_name_gives_the_resolved_value(tmp_path):
@@ -131,14 +130,12 @@ def test_every_standard_name_gives_the_resolved_value(tmp_path):
 
 
 def test_layer_kinds():
-    config = tiny(n_layer=6, sliding_window=8, global_every=3, moe_every=2)
-    assert [config.is_moe_layer(i) for i in range(6)] == [False, True] * 3
-    assert tiny(n_layer=3, moe_every=2).is_moe_layer(2)
-    assert not any(tiny(use_moe=False).is_moe_layer(i) for i in range(2))
-    model = GPT(tiny(n_layer=4, moe_every=2, expert_hidden_size=16))
-    assert len(model.moe_layers()) == 2
-    assert model.transformer.h[0].mlp.c_fc.weight.shape == (256, 64)  # dense ones keep 4 * n_embd
-    assert model.transformer.h[1].mlp.experts.c_fc.shape == (4, 16, 64)
+    config = tiny(n_layer=5, moe_every=2, expert_hidden_size=16)
+    assert [config.is_moe_layer(i) for i in range(5)] == [True, False, True, False, True]
+    sparse, dense, *_ = GPT(config).transformer.h
+    assert sparse.mlp.experts.c_fc.shape == (4, 16, 64)
+    assert dense.mlp.c_fc.weight.shape == (256, 64)  # dense ones keep 4 * n_embd
+    assert GPT(tiny(use_moe=False)).moe_layers() == []
 
 
 @pytest.mark.parametrize("n_layer, n_head, n_embd, count", [
@@ -178,7 +175,6 @@ def test_active_parameters_of_experts_by_hand():
 
 @pytest.mark.parametrize("fields", [dict(), MODERN, dict(use_moe=False), dict(num_shared_experts=1)])
 def test_initialisation_is_gpt2s(fields):
-    torch.manual_seed(1)
     model = GPTLMHeadModel(tiny(n_layer=4, n_embd=128, vocab_size=512, block_size=64, **fields))
     residual = 0.02 / math.sqrt(2 * 4)
     for name, parameter in model.named_parameters():
@@ -210,9 +206,6 @@ def test_three_ways_to_the_same_loss():
     count = (targets != -1).sum()
     part = model(input_ids=ids, labels=labels, num_items_in_batch=count * 4)
     assert part.loss.item() == pytest.approx(loss.item() / 4, rel=1e-6)
-    as_dict = model(ids, targets=targets, return_dict=True)
-    assert torch.equal(as_dict.loss, loss) and torch.equal(as_dict["logits"], logits)
-    assert as_dict.balance_loss is None and as_dict.cross_entropy is None
 
 
 def test_training_loss_is_the_sum_of_its_reported_parts():
@@ -226,7 +219,7 @@ def test_training_loss_is_the_sum_of_its_reported_parts():
     assert output.balance_loss.item() == pytest.approx(auxiliary.item(), rel=1e-6)
     quiet = model.eval()(input_ids=ids, labels=ids)
     assert quiet.loss.item() == pytest.approx(output.cross_entropy.item(), rel=1e-5)
-    assert quiet.balance_loss is None
+    assert quiet.balance_loss is None and quiet.cross_entropy is None
 
 
 def test_gpt_gives_hidden_states_and_with_a_target_what_the_head_gives():
@@ -286,17 +279,12 @@ def test_gradient_checkpointing_keeps_no_cache():
 
 
 def test_a_cache_goes_by_two_names():
-    """transformers renamed past_key_values in 5.24."""
-    model, ids = strong(GPTLMHeadModel(tiny())).eval(), tokens()
-    expected = model(ids).logits[:, -1:]
-    for name in ("past_key_values", "cache"):
-        begun = model(ids[:, :-1])[CACHE]
-        assert torch.allclose(model(ids[:, -1:], **{name: begun}).logits, expected, atol=1e-5)
-    for empty in (0, 1):  # PEFT's prefix and transformers' empty cache, or the reverse
-        both = [model(ids[:, :-1])[CACHE] for _ in range(2)]
-        both[empty] = DynamicCache(config=model.config)
-        found = model(ids[:, -1:], past_key_values=both[0], cache=both[1]).logits
-        assert torch.allclose(found, expected, atol=1e-5)
-    both = [model(ids[:, :-1])[CACHE] for _ in range(2)]
-    assert torch.equal(model(ids[:, -1:], past_key_values=both[0], cache=both[0]).logits, found)
-    refuses("past_key_values or cache", model, ids[:, -1:], past_key_values=both[0], cache=both[1])
+    """transformers renamed past_key_values in 5.24. PEFT's prefix may meet transformers' empty cache."""
+    model, ids = strong(GPTLMHeadModel(tiny())), tokens()
+    a, b, c, d, same, other = (model(ids[:, :-1])[CACHE] for _ in range(6))
+    empty, last = DynamicCache(config=model.config), ids[:, -1:]
+    pairs = (a, None), (None, b), (c, empty), (empty, d), (same, same)
+    found = [model(last, past_key_values=first, cache=second).logits for first, second in pairs]
+    assert all(torch.equal(logits, found[0]) for logits in found)
+    assert torch.allclose(found[0], model(ids).logits[:, -1:], atol=1e-5)
+    refuses("past_key_values or cache", model, last, past_key_values=same, cache=other)

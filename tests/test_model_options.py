@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import slow
-from models import experts_by_hand, gradients, strong, tiny, tokens
+from models import gradients, moe_by_hand, strong, tiny, tokens
 
 from huggingface.outputs import CACHE
 from mixture_of_experts import MoE
@@ -105,13 +105,6 @@ def mlp_by_hand(mlp, x):
     return mlp.c_proj(h)
 
 
-def moe_by_hand(moe, x, K):
-    score, chosen = moe.gate(x).softmax(1).topk(K)
-    score = score / score.sum(1, keepdim=True) if K > 1 else score
-    y = experts_by_hand(moe.experts, x, chosen, score)
-    return y + mlp_by_hand(moe.shared, x) if moe.shared is not None else y
-
-
 def ngrams_by_hand(table, ids, order, rows):
     """For each token the vectors of its n-grams, each one's row from the polynomial of its ids, modulo."""
     x = torch.zeros(len(ids), table.size(1), dtype=torch.float64)
@@ -134,8 +127,10 @@ def logits_by_hand(model: GPTLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
         local = config.sliding_window and not (config.global_every and (layer + 1) % config.global_every == 0)
         y = norm_by_hand(block.ln_1, x)
         x = x + attention_by_hand(block.attn, y, config, config.sliding_window if local else None)
-        y, moe = norm_by_hand(block.ln_2, x), isinstance(block.mlp, MoE)
-        x = x + (moe_by_hand(block.mlp, y, config.num_experts_per_tok) if moe else mlp_by_hand(block.mlp, y))
+        y, mlp = norm_by_hand(block.ln_2, x), block.mlp
+        if isinstance(mlp, MoE):
+            x, mlp = x + moe_by_hand(mlp, y), mlp.shared  # None, or an MLP too
+        x = x if mlp is None else x + mlp_by_hand(mlp, y)
     head = model.transformer.wte if config.tie_word_embeddings else model.lm_head
     logits, cap = norm_by_hand(parts.ln_f, x) @ head.weight.double().t(), config.logit_softcap
     return cap * torch.tanh(logits / cap) if cap else logits
@@ -178,7 +173,6 @@ def test_options_together(names):
         logits, loss = model(ids, targets=ids)
         loss.backward()
         results.append((logits, loss, gradients(model)))
-    assert logits.shape == (2, 16, 97)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     for name, grad in gradients(model).items():  # not all positions and experts are asked for
         assert grad.isfinite().all() and ("wpe" in name or ".experts." in name or grad.any()), name

@@ -5,6 +5,7 @@ Run: python -m pytest tests/layers/test_attention.py"""
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refuses
 from devices import needs_gpu
 from models import dense_model, strong, tiny, tokens
 from torch.nn.attention.flex_attention import flex_attention
@@ -16,22 +17,16 @@ from model import CausalSelfAttention
 CPU = torch.device("cpu")
 
 
-def build(**fields):
-    """A small dense model with large weights."""
-    return strong(dense_model(**fields))
-
-
 @torch.no_grad()
 def test_the_cache_holds_only_what_later_tokens_can_see():
-    model = build(position="rope", sliding_window=4, n_kv_head=2, n_layer=6, global_every=3)
-    assert model.config.layer_types == (["sliding_attention"] * 2 + ["full_attention"]) * 2
+    model = strong(dense_model(position="rope", sliding_window=4, n_kv_head=2, n_layer=6, global_every=3))
     shapes = [layer.keys.shape for layer in model(tokens(2, 16), use_cache=True)[CACHE].layers]
     lengths = [3, 3, 16, 3, 3, 16]  # with the next token, 3 are the window
     assert shapes == [(2, 2, length, 16) for length in lengths]  # (B, nkv, T, hs)
 
 
 def test_dropout_falls_on_attention_weights_in_training():
-    layer, x = build(dropout=0.5).transformer.h[0].attn.train(), torch.randn(1, 9, 64)
+    layer, x = strong(dense_model(dropout=0.5)).transformer.h[0].attn.train(), torch.randn(1, 9, 64)
     assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
     q = torch.randn(1, 1, 4000, 2)
     k, v, mask = q[:, :, :1], torch.ones(1, 1, 1, 2), torch.ones(4000, 1).bool()
@@ -89,7 +84,7 @@ def test_attention_layer_takes_a_block_mask():
 @needs_gpu
 def test_windows_on_cuda_train_as_on_the_cpu():
     fields = dict(position="rope", n_kv_head=2, sliding_window=100, global_every=2, block_size=512)
-    cpu, gpu = build(**fields).train(), build(**fields).train().cuda()
+    cpu, gpu = strong(dense_model(**fields)).train(), strong(dense_model(**fields)).train().cuda()
     ids = tokens(2, 300)
     assert attention.has_flex_attention(gpu.config, torch.device("cuda", 0))
     for model, rows in ((cpu, ids), (gpu, ids.cuda())):
@@ -100,15 +95,13 @@ def test_windows_on_cuda_train_as_on_the_cpu():
 
 # ---------------------------------------------------------------------------- backends
 def test_on_a_cpu_there_is_nothing_to_choose():
-    config = tiny()
-    for name in ("auto", *attention.BACKENDS):
-        assert attention.choose_backend(name, config, 2, 8, CPU, torch.float32) == ""
-    with pytest.raises(ValueError, match=r"attention_backend='flush'.*auto, cudnn, flash"):
-        attention.choose_backend("flush", config, 2, 8, CPU, torch.float32)
+    shape = tiny(), 2, 8, CPU, torch.float32
+    refuses("attention_backend='flush'.*auto, cudnn, flash", attention.choose_backend, "flush", *shape)
     assert not attention.has_flex_attention(tiny(sliding_window=4), CPU)  # only GPUs have block masks
-    model, ids = build(), tokens()
+    model, ids = strong(dense_model()), tokens()
     expected = model(ids).logits
-    for name in ("", "auto", *attention.BACKENDS):
+    for name in ("auto", *attention.BACKENDS):
+        assert attention.choose_backend(name, *shape) == ""
         with attention.prefer_backend(name, CPU):
             assert torch.equal(model(ids).logits, expected)
 
@@ -138,7 +131,7 @@ def test_the_backend_that_is_named_is_the_one_that_runs(name, able, chosen, monk
 
 
 def test_generation_does_without_cudnn():
-    seen, model, enabled = [], build(), torch.backends.cuda.cudnn_sdp_enabled
+    seen, model, enabled = [], strong(dense_model()), torch.backends.cuda.cudnn_sdp_enabled
     model.register_forward_pre_hook(lambda *_: seen.append(enabled()))
     model(tokens())
     model.generate(tokens(1, 3), max_new_tokens=2)

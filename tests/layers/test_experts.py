@@ -3,13 +3,12 @@
 Run: python -m pytest tests/layers/test_experts.py"""
 
 import itertools
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from devices import TRITON_DEVICE, needs_gpu
-from models import ENGINES, experts_by_hand, gradients, moe_layer, tiny
+from models import ENGINES, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from torch.nn.functional import grouped_mm
 
 from layers import experts
@@ -25,17 +24,6 @@ OF_ENGINES = [(engine, *kind) for engine in VARIANTS for kind in KINDS]
 for number, kind in enumerate(KINDS):
     marks = [needs_triton, *[pytest.mark.slow] * (number % 5 > 0)]
     OF_ENGINES.append(pytest.param("triton", *kind, marks=marks))
-
-
-def test_dispatch_of_a_hand_worked_example():
-    index = torch.tensor([[2, 0], [0, 3], [2, 3]])  # slots 0 to 5 want experts 2 0 0 3 2 3
-    routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
-    assert routing.order.tolist() == routing.weight.tolist() == [1, 2, 0, 4, 3, 5]
-    assert routing.token.tolist() == [0, 1, 0, 2, 1, 2] and routing.per_token == 2
-    assert routing.position.tolist() == [2, 0, 1, 4, 3, 5]
-    assert routing.expert.tolist() == [0, 0, 2, 2, 3, 3]
-    assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
-    assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]
 
 
 def blackwells(x, weights, offs):
@@ -109,14 +97,11 @@ def test_odd_layouts_of_input_and_gradient():
 
 @pytest.mark.parametrize("engine", ["loop", "gather"])
 def test_decoding_never_touches_unused_experts(engine):
-    layer, x = moe_layer(num_experts=8).eval(), torch.randn(1, 1, 8)
+    layer, x = sure_layer(num_experts_per_tok=1).eval(), torch.eye(4)[None, :1]  # a token for expert 0
     expected = layer(x)
-    used = layer.route(layer.gate(x[0]))[0].expert.tolist()
-    unused = [e for e in range(8) if e not in used]
-    assert len(unused) == 6
     with torch.no_grad():
         for parameter in layer.experts.parameters():
-            parameter[unused] = math.nan
+            parameter[1:] = torch.nan
     layer.experts.engine = engine
     torch.testing.assert_close(layer(x), expected)
 

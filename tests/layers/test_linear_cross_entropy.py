@@ -20,11 +20,10 @@ from model import GPTLMHeadModel
 N, C, V = 33, 16, 57
 
 
-def inputs(dtype=torch.float32, ignore_index=-100, seed=0):
+def inputs(dtype=torch.float32, ignore_index=-100):
     """x (N, C), weight (V, C), targets (N,), a quarter of them ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    x, weight = (torch.randn(n, C, generator=generator, dtype=dtype) for n in (N, V))
-    targets = torch.randint(0, V, (N,), generator=generator)
+    x, weight = torch.randn(N, C, dtype=dtype), torch.randn(V, C, dtype=dtype)
+    targets = torch.randint(0, V, (N,))
     targets[::4] = ignore_index
     return (2 * x).requires_grad_(), weight.requires_grad_(), targets
 
@@ -163,7 +162,7 @@ def loss_and_gradients(model, **arguments):
     model.zero_grad()
     output = model(return_dict=True, **arguments)
     output.loss.backward()
-    return output, [p.grad for p in model.parameters()]
+    return output.logits, [output.loss, output.cross_entropy, *(p.grad for p in model.parameters())]
 
 
 @pytest.mark.parametrize("fields", [
@@ -178,14 +177,13 @@ def test_the_models_loss_and_gradients_do_not_change(fields, kind):
         arguments = dict(input_ids=ids, targets=ids.roll(-1, 1).masked_fill(ids % 5 == 0, -1))
     if kind == "parts":
         arguments["num_items_in_batch"] = torch.tensor(100)
-    whole, expected = loss_and_gradients(model, **arguments)
+    logits, expected = loss_and_gradients(model, **arguments)
+    assert logits is not None  # chunks are off unless they are asked for
     for chunk in (-1, 10):
         model.loss_chunk = chunk
-        output, grads = loss_and_gradients(model, **arguments)
-        assert output.logits is None and whole.logits is not None
-        assert (output.loss - whole.loss).abs() < 1e-5
-        assert (output.cross_entropy - whole.cross_entropy).abs() < 1e-5
-        assert all((a - b).abs().max() < 1e-5 for a, b in zip(grads, expected, strict=True))
+        logits, found = loss_and_gradients(model, **arguments)
+        assert logits is None
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_which_calls_have_logits():
@@ -199,7 +197,6 @@ def test_which_calls_have_logits():
     assert output.logits is None and output.loss == pytest.approx(loss.item(), abs=1e-5)
     assert model(ids, labels=ids, return_dict=False)[0].dim() == 0
     assert "loss_chunk" not in model.config.to_dict()
-    assert GPTLMHeadModel(tiny())(ids, labels=ids).logits is not None  # off unless it is asked for
 
 
 def test_another_head_than_a_linear_layer_is_called():
@@ -219,10 +216,7 @@ def test_with_activation_checkpointing_and_whole_model_compiled():
     _, expected = loss_and_gradients(model, input_ids=ids, targets=ids)
     model.loss_chunk = 10
     model.gradient_checkpointing_enable()
-    _, checkpointed = loss_and_gradients(model, input_ids=ids, targets=ids)
-    model.gradient_checkpointing_disable()
     torch._dynamo.reset()
     model.compile(fullgraph=True, backend="aot_eager")
-    _, compiled = loss_and_gradients(model, input_ids=ids, targets=ids)
-    for a, b, c in zip(checkpointed, expected, compiled, strict=True):
-        assert (a - b).abs().max() < 1e-5 and (c - b).abs().max() < 1e-5
+    _, found = loss_and_gradients(model, input_ids=ids, targets=ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -4,7 +4,7 @@ Run: python -m pytest tests/layers/test_rotary.py"""
 
 import pytest
 import torch
-from models import tiny
+from models import strong, tiny
 
 import model as model_file
 from layers.rotary import can_norm_and_rotate, rotary_angles
@@ -23,9 +23,7 @@ def results(layer, packed, rotary) -> tuple[tuple, tuple]:
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_it_equals_the_plain_operators(nkv, dtype, close, monkeypatch):
     config = tiny(use_moe=False, position="rope", qk_norm=True, n_head=4, n_kv_head=nkv)
-    layer, hs = CausalSelfAttention(config).to(dtype), config.head_dim
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
+    layer, hs = strong(CausalSelfAttention(config), std=1.0).to(dtype), config.head_dim
     packed = torch.randn(2, 9, (4 + 2 * nkv) * hs, dtype=dtype, requires_grad=True)
     for position_ids in (torch.arange(9)[None], torch.randint(99, (2, 9))):
         rotary = rotary_angles(position_ids, hs, 1e4)
