@@ -26,6 +26,17 @@ for number, kind in enumerate(KINDS):
     OF_ENGINES.append(pytest.param("triton", *kind, marks=marks))
 
 
+def test_dispatch_of_a_hand_worked_example():
+    index = torch.tensor([[2, 0], [0, 3], [2, 3]])  # slots 0 to 5 want experts 2 0 0 3 2 3
+    routing = dispatch(index, torch.arange(6.0).view(3, 2), 5)
+    assert routing.order.tolist() == routing.weight.tolist() == [1, 2, 0, 4, 3, 5]
+    assert routing.token.tolist() == [0, 1, 0, 2, 1, 2] and routing.per_token == 2
+    assert routing.position.tolist() == [2, 0, 1, 4, 3, 5]
+    assert routing.expert.tolist() == [0, 0, 2, 2, 3, 3]
+    assert routing.ends.tolist() == [2, 2, 4, 6, 6]  # expert 1 and expert 4 get nothing
+    assert routing.ends.dtype == torch.int32 and routing.counts().tolist() == [2, 0, 2, 2, 0]
+
+
 def blackwells(x, weights, offs):
     """grouped_mm, whose backward leaves garbage in the gradient of expert 1, which has no rows."""
     weights = weights.clone()
