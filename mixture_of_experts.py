@@ -244,7 +244,7 @@ class MoE(nn.Module):
             if self.router_score == "sigmoid":  # very small scores are equal (0) where logits are not
                 choice = torch.where(self.router_bias.any(), choice, log_score(logits.detach()))
             if K == 1:
-                index = choice.argmax(-1, keepdim=True)  # the first of equals
+                index = choice.argmax(-1, keepdim=True)  # of equal scores it takes the first
             elif torch.compiler.is_exporting():  # ONNX has no stable sort
                 index = choice.topk(K).indices
             else:

@@ -145,19 +145,20 @@ def _products(rows: Tensor, weights: Tensor, biases: Tensor | None, sizes: list[
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether x is on a CPU. Then `expert_mlp` saves the activations for its backward: a CPU computes them
-    slowly. A GPU has less memory, and computes them again."""
+    """Whether x is on a CPU. There `expert_mlp` saves the activations for its backward, because a CPU is slow
+    at them. On a GPU, which has less memory, the backward computes them again."""
     return x.device.type == "cpu"
 
 
-def _add_up(rows: Tensor, weight: Tensor | None, token: Tensor, position: Tensor, out: Tensor) -> Tensor:
-    """Set each row of out (N, C) to the sum of its token's rows (R, C), times their weights (R,) if given."""
-    rows = rows.to(out.dtype)
-    if not _on_cpu(out):
-        return out.zero_().index_add_(0, token, rows if weight is None else rows * weight[:, None])
-    slots = F.pad(torch.bincount(token, minlength=len(out)).cumsum(0), (1, 0)).int()  # (N + 1,) borders
+def _add_up(rows: Tensor, token: Tensor, position: Tensor, N: int, weight: Tensor | None = None) -> Tensor:
+    """Sum of each token's rows, (R, C) -> (N, C); times the rows' weights (R,), if they are given."""
+    if not _on_cpu(rows):
+        rows = rows if weight is None else rows * weight[:, None]
+        return rows.new_zeros(N, rows.shape[1]).index_add_(0, token, rows)
+    # Token n has the slots from borders[n] to borders[n + 1]. On a CPU one pass over the rows is fastest.
+    borders = F.pad(torch.bincount(token, minlength=N).cumsum(0), (1, 0)).int()  # (N + 1,)
     options = dict(per_sample_weights=None if weight is None else weight[position], include_last_offset=True)
-    return F.embedding_bag(position, rows, slots, mode="sum", **options)
+    return F.embedding_bag(position, rows, borders, mode="sum", **options)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_mlp", mutates_args=())
@@ -178,7 +179,7 @@ def expert_mlp(
     hidden, acts = (x.new_empty(len(token), width) for width in (c_fc.shape[1], c_proj.shape[2]))
     act.forward_into(acts, _products(rows, c_fc, fc_bias, sizes, hidden))  # (R, H)
     y = _products(acts, c_proj, proj_bias, sizes, rows)  # (R, C), where the rows were
-    out = _add_up(y, weight, token, position, weight.new_empty(x.shape))
+    out = _add_up(y.to(weight.dtype), token, position, x.shape[0], weight)
     return out.to(x.dtype), hidden, acts if _on_cpu(x) else acts.new_empty(0, acts.shape[1])
 
 
@@ -214,8 +215,8 @@ def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, 
         if biases:
             torch.sum(gh_e, 0, out=grads[2][e])
             torch.sum(g_e, 0, out=grads[3][e])
-    grad_rows = _products(gh, c_fc.mT, None, sizes, g)  # (R, C)
-    grad_x = _add_up(grad_rows, None, token, position, weight.new_empty(x.shape))
+    grad_rows = _products(gh, c_fc.mT, None, sizes, g).to(w.dtype)  # (R, C)
+    grad_x = _add_up(grad_rows, token, position, x.shape[0])
     grads = [grad_p.to(p.dtype) for grad_p, p in zip(grads, parameters, strict=True)]
     return [grad_x.to(x.dtype), grad_w.view(-1), *grads]
 
