@@ -168,7 +168,7 @@ class RunSaver:
         self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)
         self.state |= dict(loader=run.train_loader.state_dict(), health=run.health.state_dict())
         self.state |= dict(rng=torch.get_rng_state(), diagnostics=run.diagnostics.state_dict())
-        if run.health.in_a_row == 0:
+        if run.health.in_a_row == 0 or step == self.saved_step:  # a run may resume after bad steps
             self.last_good_state = self.state
 
     def save(self, again: bool = False) -> None:

@@ -138,6 +138,10 @@ def test_a_bad_step_changes_nothing_but_the_place_in_the_data(data, tmp_path, mo
     assert after["loader"]["position"] - before["loader"]["position"] == 2 * 256 // 32
     assert (after["health"]["bad_steps"], after["health"]["in_a_row"]) == (2, 2)
     assert end["health"]["in_a_row"] == 0 and not equal(after["model"], end["model"])
+    monkeypatch.setattr(GPTLMHeadModel, "forward", poisoned(GPTLMHeadModel.forward, {0: -1}))
+    again = ["--resume", str(tmp_path / "model_00006.pt"), "--device", "cpu", "--max_bad_steps", "3"]
+    assert train_gpt_moe.main(again) == 1  # a run that resumes after two bad steps meets a third
+    assert "stopped at step 6: 3 steps in a row" in capsys.readouterr().err
 
 
 def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_path, monkeypatch, capsys):
