@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 
 from layers.usage import STARVED_BELOW
 from tokens.files import remove_temporaries, sync_folder, write_atomically
-from training.checkpoints import list_checkpoints
+from training.checkpoints import best_checkpoint, list_checkpoints
 from training.metrics import BY_LAYER, METRICS, PARTS
 
 try:
@@ -311,8 +311,9 @@ def open_own(path: Path) -> BinaryIO:
 
 def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     """Move files that do not belong to this run into a new folder old_DATE; return it, or None. A run that
-    resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again. A link
-    is moved itself, not what it points to; a file that no run has written stays."""
+    resumes here moves only newer checkpoints: they are damaged, or the run will do their steps again. The
+    files latest and best then name older ones. A link is moved itself, not what it points to; a file that no
+    run has written stays."""
     checkpoints = list_checkpoints(folder)  # newest first
     targets = [os.path.realpath(path) for path in checkpoints]  # Path.resolve fails for a circle of links
     if resumed is not None and os.path.realpath(resumed) in targets:
@@ -331,6 +332,11 @@ def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
     old.mkdir()
     for path in found:
         path.rename(old / path.name)
+    best = folder / "best"
+    if best.is_file() and best.read_text(errors="replace").strip() in {path.name for path in found}:
+        best.rename(old / best.name)
+        if kept := best_checkpoint(folder):
+            write_atomically(best, lambda file: file.write(kept.name.encode()))
     sync_folder(folder)
     return old
 

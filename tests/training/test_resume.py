@@ -202,11 +202,16 @@ def test_an_earlier_checkpoint_starts_a_new_branch(straight, tmp_path):
     """Newer checkpoints of the branch that is left must not be taken by the next --resume auto."""
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir)
+    (log_dir / "best").write_text("model_00009.pt")
+    with open(log_dir / "log.txt", "a") as file:
+        file.write("3 val 4.000000\n9 val 3.000000\n")
     assert resume(log_dir / "model_00003.pt", "--max_steps", 5) == 0
     assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(log_dir)] == [5, 3]
     (old,) = log_dir.glob("old_*")
     assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(old)] == [12, 9, 6]
     assert (log_dir / "latest").read_text() == "model_00005.pt"
+    assert (log_dir / "best").read_text() == "model_00003.pt"
+    assert (old / "best").read_text() == "model_00009.pt"
 
 
 def test_with_nothing_to_resume_it_starts_afresh(straight, data, tmp_path, capsys):
