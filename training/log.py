@@ -39,9 +39,9 @@ except ImportError:  # Windows does not have them
     fcntl = resource = None
 PLOT_LOG = Path(__file__).parents[1] / "plot_log.py"
 LOG_FILES = ("log.txt", "metrics.jsonl", "main.log")
-NAMES = "|".join(map(re.escape, LOG_FILES))
-# All that a run writes.
-RUN_FILES = re.compile(rf"{NAMES}|run\.json|latest|best|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|wandb_id")
+NAMES = "|".join(map(re.escape, (*LOG_FILES, "run.json", "latest", "best", "wandb_id")))
+# What a new run in the same folder moves away.
+RUN_FILES = re.compile(rf"{NAMES}|model_\d{{5,}}\.pt|training\.(png|svg|pdf)|profile_\d+_\d+\.json")
 RUN_FOLDERS = re.compile(r"tb|model_\d{5,}")
 WORDS = sorted({word for metric in METRICS for word in (metric.log_word, metric.llmc_word) if word})
 # A line of log.txt, "STEP train LOSS", or of main.log, "s:STEP trl:LOSS".

@@ -263,7 +263,7 @@ def test_sample_escapes_on_a_terminal_only(straight, tmp_path, monkeypatch, caps
 def test_files_that_no_run_wrote_stay(tmp_path):
     archive, folder = tmp_path / "archive.pt", tmp_path / "log"
     theirs = {*"model_card.md training.log .notes.tmp .notes.1.tmp model_1.pt model_00001.pt.bak".split()}
-    ours = {*"log.txt model_00001.pt training.svg latest".split()}
+    ours = {*"log.txt model_00001.pt training.svg latest profile_2_4.json".split()}
     (folder / "tb").mkdir(parents=True)
     for path in (archive, *(folder / name for name in theirs | ours | {".log.txt.0123456789abcdef.tmp"})):
         path.write_text("kept")
