@@ -137,6 +137,7 @@ def best_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the lowest validation loss in the log; None if the log has none of their steps."""
     losses = validation_losses(folder)
     known = [path for path in list_checkpoints(folder) if math.isfinite(losses.get(step_of(path), math.nan))]
+    known.reverse()  # of equal losses the earliest counts, as in RunSaver.judge
     return min(known, key=lambda path: losses[step_of(path)], default=None)
 
 
