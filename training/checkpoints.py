@@ -165,6 +165,8 @@ MAY_CHANGE |= {"router_bias_update_rate"}
 # A resumed run cannot change these: they set the order of samples, the optimizer's state, the architecture.
 FIXED_SETTINGS = {"T", "seed", "shuffle", "optimizer", "muon_experts", "adagrad_ngrams"}
 FIXED_SETTINGS |= set(inspect.get_annotations(GPTConfig)) - MAY_CHANGE
+# Values that stand for what the data or other settings say.
+DERIVED = {"block_size": [0], "vocab_size": [0, -1], "ngram_order": [-1]}
 
 
 def resume_command(config: Any, *more: str, resume: str | Path = "auto") -> str:
@@ -226,8 +228,7 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     unlike = []
     for name in [f.name for f in dataclasses.fields(config) if f.name in saved.keys() - SETTINGS_NOT_KEPT]:
         now, before = getattr(config, name), saved[name]
-        derived = name in ("block_size", "vocab_size") and now <= 0
-        if name not in given or derived:
+        if name not in given or now in DERIVED.get(name, ()):
             setattr(config, name, before)
             if now != before and name not in FIXED_SETTINGS:
                 unlike.append(f"{name}={before!r}")

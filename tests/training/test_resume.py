@@ -117,6 +117,15 @@ def test_a_field_that_an_older_checkpoint_lacks_has_its_default(straight):
         ckpt.keep_settings(TrainConfig(muon_experts=False), {"muon_experts"}, state, path, said.append)
 
 
+def test_a_flag_that_leaves_a_size_to_the_data_may_be_given_again(straight):
+    """As torchrun gives all flags again when it restarts a run."""
+    path, sizes = straight / "model_00006.pt", dict(block_size=0, vocab_size=-1, ngram_order=-1)
+    state, config = ckpt.load_checkpoint(path), TrainConfig(**sizes)
+    state["config"]["ngram_order"] = 6
+    ckpt.keep_settings(config, set(sizes), state, path)
+    assert (config.block_size, config.vocab_size, config.ngram_order) == (32, 384, 6)
+
+
 @pytest.mark.parametrize(("flag", "value", "before"), [
     ("n_layer", 3, 2), ("n_embd", 64, 32), ("num_experts", 8, 4), ("T", 16, 32), ("seed", 7, 1337),
     ("activation", "relu2", "'gelu'"), ("tie_word_embeddings", False, True), ("block_size", 64, 32),
