@@ -24,9 +24,9 @@ def transferred(rate: float, decay: float, n_embd: int, batch: int, steps: int) 
     """max_lr and weight_decay for another width, tokens per step and number of steps, given those for 768
     channels, 2^19 tokens per step and the compute-optimal number of steps of 12 layers. The product of rate,
     decay and steps stays: weights then forget their past after the same share of a run."""
-    max_lr = rate * WIDTH / n_embd * math.sqrt(batch / BATCH)
+    factor = WIDTH / n_embd * math.sqrt(batch / BATCH)
     steps_of_12 = TOKENS_PER_PARAMETER * depth_parameters(12) / BATCH
-    return dict(max_lr=max_lr, weight_decay=decay * rate * steps_of_12 / (max_lr * steps))
+    return dict(max_lr=rate * factor, weight_decay=decay * steps_of_12 / (factor * steps))
 
 
 def depth_settings(depth: int, config) -> dict:

@@ -48,6 +48,7 @@ def test_modern_has_ngrams_where_tokens_are_bytes(encoding, size, order):
 def test_flags_win_over_depth():
     config = settings("--depth", "4", "--max_lr", "1e-4", "--n_head", "2")
     assert (config.max_lr, config.n_head, config.n_layer) == (1e-4, 2, 4)
+    assert settings("--depth", "4", "--max_lr", "0").weight_decay == settings("--depth", "4").weight_decay > 0
     with pytest.raises(ValueError, match=r"depth=-1.* 0"):
         settings("--depth", "-1")
 
