@@ -305,8 +305,8 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
     step, val_loss = run.resumed.get("step", 0), run.resumed.get("val_loss")
     val_loss_step = run.resumed.get("val_loss_step")
     terminal = Terminal(config, step, run.layout.world.is_master)
-    saver, profiler = RunSaver(run, terminal.say), Profiler(run)
     run.start_clock(terminal.say)
+    saver, profiler = RunSaver(run), Profiler(run)
     run.model.update_routers()  # from now on routing statistics cover whole optimizer steps
     with terminal, signals, faults.collector_paused(), saver.saving_on_errors():
         while True:

@@ -152,14 +152,14 @@ class CheckpointWriter:
 class RunSaver:
     """Saves a run (training.setup.Run). All ranks call its methods at the same steps."""
 
-    def __init__(self, run: Any, say: Callable[[str], None]):
+    def __init__(self, run: Any):
         config, layout = run.config, run.layout
-        self.run, self.say = run, say
+        self.run, self.say = run, run.say
         self.saved_step = run.resumed.get("step", 0)
         self.losses = ckpt.validation_losses(config.log_dir) if layout.world.is_master else {}  # by step
         self.failed = False  # after saving_on_errors: whether a checkpoint or a line of a log is missing
         where = (config.log_dir, config.keep_last, config.keep_every)
-        self.writer = CheckpointWriter(*where, say, layout.world.rank, layout.savers, config.save_retry_s)
+        self.writer = CheckpointWriter(*where, run.say, layout.world.rank, layout.savers, config.save_retry_s)
 
     def remember(self, step: int, val_loss: float | None, val_loss_step: int | None) -> None:
         """Store this step's checkpoint without weights and optimizer. val_loss: of an earlier step."""

@@ -32,7 +32,7 @@ from training.log import RunLog
 from training.metrics import METRICS, Metric
 from training.parallel import World
 from training.profiler import Profiler
-from training.terminal import tell
+from training.terminal import Terminal, tell
 
 
 def pretend_wandb(monkeypatch) -> Mock:
@@ -63,6 +63,7 @@ def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         wandb = pretend_wandb(patch)
         patch.setattr(GPTLMHeadModel, "estimate_mfu", lambda self, *rest, **named: 0.25)
+        patch.setattr(Terminal, "say", lambda self, text: tell(f"said: {text}"))  # beside the live line
         assert train_gpt_moe.main(flags(data, folder, *more)) == 0
     read = dict(records=read_rows(folder), events=read_events(folder))
     return SimpleNamespace(folder=folder, wandb=wandb, said=said.getvalue(), **read)
@@ -82,6 +83,7 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
     names = [event.get("name", "") for event in trace["traceEvents"]]
     updates = sum(name.startswith("Optimizer.step#") for name in names)
     assert updates == 2 and any(name == "aten::mm" for name in names)
+    assert "said: ----" in finished.said  # the table
     assert "Self CPU" in finished.said and "profile_2_4.json" in finished.said
 
 
