@@ -225,10 +225,12 @@ class RunSaver:
 
     def retry_until_saved(self) -> None:
         """At the end of a run: repeat a save that failed until it succeeds or the run is told to stop."""
-        self.wait()
-        while self.run.layout.any(self.writer.wants_last_retry(self.run.signals.stop_requested)):
+        while True:
+            wants = self.writer.wants_last_retry(self.run.signals.stop_requested)  # after up to save_retry_s
+            self.wait()  # a collective would time out
+            if not self.run.layout.any(wants):
+                return
             self.save(again=True)
-            self.wait()
 
     def save_before_bad_steps(self) -> None:
         """Save the state of the last good step, so that a resumed run tries all skipped steps again."""

@@ -2,6 +2,7 @@
 
 Run: python -m pytest tests/training/test_checkpoint_writer.py"""
 
+import itertools
 import math
 import os
 import resource
@@ -65,8 +66,10 @@ def test_training_goes_on_while_it_is_written_and_the_next_save_waits(tmp_path):
 
 @pytest.mark.slow
 def test_a_save_that_takes_longer_than_timeout_ends_no_rank(data, tmp_path):
-    """Rank 0 writes each file for 12 s, and collectives may take 5 s (main, below)."""
-    words = flags(data, tmp_path / "log", "--B", 2, "--max_steps", 4, "--checkpoint_every", 2)
+    """Rank 0 writes each file for 7 s, and the last one again, 14 s after its disk was full. Collectives may
+    take 5 s (main, below)."""
+    more = "--B 2 --max_steps 4 --checkpoint_every 2 --save_retry_s 14".split()
+    words = flags(data, tmp_path / "log", *more)
     run_ranks(2, words, tmp_path / "out", script="test_checkpoint_writer", environment={"SLOW_DISK": "yes"})
     assert steps(tmp_path / "log") == [4, 2]
 
@@ -168,8 +171,15 @@ def main(arguments: list[str]) -> int | list[tuple]:
     """One of two processes that save together. Returns (step, error, whether to try again) of each save, as
     this rank sees it."""
     if "SLOW_DISK" in os.environ:
-        parallel.TIMEOUT, save = timedelta(seconds=5), ckpt.save_checkpoint
-        ckpt.save_checkpoint = lambda *args: time.sleep(12) or save(*args)
+        parallel.TIMEOUT, save, calls = timedelta(seconds=5), ckpt.save_checkpoint, itertools.count()
+
+        def save_slowly(*args):
+            time.sleep(7)
+            if next(calls) == 1:
+                raise OSError(28, "No space left on device")
+            return save(*args)
+
+        ckpt.save_checkpoint = save_slowly
         return train_gpt_moe.main(arguments)
     parallel.TIMEOUT = timedelta(seconds=2)
     world = parallel.start("cpu")
