@@ -190,14 +190,21 @@ class RunSaver:
         if config.keep_best and layout.any(layout.world.is_master and best == step):
             self.save()
             self.wait()
-            path = next((p for p in ckpt.list_checkpoints(config.log_dir) if ckpt.step_of(p) == step), None)
-            if layout.world.is_master and path:
-                write_atomically(path.with_name("best"), lambda file: file.write(path.name.encode()))
+            if layout.world.is_master:
+                self._name_best(step)
         since = sum(other > best for other in self.losses) if best is not None else 0
         if stops := layout.any(layout.world.is_master and 0 < config.patience <= since):
             why = f"{since} evaluations without a lower validation loss than {finite.get(best, 0):.4f}"
             self.say(f"step {step}: the run ends after {why} at step {best} (--patience {config.patience})")
         return stops
+
+    def _name_best(self, step: int) -> None:
+        try:
+            found = [p.name for p in ckpt.list_checkpoints(self.writer.folder) if ckpt.step_of(p) == step]
+            if found:
+                write_atomically(self.writer.folder / "best", lambda file: file.write(found[0].encode()))
+        except OSError as error:  # a full disk: training goes on
+            self.say(f"step {step}: WARNING: {self.writer.folder}/best does not name this step: {error}")
 
     def wait(self) -> None:
         """Wait on all ranks until the last save has ended."""

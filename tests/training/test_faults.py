@@ -308,6 +308,15 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(data, tmp_path
     assert newest(tmp_path) == 2 and not list(tmp_path.glob("*model*"))
 
 
+def test_a_full_disk_where_the_best_step_is_named_does_not_end_a_run(data, tmp_path, monkeypatch, capsys):
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("training.checkpoint_writer.write_atomically", full)
+    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 4, "--keep_best", True)) == 0
+    said = capsys.readouterr().out
+    assert f"step 4: WARNING: {tmp_path}/best does not name this step: [Errno 28]" in said
+    assert steps_saved(tmp_path) == [3, 4]
+
+
 def test_a_prompt_without_tokens_and_a_jump_of_the_loss_do_not_end_a_run(data, tmp_path, monkeypatch, capsys):
     """There are no samples, and the jump is logged."""
     no_network = Mock(side_effect=ConnectionError("tiktoken cannot fetch the files of gpt2"))
