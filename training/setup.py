@@ -262,7 +262,12 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     if config.text:
         config.data_dir = os.path.join(config.log_dir, "data")
         if world.is_master:
-            build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
+            try:
+                build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
+            except ValueError as error:
+                make = "`python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
+                mend = f"{make} has these flags; then give --data_dir FOLDER"
+                raise ValueError(f"text: {error}. {mend}") from error
         world.barrier()
     elif config.preset == "demo" and config.data_dir == "demo_data":
         say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")

@@ -73,7 +73,7 @@ def test_the_settings_of_a_run_repeat_it(straight, tmp_path):
     assert losses(tmp_path)[:2] == losses(straight)[:2]  # the warmup's two steps: the schedule is another one
 
 
-def test_own_text_in_one_flag(tmp_path, capsys):
+def test_own_text_in_one_flag(tmp_path, capsys, refused):
     """Its shards lie in log_dir; a resumed run needs them alone."""
     (tmp_path / "my.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     more = "--max_steps", 2, "--warmup_steps", 1, "--sample_every", 1, "--text", tmp_path / "my.txt"
@@ -84,6 +84,11 @@ def test_own_text_in_one_flag(tmp_path, capsys):
     (tmp_path / "my.txt").unlink()
     resume = ["--log_dir", str(tmp_path / "log"), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
     assert train_gpt_moe.main(resume) == 0 and losses(tmp_path / "log")[-1] > 0
+    for text, flag in (("another text", "another --out"), ("\0", "--errors")):  # flags of fineweb.py
+        (tmp_path / "my.txt").write_text(text)
+        log_dir = tmp_path / ("log" if "out" in flag else "new")
+        error = refused(train_gpt_moe.main, *flags("unused", log_dir, *more))
+        assert flag in error and "fineweb.py --source TEXT" in error and "--data_dir" in error
 
 
 def test_files_of_settings(tmp_path, monkeypatch):
