@@ -17,8 +17,8 @@ from layers.roles import role_of
 SETTINGS = {
     "learning_rate": "max_lr", "min_lr": "min_lr", "warmup_iters": "warmup_steps", "max_iters": "max_steps",
     "weight_decay": "weight_decay", "beta1": "beta1", "beta2": "beta2", "grad_clip": "grad_clip",
-    "batch_size": "B", "block_size": "T", "eval_interval": "infer_step",
-    "eval_iters": "val_steps"}  # fmt: skip
+    "batch_size": "B", "block_size": "T", "eval_interval": "infer_step", "eval_iters": "val_steps",
+    "dropout": "dropout"}  # fmt: skip
 
 
 class GPTConfigFields:

@@ -25,7 +25,7 @@ from training import checkpoints as ckpt
 SIZES = dict(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50304)
 SETTINGS = dict(learning_rate=1e-2, min_lr=1e-3, warmup_iters=1, max_iters=9, weight_decay=0.1, beta1=0.9,
                 beta2=0.95, grad_clip=1.0, batch_size=2, block_size=12, eval_interval=5, eval_iters=1,
-                gradient_accumulation_steps=3, decay_lr=True)  # fmt: skip
+                gradient_accumulation_steps=3, decay_lr=True, dropout=0.25)  # fmt: skip
 
 
 class Network(nn.Module):
@@ -131,6 +131,7 @@ def test_a_run_of_nanogpt_is_resumed(tmp_path):
     state = ckpt.load_checkpoint(tmp_path / "log" / "latest")
     kept = dict(total_batch_size=72, B=2, T=12, max_lr=1e-2, min_lr=1e-2, warmup_steps=0, infer_step=5)
     assert kept.items() <= state["train_config"].items() and state["loader"]["position"] == 4 * 6
+    assert state["train_config"]["dropout"] == state["config"]["dropout"] == 0.25
 
 
 def test_a_checkpoint_from_before_may_2023_has_the_other_gelu_and_no_moments(tmp_path, refused):
