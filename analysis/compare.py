@@ -227,8 +227,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--picture {options.picture}: its name must end in .png, .svg or .pdf")
     folders, others = plot_log.find_runs(options.runs)
     settings, runs, left_out = group_runs(folders)
-    started = {str(file.parent) for name in options.runs for file in Path(name).glob("*/output.txt")}
-    others += [f"{folder}: no log; see {folder}/output.txt" for folder in sorted(started - set(folders))]
+    started = {file.parent for name in options.runs for file in Path(name).glob("*/output.txt")}
+    others += [f"{path}: no log; see {path}/output.txt" for path in sorted(started - set(map(Path, folders)))]
     lines = [one_line(line) for line in left_out + [f"left out: {problem}" for problem in others]]
     baseline = find_baseline(settings, options.baseline)
     rows = summarise(settings, runs, baseline)

@@ -79,7 +79,9 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path, rows_of):
     assert float(rows["0.01"]["at_seconds_mean"]) == pytest.approx(2)
 
 
-def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(tmp_path, rows_of, capsys):
+def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
+    tmp_path, rows_of, capsys, monkeypatch
+):
     fake_run(tmp_path / "good", 2, 1, text="t", data_dir="good/data")
     fake_run(tmp_path / "other", 2, 2, text="t", data_dir="other/data", plot=False, document_mask=False)
     fake_run(tmp_path / "twin", 2, 1, text="t", data_dir="twin/data")
@@ -98,6 +100,9 @@ def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
         (line,) = [line for line in said.splitlines() if line.startswith(f"left out: {tmp_path / name}:")]
         assert words in line and line in (tmp_path / "o.md").read_text()
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "good" / "output.txt").touch()  # as the sweep makes it
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "./"]) == 0 and "good" not in capsys.readouterr().out
 
 
 def test_what_is_refused(tmp_path, rows_of, refused):
