@@ -194,7 +194,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for job in jobs:
         look_for_earlier(job)
-    if any(job.config.preset == "demo" and not job.config.text for job in jobs):
+    configs = [job.config for job in jobs if not job.config.text]
+    if any((config.preset, config.data_dir) == ("demo", "demo_data") for config in configs):
         prepare_demo()  # once, and not by several runs at a time
     failed, number = run_jobs(jobs, options)
     for job in failed:

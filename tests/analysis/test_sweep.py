@@ -82,7 +82,9 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
     shares = [json.loads((log / name / "output.txt").read_text()) for name in ("s1", "s3")]
     assert {share["OMP_NUM_THREADS"] for share in shares} == {"3"}
     assert shares[0]["CUDA_VISIBLE_DEVICES"] == "0"
-    assert main(arguments(data, log, "--seed", "1,3")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(data, log, "--seed", "1,3", more=["--preset", "demo"])) == 0
+    assert not Path("demo_data").exists()  # the runs have another data_dir
     said = capfd.readouterr().out
     assert said.count("finished  ") == 2 and said.count(", before") == 2 and "started" not in said
 
