@@ -135,7 +135,8 @@ def describe(job: Job) -> str:
     if job.process is None or job.process.returncode == 0:
         rows = read_run(job.folder).rows
         losses = [f"validation loss {row['val_loss']:.4f}, " for row in rows if row.get("val_loss")]
-        return f"{''.join(losses[-1:])}{rows[-1]['step']} steps, {rows[-1].get('elapsed_s') or 0:.1f} s"
+        steps = rows[-1]["step"] + ("loss" in rows[-1])  # a step's row has its number, from 0
+        return f"{''.join(losses[-1:])}{steps} steps, {rows[-1].get('elapsed_s') or 0:.1f} s"
     path = Path(job.folder, "output.txt")
     lines = path.read_bytes()[job.begin :].decode(errors="replace").split("\n")
     lines = [line for line in lines if "error" in line.lower()] or [line for line in lines if line.strip()]

@@ -20,7 +20,7 @@ import train_gpt_moe
 from analysis import sweep
 from analysis.__main__ import main
 
-# Stands for train_gpt_moe.py: seed 2 fails, the others write a finished log.
+# Stands for train_gpt_moe.py: seed 2 fails, the others write a finished log, seed 1 without validation.
 FAKE = """
 import json, os, sys
 from pathlib import Path
@@ -32,7 +32,8 @@ if seed == "2":
 names = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"
 print_(json.dumps({name: os.environ.get(name) for name in names}))
 (folder / "run.json").write_text(json.dumps({"config": {"max_steps": 12, "seed": int(seed)}}))
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 12, "val_loss": 1.25, "elapsed_s": 7}) + chr(10))
+last = {"step": 11, "loss": 1.5} if seed == "1" else {"step": 12, "val_loss": 1.25}
+(folder / "metrics.jsonl").write_text(json.dumps(last | {"elapsed_s": 7}) + chr(10))
 """
 
 
@@ -78,6 +79,7 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
     said = capfd.readouterr().out
     assert f"failed    {log}/s2: train_gpt_moe.py: error: out of luck ({log}/s2/output.txt)" in said
     assert f"finished  {log}/s3: validation loss 1.2500, 12 steps, 7.0 s" in said
+    assert f"finished  {log}/s1: 12 steps, 7.0 s" in said
     assert f"failed: {log}/s2" in said and f"python -m analysis compare {log}" in said
     shares = [json.loads((log / name / "output.txt").read_text()) for name in ("s1", "s3")]
     assert {share["OMP_NUM_THREADS"] for share in shares} == {"3"}
