@@ -213,7 +213,7 @@ def check_text(pieces: Pieces, path: str, plain: bool) -> Pieces:
     """Pass the pieces of a file on. Raises ValueError if over 1% of its characters, or of any TASK_CHARS of
     them, are invalid, or if plain text holds a NUL."""
     chars = bad = 0
-    cure = "convert it (iconv -f ITS_ENCODING -t utf-8), or pass --errors replace"
+    cure = "convert it (iconv -f ITS_ENCODING -t utf-8); fineweb.py also takes --errors replace"
     for piece in itertools.chain(pieces, [None]):
         if piece is None or chars > TASK_CHARS:
             if 100 * bad > chars:

@@ -47,11 +47,24 @@ def test_the_numbers_are_those_of_a_loop_over_tokens(folder, more, capsys):
     assert float(said["bits per byte"]) == pytest.approx(total / n / math.log(2), abs=close)
 
 
+def test_texts_are_read_as_for_training(folder, tmp_path, capsys):
+    """UTF-16 with its mark; of a few invalid bytes each becomes U+FFFD, three bytes in UTF-8."""
+    said, raw = {}, TEXT.encode()
+    for name, content in dict(text=raw, wide=TEXT.encode("utf-16"), bad=raw + b"\xff").items():
+        (tmp_path / name).write_bytes(content)
+        assert main(["evaluate", str(folder / "model"), str(tmp_path / name), "--device=cpu"]) == 0
+        said[name] = capsys.readouterr().out
+    assert said["text"] == said["wide"]
+    assert [text.split()[0] for text in said.values()] == [str(len(raw) + n) for n in (0, 0, 3)]
+
+
 def test_what_is_refused(folder, refused, tmp_path):
     model, text = str(folder / "model"), str(folder / "text.txt")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin").write_bytes(TEXT.encode("latin-1") * 9)
     for arguments, words in (
         ((model, tmp_path / "none.txt"), "none.txt"), ((model, tmp_path / "empty.txt"), "at least 2"),
+        ((model, tmp_path / "latin"), "latin is no UTF-8"),
         ((model, text, "--T=49"), "block_size=48"), ((model, text, "--B=0"), "--B 0"),
         ((model, text, "--max_tokens=1"), "--max_tokens 1: must be at least 2"),
         ((model, folder / "ids"), "encoding='gpt2'"), ((tmp_path / "none.pt", text), "none.pt"),
