@@ -5,6 +5,7 @@ window (the last token of the window before is one). training/evaluation.py has 
 """
 
 import argparse
+import contextlib
 import math
 import os
 
@@ -31,8 +32,9 @@ def read_for(model, path: str) -> np.ndarray:
 
     encoding = model.config.encoding
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
-        theirs = read_meta(path if os.path.isdir(path) else os.path.dirname(path) or ".")["encoding"]
-        if theirs != encoding:
+        where = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        size = model.config.vocab_size if encoding == "none" else 0  # tells what has no meta.json
+        if (theirs := read_meta(where, vocab_size=size)["encoding"]) != encoding:
             problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
             raise ValueError(f"{problem}; give the text itself")
         ids = np.concatenate([read_shard(shard) for shard in find_shards(path, "val")])
@@ -47,13 +49,12 @@ def read_for(model, path: str) -> np.ndarray:
     return ids
 
 
-def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, float]:
-    """tokens, bytes, loss (nats per token), perplexity and bits_per_byte of the ids (n,) after the first."""
+def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> float:
+    """The loss of the ids (n,) after the first, nats per token."""
     import torch
     import torch.nn.functional as F
 
     from huggingface.generation import evaluating
-    from tokens.encodings import token_bytes
 
     device, total = model.device, 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -64,14 +65,12 @@ def measure(model, ids: np.ndarray, T: int, B: int, dtype: str) -> dict[str, flo
             x = F.pad(part[:-1], padding).view(-1, T).to(device)  # (B, T)
             y = F.pad(part[1:], padding, value=-1).view(-1, T).to(device)  # (B, T); -1 has no loss
             total += model(x, targets=y, return_dict=True).loss.item() * (len(part) - 1)
-    found = {"tokens": len(ids) - 1, "loss": total / (len(ids) - 1)}
-    found["perplexity"] = math.exp(min(found["loss"], 700))
-    found["bytes"] = int(token_bytes(model.config.encoding)[ids[1:]].sum())
-    return found | {"bits_per_byte": total / math.log(2) / (found["bytes"] or math.nan)}
+    return total / (len(ids) - 1)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what `measure` finds. Raises ValueError, OSError, FloatingPointError."""
+    """Print the loss and what follows from it. Raises ValueError, OSError, FloatingPointError."""
+    from tokens.encodings import token_bytes
     from training.checkpoints import load_model
     from training.parallel import choose_device
 
@@ -83,11 +82,16 @@ def run(options: argparse.Namespace) -> int:
             most = f" and at most block_size={model.config.block_size}" if name == "T" else ""
             raise ValueError(f"--{name} {value}: must be at least {least}{most}")
     ids = read_for(model, options.data)[: options.max_tokens or None]
-    found = measure(model, ids, T, options.B, options.dtype)
-    if not math.isfinite(found["loss"]):
-        raise FloatingPointError(f"{options.model} gives a loss of {found['loss']}: it has diverged")
-    print(f"{found['tokens']:,} tokens, {found['bytes']:,} bytes, in windows of {T}")
-    print(f"loss           {found['loss']:.4f} nats per token")
-    print(f"perplexity     {found['perplexity']:.3f}")
-    print(f"bits per byte  {found['bits_per_byte']:.4f}")
+    loss = measure(model, ids, T, options.B, options.dtype)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{options.model} gives a loss of {loss}: it has diverged")
+    tokens, size = len(ids) - 1, 0
+    with contextlib.suppress(ValueError, OSError):  # tokens without text, WordPiece; no network
+        size = int(token_bytes(model.config.encoding)[ids[1:]].sum())
+    known = f"{size:,} bytes" if size else "bytes unknown"
+    print(f"{tokens:,} tokens, {known}, in windows of {T}")
+    print(f"loss           {loss:.4f} nats per token")
+    print(f"perplexity     {math.exp(min(loss, 700)):.3f}")
+    if size:
+        print(f"bits per byte  {loss * tokens / math.log(2) / size:.4f}")
     return 0

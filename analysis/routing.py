@@ -123,8 +123,8 @@ def mean_loss(model, parts: dict[str, np.ndarray], T: int, B: int) -> float:
     """The loss of all parts together, nats per token."""
     from analysis.evaluate import measure
 
-    found = [measure(model, ids, T, B, "float32") for ids in parts.values()]
-    return float(np.average([one["loss"] for one in found], weights=[one["tokens"] for one in found]))
+    losses = [measure(model, ids, T, B, "float32") for ids in parts.values()]
+    return float(np.average(losses, weights=[len(ids) - 1 for ids in parts.values()]))
 
 
 def record(model, parts: dict[str, np.ndarray], T: int, B: int) -> tuple[float, list[dict[str, Any]]]:
@@ -208,7 +208,7 @@ def token_name(token: int, encoding: str) -> str:
 
     try:
         raw = load_encoding(encoding).decode_single_token_bytes(token)
-    except KeyError:  # the vocabulary is padded
+    except (KeyError, ValueError):  # the vocabulary is padded, or has no text
         return f"token {token}"
     return printable(raw.decode("utf-8", "backslashreplace")).replace(" ", "␣")
 

@@ -58,6 +58,15 @@ def test_texts_are_read_as_for_training(folder, tmp_path, capsys):
     assert [text.split()[0] for text in said.values()] == [str(len(raw) + n) for n in (0, 0, 3)]
 
 
+def test_ids_without_text_have_a_loss(folder, tmp_path, capsys):
+    byte_model(encoding="none").save_pretrained(tmp_path / "model")
+    assert main(["evaluate", str(tmp_path / "model"), str(folder / "ids"), "--device=cpu"]) == 0
+    none = capsys.readouterr().out.splitlines()
+    assert main(["evaluate", str(folder / "model"), str(folder / "text.txt"), "--device=cpu"]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert none[1:] == text[1:3] and "bytes unknown" in none[0]
+
+
 def test_what_is_refused(folder, refused, tmp_path):
     model, text = str(folder / "model"), str(folder / "text.txt")
     (tmp_path / "empty.txt").touch()

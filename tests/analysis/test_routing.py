@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from processes import flags
 import train_gpt_moe
 from analysis import routing
 from analysis.__main__ import main
+from tokens.shards import write_shard
 
 T, E, K = 48, 4, 2
 TEXTS = {"one": "Überall ist Text. " * 14, "<b>two</b>": "if x < 3: <i>\x07\n" * 14}
@@ -169,6 +171,15 @@ def test_a_planted_specialist_is_found(tmp_path):
     assert (top["id"], top["share"]) == (7, 1.0) and top["lift"] == pytest.approx(960 / top["rows"])
     page = (tmp_path / "routing.html").read_text()
     assert rf"<td>\x07 {top['lift']:.1f}x 100%</td>" in page and "\x07" not in page
+
+
+def test_ids_without_text_have_numbers_for_names(tmp_path):
+    byte_model(encoding="none").save_pretrained(tmp_path / "model")
+    (tmp_path / "ids").mkdir()
+    write_shard(tmp_path / "ids" / "val_000000.bin", np.arange(2 * T + 1, dtype=np.uint16) % 3)
+    words = "--data", tmp_path / "ids", "--tokens", 2 * T, "--drop_tokens", T
+    found = measured(tmp_path, tmp_path / "model", *words)["layers"][0]["top_tokens"]
+    assert {top["text"] for each in found for top in each} == {"token 0", "token 1", "token 2"}
 
 
 @pytest.mark.slow
