@@ -9,6 +9,7 @@ Letters: N tokens, E experts, K experts per token, T tokens of a window."""
 
 import argparse
 import contextlib
+import glob
 import json
 import math
 import os
@@ -218,10 +219,12 @@ def find_data(words: list[str], settings: dict, model) -> dict[str, np.ndarray]:
     from analysis.evaluate import read_for
     from tokens.demo import demo_documents
     from tokens.encodings import encode_pieces
+    from tokens.mixtures import parse_mixture
 
     if not words:
-        where = str(settings.get("input_val_bin") or settings.get("data_dir") or "")
-        words = [where] if os.path.exists(where) else []
+        pattern, folders = (str(settings.get(name) or "") for name in ("input_val_bin", "data_dir"))
+        places = [pattern] if pattern else parse_mixture(folders)
+        words = [place for place in places if os.path.exists(place) or glob.glob(place)]
     named = [("", word) if os.path.exists(word) else word.rpartition("=")[::2] for word in words]
     parts = {name or place: read_for(model, place) for name, place in named}
     if len(parts) < len(words):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refuses
 from models import byte_model, chosen, tokens
 from processes import flags
 
@@ -180,6 +181,20 @@ def test_ids_without_text_have_numbers_for_names(tmp_path):
     words = "--data", tmp_path / "ids", "--tokens", 2 * T, "--drop_tokens", T
     found = measured(tmp_path, tmp_path / "model", *words)["layers"][0]["top_tokens"]
     assert {top["text"] for each in found for top in each} == {"token 0", "token 1", "token 2"}
+
+
+def test_the_validation_data_of_a_run_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "val_000000.bin", np.arange(9, dtype=np.uint16))
+    model, pattern = byte_model(encoding="none"), "b/val_*.bin"
+    for settings, found in (
+        (dict(data_dir="a"), ["a"]), (dict(data_dir="a:0.7,b:0.3"), ["a", "b"]),
+        (dict(data_dir="a", input_val_bin=pattern), [pattern]),
+    ):  # fmt: skip
+        assert list(routing.find_data([], settings, model)) == found
+    refuses("--data PATH", routing.find_data, [], dict(data_dir="a", input_val_bin="c/*.bin"), model)
 
 
 @pytest.mark.slow
