@@ -138,6 +138,7 @@ def render(found: dict, images: dict[str, bytes]) -> str:
     words = found | dict(most=E / K, top=math.log(E), chance=K / E)
     words |= dict(few=changed.get("tokens"), base=changed.get("loss"))
     words["before"] = found["before"] or "an earlier checkpoint"
+    words["start"] = found["start"] or "the start of the run"
     html = {"sure": summary(found).to_html(border=0), "tokens": token_tables(found)}
     for name, picture in images.items():
         code = base64.b64encode(picture).decode()

@@ -172,6 +172,7 @@ def test_a_planted_specialist_is_found(tmp_path):
     assert (top["id"], top["share"]) == (7, 1.0) and top["lift"] == pytest.approx(960 / top["rows"])
     page = (tmp_path / "routing.html").read_text()
     assert rf"<td>\x07 {top['lift']:.1f}x 100%</td>" in page and "\x07" not in page
+    assert "the router is that of the start of the run." in page  # which is not known
 
 
 def test_ids_without_text_have_numbers_for_names(tmp_path):
