@@ -120,4 +120,9 @@ def decode_tokens(ids: list[int], name: str) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
     encoding = load_encoding(name)
     special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
-    return encoding.decode([i for i in ids if i < encoding.n_vocab and i not in special])
+    known = [i for i in ids if i < encoding.n_vocab and i not in special]
+    try:
+        return encoding.decode(known)
+    except KeyError:  # some vocabularies of tiktoken have gaps
+        sizes = token_bytes(name)
+        return encoding.decode([i for i in known if sizes[i]])

@@ -63,6 +63,13 @@ def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, 
     refuses(r"encoding='unknown'.*config\.json", encodings.decode_tokens, [1], "unknown")
 
 
+def test_ids_that_a_vocabulary_does_not_use_have_no_text(monkeypatch):
+    ranks = {bytes([i]): i for i in range(256)}
+    gaps = tiktoken.Encoding("gaps", pat_str=".", mergeable_ranks=ranks, special_tokens={EOT: 300})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gaps)
+    assert encodings.decode_tokens([97, 299, 300, 400, 98], "cl100k_base") == "ab"
+
+
 # ---------------------------------------------------------------------------- TOKENIZERS
 TEXTS = ["a man a plan", "ünïcode 😀\n\n  <|endoftext|> tail", "a man plan" * 30] * 9
 
