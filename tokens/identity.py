@@ -77,8 +77,9 @@ def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
     if str(flags.get("encoding")).startswith("tokenizer:"):
         own = None if flags.get("train_tokenizer") else os.path.join(folder, "tokenizer.json")
         flags |= {"encoding": None, "tokenizer": own}
+    flags = {k: v for k, v in flags.items() if v not in (None, DEFAULTS.get(k))}
     each = [(k, v) for k, values in flags.items() for v in (values if isinstance(values, list) else [values])]
-    words = [f"--{k}={v}" for k, v in each if v not in (None, DEFAULTS.get(k))]
+    words = [f"--{k}={v}" for k, v in each]
     words += ["--demo"] if is_demo and not changes else []
     return shlex.join(["python", "fineweb.py", *words, "--out", out or folder])
 

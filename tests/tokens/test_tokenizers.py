@@ -27,6 +27,7 @@ import fineweb
 import train_gpt_moe
 from model import GPTLMHeadModel
 from tokens import encodings
+from tokens.identity import fineweb_command
 from tokens.own_tokenizers import EOT, KNOWN, add_tokenizer, read_tokenizer
 from tokens.shards import DistributedDataLoader, read_meta, read_shard, write_shard
 from training.checkpoints import load_model, save_checkpoint
@@ -232,5 +233,6 @@ def test_sources_follow_each_other_each_with_its_field(tmp_path, capsys):
         build(source, tmp_path / name, text_field=name)
     assert stream_of(out) == stream_of(tmp_path / "text") + stream_of(tmp_path / "body")
     assert read_meta(out)["documents"] == 27 and len(read_meta(out)["settings"]["files"]) == 2
+    assert "--text_field=text --text_field=body" in fineweb_command(str(out))
     assert fineweb.main([*both, "--text_field=third", "--out=x"]) == 2
     assert "text_field is given 3 times" in capsys.readouterr().err
