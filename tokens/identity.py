@@ -72,15 +72,14 @@ def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
     with contextlib.suppress(ValueError, OSError):
         flags = next(iter(load_metas(folder).values()), {}).get("settings", {})
     is_demo = str(flags.get("source")).startswith("demo corpus")
-    flags = ({} if is_demo else flags) | changes
+    flags |= changes | ({"source": None} if is_demo else {})
     flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}
     if str(flags.get("encoding")).startswith("tokenizer:"):
         own = None if flags.get("train_tokenizer") else os.path.join(folder, "tokenizer.json")
         flags |= {"encoding": None, "tokenizer": own}
     flags = {k: v for k, v in flags.items() if v not in (None, DEFAULTS.get(k))}
     each = [(k, v) for k, values in flags.items() for v in (values if isinstance(values, list) else [values])]
-    words = [f"--{k}={v}" for k, v in each]
-    words += ["--demo"] if is_demo and not changes else []
+    words = [f"--{k}={v}" for k, v in each] + ["--demo"] * is_demo
     return shlex.join(["python", "fineweb.py", *words, "--out", out or folder])
 
 

@@ -285,7 +285,7 @@ class DistributedDataLoader:
             have = f"{self.num_tokens} tokens, {self.samples_per_epoch} such samples"
             have = f"the {len(lengths)} shard(s) from {self.files[0]} on have {have}"
             mend, (folder, name) = "give more text to fineweb.py", os.path.split(self.files[0])
-            if name.startswith("val"):
+            if name.startswith("val") and "--demo" not in fineweb_command(folder):
                 larger = fineweb_command(folder, out=f"{folder}_2", val_tokens=group * T + 1)
                 mend = f"make a larger one, for --data_dir without --text: `{larger}`"
             raise ValueError(f"too little data: {need}, but {have}; lower --B or --T, or {mend}")

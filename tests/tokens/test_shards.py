@@ -228,6 +228,12 @@ def test_wrong_arguments_and_too_little_data_are_named(tmp_path):
         (dict(B=4, world_size=2, shuffle=False), "B=4 .* 8 samples .* 65 .*in one shard.* 120 tokens, 0 "),
     ):  # fmt: skip
         refuses(words, DistributedDataLoader, tmp_path, **dict(B=1, T=8) | wrong)
+    write_shard(tmp_path / "val_000000.bin", make_tokens(60))
+    meta = META | {"tokens": {}, "settings": {"source": "demo corpus of Python 3.12", "encoding": "gpt2"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))  # no command makes more text of it
+    refuses("give more text to fineweb.py$", DistributedDataLoader, tmp_path / "val*", B=8, T=8)
+    (tmp_path / "val_000000.bin").write_bytes(b"")
+    refuses("fineweb.py --encoding=gpt2 --demo --out", read_shard, tmp_path / "val_000000.bin")
 
 
 def test_an_error_names_the_file_and_keeps_the_position(tmp_path, monkeypatch):
