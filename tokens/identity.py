@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,12 +66,15 @@ def first_difference(now: dict, before: dict) -> tuple[str, object, object] | No
     return next((triple for triple in found if triple[1] != triple[2]), None)
 
 
-def fineweb_command(folder: str, out: str = "", **changes: object) -> str:
+def fineweb_command(folder: str, out: str = "", file: str | os.PathLike = "", **changes: object) -> str:
     """The fineweb.py command that makes a folder again, by the settings in its meta.json. It names a source
-    without its folder, as meta.json does. out, changes: another folder, other values of its flags."""
+    without its folder, as meta.json does. out, changes: another folder, other values of its flags. file: one
+    of the folder, if several machines have made it: the command of that machine."""
     flags: dict = {}
     with contextlib.suppress(ValueError, OSError):
-        flags = next(iter(load_metas(folder).values()), {}).get("settings", {})
+        part, metas = re.search(r"_p\d{4}", os.path.basename(file)), load_metas(folder)
+        own = [meta for path, meta in metas.items() if part and part[0] in os.path.basename(path)]
+        flags = [*own, *metas.values(), {}][0].get("settings", {})
     is_demo = str(flags.get("source")).startswith("demo corpus")
     flags |= changes | ({"source": None} if is_demo else {})
     flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}

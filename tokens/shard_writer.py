@@ -45,8 +45,11 @@ def verify(folder: str) -> list[str]:
     """Compare all tokens with meta.json; a line per problem. FileNotFoundError; ValueError: bad meta.json."""
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
-    again = f"run `{fineweb_command(folder)}`"
-    problems = [f"{path}: unfinished; {again}" for path, meta in metas.items() if not meta["complete"]]
+    problems = [
+        f"{path}: unfinished; run `{fineweb_command(folder, file=path)}`"
+        for path, meta in metas.items()
+        if not meta["complete"]
+    ]
     shards = {name: count for meta in metas.values() for name, count in meta["shards"].items()}
     known = {name: digest for meta in metas.values() for name, digest in meta.get("checksums", {}).items()}
     for name in tqdm(shards, unit="shard", disable=None):
@@ -55,7 +58,8 @@ def verify(folder: str) -> list[str]:
             shard = Shard(path)
             digest = shard.checksum()
             if (len(shard), digest) != (shards[name], known.get(name, digest)):
-                problems.append(f"{path}: its tokens are not those noted in meta.json; delete it and {again}")
+                again = f"delete it and run `{fineweb_command(folder, file=name)}`"
+                problems.append(f"{path}: its tokens are not those noted in meta.json; {again}")
         except (OSError, ValueError) as error:
             problems.append(str(error))
     found = {name for name in os.listdir(folder) if name.endswith((".bin", ".npy"))}

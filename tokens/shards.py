@@ -127,7 +127,7 @@ def _read_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, np.
 
 
 def _rebuild(path: str | os.PathLike) -> str:
-    return f"rebuild it: `{fineweb_command(os.path.dirname(path) or '.')}`"
+    return f"rebuild it: `{fineweb_command(os.path.dirname(path) or '.', file=path)}`"
 
 
 def _read_npy_header(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int]:
@@ -200,11 +200,11 @@ def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0)
     counts = Counter()
     for meta in metas.values():
         counts.update(meta["tokens"])
-    complete = all(meta["complete"] for meta in metas.values())
-    if not complete:
-        text = f"{folder} is unfinished; finish it: `{fineweb_command(folder)}`"
+    unfinished = [path for path, meta in metas.items() if not meta["complete"]]
+    if unfinished:
+        text = f"{folder} is unfinished; finish it: `{fineweb_command(folder, file=unfinished[0])}`"
         warnings.warn(printable(text), stacklevel=2)
-    return {**next(iter(metas.values())), "tokens": dict(counts), "complete": complete}
+    return {**next(iter(metas.values())), "tokens": dict(counts), "complete": not unfinished}
 
 
 # -------------------------------------------------------------------------------------------------- LOADER

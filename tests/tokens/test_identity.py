@@ -5,6 +5,7 @@ Run: python -m pytest tests/tokens/test_identity.py"""
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,21 @@ def test_parts_of_other_sources_are_refused(corpus, tmp_path, refused):
     assert build(corpus, tmp_path / "apart", num_parts=2, part=1) == 0
     shutil.copytree(tmp_path / "apart", out, dirs_exist_ok=True)
     assert "1.txt" in refused(train_gpt_moe.main, *flags(out, tmp_path / "log"))
+
+
+def test_a_part_is_rebuilt_by_its_own_command(corpus, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)  # where the command finds the source
+    for part in (0, 1):
+        assert build(corpus, "out", num_parts=2, part=part) == 0
+    path = Path("out", "train_p0001_000000.bin")
+    os.truncate(path, 3000)
+    (command,) = re.findall("`python fineweb.py (.*)`", refused(fineweb.main, "--verify", "--out", "out"))
+    assert "--part=1" in command and fineweb.main([*shlex.split(command), "--workers=1"]) == 0
+    assert fineweb.main(["--verify", "--out", "out"]) == 0
+    (meta := Path("out", "meta_p0001.json")).write_text(meta.read_text().replace("true", "false"))
+    assert "--part=1" in refused(fineweb.main, "--verify", "--out", "out")
+    with pytest.warns(UserWarning, match="unfinished.* --part=1"):
+        read_meta("out")
 
 
 FORGED = [dict(shards={"../train_000000.bin": 5}), dict(shards={"a.bin": "5"}), dict(tokens={"train": -1}),
