@@ -354,7 +354,7 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate the model on the command line; returns 0, or 2 for a bad model, data or setting."""
+    """Evaluate the model on the command line. Returns 0, 130 after Ctrl-C, or 2 for a bad setting or file."""
     from sample import load
     from training.parallel import start, stop
 
@@ -381,6 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, FloatingPointError) as error:
         print_error("hellaswag.py", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         stop()
     return 0

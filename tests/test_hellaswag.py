@@ -316,7 +316,7 @@ def test_a_failed_download_is_one_clear_line_and_leaves_nothing(trouble, urlopen
     assert list((tmp_path / "hellaswag").iterdir()) == []
 
 
-def test_script(tmp_path, write, capsys):
+def test_script(tmp_path, write, capsys, monkeypatch):
     def run(model, data, *more):
         words = ["--model", str(tmp_path / model), "--data", str(data), "--device", "cpu", *more]
         return hellaswag.main(words), capsys.readouterr()
@@ -334,3 +334,5 @@ def test_script(tmp_path, write, capsys):
         code, printed = run(source, data)
         last = printed.err.splitlines()[-1]  # after transformers' bar
         assert code == 2 and last.startswith("hellaswag.py: error: ") and words in last
+    monkeypatch.setattr(hellaswag, "evaluate", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run("exported", path)[0] == 130
