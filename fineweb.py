@@ -52,7 +52,7 @@ def flag(default: object, text: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """The flags. All except the last four decide the bytes of the shards."""
+    """The flags. Those before `out` decide the bytes of the shards."""
 
     source: str | Sequence[str] = flag(FINEWEB, "file, folder, pattern or Hub dataset; may be repeated")
     subset: str | None = flag(None, "subset of a Hub dataset; for FineWeb-Edu sample-10BT")

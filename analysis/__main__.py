@@ -1,4 +1,4 @@
-"""What runs and models show. It reads logs, checkpoints and data, and changes nothing.
+"""Train many runs, and show what runs and models have learnt.
 
 python -m analysis sweep --seed 1,2,3 --max_lr 1e-2,2e-2 -- --preset demo    # six runs
 python -m analysis compare log/sweep                     # a row per setting: means over seeds, differences
