@@ -37,11 +37,6 @@ START_POSITION = {"file": 0, "at": 0, "read": 0, "seen": 0, "documents": 0, "emp
 Pieces = Iterator[tuple[bool, str, dict]]  # begins, text, what changes in the position
 
 
-def decode(raw: bytes) -> str:
-    """UTF-8 without its byte order mark. Invalid bytes become surrogate escapes, for replace_invalid."""
-    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-
-
 def skip_mark(file: BinaryIO) -> tuple[str, str]:
     """(encoding, error handler) of a file at its beginning. Moves behind its byte order mark. The handler
     turns what is invalid into surrogates, for replace_invalid."""
@@ -182,7 +177,8 @@ def read_parquet(path: str, at: int, field: str) -> Pieces:
         columns = (b.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()) for b in batches)
         for row, raw in enumerate((raw for column in columns for raw in column.to_pylist()), 1):
             if row > at:
-                yield True, decode(raw or b""), {"at": row, "read": size * row // rows}
+                text = (raw or b"").removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+                yield True, text, {"at": row, "read": size * row // rows}
 
 
 def text_of(record: object, field: str, where: str) -> str:
