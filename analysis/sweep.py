@@ -118,7 +118,7 @@ def start(job: Job, slot: int, jobs: int) -> None:
 
     own = dict(os.environ)
     if jobs > 1:
-        own.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
+        own.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // jobs)))
     gpus = own.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if len(gpus := gpus.split(",")) > 1:
         own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]

@@ -73,7 +73,7 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     log = tmp_path / "out"
     assert main(arguments(data, log, "--seed", "1,2,3", "--jobs", "2")) == 1
     said = capfd.readouterr().out
