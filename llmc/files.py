@@ -76,8 +76,6 @@ def sizes_of(config: GPTConfig) -> Sizes:
     rows that only pad the embedding: those from encoding_size on, or from 50,257 on in GPT-2's 50,304."""
     only = gpt2_features(config) | {"bias": (True,), "norm_eps": (1e-5,), "tie_word_embeddings": (True,)}
     only["mlp_hidden_size"] = (4 * config.n_embd, None)
-    if config.mlp_hidden_size is None:  # then dense layers, too, have expert_hidden_size
-        only["expert_hidden_size"] = (4 * config.n_embd, None)
     remedy = ", only {!r}; keep this model as a Hugging Face folder (python checkpoint.py export)"
     refuse("llm.c's GPT-2 cannot express", config, only, remedy)
     V = config.encoding_size or config.vocab_size
