@@ -220,8 +220,8 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     write_atomically(Path(path), write)
 
 
-def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
-    """Write every token's bytes. ValueError for an encoding with unused ids or without <|endoftext|>."""
+def tokenizer_file(encoding: tiktoken.Encoding) -> bytes:
+    """A tokenizer file's content. ValueError for an encoding with unused ids or without <|endoftext|>."""
     if "<|endoftext|>" not in encoding.special_tokens_set:
         raise ValueError(f"encoding {encoding.name!r} has no <|endoftext|>; use gpt2")
     parts = [header("tokenizer", 2, encoding.n_vocab, encoding.eot_token)]
@@ -233,7 +233,7 @@ def write_tokenizer(encoding: tiktoken.Encoding, path: str | Path) -> None:
             size = f"token {token} has {len(text)} bytes, not 1 to 255"
             raise ValueError(f"encoding {encoding.name!r}: {size}; use gpt2")
         parts.append(bytes([len(text)]) + text)
-    write_atomically(Path(path), lambda file: file.write(b"".join(parts)))
+    return b"".join(parts)
 
 
 # ---------------------------------------------------------------------------- COMMANDS
@@ -242,9 +242,10 @@ def write_all(model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder
               parts: tuple[str, ...] = tuple(FILES)) -> list[Path]:  # fmt: skip
     """Write what llm.c's train_gpt2.py writes at its start, or some `parts` (keys of FILES) of it; returns
     the paths. names: such as "d12" (gpt2_d12.bin), "gpt2-medium" (gpt2_355M.bin); c_names adds copies with
-    124M's names. x, y (B, T): for the debug state. ValueError before anything is written."""
+    124M's names. x, y (B, T): for the debug state. ValueError, before anything is written, if
+    llm.c cannot have the model or its encoding."""
     sizes_of(model.config)
-    encoding = encoding_of(model.config) if "tokenizer" in parts else None
+    tokenizer = tokenizer_file(encoding_of(model.config)) if "tokenizer" in parts else b""
     Path(folder).mkdir(parents=True, exist_ok=True)
     labels, written = [LABELS.get(names, names)] + ["124M"] * c_names, []
     for part in parts:
@@ -252,7 +253,7 @@ def write_all(model: GPT, x: torch.Tensor | None, y: torch.Tensor | None, folder
         if part == "state":
             write_state(model, x, y, first)
         elif part == "tokenizer":
-            write_tokenizer(encoding, first)
+            write_atomically(first, lambda file: file.write(tokenizer))
         else:
             write_model(model, first, part)
         for copy in copies:

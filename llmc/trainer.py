@@ -63,7 +63,7 @@ def prepare(run: Any) -> None:
     if writes_files(run.config) and not run.resumed:
         try:
             files.sizes_of(run.model.config)
-            files.encoding_of(run.model.config)
+            files.tokenizer_file(files.encoding_of(run.model.config))
         except ValueError as error:
             raise ValueError(f"write_tensors=True: {error}; or give --write_tensors 0") from error
 

@@ -191,23 +191,24 @@ def small_encoding(special: dict[str, int], *longer: bytes) -> tiktoken.Encoding
 
 
 def test_tokenizer_of_gpt2(gpt2_encoding, tmp_path):
-    llmc.write_tokenizer(gpt2_encoding, tmp_path / "gpt2_tokenizer.bin")
+    (tmp_path / "gpt2_tokenizer.bin").write_bytes(llmc.tokenizer_file(gpt2_encoding))
     pieces, eot = read_tokenizer(tmp_path / "gpt2_tokenizer.bin")
     assert (len(pieces), eot, pieces[eot]) == (50257, 50256, b"<|endoftext|>")
     assert b"".join(pieces[i] for i in gpt2_encoding.encode("Grüße, 世界!")).decode() == "Grüße, 世界!"
 
 
-def test_tokenizers_of_bytes_and_others(tmp_path):
+def test_tokenizers_of_bytes_and_others(model, tmp_path, monkeypatch):
     path, end, longest = tmp_path / "tokenizer.bin", b"<|endoftext|>", b"x" * 255
-    llmc.write_tokenizer(get_encoding("bytes"), path)
+    path.write_bytes(llmc.tokenizer_file(get_encoding("bytes")))
     assert read_tokenizer(path) == ([*BYTES, end], 256)
-    llmc.write_tokenizer(small_encoding({"<|endoftext|>": 257}, longest), path)
+    path.write_bytes(llmc.tokenizer_file(small_encoding({"<|endoftext|>": 257}, longest)))
     assert read_tokenizer(path) == ([*BYTES, longest, end], 257)
     for encoding, message in ((small_encoding({"<|endoftext|>": 258}), "token 256 has 0 bytes"),
                               (small_encoding({"<|endoftext|>": 257}, b"x" * 256), "token 256 has 256 bytes"),
                               (small_encoding({"<|end|>": 256}), r"has no <\|endoftext\|>")):  # fmt: skip
-        refuses(message, llmc.write_tokenizer, encoding, tmp_path / "refused.bin")
-    assert not (tmp_path / "refused.bin").exists()
+        monkeypatch.setattr(llmc, "get_encoding", {model.config.encoding: encoding}.get)
+        refuses(message, llmc.write_all, model, None, None, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_command_line(tmp_path, capsys):

@@ -200,6 +200,14 @@ def test_without_tiktokens_files_nothing_is_written(gpt2, shard, finished, tmp_p
     assert not (tmp_path / "new").exists()
 
 
+def test_an_encoding_without_end_of_text_is_refused_before_the_log(
+    gpt2, shard, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(llmc, "get_encoding", Mock(return_value=Mock(special_tokens_set=())))
+    assert run(gpt2, shard, tmp_path, "--write_tensors", 1) == 2
+    assert "has no <|endoftext|>" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_files_and_what_is_printed(gpt2, shard, finished):
     kinds = itertools.product(("d2", "124M"), ("", "_bf16", "_debug_state"))
     expected = {f"gpt2_{size}{kind}.bin" for size, kind in kinds} | {"gpt2_tokenizer.bin"}
