@@ -40,14 +40,14 @@ PRESET = dict(  # --preset llmc: the defaults of llm.c's train_gpt2.py
 )  # fmt: skip
 
 
-def writes_files(config: Any) -> bool:
+def writes_files(config: Any, resumes: Any) -> bool:
     """Whether a run with these settings writes llm.c's files: a new run that trains."""
-    return config.write_tensors and not config.resume and not config.inference_only
+    return config.write_tensors and not resumes and not config.inference_only
 
 
 def check_flags(config: Any) -> None:
     """ValueError if the flags already show that a run cannot write llm.c's files."""
-    if not writes_files(config):
+    if not writes_files(config, resumes=config.resume not in ("", "auto")):
         return
     if config.use_moe and not config.init_from:
         raise ValueError("write_tensors=True: llm.c has no experts, but use_moe=True; give --use_moe False")
@@ -60,7 +60,7 @@ def check_flags(config: Any) -> None:
 def prepare(run: Any) -> None:
     """Check the run before the log opens. ValueError for a model whose files llm.c could not read."""
     run.trains = not run.config.inference_only
-    if writes_files(run.config) and not run.resumed:
+    if writes_files(run.config, run.resumed):
         try:
             files.sizes_of(run.model.config)
             files.tokenizer_file(files.encoding_of(run.model.config))
@@ -71,7 +71,7 @@ def prepare(run: Any) -> None:
 def write_files(run: Any) -> None:
     """On the master: write model, debug state of the first batch, and tokenizer into log_dir."""
     config, model = run.config, run.model
-    if run.resumed or not writes_files(config) or not run.layout.world.is_master:
+    if not writes_files(config, run.resumed) or not run.layout.world.is_master:
         return
     data = DistributedDataLoader(run.train_loader.files, config.B, config.T, shuffle=False)
     x, y = data.next_batch()  # (B, T), (B, T)

@@ -16,6 +16,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import refuses, shared_file
+from processes import flags as own_flags
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sample
@@ -206,6 +207,16 @@ def test_an_encoding_without_end_of_text_is_refused_before_the_log(
     monkeypatch.setattr(llmc, "get_encoding", Mock(return_value=Mock(special_tokens_set=())))
     assert run(gpt2, shard, tmp_path, "--write_tensors", 1) == 2
     assert "has no <|endoftext|>" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_finds_nothing_to_resume_writes_the_files_and_a_resumed_one_does_not(data, tmp_path):
+    more = "--use_moe 0 --ngram_order 0 --write_tensors 1 --resume auto --max_steps".split()
+    for steps in (3, 4):
+        assert train_gpt_moe.main(own_flags(data, tmp_path, *more, steps)) == 0
+        written = [path.name for path in tmp_path.glob("gpt2_*.bin")]
+        assert len(written) == (4 if steps == 3 else 0), written
+        for name in written:
+            (tmp_path / name).unlink()
 
 
 def test_files_and_what_is_printed(gpt2, shard, finished):
