@@ -44,7 +44,7 @@ def from_nanogpt(content: Any) -> Any:
     fields = dict(vars(content["config"]) if pickled else content["model_args"], use_moe=False)
     fields["tie_word_embeddings"] = torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"])
     gpt2 = 50257 <= fields["vocab_size"] <= 50304
-    fields |= dict(encoding="gpt2" if gpt2 else "unknown", encoding_size=50257 if gpt2 else None)
+    fields |= dict(encoding="gpt2" if gpt2 else "nanogpt", encoding_size=50257 if gpt2 else None)
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if gpt2 else None)
     if pickled:
         fields["activation"] = "gelu"

@@ -32,6 +32,9 @@ def load_encoding(name: str) -> Any:
         return KNOWN[name]
     if name == "none":
         raise ValueError("encoding='none': ids without text: no samples, no HellaSwag, no bits per byte")
+    if name == "nanogpt":
+        mend = "continue its run with `python train_gpt_moe.py --resume ckpt.pt --data_dir FOLDER`"
+        raise ValueError(f"encoding='nanogpt': only its data say what text the ids stand for; {mend}")
     # Exported models have a copy of this file. transformers refuses an `import` of what is not installed.
     tiktoken = importlib.import_module("tiktoken")
     if name == "bytes":

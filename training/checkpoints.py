@@ -317,6 +317,9 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     fields: GPTConfig's without init_from; given: what flags have set. ValueError if they contradict it."""
     source = load_model(init_from)
     theirs = source.config
+    if (theirs.encoding, theirs.vocab_size) == ("nanogpt", fields["encoding_size"]):  # the data know it
+        for name in ("encoding", "encoding_size", "bos_token_id", "eos_token_id"):
+            setattr(theirs, name, fields[name])
     if theirs.encoding != fields["encoding"]:
         mend = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
         if theirs.encoding.startswith("tokenizer:"):
@@ -324,6 +327,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
             mend = f"{export}, then `python fineweb.py --tokenizer FOLDER --out new_data`"
         if theirs.encoding == "unknown":
             mend = 'write the right one into its config.json, as "encoding"'
+        if theirs.encoding == "nanogpt":
+            mend = f"give the data it was trained with, of vocab_size={theirs.vocab_size}"
         unlike = f"{theirs.encoding!r} in init_from={init_from}, but {fields['encoding']!r} in the data"
         raise ValueError(f"encoding={unlike}; {mend}")
     upcycles = "use_moe" in given and fields["use_moe"] and not theirs.use_moe

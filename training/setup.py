@@ -308,19 +308,22 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     than the memory. ValueError for settings that contradict each other, the data, or init_from."""
     names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
+    of_data = dict(
+        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
+        bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
+    )  # fmt: skip
     if resumed:
-        encoding = resumed["config"].get("encoding")
-        if encoding != meta["encoding"]:
+        encoding, size = (resumed["config"][name] for name in ("encoding", "vocab_size"))
+        if (encoding, size) == ("nanogpt", meta["vocab_size"]):  # the data know it
+            resumed["config"] |= of_data
+        elif encoding != meta["encoding"]:
             raise ValueError(
                 f"resume: encoding={encoding!r} in the checkpoint, but {meta['encoding']!r} in the data; "
                 "give the data it was trained with, or start a new run"
             )
         changed = {name: fields[name] for name in names & ckpt.MAY_CHANGE}
         return new_model(GPTConfig(**(resumed["config"] | changed)), config.parallel)
-    fields |= dict(
-        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
-        bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
-    )  # fmt: skip
+    fields |= of_data
     if config.ngram_order < 0:
         config.ngram_order = fields["ngram_order"] = 6 if meta["encoding"] == "bytes" else 0
     fields["block_size"] = config.block_size or config.T

@@ -7,6 +7,7 @@ with nanoGPT's own code."""
 
 import dataclasses
 import os
+import pickle
 import sys
 from unittest.mock import Mock
 
@@ -120,11 +121,19 @@ def test_logits_samples_and_the_next_losses_are_nanogpts(bias, prefix, tmp_path)
     assert mine == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_run_of_nanogpt_is_resumed(tmp_path):
+@pytest.mark.parametrize("characters", [False, True])
+def test_a_run_of_nanogpt_is_resumed(characters, tmp_path, monkeypatch):
+    """The data have the table of characters, which the checkpoint does not name."""
+    if characters:
+        monkeypatch.setitem(SIZES, "vocab_size", 65)
+        table = {"vocab_size": 65, "itos": dict(enumerate(map(chr, range(65, 130))))}
+        table["stoi"] = {character: i for i, character in table["itos"].items()}
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(table))
     network, path = Network(True), tmp_path / "ckpt.pt"
     save(path, network, torch.optim.AdamW(network.groups()), config=SETTINGS | dict(decay_lr=False))
     for name in ("train", "val"):
-        tokens(B=1, T=400, V=50257).numpy().astype("uint16").tofile(tmp_path / f"{name}.bin")
+        ids = tokens(B=1, T=400, V=min(SIZES["vocab_size"], 50257))
+        ids.numpy().astype("uint16").tofile(tmp_path / f"{name}.bin")
     flags = f"""--resume {path} --data_dir {tmp_path} --log_dir {tmp_path}/log --max_steps 4 --device cpu
         --use_compile False --tensorboard False --plot False --sample_every 0 --hellaswag False"""
     assert train_gpt_moe.main(flags.split()) == 0
@@ -132,6 +141,11 @@ def test_a_run_of_nanogpt_is_resumed(tmp_path):
     kept = dict(total_batch_size=72, B=2, T=12, max_lr=1e-2, min_lr=1e-2, warmup_steps=0, infer_step=5)
     assert kept.items() <= state["train_config"].items() and state["loader"]["position"] == 4 * 6
     assert state["train_config"]["dropout"] == state["config"]["dropout"] == 0.25
+    begin = ["--T", "12", "--B", "2", "--total_batch_size", "24", "--init_from", str(path)]
+    assert train_gpt_moe.main([*flags.split()[2:], *begin, "--log_dir", f"{tmp_path}/new"]) == 0
+    for folder in ("log", "new") if characters else ():
+        text = ckpt.load_model(tmp_path / folder / "latest").generate("ABC", max_new_tokens=5)
+        assert text[:3] == "ABC" and len(text) == 8
 
 
 def test_a_checkpoint_from_before_may_2023_has_the_other_gelu_and_no_moments(tmp_path, refused):
