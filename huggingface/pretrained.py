@@ -99,7 +99,11 @@ class GPTPreTrainedModel(PreTrainedModel):
         fields, weights = from_gpt2(theirs) if kind == "gpt2" else from_llama(theirs)
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
             model = cls(cls.config_class(**fields | settings))
-        model.load_state_dict(weights | fresh_statistics(model), assign=True)
+        try:
+            model.load_state_dict(weights | fresh_statistics(model), assign=True)
+        except RuntimeError as error:
+            problem = " ".join(str(error).split())[:300]
+            raise ValueError(f"{settings} do not fit the weights: {problem}") from error
         model.tie_weights()
         model.generation_config = theirs.generation_config
         return model.eval()

@@ -185,6 +185,7 @@ def test_settings_and_precision_are_passed_on(kind, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(moe.gate.weight.dtype == moe.router_bias.dtype == torch.float32 for moe in ours.moe_layers())
     assert ours(tokens(T=5)).logits.isfinite().all()
+    refuses("'vocab_size': 5.*size mismatch", GPTLMHeadModel.from_pretrained, tmp_path, vocab_size=5)
 
 
 def test_a_llama_begins_a_run(tmp_path, caplog):
