@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,7 @@ def refuse_other_files(folder: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder for the block, renamed to `folder` at its end. After an error the old one stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     old = folder.with_name(f"{new.name}.old")
     new.mkdir()
     try:

@@ -66,6 +66,7 @@ def test_an_export_replaces_an_export_or_leaves_it_whole(tmp_path, monkeypatch):
 def test_nothing_else_is_replaced(tmp_path):
     model = byte_model()
     (tmp_path / "empty").mkdir()
+    (tmp_path / f".empty.{os.getpid()}.tmp").mkdir()  # of a killed process in a container
     export_folder(model, tmp_path / "empty")
     (tmp_path / "empty" / "my notes.txt").write_text("keep me")
     (tmp_path / "thesis").mkdir()
