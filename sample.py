@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         how |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     count = options.num_samples or (1 if options.interactive else 3)
     try:
-        model = load(options.checkpoint or options.model).to(choose_device(options.device, 0))
+        source = options.checkpoint if options.model is None else options.model
+        model = load(source).to(choose_device(options.device, 0))
         torch.manual_seed(options.seed)
         for prompt, number in ((p, n) for p in prompts(options) for n in range(1, count + 1)):
             if count > 1 or not options.interactive:

@@ -62,3 +62,8 @@ def test_numbers_outside_their_limits(flag, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main(["--model", "gpt2", f"--{flag}"])
     assert stopped.value.code == 2 and f"--{flag.split('=')[0]} " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--model"])
+def test_an_empty_name_is_no_model(flag, refused):
+    assert "no such file or folder" in refused(sample.main, flag, "")
