@@ -60,7 +60,7 @@ def average(folder: Path, last: int) -> dict:
     mean, config = newest["model"], newest["config"]
     for number, path in enumerate(paths[1:], 2):
         older = load_checkpoint(path)
-        unlike = [n for n, v in older["config"].items() if v != config[n] and n not in MAY_CHANGE]
+        unlike = [n for n, v in older["config"].items() if v != config.get(n) and n not in MAY_CHANGE]
         if unlike:
             what = f"{path} has {unlike[0]}={older['config'][unlike[0]]!r}, {paths[0]} {config[unlike[0]]!r}"
             raise ValueError(f"{what}; lower --last, so that all checkpoints are of one model")

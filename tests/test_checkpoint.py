@@ -60,8 +60,8 @@ def test_average_of_a_runs_newest_checkpoints(straight, tmp_path, refused):
     error = refused(train_gpt_moe.main, "--resume", mean)  # it has no optimizer
     assert str(mean) in error and "--init_from" in error
     shutil.copytree(straight, tmp_path / "two")
-    model = dense_model()
-    other = dict(model=model.state_dict(), config=model.config.to_dict(), step=99)
+    model = dense_model(n_kv_head=2)  # its configuration has one name more
+    other = dict(model=model.state_dict(), config=model.config.to_dict(), step=11)
     save_checkpoint(other, tmp_path / "two")
     for folder, last, named in ((straight, 1, "last=1"), (straight, 99, "last=99"),
                                 ("two", 2, "block_size"), ("none", 2, "but there are 0")):  # fmt: skip
