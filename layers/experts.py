@@ -365,11 +365,12 @@ class Experts(nn.Module):
 
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
         expert = routing.expert.int()
-        chosen = {name: plain(p)[expert].to(x.dtype) for name, p in self.named_parameters()}  # of every row
+        weights = self.c_fc, self.c_proj, self.c_fc_bias, self.c_proj_bias  # each row's own copies:
+        c_fc, c_proj, fc_bias, proj_bias = (0 if w is None else plain(w)[expert].to(x.dtype) for w in weights)
         y = TakeRows.apply(x, routing)  # (R, C)
-        h = (chosen["c_fc"] @ y[:, :, None])[:, :, 0] + chosen.get("c_fc_bias", 0)  # (R, H), gated (R, 2H)
+        h = (c_fc @ y[:, :, None])[:, :, 0] + fc_bias  # (R, H), gated (R, 2H)
         h = get_activation(self.activation).forward(h)
-        y = (chosen["c_proj"] @ h[:, :, None])[:, :, 0] + chosen.get("c_proj_bias", 0)  # (R, C)
+        y = (c_proj @ h[:, :, None])[:, :, 0] + proj_bias  # (R, C)
         return combine(y * routing.weight[:, None], routing, x.shape[0]).to(x.dtype)  # (N, C)
 
     def _all(self, x: Tensor, routing: Routing) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from devices import TRITON_DEVICE, needs_gpu
 from models import ENGINES, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from torch.nn.functional import grouped_mm
+from torch.nn.utils.parametrize import register_parametrization
 
 from layers import experts
 from layers.experts import TakeRows, combine, dispatch, expert_mlp, triton
@@ -115,6 +116,22 @@ def test_decoding_never_touches_unused_experts(engine):
             parameter[1:] = torch.nan
     layer.experts.engine = engine
     torch.testing.assert_close(layer(x), expected)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapted_weight_is_used(engine):
+    """PEFT adapts stacked experts by a parametrization: the name stays an attribute, but is no parameter."""
+    layer, doubled, x = moe_layer().eval(), moe_layer().eval(), torch.randn(2, 3, 8)
+    layer.experts.engine = engine
+    register_parametrization(layer.experts, "c_fc", Doubled())
+    with torch.no_grad():
+        doubled.experts.c_fc *= 2
+    torch.testing.assert_close(layer(x), doubled(x))
 
 
 def test_operators_are_well_formed():
