@@ -245,7 +245,7 @@ def train_step(run: Run, step: int) -> dict:
     model.train()
     torch.manual_seed(faults.dropout_seed(config.seed, step, layout.world.rank))
     losses = torch.zeros(3, device=layout.world.device)  # sums of cross-entropy, balance loss, z-loss
-    run.micro_losses = []
+    micro_losses = []
     gradients = StepGradients(run, step)  # measures only before an evaluation
     with parallel.cast_once(model, layout, run.dtype, run.accumulation):
         for micro_step in range(run.accumulation):
@@ -257,7 +257,7 @@ def train_step(run: Run, step: int) -> dict:
             run.scaler.scale(output.loss / run.accumulation).backward()
             gradients.end_micro_step()
             losses += output.loss_parts()
-            run.micro_losses.append(output.loss.detach())
+            micro_losses.append(output.loss.detach())
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
     norm = parallel.gradient_norm(model, layout)
@@ -282,7 +282,7 @@ def train_step(run: Run, step: int) -> dict:
         record["skipped"] = why
         faults.discard_routing(model)
         if run.health.in_a_row >= config.max_bad_steps:
-            run.diagnosis = faults.diagnose(model, run.micro_losses, run.train_loader)
+            run.diagnosis = faults.diagnose(model, micro_losses, run.train_loader)
     else:
         run.updating = True  # weights and optimizer state no longer belong to the same step
         if 0 < config.grad_clip < record["norm"]:

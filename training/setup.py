@@ -55,7 +55,6 @@ class Run:
     token_bytes: torch.Tensor | None = None  # (vocabulary,) bytes that a token stands for; None if unknown
     trains: bool = True  # False: llm.c's --inference_only
     updating: bool = False  # True while weights and optimizer state belong to different steps
-    micro_losses: list[torch.Tensor] = field(default_factory=list)  # of the last step on this rank
     diagnosis: str = ""  # why the run cannot continue
     say: Callable[[str], None] = tell
 
@@ -69,7 +68,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == "float16")
         if self.resumed.get("scaler"):
             self.scaler.load_state_dict(self.resumed["scaler"])
-        self.start_clock(self.say)
 
     def autocast(self) -> torch.autocast:
         """Matrix products in self.dtype; parameters, norms, routers and losses stay in fp32."""
