@@ -70,8 +70,9 @@ class GPTGenerationMixin(GenerationMixin):
                 end = self.generation_config.eos_token_id
                 pad = end[0] if isinstance(end, list) else end
                 defaults = dict(attention_mask=torch.ones_like(ids), pad_token_id=pad)
-                rows = generate(ids, *args, **defaults | kwargs).tolist()
-            texts = [decode_tokens(row, self.config.encoding) for row in rows]
+                rows = generate(ids, *args, **defaults | kwargs)
+            rows = getattr(rows, "sequences", rows)  # return_dict_in_generate wraps them
+            texts = [decode_tokens(row, self.config.encoding) for row in rows.tolist()]
             return texts[0] if len(texts) == 1 else texts
         finally:
             self._gives_logits = gave

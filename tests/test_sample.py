@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_sample.py"""
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
@@ -35,6 +37,13 @@ def test_what_is_printed_piece_by_piece_is_the_text(folder, capsys, monkeypatch)
     how = dict(max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50)
     assert out == f"--- sample 1\n{sample.load(str(folder)).generate(PROMPT, **how)}\n"
     assert pieces[0] == PROMPT and len({*pieces}) > 20  # the prompt at once, then as the tokens come
+
+
+def test_a_folder_that_asks_for_several_texts_and_scores_gives_one_text(folder, tmp_path, capsys):
+    out, other = run(capsys, folder), shutil.copytree(folder, tmp_path / "other")
+    settings = dict(do_sample=True, num_return_sequences=3, return_dict_in_generate=True)
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    assert run(capsys, other) == out
 
 
 def test_a_sample_ends_before_the_text_that_stops_it(folder, capsys):
