@@ -86,7 +86,7 @@ def write_checkpoint(checkpoint: dict, to: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 for a bad checkpoint or folder."""
-    parser = argparse.ArgumentParser(description="Verify or export training checkpoints.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a Hugging Face folder")
     export.add_argument("checkpoint", help="log/model_XXXXX.pt, or a folder log/model_XXXXX")
@@ -101,12 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="write a checkpoint in the other form")
     convert.add_argument("checkpoint", help="a file log/model_XXXXX.pt, or a folder log/model_XXXXX")
     convert.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
-    averaging = commands.add_parser(
-        "average", help="write the mean of a run's newest weights, as a checkpoint"
-    )
-    averaging.add_argument("folder", help="log_dir of the run")
-    averaging.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
-    averaging.add_argument("--last", type=int, default=5, help="so many checkpoints; default: 5")
+    mean = commands.add_parser("average", help="write the mean of a run's newest weights, as a checkpoint")
+    mean.add_argument("folder", help="log_dir of the run")
+    mean.add_argument("to", help="a name ending with .pt: a single file; any other: a folder")
+    mean.add_argument("--last", type=int, default=5, help="so many checkpoints; default: 5")
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify":
