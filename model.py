@@ -481,7 +481,8 @@ class GPT(GPTPreTrainedModel, GPTGenerationMixin):
         logits_to_keep: number of last positions (0 = all), or a 1-d tensor of positions; ignored with a loss.
         num_items_in_batch: number of targets in the whole optimizer step, of which this call is a part. The
         losses are then this part's share, the routers' of tokens with a target: their sum over the parts does
-        not depend on how the step is cut. ValueError for more than block_size tokens or wrong arguments."""
+        not depend on how the step is cut. ValueError for wrong arguments, and for more than block_size tokens
+        without position_ids."""
         config = self.config
         if labels is not None and targets is not None:
             raise ValueError("give labels (unshifted) or targets (shifted), not both")
