@@ -4,7 +4,10 @@
 # After Ctrl-C the same command goes on. Tiny Shakespeare is data/tinyshakespeare/input.txt of karpathy/char-rnn.
 set -euo pipefail
 text=$1 out=${2:-log/study}
-common="--preset demo --n_layer 2 --n_head 2 --n_embd 64 --expert_hidden_size 64 --T 64 --B 16
+# The recipe that preset demo had when this was measured.
+recipe="--preset demo --max_lr 1e-2 --muon_steps 5 --ngram_order 0 --num_experts_per_tok 2 --moe_every 1
+    --muon_experts True --expert_lr_mult 1"
+common="$recipe --n_layer 2 --n_head 2 --n_embd 64 --expert_hidden_size 64 --T 64 --B 16
     --total_batch_size 1024 --max_steps 600 --warmup_steps 60 --infer_step 100 --val_steps 50 --sample_every 0
     --checkpoint_every 0 --plot False --tensorboard False"
 losses=load_balancing,variance_penalty,entropy_regularization,diversity_regularization
