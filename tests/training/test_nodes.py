@@ -14,12 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, refuses, slow
 from processes import finish, flags, free_port, run_ranks, same_run, start_ranks, wait_for
 
 import train_gpt_moe
 from training import heartbeat, parallel, rendezvous
+from training.setup import check_config
 
 HOST = socket.gethostname()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -108,6 +110,15 @@ def test_the_slurm_script_brings_a_lost_worker_back(one_node, data, tmp_path, re
     code, said = task.wait(600), (tmp_path / "out").read_text()
     assert code == 0 and re.search(r"resumed .*model_00\d\d\d.pt at step", said), said
     same_run(one_node, tmp_path / "log")
+
+
+def test_examples_in_the_slurm_script_have_a_batch_that_fits():
+    text = (ROOT / "train.slurm").read_text()
+    examples = re.findall(r"^#     sbatch (?:--nodes=(\d+) )?train\.slurm(.*?) +#", text, re.MULTILINE)
+    assert len(examples) == 2
+    for nodes, words in examples:
+        config, given = train_gpt_moe.parse_config(words.split())
+        check_config(config, parallel.World(0, 0, 8 * int(nodes or 2), torch.device("cpu")), given)
 
 
 @pytest.mark.parametrize("lost", [*slow(0), 1])
