@@ -38,7 +38,8 @@ HELP = {
     "compile": "1 = with torch.compile; train: 2 = with and without",
     "rounds": "measured calls of each function", "vocab_size": "number of token ids",
     "tokens": "number of tokens; 0 = each size's default",
-    "size": "a name in models.py's MODEL_SIZES, train takes several; time_to_loss: 4x128 or 6x256",
+    "size": "a name in models.py's MODEL_SIZES, train takes several; loop: empty = the demo's; "
+        "time_to_loss: 4x128 or 6x256",
     "B": "sequences per micro-step", "T": "tokens per sequence",
     "layout": "fsdp, ep: in a group of one process",
     "nanogpt": "a checkout of nanoGPT to take turns with", "text": "the text file to train on",

@@ -32,14 +32,15 @@ SKIPPED = 5  # first steps, not measured: kernels and caches warm up
 
 
 def bench_loop(options) -> list[dict]:
-    """Medians over 4 * rounds steps of a run of train_gpt_moe.py with the demo's data."""
-    flags = f"""--preset demo --B {options.B} --T {options.T} --total_batch_size {options.B * options.T}
-        --max_steps {4 * options.rounds + SKIPPED} --warmup_steps 1 --optimizer adamw --max_lr 1e-3
-        --min_lr 1e-4 --infer_step 0 --sample_every 0 --val_steps 1 --plot False --device {options.device}
-        --dtype {options.dtype} --use_compile {bool(options.compile)}""".split()
+    """Medians over 4 * rounds steps of a run of train_gpt_moe.py with the demo's data: of the demo, or of a
+    model of --size."""
+    flags = f"""--B {options.B} --T {options.T} --total_batch_size {options.B * options.T} --warmup_steps 1
+        --max_steps {4 * options.rounds + SKIPPED} --infer_step 0 --sample_every 0 --val_steps 1 --plot False
+        --device {options.device} --dtype {options.dtype} --use_compile {bool(options.compile)}""".split()
+    fields = dict(preset="demo")
     if options.size:
         fields = size_of(options.size) | dict(vocab_size=options.vocab_size)
-        flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     ends = []  # of the first and the second train_step, in seconds, for each step of the loop
 
     def train_twice(run: Run, step: int) -> dict:

@@ -141,10 +141,15 @@ def test_what_of_a_step_is_the_loops_own(d4, short_demo, rows_of, monkeypatch):
     monkeypatch.setattr(loop, "train_step", lasts(2, loop.train_step))
     monkeypatch.setattr(RunLog, "step", lasts(3, RunLog.step))
     monkeypatch.setattr(faults, "gc", collector := Mock())
+    runs, set_up = [], loop.set_up
+    monkeypatch.setattr(loop, "set_up", lambda *arguments: runs.append(set_up(*arguments)) or runs[-1])
     flags = ["--device", "cpu", "--size", "d4", "--vocab_size", 384, "--rounds", 1, "--B", 2, "--T", 16]
     rows = rows_of(bench.main, "loop", *flags)
     found = {row["part"]: (float(row["ms"]), float(row["% of a step"])) for row in rows}
     steps = {"a step of the loop": (5000, 100), "train_step alone": (2000, 40)}
     assert found == steps | {"the loop's own": (3000, 60)}
+    fields = dict(block_size=16, vocab_size=384) | models.MODEL_SIZES["d4"]
+    model = GPTLMHeadModel(GPTConfig(**fields))
+    assert runs[0].model.get_num_params(False) == model.get_num_params(False)
     called = [name for name, *_ in collector.method_calls]
     assert called == ["collect", "freeze", "disable", "enable", "unfreeze"]  # as it was before the run
