@@ -9,6 +9,7 @@ docs/measurements.md has results with their commands, and explains the columns."
 import tokens.requirements  # noqa: F401 (first: an old Python or a missing package gets one line)
 import argparse
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     defaults = COMMANDS[options.command][2]
     for name, value in vars(options).items():
         default = defaults.get(name)
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and default != 0)):
-            parser.error(f"--{name} {value}: must be {'at least' if default == 0 else 'above'} 0")
+        if isinstance(value, int | float) and not (value < math.inf and (value > 0 or value == default == 0)):
+            least = "at least" if default == 0 else "above"
+            parser.error(f"--{name} {value}: must be {least} 0, and finite")
         if name in ("csv", "png") and not Path(value).parent.is_dir():
             parser.error(f"--{name} {value}: there is no such folder")
         if name == "png" and value and Path(value).suffix not in (".png", ".svg", ".pdf"):
