@@ -18,7 +18,7 @@ LAYERS = STEPS | dict(dtype="float32")
 MODELS = LAYERS | dict(compile=0, vocab_size=50304)
 COMMANDS = {  # name: (module with its bench_NAME, what it measures, its options with their defaults)
     "moe": ("layer", "a MoE layer, a dense MLP, other MoE layers", LAYERS | dict(compile=0, tokens=0)),
-    "gpu": ("gpu", "all of these on one GPU, with the tests that need it", dict(device="cuda", minutes=8.0)),
+    "gpu": ("gpu", "most of these on one GPU, with the tests that need it", dict(device="cuda", minutes=8.0)),
     "train": ("models", "optimizer steps of whole models, compiled and not, beside nanoGPT's",
         MODELS | dict(size="d12,d12-moe8x2,d24", B=4, T=1024, layout="none", nanogpt="")),
     "attention": ("models", "attention by each fused kernel", LAYERS | dict(size="d12", B=16, T=1024)),

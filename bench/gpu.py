@@ -1,4 +1,4 @@
-"""All that one GPU can tell about this project, in one command, the most important first.
+"""Most of what one GPU can tell about this project, in one command, the most important first.
 
     python -m bench gpu --minutes 8 --csv gpu.csv
     python -m bench gpu --device cpu      # the same parts at tiny sizes, to see what the command does
