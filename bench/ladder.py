@@ -30,13 +30,12 @@ RUNGS = {
     "chunked loss head": dict(loss_chunk=-1), "cuDNN attention": dict(attention="cudnn"),
     "micro-batch twice as large": dict(times_B=2), "prefetched batches": dict(prefetch=2),
     "8 experts top-2, same active FLOPs": dict(moe=True)}  # fmt: skip
-CUDA_ONLY = ("TF32", "cuDNN attention")
 SHAPES = {"cuda": (12, 12, 768, 16, 1024), "cpu": (4, 4, 256, 4, 128)}  # n_layer, n_head, C, B, T
 
 
 def rungs_for(device: torch.device, compiled: bool) -> dict[str, dict]:
     """The settings of every rung that this device can run. compiled: include the rung with torch.compile."""
-    able = dict.fromkeys(CUDA_ONLY, device.type == "cuda")
+    able = dict.fromkeys(("TF32", "cuDNN attention"), device.type == "cuda")
     able |= {"bf16": has_fast_bf16(device.type), "torch.compile": compiled}
     settings, rungs = START, {}
     for name, change in RUNGS.items():

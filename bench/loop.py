@@ -58,9 +58,10 @@ def bench_loop(options) -> list[dict]:
         with prefer_backend(config.attention_backend, options.device):
             if train(run, train_twice) != faults.OK:
                 raise ValueError("the run of the loop failed")
-    steps = [(first - before, second - first) for (_, before), (first, second) in pairwise(ends)]
-    whole, alone = (median(seconds[SKIPPED - 1 :]) for seconds in zip(*steps, strict=True))
-    own = median(step[0] - step[1] for step in steps[SKIPPED - 1 :])
+    pairs = pairwise(ends[SKIPPED - 1 :])
+    steps = [(first - before, second - first) for (_, before), (first, second) in pairs]
+    whole, alone = map(median, zip(*steps, strict=True))
+    own = median(step - without for step, without in steps)
     parts = {"a step of the loop": whole, "train_step alone": alone, "the loop's own": own}
     return [{"part": part, "ms": 1000 * s, "% of a step": 100 * s / whole} for part, s in parts.items()]
 
