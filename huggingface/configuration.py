@@ -117,7 +117,7 @@ class CheckedConfig(PreTrainedConfig):
             raise ValueError(f"n_kv_head={heads} and num_key_value_heads={same} must be equal")
         super().__post_init__(**kwargs)
         if self._attn_implementation is None:  # a model would set it, but masks can be built without a model
-            self._attn_implementation = "sdpa"
+            self._attn_implementation = "eager" if self.output_attentions else "sdpa"  # sdpa has no weights
         for item in fields(self):
             check_setting(item.name, getattr(self, item.name), item.metadata)
 

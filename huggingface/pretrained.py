@@ -1,6 +1,5 @@
 """What transformers, accelerate and Trainer need from a model besides its forward: embeddings, loading."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,9 @@ class GPTPreTrainedModel(PreTrainedModel):
         if isinstance(config, PreTrainedConfig):
             kind = config.model_type
         else:
-            settings = {key: kwargs.pop(key) for key in inspect.get_annotations(ours) if key in kwargs}
+            # transformers also takes num_labels, output_hidden_states and others; dtype is for the weights.
+            named = [key for key in kwargs if hasattr(ours, key) and key not in ("dtype", "torch_dtype")]
+            settings = {key: kwargs.pop(key) for key in named}
             config = read_config(config or name, where)
             kind = config.pop("model_type", ours.model_type)
             config |= settings if kind == ours.model_type else {}

@@ -178,7 +178,7 @@ def test_what_cannot_be_loaded_is_refused_by_name(kind, fields, words, tmp_path)
 def test_settings_and_precision_are_passed_on(kind, tmp_path):
     stock(kind).to(torch.bfloat16).save_pretrained(tmp_path)
     how = dict(output_loading_info=True, attn_implementation="eager")
-    settings = dict(dropout=0.25, use_cache=False, encoding="bytes")
+    settings = dict(dropout=0.25, use_cache=False, encoding="bytes", output_hidden_states=True)
     ours, info = GPTLMHeadModel.from_pretrained(tmp_path, **how, **settings)
     assert ours.dtype == torch.bfloat16 and ours.config._attn_implementation == "eager"
     assert {name: getattr(ours.config, name) for name in settings} == settings

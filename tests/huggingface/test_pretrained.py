@@ -155,6 +155,9 @@ def test_a_classifier_from_a_folder_of_a_language_model(tied, tmp_path, own_modu
     new.resize_token_embeddings(100, mean_resizing=False)
     new.save_pretrained(tmp_path / "classes")
     again, ids = GPTForSequenceClassification.from_pretrained(tmp_path / "classes"), tokens(V=96) + 1
+    five = dict(num_labels=5, output_hidden_states=True, output_attentions=True)
+    output = GPTForSequenceClassification.from_pretrained(tmp_path / "words", **five)(ids)
+    assert output.logits.shape == (3, 5) and len(output.hidden_states) == len(output.attentions) + 1 == 3
     ids[0, 9:] = 0
     hidden = model.transformer(ids).last_hidden_state[[0, 1, 2], [8, 23, 23]]
     assert torch.allclose(again(ids).logits, new.score(hidden), atol=1e-5)
