@@ -79,24 +79,34 @@ class GPTGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """As transformers', but a text that outgrows block_size is cropped to its last block_size tokens. The
-        cache is dropped then, because every position moves. ValueError for inputs_embeds that outgrow it."""
+        cache is dropped then, because every position moves. ValueError if it holds tokens whose ids are not
+        given: inputs_embeds, or those of an earlier turn."""
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() passes them for stop_strings
             kwargs.pop(name, None)
         block_size, cache = self.config.block_size, kwargs.get(CACHE)
         cached = cache.get_seq_length() if cache is not None else 0
-        if cached > input_ids.size(1) and cached >= block_size:  # inputs_embeds have no ids
-            problem = f"inputs_embeds have reached block_size={block_size} positions"
-            raise ValueError(f"{problem}, and cannot be cropped without token ids; generate fewer tokens")
         if input_ids.size(1) > block_size:
-            input_ids = input_ids[:, -block_size:]
+            cached, input_ids = 0, input_ids[:, -block_size:]
             attention_mask = attention_mask[:, -block_size:] if attention_mask is not None else None
             kwargs |= {"use_cache": False, "position_ids": None, "next_sequence_length": None, CACHE: None}
         kwargs |= dict(attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if self.config.ngram_order and inputs.get("input_ids") is not None:  # the latest tokens of input_ids
-            before = tokens_before(input_ids, self.config.ngram_order - 1)
-            inputs["previous_ids"] = before[:, -inputs["input_ids"].size(1) :]
+        new = inputs["inputs_embeds" if inputs.get("input_ids") is None else "input_ids"].size(1)
+        if cached + new > block_size:
+            problem = f"{cached + new} tokens are longer than block_size={block_size}"
+            raise ValueError(f"{problem}, and cannot be cropped without all their ids; generate fewer tokens")
+        order, known = self.config.ngram_order, input_ids.size(1) - new
+        if order and inputs.get("input_ids") is not None and known >= min(cached, order - 1):
+            inputs["previous_ids"] = tokens_before(input_ids, order - 1)[
+                :, -new:
+            ]  # or else the cache knows them
         return inputs | {"past_key_values": inputs.get(CACHE)}  # PEFT knows only the older name
+
+    def _prefill(self, input_ids, generation_config, *args, **kwargs):
+        """transformers' first forward. A prompt that is cropped is not also cut into chunks."""
+        if input_ids.size(1) > self.config.block_size:
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
     def _get_logits_processor(self, *args, **kwargs):
         processors = super()._get_logits_processor(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from conftest import refuses
 from models import ARCHITECTURES, greedy_by_hand, strong, tiny, tokens
 
+from huggingface.outputs import CACHE
 from huggingface.text import build_tokenizer
 from model import GPT, GPTLMHeadModel
 
@@ -25,11 +26,12 @@ def test_cached_generation_equals_the_plain_loop_also_beyond_block_size(model, m
     monkeypatch.setattr("transformers.generation.stopping_criteria.logger.warning_once", warned)
     expected = greedy_by_hand(model, ids, 15)  # 18 tokens
     assert len(expected[:, 3:].unique()) > 8  # a model that repeats itself would hide faults
-    for cache in (dict(use_cache=True), dict(use_cache=False)):
+    for cache in (dict(use_cache=True), dict(use_cache=False), dict(prefill_chunk_size=2)):
         assert torch.equal(model.generate(ids, max_new_tokens=15, do_sample=False, **cache), expected)
     long = tokens(T=20, seed=1)  # longer than block_size from the start
-    found = model.generate(long, max_new_tokens=2, do_sample=False)
-    assert torch.equal(found, greedy_by_hand(model, long, 2))
+    for chunk in (None, 5, 15):
+        found = model.generate(long, max_new_tokens=2, do_sample=False, prefill_chunk_size=chunk)
+        assert torch.equal(found, greedy_by_hand(model, long, 2))
     assert not warned.called  # texts are cropped on purpose
 
 
@@ -40,6 +42,16 @@ def test_beams_and_seeded_samples_do_not_depend_on_the_cache(model, how):
         torch.manual_seed(3)
         results.append(model.generate(ids, max_new_tokens=10, use_cache=use_cache, **how))
     assert torch.equal(*results)
+
+
+def test_a_later_turn_may_give_its_new_tokens_only(model):
+    first, then, how = tokens(T=4), tokens(T=2, seed=1), dict(max_new_tokens=3, do_sample=False)
+    cache = model(first, use_cache=True)[CACHE]
+    whole = torch.cat([first, then], dim=1)
+    how |= {"attention_mask": torch.ones_like(whole), CACHE: cache}
+    assert torch.equal(model.generate(then, **how)[:, 2:], greedy_by_hand(model, whole, 3)[:, 6:])
+    how["attention_mask"] = torch.ones(3, 16)
+    refuses("block_size=12", model.generate, tokens(T=8), **how)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
