@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(AttributeError, OSError):  # sys.stdout may be another kind of object
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal cannot print
     how = dict(do_sample=options.temperature > 0, repetition_penalty=options.repetition_penalty)
-    how |= dict(num_beams=1, num_return_sequences=1)  # whatever the model's folder says
+    how |= dict(num_beams=1, num_return_sequences=1, stop_strings=None)  # whatever the model's folder says
     if how["do_sample"]:
         how |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     count = options.num_samples or (1 if options.interactive else 3)

@@ -25,6 +25,11 @@ MOST_BYTES = 50_000_000  # of a JSON file
 NOT_OF_A_FOLDER = {
     "attn_implementation", "_attn_implementation", "auto_map", "experts_implementation", "fusion_config",
     "num_labels", "transformers_weights"}  # fmt: skip
+# Fields of generation_config.json that are no numbers or token ids. generate() checks them.
+OTHER_KINDS = {
+    "transformers_version", "cache_implementation", "early_stopping", "num_assistant_tokens_schedule",
+    "stop_strings", "bad_words_ids", "sequence_bias", "exponential_decay_length_penalty",
+    "watermarking_config"}  # fmt: skip
 
 
 def find_file(name: str | Path, file: str, where: dict[str, Any]) -> Path | None:
@@ -74,7 +79,7 @@ def read_generation(name: str | Path, where: dict[str, Any]) -> GenerationConfig
     if path is None:
         return None
     found = read_json(path)
-    for key in sorted(found.keys() - {"transformers_version", "cache_implementation", "early_stopping"}):
+    for key in sorted(found.keys() - OTHER_KINDS):
         numbers = found[key] if isinstance(found[key], list) and "token" in key else [found[key]]
         if not all(isinstance(item, bool | int | float | None) for item in numbers):
             raise ValueError(f"{path}: {key} is {show(found[key])}, not a number or token ids")

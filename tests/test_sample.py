@@ -42,6 +42,7 @@ def test_what_is_printed_piece_by_piece_is_the_text(folder, capsys, monkeypatch)
 def test_a_folder_that_asks_for_several_texts_and_scores_gives_one_text(folder, tmp_path, capsys):
     out, other = run(capsys, folder), shutil.copytree(folder, tmp_path / "other")
     settings = dict(do_sample=True, num_return_sequences=3, return_dict_in_generate=True)
+    settings |= dict(stop_strings=["e"], bad_words_ids=[[300], [301, 302]])
     (other / "generation_config.json").write_text(json.dumps(settings))
     assert run(capsys, other) == out
 
