@@ -54,8 +54,10 @@ def export_folder(model: PreTrainedModel, folder: str | Path, format: str = "gpt
     for problem in unreadable(model.config, format, words is not None):
         logger.warning(f"llama.cpp cannot read this folder: {problem}; transformers can")
     if format in FOREIGN:  # without rows of the embeddings that only pad the vocabulary
-        size = model.config.encoding_size or rows
+        size, generation = model.config.encoding_size or rows, model.generation_config
         model = to_gpt2(model, size) if format == "gpt2" else to_llama(model, format, size)
+        model.generation_config = generation
+        generation.suppress_tokens = [i for i in generation.suppress_tokens or () if i < size] or None
         if size < rows:
             logger.warning(f"the {rows} rows of the embeddings are cut to the {size} tokens of {encoding!r}")
     else:  # without the routers' statistics of training, but with their biases

@@ -204,6 +204,7 @@ def test_a_llama_begins_a_run(tmp_path, caplog):
 @pytest.mark.parametrize("kind, fields", CASES)
 def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path, caplog):
     model = strong(GPTLMHeadModel(small(kind, **fields)), 0.3)
+    model.generation_config.eos_token_id, model.generation_config.suppress_tokens = [5, 7], [3, 999]
     export_folder(model, tmp_path / "out", format=kind, tokenizer=False)
     assert not list((tmp_path / "out").glob("*.py"))
     assert all(text.startswith("llama.cpp cannot read") for text in caplog.messages)
@@ -211,6 +212,8 @@ def test_ours_become_stock_models_and_come_back(kind, fields, tmp_path, caplog):
     assert type(theirs).__name__ == FOREIGN[kind] and not any(info.values())
     assert_equal_models(model, theirs)
     back = GPTLMHeadModel.from_pretrained(tmp_path / "out")
+    for generation in (theirs.generation_config, back.generation_config):
+        assert generation.eos_token_id == [5, 7] and generation.suppress_tokens == [3]
     state = back.state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     kept = ["sliding_window", "global_every", "qk_norm", "norm_eps", "rope_theta", "encoding"]
