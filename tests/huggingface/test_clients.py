@@ -82,7 +82,7 @@ def plain_loop(words) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "n-grams"])  # vectors have no ids
 @pytest.mark.parametrize("method", ["PrefixTuning", "PromptTuning"])
 def test_generating_after_a_tuned_prompt_equals_the_plain_loop(method, name):
     peft = pytest.importorskip("peft", reason="needs peft")
