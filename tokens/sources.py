@@ -225,12 +225,17 @@ def check_text(pieces: Pieces, path: str, plain: bool) -> Pieces:
 
 def find_files(path: str) -> list[str]:
     """The file itself, the files that a pattern such as "src/**/*.py" matches, or the text files in and below
-    a folder, except hidden files. Raises ValueError if there are none."""
+    a folder, except hidden files. ValueError if there are none; OSError if a folder cannot be read."""
     files = [path] if os.path.exists(path) else glob(path, recursive=True)
     if files := sorted(file for file in files if os.path.isfile(file)):
         return files
+
+    def stop(error: OSError) -> None:  # os.walk alone would leave out a folder that cannot be read
+        if os.path.isdir(error.filename):
+            raise error
+
     found, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
         if os.path.realpath(folder) in seen:  # links can form a circle
             folders.clear()
             continue

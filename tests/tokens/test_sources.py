@@ -8,6 +8,7 @@ import os
 import random
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -46,7 +47,7 @@ def test_every_format_is_read_and_can_be_gone_on_from_anywhere(tmp_path, name):
     assert 0 <= sum(map(os.path.getsize, files)) - end["read"] <= 1  # an empty line may follow
 
 
-def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path):
+def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path, monkeypatch):
     texts = {"in/sub/a.txt": "a", "in/.hidden/b.txt": "b", "elsewhere/c.txt": "c", "in/ignored.md": "d"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,8 @@ def test_a_folder_is_read_in_order_links_once_and_nothing_hidden(tmp_path):
     found = [os.path.relpath(path, tmp_path / "in") for path in sources.find_files(str(tmp_path / "in"))]
     assert found == ["far/c.txt", "sub/a.txt", "z.jsonl.gz"]
     assert documents_of(read(tmp_path / "in")) == ["c", "a", "y", "z"]
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "no access", str(tmp_path))))
+    refuses(f"no access: '{tmp_path}'", sources.find_files, str(tmp_path / "in"), error=OSError)
 
 
 def test_columns_of_parquet(tmp_path):
