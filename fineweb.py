@@ -63,7 +63,7 @@ class DataConfig:
     encoding: str | None = flag(None, "gpt2 (default), bytes (the demo's), or another of tiktoken's")
     tokenizer: str | None = flag(None, "tokenizer.json, SentencePiece .model, folder of one, or a name")
     train_tokenizer: int | None = flag(None, "train one of so many tokens on the first 67 million characters")
-    end_token: str | None = flag(None, "what precedes documents; default <|endoftext|>, or else eos_token")
+    end_token: str | None = flag(None, "precedes documents (--tokenizer FILE); default <|endoftext|>, or eos")
     shard_size: int = flag(100_000_000, "tokens in a shard")
     val_tokens: int | None = flag(
         None, "tokens kept for validation; if not given one shard, or a tenth of a small source"
@@ -245,7 +245,9 @@ def with_defaults(config: DataConfig) -> DataConfig:
             raise ValueError(f"{name}={value} must be at least {least} and below 2147483648")
     if not 0 <= config.part < config.num_parts:
         raise ValueError(f"part={config.part} must be from 0 to num_parts - 1 = {config.num_parts - 1}")
-    if config.out is None:
+    if config.end_token and not (config.tokenizer and os.path.exists(config.tokenizer)):
+        raise ValueError(f"end_token={config.end_token!r} needs --tokenizer with a file or folder of one")
+    if not config.out:
         raise ValueError(f"out is missing: pass --out FOLDER for the shards of source={config.source!r}")
     if config.errors not in ("strict", "replace"):
         raise ValueError(f"errors={config.errors!r} must be strict or replace")
@@ -285,8 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for problem in problems:
                 print_error("fineweb.py", problem)
             return 2 if problems else 0
-        if config.demo and (config.tokenizer or config.train_tokenizer):
-            raise ValueError("demo: the demo's tokens are --encoding bytes or another of tiktoken's")
+        if config.demo and (others := sorted(given.keys() - {"demo", "verify", "out", "encoding"})):
+            raise ValueError(f"demo: it takes --out and --encoding (one of tiktoken's), not --{others[0]}")
         if config.demo:
             prepare_demo(out, config.encoding or "bytes")
         else:
