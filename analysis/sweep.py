@@ -94,16 +94,22 @@ def plan(options: argparse.Namespace) -> list[Job]:
 
 def look_for_earlier(job: Job) -> None:
     """Set the job's state. ValueError if its folder has a run with other settings."""
-    from training.checkpoints import LAYOUT_SETTINGS, list_checkpoints, step_of
+    import torch
+
+    from training.checkpoints import DERIVED, LAYOUT_SETTINGS, list_checkpoints, step_of
+    from training.parallel import World
+    from training.setup import check_config
 
     run, checkpoints = read_run(job.folder), list_checkpoints(job.folder)
     if not (has_ended(run) or checkpoints):
         return  # it saved nothing
+    check_config(job.config, World(0, 0, 1, torch.device("cpu")), job.given, say=str)  # fills in min_lr, ...
     unlike = NO_EFFECT | {*LAYOUT_SETTINGS, "device", "vocab_size", "attention_backend"}
     unlike |= {"data_dir"} if job.config.text else set()  # in run.json the run's own copy
     names = job.given if job.config.init_from else vars(job.config).keys()  # init_from sets the architecture
     for name in sorted(names & run.config.keys() - unlike):
-        if (now := getattr(job.config, name)) != (before := run.config[name]):
+        now, before = getattr(job.config, name), run.config[name]
+        if now != before and now not in DERIVED.get(name, ()):
             mend = f"give another --log_dir, or delete that run: rm -r {shlex.quote(job.folder)}"
             raise ValueError(f"{job.folder} has a run with {name}={before!r}, not {now!r}; {mend}")
     # The last checkpoint is written while the last evaluation runs. No checkpoint: somebody has deleted them.

@@ -94,6 +94,8 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
 def test_a_folder_of_another_run_is_refused_and_a_stopped_run_continues(data, straight, tmp_path, refused):
     shutil.copytree(straight, tmp_path / "s1337")
     words = arguments(data, tmp_path)
+    place = words.index("--min_lr")
+    del words[place : place + 2]  # the run has filled it in
     options = argparse.Namespace(log_dir=str(tmp_path), flags=[], common=words[4:])
     (job,) = sweep.plan(options)
     sweep.look_for_earlier(job)
