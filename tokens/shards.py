@@ -184,7 +184,9 @@ def read_meta(folder: str | os.PathLike, pattern: str = "", vocab_size: int = 0)
     added. Without meta.json it is what describe_foreign says. Raises FileNotFoundError, ValueError."""
     folder = (os.path.dirname(find_shards(pattern)[0]) or ".") if pattern else os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"no data folder {folder}; make it: `{fineweb_command(folder)}`")
+        make = f"make it: `{fineweb_command(folder)}`, or give another --data_dir"
+        how = "it is a file: --text takes texts, --input_bin shards" if os.path.exists(folder) else make
+        raise FileNotFoundError(f"no data folder {folder}; {how}")
     metas = load_metas(folder)
     if not metas:
         return describe_foreign(folder, vocab_size)

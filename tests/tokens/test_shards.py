@@ -108,7 +108,8 @@ def test_missing_data_says_how_to_make_it(tmp_path):
         (lambda: find_shards(full, "val"), "no val shard .* 1 .*--val_tokens"),
         (lambda: DistributedDataLoader(tmp_path / "*.none", B=1, T=4), r"no data: .*\.none"),
         (lambda: DistributedDataLoader([], B=1, T=4), "no data"),
-        (lambda: read_meta(tmp_path / "none"), "no data folder .*none"),
+        (lambda: read_meta(tmp_path / "none"), "no data folder .*none.*fineweb.py.*--data_dir"),
+        (lambda: read_meta(__file__), "no data folder .*it is a file: --text"),
         (lambda: read_meta("x", str(tmp_path / "no_*.bin")), r"no data: .*no_\*\.bin is neither"),
     ):  # fmt: skip
         refuses(words, look, error=FileNotFoundError)
