@@ -112,7 +112,7 @@ def find_runs(arguments: list[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         for path in [argument] if os.path.exists(argument) else sorted(glob.glob(argument)) or [argument]:
             found = [path] if logs(path) else sorted(filter(logs, glob.glob(f"{glob.escape(path)}/*")))
-            runs += found
+            runs += map(os.path.normpath, found)
             others |= {} if found else {path: f"{path}: no metrics.jsonl and no log.txt in this folder"}
     for path, problem in others.items():
         if not runs or not os.path.exists(path):

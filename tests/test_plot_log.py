@@ -115,6 +115,7 @@ def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
     (tmp_path / "runs.png").touch()
     every, pattern = sorted(str(path) for path in tmp_path.iterdir()), f"{tmp_path}/lr_*"
     cases = ([str(tmp_path)], runs), ([pattern], runs[:2]), (every, runs), ([runs[1], pattern], runs[1::-1])
+    cases = *cases, ([runs[0], f"{runs[0]}/"], runs[:1])
     for given, found in cases:
         assert plot_log.find_runs(given)[0] == found, given
     assert plot_log.main(every) == 0
