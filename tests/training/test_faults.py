@@ -330,13 +330,15 @@ def test_a_prompt_without_tokens_and_a_jump_of_the_loss_do_not_end_a_run(data, t
     assert metrics(tmp_path)[0]["spike"] and "step 0: the loss jumped to" in said
 
 
-def test_exit_codes(capsys):
+def test_exit_codes(monkeypatch, capsys):
     settings = ValueError("x"), FileNotFoundError(2, "x"), PermissionError(13, "x"), OSError(30, "read-only")
     failures = OSError(28, "No space left on device"), OSError(5, "I/O")
     for code, errors in (2, (*settings, faults.DataError("x"))), (1, failures):
         for error in errors:
             assert faults.report(error) == code, error
             assert capsys.readouterr().err.startswith("train_gpt_moe.py: error: ")
+    monkeypatch.setattr(train_gpt_moe, "set_up", Mock(side_effect=KeyboardInterrupt))
+    assert train_gpt_moe.main(["--device", "cpu"]) == 130
 
 
 # ---------------------------------------------------------------------------- security
