@@ -39,6 +39,7 @@ class Profiler:
             kinds = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
             self.profile = torch.profiler.profile(activities=kinds & torch.profiler.supported_activities())
             self.profile.start()
+            self.steps = range(step, self.steps.stop)  # a resumed run may begin among them
         yield
         self.end = step + 1
         if self.end not in self.steps:

@@ -90,7 +90,7 @@ def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
 def test_a_profile_is_written_if_the_run_ends_among_its_steps(tmp_path):
     config, said = SimpleNamespace(profile="2:9", max_steps=9, log_dir=str(tmp_path)), []
     layout = SimpleNamespace(world=World(0, 0, 1, torch.device("cpu")))
-    profiler = Profiler(SimpleNamespace(config=config, layout=layout, say=said.append))
+    profiler = Profiler(run := SimpleNamespace(config=config, layout=layout, say=said.append))
     for step in (1, 2, 3):
         with profiler.recording(step):
             torch.ones(8).sum()
@@ -98,6 +98,10 @@ def test_a_profile_is_written_if_the_run_ends_among_its_steps(tmp_path):
     profiler.write()
     profiler.write()  # there is nothing more to write
     assert (tmp_path / "profile_2_4.json").exists() and len(said) == 1
+    with (resumed := Profiler(run)).recording(4):
+        pass
+    resumed.write()
+    assert (tmp_path / "profile_4_5.json").exists()
 
 
 def test_tensorboard_has_the_metrics_as_curves_and_the_samples(finished):
