@@ -339,7 +339,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         return new_model(GPTConfig(**fields), config.parallel)
     given = {name for name in given if name not in ("vocab_size", "block_size") or getattr(config, name)}
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
-    if model.config.bos_token_id is None:  # an older checkpoint
+    if meta["eot_token"] is not None:  # a model of others may begin documents with another token
         model.config.bos_token_id = meta["eot_token"]
     for name in names:  # the settings take the model's values
         setattr(config, name, getattr(model.config, name))

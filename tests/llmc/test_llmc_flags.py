@@ -176,11 +176,11 @@ def test_samples_begin_with_the_end_of_text(finished, tmp_path, capsys):
     model = build_model(TrainConfig(**sizes), set(), META, None)
     assert model.config.bos_token_id == model.config.eos_token_id == 50256
     texts = []
-    for path, bos_token_id in ((tmp_path / "new.pt", 50256), (tmp_path / "old.pt", None)):
+    for path, bos_token_id in ((tmp_path / f"{n}.pt", n) for n in (50256, None, 0)):  # 0: another's model
         config = model.config.to_dict() | {"bos_token_id": bos_token_id}
         torch.save({"model": model.state_dict(), "config": config, "step": 1}, path)
         loaded = build_model(TrainConfig(init_from=str(path), T=64), set(), META, None)
-        assert loaded.config.bos_token_id == 50256
+        assert loaded.config.bos_token_id == 50256  # from the data, whose documents begin with it
         flags = ["--prompt", "", "--num_samples", "1", "--max_new_tokens", "8", "--device", "cpu"]
         assert sample.main(["--checkpoint", str(path), *flags]) == 0
         texts.append(capsys.readouterr().out.split("--- sample 1\n")[1])
