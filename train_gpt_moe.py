@@ -33,7 +33,6 @@ if __name__ == "__main__":  # --help and mistyped flags need not wait for torch
 import contextlib
 import gc
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -456,7 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_error("train_gpt_moe.py", lost)
         return faults.FAILED
     except KeyboardInterrupt:  # before the first step, or after the last: `Signals` does not listen there
-        return 128 + signal.SIGINT
+        return 130
     run = None  # DDP must be freed before its process group
     parallel.stop(world)
     return code

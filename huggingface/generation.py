@@ -97,9 +97,8 @@ class GPTGenerationMixin(GenerationMixin):
             raise ValueError(f"{problem}, and cannot be cropped without all their ids; generate fewer tokens")
         order, known = self.config.ngram_order, input_ids.size(1) - new
         if order and inputs.get("input_ids") is not None and known >= min(cached, order - 1):
-            inputs["previous_ids"] = tokens_before(input_ids, order - 1)[
-                :, -new:
-            ]  # or else the cache knows them
+            before = tokens_before(input_ids, order - 1)
+            inputs["previous_ids"] = before[:, -new:]  # without them the model takes those in the cache
         return inputs | {"past_key_values": inputs.get(CACHE)}  # PEFT knows only the older name
 
     def _prefill(self, input_ids, generation_config, *args, **kwargs):
