@@ -117,7 +117,8 @@ def find_runs(arguments: list[str]) -> tuple[list[str], list[str]]:
     for path, problem in others.items():
         if not runs or not os.path.exists(path):
             make = f"a run makes them: python train_gpt_moe.py --preset demo --log_dir {shlex.quote(path)}"
-            raise FileNotFoundError(f"{problem}; {make}")
+            name = "it is a file; name the run's folder"
+            raise FileNotFoundError(f"{problem}; {name if os.path.isfile(path) else make}")
     return list(dict.fromkeys(runs)), [others[path] for path in others if os.path.isdir(path)]
 
 

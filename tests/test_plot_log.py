@@ -107,6 +107,7 @@ def test_a_folder_without_a_log_and_wrong_arguments(moe, tmp_path, refused):
     for given in ([tmp_path / "none"], [moe, tmp_path / "nowhere"], [moe, tmp_path / "no*match"]):
         assert f"{given[-1]}: no metrics.jsonl" in refused(plot_log.main, *given)
     assert len(os.listdir(moe)) == 2
+    assert "it is a file; name the run's folder" in refused(plot_log.main, __file__)
 
 
 def test_a_folder_of_runs_and_patterns_are_arguments(tmp_path, capsys):
