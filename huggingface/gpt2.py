@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from huggingface.configuration import SHARED_FIELDS, refuse
+from huggingface.llama import named_encoding
 
 # Our fields, and theirs.
 FIELDS = {name: name for name in (*SHARED_FIELDS, "n_layer", "n_head", "n_embd")} | {
@@ -30,7 +31,7 @@ def from_gpt2(theirs: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
         others = f"embd_pdrop={config.embd_pdrop} and attn_pdrop={config.attn_pdrop}"
         raise ValueError(f"this GPT-2 has resid_pdrop={config.resid_pdrop}, {others}; they must be equal")
     fields = {ours: getattr(config, theirs) for ours, theirs in FIELDS.items()}
-    fields |= {"use_moe": False, "encoding": getattr(config, "encoding", "gpt2"),
+    fields |= {"use_moe": False, "encoding": named_encoding(config),
                "activation": ACTIVATIONS[config.activation_function],
                "attn_implementation": config._attn_implementation}  # fmt: skip
     return fields, transpose_weights(theirs.state_dict())

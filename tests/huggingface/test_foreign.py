@@ -83,7 +83,8 @@ def assert_equal_models(ours, theirs):
 
 
 @pytest.mark.parametrize("kind, fields, expected", [
-    ("gpt2", dict(), dict(use_moe=False, bias=True, dropout=0.1, norm_eps=1e-5)),
+    ("gpt2", dict(), dict(use_moe=False, bias=True, dropout=0.1, norm_eps=1e-5, encoding="unknown")),
+    ("gpt2", dict(vocab_size=50257), dict(encoding="gpt2")),
     ("gpt2", dict(n_inner=100, layer_norm_epsilon=0.5, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
      dict(mlp_hidden_size=100, norm_eps=0.5, dropout=0.0)),
     ("gpt2", dict(tie_word_embeddings=False, activation_function="gelu_pytorch_tanh"),
