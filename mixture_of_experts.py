@@ -249,10 +249,14 @@ class MoE(nn.Module):
                 index = choice.topk(K).indices
             else:
                 index = choice.sort(dim=-1, descending=True, stable=True).indices[:, :K]
-        if K > 1 and self.norm_topk_prob:
-            weights = log_score(logits).gather(1, index).softmax(-1)
+        normed = K > 1 and self.norm_topk_prob
+        weights = log_score(logits) if normed else scores  # (N, E)
+        if torch.compiler.is_compiling():  # in some graphs Inductor (torch 2.13) loses gather's gradient
+            chosen = index[..., None] == torch.arange(self.num_experts, device=index.device)  # (N, K, E)
+            weights = torch.where(chosen, weights[:, None], 0.0).sum(-1)  # (N, K)
         else:
-            weights = scores.gather(1, index)
+            weights = weights.gather(1, index)
+        weights = weights.softmax(-1) if normed else weights
         return dispatch(index, weights, self.num_experts), probs
 
     def measure(self, logits, probs, routing: Routing, token_mask, num_tokens) -> RouterAuxiliary:
