@@ -203,7 +203,8 @@ def expert_mlp_backward(grad: Tensor, x: Tensor, weight: Tensor, token: Tensor, 
     grad_w = (ga * acts).sum(1, keepdim=True, dtype=w.dtype)
     if biases:
         of_experts = grad @ biases[1].to(grad.dtype).t()  # (N, E)
-        expert = torch.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))  # (R,)
+        counts = ends.diff(prepend=ends.new_zeros(1))  # (E,)
+        expert = torch.repeat_interleave(counts, output_size=len(token))  # (R,), without a read by the host
         grad_w += of_experts[token, expert][:, None]
     g.mul_(w)
     gh, rows = act.backward(ga.mul_(w), hidden), x.index_select(0, token)  # (R, H) or (R, 2H), (R, C)

@@ -3,10 +3,12 @@
 Run: python -m pytest tests/layers/test_experts.py"""
 
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from devices import TRITON_DEVICE, needs_gpu
 from models import ENGINES, experts_by_hand, gradients, moe_layer, sure_layer, tiny
 from torch.nn.functional import grouped_mm
@@ -132,6 +134,13 @@ def test_an_adapted_weight_is_used(engine):
     with torch.no_grad():
         doubled.experts.c_fc *= 2
     torch.testing.assert_close(layer(x), doubled(x))
+
+
+def test_the_rehearsal_replaces_a_function_that_exists():
+    """It needs torch's CUDA build, so no other test runs it."""
+    source = (ROOT / "tests/rehearsal/run.py").read_text()
+    (name,) = re.findall(r'\(experts, "(\w+)"', source)
+    assert callable(getattr(experts, name))
 
 
 def test_operators_are_well_formed():
