@@ -33,7 +33,7 @@ def read_for(model, path: str) -> np.ndarray:
     encoding = model.config.encoding
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
         where = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        size = model.config.vocab_size if encoding == "none" else 0  # tells what has no meta.json
+        size = model.config.vocab_size if encoding == "none" else 0  # for shards without meta.json
         if (theirs := read_meta(where, vocab_size=size)["encoding"]) != encoding:
             problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
             raise ValueError(f"{problem}; give the text itself")

@@ -366,7 +366,7 @@ class Experts(nn.Module):
 
     def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
         expert = routing.expert.int()
-        weights = self.c_fc, self.c_proj, self.c_fc_bias, self.c_proj_bias  # each row's own copies:
+        weights = self.c_fc, self.c_proj, self.c_fc_bias, self.c_proj_bias  # copied for every row:
         c_fc, c_proj, fc_bias, proj_bias = (0 if w is None else plain(w)[expert].to(x.dtype) for w in weights)
         y = TakeRows.apply(x, routing)  # (R, C)
         h = (c_fc @ y[:, :, None])[:, :, 0] + fc_bias  # (R, H), gated (R, 2H)

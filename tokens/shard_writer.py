@@ -158,7 +158,7 @@ class ShardWriter:
             small = f"source={source!r} is too small (part {self.part} of {self.num_parts})"
             need = f"validation takes val_tokens={self.val_tokens}, pass less"
             found = f"{position['documents']} documents, {self.filled} tokens"
-            raise ValueError(f"{small}: {found}; {need if self.val_shards else 'no text'}")
+            raise ValueError(f"{small}: {found}; {need if self.filled else 'no text'}")
         self._flush(None)
         counts = {name: position[name] for name in ("documents", "empty", "replaced")}
         meta = self._write_meta(counts, complete=True)

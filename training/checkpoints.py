@@ -317,8 +317,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
     fields: GPTConfig's without init_from; given: what flags have set. ValueError if they contradict it."""
     source = load_model(init_from)
     theirs = source.config
-    if (theirs.encoding, theirs.vocab_size) == ("nanogpt", fields["encoding_size"]):  # the data know it
-        for name in ("encoding", "encoding_size", "bos_token_id", "eos_token_id"):
+    if (theirs.encoding, theirs.vocab_size) == ("nanogpt", fields["encoding_size"]):
+        for name in ("encoding", "encoding_size", "bos_token_id", "eos_token_id"):  # the data name them
             setattr(theirs, name, fields[name])
     if theirs.encoding != fields["encoding"]:
         mend = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"

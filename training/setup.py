@@ -263,8 +263,8 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
             try:
                 build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
             except ValueError as error:
-                make = "`python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
-                mend = f"{make} has these flags; then give --data_dir FOLDER"
+                make = "run `python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
+                mend = f"For flags of fineweb.py {make}, then give --data_dir FOLDER"
                 raise ValueError(f"text: {error}. {mend}") from error
         world.barrier()
     elif config.preset == "demo" and config.data_dir == "demo_data":
@@ -312,7 +312,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     )  # fmt: skip
     if resumed:
         encoding, size = (resumed["config"][name] for name in ("encoding", "vocab_size"))
-        if (encoding, size) == ("nanogpt", meta["vocab_size"]):  # the data know it
+        if (encoding, size) == ("nanogpt", meta["vocab_size"]):  # the data name the encoding
             resumed["config"] |= of_data
         elif encoding != meta["encoding"]:
             raise ValueError(

@@ -57,6 +57,8 @@ def test_too_small_a_source_leaves_nothing_behind(tmp_path):
     for val_tokens in (6, 7):  # validation alone would take everything, or more
         words = r"too small .*: 1 documents, 6 tokens; .* val_tokens=\d+"
         refuses(words, build, source, out, val_tokens=val_tokens)
+    (tmp_path / "empty.txt").touch()
+    refuses("0 tokens; no text", build, tmp_path / "empty.txt", out)
     assert not list(out.iterdir())
     assert build(source, out, val_tokens=5)["tokens"] == {"train": 1, "val": 5}
     longer = write_source(tmp_path / "b.jsonl", ["hello " * 99])
