@@ -262,6 +262,7 @@ def find_earlier(before: str, path: Path, settings: dict, resumed_at, model) -> 
 
 def analyse(options: argparse.Namespace, path: Path, model) -> dict:
     """Everything in routing.json. Raises ValueError, OSError, FloatingPointError."""
+    from tokens.encodings import get_encoding
     from training.log import read_record
 
     config, file = model.config, path.parent / "run.json"
@@ -271,6 +272,11 @@ def analyse(options: argparse.Namespace, path: Path, model) -> dict:
     earlier = find_earlier(options.before, path, settings, run.get("first_step"), model)
     (before_name, before), (start_name, start) = earlier
     T = min(config.block_size, *(len(ids) - 1 for ids in parts.values()))
+    try:
+        encoding = config.encoding
+        get_encoding(encoding)
+    except ValueError:  # it has no text, or its files cannot be fetched: the page shows ids
+        encoding = "none"
 
     def cut(tokens: int) -> dict[str, np.ndarray]:  # whole windows, and one more token to predict
         share = max(1, tokens // len(parts) // T)
@@ -286,7 +292,7 @@ def analyse(options: argparse.Namespace, path: Path, model) -> dict:
         "checkpoint": str(path), "before": before_name, "start": start_name, "loss": loss, "T": T,
         "data": {name: len(ids) - 1 for name, ids in used.items()},
         "num_experts": E, "num_experts_per_tok": config.num_experts_per_tok,
-        "layers": [describe(one, used, T, E, config.encoding) for one in seen],
+        "layers": [describe(one, used, T, E, encoding) for one in seen],
     }  # fmt: skip
     if options.drop_tokens and E > 1:
         add_losses(found, model, start, cut(options.drop_tokens), T, options.B)

@@ -25,7 +25,10 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise root_error(error) from None
+        error = root_error(error)
+        if getattr(error, "filename", None) == str(temporary):  # the user knows only the other name
+            error = OSError(error.errno, error.strerror, str(path))
+        raise error from None
     sync_folder(path.parent)
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,8 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     if config.text:
         config.data_dir = os.path.join(config.log_dir, "data")
         if world.is_master:
+            if not (os.path.exists(config.text) or glob(config.text, recursive=True)):
+                raise FileNotFoundError(f"text={config.text!r} is no file or folder here")
             try:
                 build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
             except ValueError as error:

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from processes import flags
 import train_gpt_moe
 from analysis import routing
 from analysis.__main__ import main
+from tokens.encodings import get_encoding
 from tokens.shards import write_shard
 
 T, E, K = 48, 4, 2
@@ -175,8 +177,12 @@ def test_a_planted_specialist_is_found(tmp_path):
     assert "the router is that of the start of the run." in page  # which is not known
 
 
-def test_ids_without_text_have_numbers_for_names(tmp_path):
-    byte_model(encoding="none").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("encoding", ["none", "gpt2"])
+def test_ids_without_text_have_numbers_for_names(encoding, tmp_path, monkeypatch):
+    """Without network there is no text of GPT-2's ids."""
+    monkeypatch.setattr("tiktoken.get_encoding", Mock(side_effect=ConnectionError("no route")))
+    get_encoding.cache_clear()
+    byte_model(encoding=encoding).save_pretrained(tmp_path / "model")
     (tmp_path / "ids").mkdir()
     write_shard(tmp_path / "ids" / "val_000000.bin", np.arange(2 * T + 1, dtype=np.uint16) % 3)
     words = "--data", tmp_path / "ids", "--tokens", 2 * T, "--drop_tokens", T

@@ -303,7 +303,9 @@ def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
     refuses("is a folder; move it away: .*latest", RunLog, tmp_path, None, 0, False, error=FileExistsError)
 
 
-def test_a_temporary_file_is_new_and_not_guessed(tmp_path, monkeypatch):
+def test_a_temporary_file_is_new_not_guessed_and_in_no_error(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"'[^']*/no/a'$"):
+        write_atomically(tmp_path / "no" / "a", lambda file: file.write(b"x"))
     (tmp_path / "victim").write_text("mine")
     (tmp_path / ".a.00.tmp").symlink_to("victim")
     monkeypatch.setattr("secrets.token_hex", lambda size: "00")
