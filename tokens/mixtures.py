@@ -28,7 +28,8 @@ def parse_mixture(text: str) -> dict[str, Fraction]:
     if os.path.isdir(text) or not pairs:
         return {text: Fraction(1)}
     weights = {folder: Fraction(weight) for folder, weight in pairs}
-    if ",".join(map(":".join, pairs)) != text or len(weights) < len(pairs) or not all(weights.values()):
+    once = len(set(map(os.path.abspath, weights))) == len(pairs)
+    if ",".join(map(":".join, pairs)) != text or not once or not all(weights.values()):
         how = "write FOLDER:WEIGHT,FOLDER:WEIGHT, with each folder once and weights above 0"
         raise ValueError(f"data_dir={text!r}: {how}")
     return weights

@@ -114,7 +114,7 @@ def test_what_is_refused_names_the_cause(folders):
         Path(name, "meta.json").write_text(json.dumps(META | dict(encoding=encoding, tokens={})))
     (mixed,), (two,) = ranks_of(1), ranks_of(1, weights=dict(a=1, b=1))
     mixed, plain = mixed.state_dict(), DistributedDataLoader("a", B=1, T=T).state_dict()
-    bad = ("", ":0", ":-1", ":1e999999999", ":--", ":0.1.2", ":1,a:2", ":1,", ":nan")
+    bad = ("", ":0", ":-1", ":1e999999999", ":--", ":0.1.2", ":1,a/:2", ":1,", ":nan")
     for refuse, text, words in (
         *((parse_mixture, f"a:1,b{end}", f"data_dir='a:1,b{end}': write FOLDER:WEIGHT") for end in bad),
         (shares_of, {"a": 1, "b": 1e-6}, "data_dir: 'b' .*100,000"),
