@@ -148,6 +148,8 @@ def difference(final: pd.Series, baseline: pd.Series) -> tuple[float, float]:
 def effective(x: np.ndarray, losses: np.ndarray, target: float) -> str:
     """The factor of x[-1] at which the curve first reaches the target; "> 1.00" and "< ...": beyond its ends.
     The curve is the lowest loss so far, interpolated over log(x)."""
+    if x[-1] <= 0:
+        return "-"  # a run of 0 steps
     lowest, x = np.minimum.accumulate(losses)[x > 0], x[x > 0]
     if target < lowest[-1] and not math.isclose(target, lowest[-1]):
         return "> 1.00"

@@ -77,6 +77,9 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path, rows_of):
     assert float(rows["0.05"]["common_tokens"]) == 20 * TOKENS and rows["0.05"]["common_seconds"] == "40.0"
     assert float(rows["0.01"]["at_tokens_mean"]) == pytest.approx(2 + math.log(2))
     assert float(rows["0.01"]["at_seconds_mean"]) == pytest.approx(2)
+    begin = dict(steps=1, max_steps=0, change=lambda rows: rows[0].update(eval_step=0))  # a run of 0 steps
+    fake_run(tmp_path / "none" / "a", 2, 1, **begin)
+    assert rows_of(main, "compare", tmp_path / "none")[0]["effective_tokens"] == "-"
 
 
 def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
