@@ -32,12 +32,13 @@ def read_for(model, path: str) -> np.ndarray:
 
     encoding = model.config.encoding
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
-        where = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        shards = find_shards(path, "val")
+        where = os.path.dirname(shards[0]) or "."
         size = model.config.vocab_size if encoding == "none" else 0  # for shards without meta.json
         if (theirs := read_meta(where, vocab_size=size)["encoding"]) != encoding:
             problem = f"{path} has tokens of encoding={theirs!r}, the model needs {encoding!r}"
             raise ValueError(f"{problem}; give the text itself")
-        ids = np.concatenate([read_shard(shard) for shard in find_shards(path, "val")])
+        ids = np.concatenate([read_shard(shard) for shard in shards])
     else:
         pieces = check_text(read_txt(path, 0, None), path, plain=True)  # as the training data are read
         texts = [(begins, replace_invalid(text, {"replaced": 0})) for begins, text, _ in pieces]

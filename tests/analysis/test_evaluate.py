@@ -77,6 +77,7 @@ def test_what_is_refused(folder, refused, tmp_path):
         ((model, text, "--T=49"), "block_size=48"), ((model, text, "--B=0"), "--B 0"),
         ((model, text, "--max_tokens=1"), "--max_tokens 1: must be at least 2"),
         ((model, folder / "ids"), "encoding='gpt2'"), ((tmp_path / "none.pt", text), "none.pt"),
+        ((model, tmp_path / "none.bin"), "none.bin is neither a folder nor a file"),
     ):  # fmt: skip
         error = refused(main, "evaluate", *arguments)
         assert error.startswith("python -m analysis: error: ") and words in error
