@@ -210,6 +210,6 @@ def run(options: argparse.Namespace) -> int:
     if number or failed:
         again = shlex.join(["python", "-m", "analysis", *options.words])
         print(f"{'continue with' if number else 'when that is mended, run the rest with'}: {again}")
-    if not number:
+    if not number and len(failed) < len(jobs):
         print(f"compare with: {shlex.join(['python', '-m', 'analysis', 'compare', options.log_dir])}")
     return 128 + number if number else int(bool(failed))

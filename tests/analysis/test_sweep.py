@@ -81,6 +81,8 @@ def test_finished_runs_are_skipped_and_failures_are_reported(data, tmp_path, cap
     assert f"finished  {log}/s3: validation loss 1.2500, 12 steps, 7.0 s" in said
     assert f"finished  {log}/s1: 12 steps, 7.0 s" in said
     assert f"failed: {log}/s2" in said and f"python -m analysis compare {log}" in said
+    assert main(arguments(data, tmp_path / "none", "--seed", "2")) == 1
+    assert "compare with" not in capfd.readouterr().out  # there is no run
     shares = [json.loads((log / name / "output.txt").read_text()) for name in ("s1", "s3")]
     assert {share["OMP_NUM_THREADS"] for share in shares} == {"3"}
     assert shares[0]["CUDA_VISIBLE_DEVICES"] == "0"
