@@ -127,6 +127,9 @@ def bench_train(options) -> list[dict]:
     sizes = {name: size_of(name) for name in options.size.split(",")}
     device, dtype, models, steps, rows = options.device, options.dtype, {}, {}, []
     B, T, V, nanogpt = options.B, options.T, options.vocab_size, options.nanogpt
+    dense = [name for name, fields in sizes.items() if not fields.get("use_moe", True)]
+    if dense and options.layout == "ep":
+        raise ValueError(f"layout='ep': size {dense[0]} has no experts to share; leave it out of --size")
     layout = alone(options.layout, device)
     for compiled in {0: (False,), 1: (True,), 2: (False, True)}[options.compile]:
         for name, fields in sizes.items():
@@ -139,7 +142,7 @@ def bench_train(options) -> list[dict]:
                 compile_blocks(model, run.layout)
             key = name, compiled, "ours"
             models[key], steps[key] = model, partial(train_step, run, 0)
-            if nanogpt and not fields.get("use_moe", True):
+            if nanogpt and name in dense:
                 shape = {field: fields[field] for field in ("n_layer", "n_head", "n_embd")}
                 theirs = NanoGPT(nanogpt, device, block_size=T, vocab_size=V, dropout=0.0, **shape)
                 if compiled:

@@ -52,6 +52,7 @@ def test_what_a_person_can_mend_is_told_in_a_line(tmp_path, refused):
     scale["--size d12 --layouts ep"] = "layouts='ep': size d12 has no experts to share"
     wrong |= {f"scale --micro_ms 1 {flags}": message for flags, message in scale.items()}
     wrong[f"train --size d4 --nanogpt {tmp_path}"] = "git clone https://github.com/karpathy/nanoGPT"
+    wrong["train --size d4 --layout ep"] = "layout='ep': size d4 has no experts to share"
     wrong["scale --size d12"] = "micro_ms=0: give a micro-step's milliseconds"
     wrong["moe --device xyz"] = "device='xyz' is no device"
     for flags, message in wrong.items():
