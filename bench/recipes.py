@@ -278,5 +278,5 @@ def last_losses(races: list[list[Contender]]) -> np.ndarray:
 
 
 def mean_and_spread(values) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.3f}"
+    """Mean and, of several seeds, standard deviation."""
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
