@@ -201,6 +201,8 @@ def test_the_ceilings_of_the_largest_load_and_of_the_entropy(moe, tmp_path):
         ax = by_label(draw(*folders)[1], label)
         assert sorted(text.get_text().split(" = ")[1] for text in ax.texts) == values
         assert all(ax.get_ylim()[1] > float(value) for value in values)
+    even = write_log(tmp_path / "even", [dict(step=0, max_load=1.0)])  # every token visits every expert
+    assert by_label(draw(even)[1], "max / mean load").get_ylim()[0] == 1
     (few / "run.json").write_text('{"config": [')  # damaged
     assert plot_log.read_run(str(few)).config == {}
 

@@ -53,7 +53,7 @@ METRICS = (
     Metric("tok_per_s", "tokens/s", "speed/tok_per_s", "{:,.0f} tok/s", "{:,.0f} tok/s", panel=SPEED),
     Metric("mfu", "MFU", "speed/mfu", "mfu {:.0%}", "mfu {:.1%}", panel=SPEED, percent=True),
     Metric("max_load", "max / mean load", "moe/max_load", "max load {:.2f}",
-           panel=BALANCE, log_scale=True, axis_low=1, axis_high=1),
+           panel=BALANCE, log_scale=True, axis_low=1, axis_high=1.1),
     Metric("max_load_ceiling", "E / K", "moe/max_load_ceiling", evaluated=True),
     Metric("starved", "starved experts", "moe/starved",
            panel=BALANCE, drawn="steps-post", percent=True, axis_high=0.05),
