@@ -4,10 +4,11 @@ processes really send.
 Run: python -m pytest tests/bench/test_scaling.py"""
 
 from collections import defaultdict
+from csv import DictReader
 from dataclasses import replace
 
 import pytest
-from conftest import slow
+from conftest import ROOT, slow
 from wire import train_ranks
 
 from bench import __main__ as bench
@@ -98,5 +99,10 @@ def test_the_forecast(rows_of):
     assert [(row["layout"], row["ranks"]) for row in rows[3:6]] == [("zero", n) for n in ("1", "8", "1024")]
     assert rows[11]["layout"] == "ep 128 x 8" and rows[11]["tokens/step"] == str(1024 * 16 * 1024)
     assert rows[0]["tokens/s"] == str(round(2**19 / (32 * 0.09 + 0.008)))
+    with open(ROOT / "docs" / "measurements" / "scale_forecast.csv") as file:
+        shown = {line["layout"].split()[0]: line for line in DictReader(file) if line["ranks"] == "1024"}
+    for row in rows[2:12:3]:
+        memory = float(shown[row["layout"].split()[0]]["GiB per rank (forecast)"])
+        assert memory == pytest.approx(float(row["GiB per rank"]), abs=0.06)
     efficiency = [float(row["efficiency %"]) for row in rows]
     assert (efficiency[0], max(efficiency)) == pytest.approx((100, 100))
