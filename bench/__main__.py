@@ -79,6 +79,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {value}: must be {least} 0, and finite")
         if name in ("csv", "png") and not Path(value).parent.is_dir():
             parser.error(f"--{name} {value}: there is no such folder")
+        if name in ("csv", "png") and value and Path(value).is_dir():
+            parser.error(f"--{name} {value}: it is a folder; name a file in it")
         if name == "png" and value and Path(value).suffix not in (".png", ".svg", ".pdf"):
             parser.error(f"--png {value}: the name must end in .png, .svg or .pdf")
     return options
