@@ -150,8 +150,10 @@ def read_csv(path: str, at: int, field: str) -> Pieces:
     """The rows after the first `at` of a .csv file, whose first line has the names: one document each."""
     csv.field_size_limit(MAX_RECORD)
     with open(path, "rb") as file:
-        rows = csv.DictReader(read_lines(file, path))
+        rows = csv.DictReader(lines := read_lines(file, path))
         for number, row in enumerate(rows, 1):
+            if lines.gi_frame is None:  # a field has no end: csv looked for it behind the last line
+                raise ValueError(f"{path}: a field begins with a quotation mark, but no other mark ends it")
             if number > at:
                 where = f"{path}, line {rows.line_num}"
                 yield True, text_of(row, field, where), {"at": number, "read": file.tell()}
