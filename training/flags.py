@@ -55,9 +55,10 @@ class FlagParser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        """transformers hands all metadata to argparse, which does not know limits."""
-        field = copy.copy(field)
-        field.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
+        """transformers hands all metadata to argparse, and spells only the field's own name with hyphens."""
+        field, names = copy.copy(field), field.metadata["aliases"]
+        names = [*names, *(name.replace("_", "-") for name in names)]
+        field.metadata = {"help": field.metadata["help"], "aliases": names}
         field.type = whole_number if "int" in str(field.type) else field.type
         HfArgumentParser._parse_dataclass_field(parser, field)
 

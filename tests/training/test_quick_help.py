@@ -58,7 +58,7 @@ def test_help_of_a_word_shows_its_flags_with_defaults(capsys):
 
 
 def test_numbers_may_be_powers():
-    words = "--total_batch_size 2**19 --max_steps=5e2 --num_iterations 1e3 --prompt 2**19 --B=8"
+    words = "--total_batch_size 2**19 --max_steps=5e2 --num_iterations 1e3 --prompt 2**19 --batch-size=8"
     config, _ = parse_config(words.split())
     assert (config.total_batch_size, config.max_steps, config.prompt) == (2**19, 1000, "2**19")
     refuses("B", parse_config, ["--B", "1.5e0"])
