@@ -80,7 +80,7 @@ def parse_flags(
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"--help", "-h"} & set(arguments):
         words = [word for word in arguments if word not in ("--help", "-h")]
-        print(explain(kind, words[-1]) if words else short_help(script))
+        print(explain(kind, words[0].lstrip("-")) if len(words) == 1 else short_help(script))
         raise SystemExit(0)
     flags = {field: [f"--{field.name}", *field.metadata["aliases"]] for field in dataclasses.fields(kind)}
     names = {field.name for field in flags}

@@ -50,7 +50,7 @@ def test_other_names_are_answered_with_ours(name):
 
 def test_help_of_a_word_shows_its_flags_with_defaults(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_config(["--help", "moe_loss"])
+        parse_config(["--help", "--moe_loss"])
     lines = capsys.readouterr().out.splitlines()
     assert end.value.code == 0 and lines[0].split()[:2] == ["--moe_loss", "True"]
     found = {line.split()[0] for line in lines if line[0] == "-"}
