@@ -68,13 +68,14 @@ def first_difference(now: dict, before: dict) -> tuple[str, object, object] | No
 
 def fineweb_command(folder: str, out: str = "", file: str | os.PathLike = "", **changes: object) -> str:
     """The fineweb.py command that makes a folder again, by the settings in its meta.json. It names a source
-    without its folder, as meta.json does. out, changes: another folder, other values of its flags. file: one
-    of the folder, if several machines have made it: the command of that machine."""
-    flags: dict = {}
+    without its folder, as meta.json does; an unknown source is TEXT. out, changes: another folder, other
+    values of its flags. file: one of the folder, if several machines have made it: that machine's command."""
+    is_fineweb = os.path.basename(os.path.abspath(folder)) == "edu_fineweb10B"  # fineweb.py needs no --source
+    flags: dict = {} if is_fineweb else {"source": "TEXT"}
     with contextlib.suppress(ValueError, OSError):
         part, metas = re.search(r"_p\d{4}", os.path.basename(file)), load_metas(folder)
         own = [meta for path, meta in metas.items() if part and part[0] in os.path.basename(path)]
-        flags = [*own, *metas.values(), {}][0].get("settings", {})
+        flags = [*own, *metas.values(), {}][0].get("settings", flags)
     is_demo = str(flags.get("source")).startswith("demo corpus")
     flags |= changes | ({"source": None} if is_demo else {})
     flags = {k: v for k, v in flags.items() if not k.startswith(("files", "source_"))}

@@ -14,6 +14,7 @@ from itertools import accumulate, chain, pairwise, product
 
 import numpy as np
 
+from tokens.identity import fineweb_command
 from tokens.shards import DistributedDataLoader, read_meta
 
 FINEST = 100_000  # shares have a common denominator of at most this
@@ -54,11 +55,12 @@ def read_metas(folders: Sequence[str], pattern: str = "", vocab_size: int = 0) -
     """read_meta of the first folder (or pattern). ValueError if another folder has another encoding."""
     meta = read_meta(folders[0], pattern, vocab_size)
     own = meta["encoding"].startswith("tokenizer:")
-    flag = f"--tokenizer {folders[0]}" if own else f"--encoding {meta['encoding']}"
+    how = {"encoding": None, "tokenizer": folders[0]} if own else {"encoding": meta["encoding"]}
     for folder, name in product(folders[1:], ("encoding", "vocab_size", "eot_token")):
         if (theirs := read_meta(folder, vocab_size=vocab_size)[name]) != meta[name]:
             unlike = f"{name} is {theirs!r}, but {meta[name]!r} in {pattern or folders[0]}"
-            raise ValueError(f"{folder}: {unlike}; make it again with `python fineweb.py {flag}`")
+            again = fineweb_command(folder, f"{folder}_2", **dict(train_tokenizer=None, end_token=None) | how)
+            raise ValueError(f"{folder}: {unlike}; make it again with `{again}`")
     return meta
 
 

@@ -321,10 +321,11 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
         for name in ("encoding", "encoding_size", "bos_token_id", "eos_token_id"):  # the data name them
             setattr(theirs, name, fields[name])
     if theirs.encoding != fields["encoding"]:
-        mend = f"tokenise the text for it: `python fineweb.py --encoding {theirs.encoding} --out new_data`"
+        command = "python fineweb.py --out new_data --source TEXT"
+        mend = f"tokenise the text for it: `{command} --encoding {theirs.encoding}`"
         if theirs.encoding.startswith("tokenizer:"):
             export = f"`python checkpoint.py export {init_from} FOLDER`"
-            mend = f"{export}, then `python fineweb.py --tokenizer FOLDER --out new_data`"
+            mend = f"{export}, then `{command} --tokenizer FOLDER`"
         if theirs.encoding == "unknown":
             mend = 'write the right one into its config.json, as "encoding"'
         if theirs.encoding == "nanogpt":

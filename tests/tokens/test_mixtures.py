@@ -119,7 +119,7 @@ def test_what_is_refused_names_the_cause(folders):
         *((parse_mixture, f"a:1,b{end}", f"data_dir='a:1,b{end}': write FOLDER:WEIGHT") for end in bad),
         (shares_of, {"a": 1, "b": 1e-6}, "data_dir: 'b' .*100,000"),
         *((parse_named, text, f"val='{text}': write") for text in ("a", "a=", "a b=c", "a=b,a=c", "é=a")),
-        (read_metas, ["a", "b"], "b: encoding is 'bytes', but 'gpt2' in a; .*--encoding gpt2"),
+        (read_metas, ["a", "b"], "b: encoding is 'bytes', but 'gpt2' in a; .*=TEXT --encoding=gpt2 --out"),
         (two.load_state_dict, mixed, "sources='a, b, c', but here sources='a, b'"),
         (two.load_state_dict, plain, "sources=None, but here sources='a, b'"),
         (ranks_of(1)[0].load_state_dict, mixed | {"read": "1 2"}, "samples of each source"),

@@ -104,7 +104,7 @@ def test_missing_data_says_how_to_make_it(tmp_path):
     for look, words in (
         (lambda: read_shard(full), str(full)), (lambda: read_shard(tmp_path / "none.bin"), r"none\.bin"),
         (lambda: find_shards(tmp_path / "nowhere"), r"no data: .*nowhere.*--demo"),
-        (lambda: find_shards(tmp_path), rf"no train shard .* 0 .*python fineweb\.py --out {tmp_path}"),
+        (lambda: find_shards(tmp_path), rf"no train shard .* 0 .*fineweb\.py --source=TEXT --out {tmp_path}"),
         (lambda: find_shards(full, "val"), "no val shard .* 1 .*--val_tokens"),
         (lambda: DistributedDataLoader(tmp_path / "*.none", B=1, T=4), r"no data: .*\.none"),
         (lambda: DistributedDataLoader([], B=1, T=4), "no data"),
