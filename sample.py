@@ -12,13 +12,13 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from model import GPTLMHeadModel
 from tokens.encodings import decode_tokens
 from tokens.printable import print_error, printable
+from tokens.sources import read_plain
 from training.checkpoints import load_model
 from training.parallel import choose_device
 
@@ -106,7 +106,8 @@ def prompts(options: argparse.Namespace) -> Iterator[str]:
     """The prompt, or the lines that the user types."""
     if not options.interactive:
         file = options.prompt.removeprefix("FILE:")
-        yield options.prompt if file == options.prompt else Path(file).read_text(encoding="utf-8")
+        is_file = file != options.prompt
+        yield "".join(t for _, t in read_plain(file)).replace("\r\n", "\n") if is_file else options.prompt
     while options.interactive:
         try:
             yield input("prompt> ")

@@ -28,7 +28,7 @@ def read_for(model, path: str) -> np.ndarray:
     encoding, less than 2 tokens, or ids that the vocabulary lacks."""
     from tokens.encodings import encode_pieces
     from tokens.shards import find_shards, read_meta, read_shard
-    from tokens.sources import check_text, read_txt, replace_invalid
+    from tokens.sources import read_plain
 
     encoding = model.config.encoding
     if os.path.isdir(path) or path.endswith((".bin", ".npy")):
@@ -40,9 +40,7 @@ def read_for(model, path: str) -> np.ndarray:
             raise ValueError(f"{problem}; give the text itself")
         ids = np.concatenate([read_shard(shard) for shard in shards])
     else:
-        pieces = check_text(read_txt(path, 0, None), path, plain=True)  # as the training data are read
-        texts = [(begins, replace_invalid(text, {"replaced": 0})) for begins, text, _ in pieces]
-        ids = encode_pieces(texts, encoding)
+        ids = encode_pieces([*read_plain(path)], encoding)
     if len(ids) < 2:
         raise ValueError(f"{path} holds {len(ids)} tokens; at least 2 are needed")
     if (largest := int(ids.max())) >= model.config.vocab_size:

@@ -56,10 +56,13 @@ def test_a_sample_ends_before_the_text_that_stops_it(folder, capsys):
     assert run(capsys, folder, "--stop", PROMPT) == f"--- sample 1\n{whole}"  # it stands in the prompt only
 
 
-def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch):
-    (tmp_path / "essay.txt").write_text("Once\nupon", encoding="utf-8")
+def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch, refused):
+    (tmp_path / "essay.txt").write_text("Once\nupon", encoding="utf-8-sig")
     out = run(capsys, folder, "--prompt", f"FILE:{tmp_path}/essay.txt")
     assert out.startswith("--- sample 1\nOnce\nupon")
+    (tmp_path / "essay.txt").write_bytes("café".encode("latin-1"))
+    bad = "--model", folder, "--prompt", f"FILE:{tmp_path}/essay.txt"
+    assert "essay.txt is no UTF-8" in refused(sample.main, *bad)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert sample.main(["--model", str(folder), "--interactive", "--max_new_tokens=1", "--top_p=0.5"]) == 0
     assert [text[:3] for text in capsys.readouterr().out.split("prompt> ")] == ["", "one", "two", "\n"]

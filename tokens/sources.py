@@ -225,6 +225,12 @@ def check_text(pieces: Pieces, path: str, plain: bool) -> Pieces:
             yield piece
 
 
+def read_plain(path: str) -> Iterator[tuple[bool, str]]:
+    """(begins, text) of the pieces of a text file, read as training data are. ValueError if it is no text."""
+    for begins, text, _ in check_text(read_txt(path, 0, None), path, plain=True):
+        yield begins, replace_invalid(text, {"replaced": 0})
+
+
 def find_files(path: str) -> list[str]:
     """The file itself, the files that a pattern such as "src/**/*.py" matches, or the text files in and below
     a folder, except hidden files. ValueError if there are none; OSError if a folder cannot be read."""
