@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 from tokens import sources
@@ -194,8 +195,8 @@ def choose_encoding(config: DataConfig) -> DataConfig:
     """The settings with the encoding that --tokenizer or --train_tokenizer asks for. ValueError, OSError."""
     path, size = config.tokenizer, config.train_tokenizer
     if path and not os.path.exists(path):
-        if os.path.dirname(path) or path.endswith((".json", ".model")):
-            raise ValueError(f"tokenizer={path!r}: there is no such file or folder")
+        if path not in ("bytes", *tiktoken.list_encoding_names()):
+            raise ValueError(f"tokenizer={path!r}: no such file or folder, nor a name that tiktoken knows")
         return replace(config, encoding=path)  # a name that tiktoken knows
     if path:
         encoding = read_tokenizer(path, config.end_token)
@@ -254,7 +255,8 @@ def with_defaults(config: DataConfig) -> DataConfig:
     if config.split_on is not None and not (config.split_on and local):
         raise ValueError(f"split_on={config.split_on!r} must be what separates the documents of text files")
     for one, files in parts:
-        if not files and not re.fullmatch(r"[\w-]+(/[\w.-]+)?", one.source):
+        is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", one.source)
+        if not files and (not is_name or one.source.endswith(sources.SUFFIXES + sources.MORE_SUFFIXES)):
             raise FileNotFoundError(f"source={one.source!r} is no file or folder here, nor a Hub dataset")
     return config
 

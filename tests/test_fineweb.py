@@ -154,8 +154,8 @@ WRONG = {"--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shar
          "--num_parts 0": "num_parts=0", "--num_parts 2 --part 2": "part=2 .* 1", "": "out is missing.*--out",
          "--out out --encoding nonsense": "encoding='nonsense'", "--out a.txt": r"a\.txt",
          "--out=": "out is missing", "--out out --end_token <E>": "end_token='<E>' needs --tokenizer",
-         "--demo --out out": "demo: .*not --source",
-         "--out out --source no.txt": r"source='no\.txt'", "--out out --source .": r"source='\.' .*\.jsonl",
+         "--demo --out out": "demo: .*not --source", "--out out --source in/no.txt": "no.txt' is no file",
+         "--out out --source .": r"source='\.' .*\.jsonl",
          "--shard_sise 5": "--shard_sise", "--workers two": "--workers: invalid int"}  # fmt: skip
 
 
