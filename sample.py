@@ -105,9 +105,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def prompts(options: argparse.Namespace) -> Iterator[str]:
     """The prompt, or the lines that the user types."""
     if not options.interactive:
-        file = options.prompt.removeprefix("FILE:")
-        is_file = file != options.prompt
-        yield "".join(t for _, t in read_plain(file)).replace("\r\n", "\n") if is_file else options.prompt
+        prompt = options.prompt
+        if prompt.startswith("FILE:"):
+            pieces = read_plain(prompt.removeprefix("FILE:"))
+            prompt = "".join(text for _, text in pieces).replace("\r\n", "\n")
+        yield prompt
     while options.interactive:
         try:
             yield input("prompt> ")

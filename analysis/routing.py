@@ -272,8 +272,8 @@ def analyse(options: argparse.Namespace, path: Path, model) -> dict:
     earlier = find_earlier(options.before, path, settings, run.get("first_step"), model)
     (before_name, before), (start_name, start) = earlier
     T = min(config.block_size, *(len(ids) - 1 for ids in parts.values()))
+    encoding = config.encoding
     try:
-        encoding = config.encoding
         get_encoding(encoding)
     except ValueError:  # it has no text, or its files cannot be fetched: the page shows ids
         encoding = "none"
