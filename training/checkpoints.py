@@ -383,4 +383,5 @@ def load_model(source: str | Path) -> GPTLMHeadModel:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{source}: transformers cannot load it: {problem}") from error
     archives.check_finite(source, model.state_dict(), ". Use an earlier checkpoint")
+    model.config.output_router_logits = False  # TRL saves True: each forward would call the routers twice
     return model.eval()

@@ -166,6 +166,7 @@ def test_a_planted_specialist_is_found(tmp_path):
         model.transformer.wte.weight[:, 0] = -2.0
         model.transformer.wte.weight[7, 0] = 2.0
         model.moe_layers()[0].gate.weight[3] = 50 * torch.eye(64)[0]
+    model.config.output_router_logits = True  # as TRL saves it
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_bytes(b"some text with a bell \x07, " * 40)
     words = "--data", tmp_path / "text", "--tokens=960", "--drop_tokens=0"
