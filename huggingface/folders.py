@@ -146,17 +146,20 @@ def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, hel
 def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> None:
     """ValueError, naming them, if weights of a model are missing, unexpected or of another shape.
     info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes."""
-    shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
-    # A new head may be missing, and the statistics of routers, which older folders lack.
-    missing = [key for key in info["missing_keys"] if key.startswith(("transformer.", "model.", "lm_head."))]
-    missing = [key for key in missing if not key.endswith(("_counts", "_entropy", "_totals"))]
+    # Routers get new statistics where older folders lack them, or another balance loss has other ones.
+    renewed = "_counts", "_entropy", "_totals"
+    unlike = [mismatch for mismatch in info["mismatched_keys"] if not mismatch[0].endswith(renewed)]
+    shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in unlike]
+    missing = [key for key in info["missing_keys"] if not key.endswith(renewed)]
+    missing = [key for key in missing if key.startswith(("transformer.", "model.", "lm_head."))]  # not a head
     problems = {"lack the weights": missing, "hold weights that the model lacks:": info["unexpected_keys"],
                 "hold weights of another shape:": [] if new_sizes else shapes}  # fmt: skip
     for problem, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 9} more" if len(keys) > 9 else ""
             shown = ", ".join(key[:99] for key in sorted(keys)[:9])
-            raise ValueError(f"{name}: the files {problem} {shown}{more}; save the model again")
+            mend = "load it by the class and with the settings that it was saved with, or save it again"
+            raise ValueError(f"{name}: the files {problem} {shown}{more}; {mend}")
 
 
 @contextlib.contextmanager

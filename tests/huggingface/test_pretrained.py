@@ -53,6 +53,9 @@ def test_half_precision_leaves_the_routing_exact(tmp_path):
 def test_a_folder_without_the_statistics_of_routers_gets_fresh_ones(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
+    refuses("with the settings", GPTLMHeadModel.from_pretrained, tmp_path, tie_word_embeddings=False)
+    moe = GPTLMHeadModel.from_pretrained(tmp_path, moe_loss_type="diversity_regularization").moe_layers()[0]
+    assert torch.equal(moe.reference_totals, moe.initial_statistics()["reference_totals"])
     weights = load_file(tmp_path / "model.safetensors")
     gone = {name for name, _ in model.named_buffers() if not name.endswith("router_bias")}
     kept = {name: value for name, value in weights.items() if name not in gone}
