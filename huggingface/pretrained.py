@@ -82,6 +82,8 @@ class GPTPreTrainedModel(PreTrainedModel):
         if kind in FOREIGN:
             source = getattr(transformers, FOREIGN[kind])
             load = source.from_pretrained
+            if settings.get("output_attentions"):  # sdpa has none
+                kwargs.setdefault("attn_implementation", "eager")
         config, weights = read_model(name, where, source, config)
         with quiet():
             how = dict(config=config, state_dict=weights, ignore_mismatched_sizes=True)

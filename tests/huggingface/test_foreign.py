@@ -123,11 +123,11 @@ def test_their_folders_load(kind, fields, expected, tmp_path):
         assert moe.get_usage_counts().sum() == 72 * ours.config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_hidden_states_attentions_and_gradients_are_gpt2s(attention, tmp_path):
+@pytest.mark.parametrize("how", [dict(attn_implementation="sdpa"), dict(output_attentions=True)])
+def test_hidden_states_attentions_and_gradients_are_gpt2s(how, tmp_path):
     theirs, ids = stock("gpt2", attn_implementation="eager"), tokens()
     theirs.save_pretrained(tmp_path)
-    ours = GPTLMHeadModel.from_pretrained(tmp_path, attn_implementation=attention)
+    ours = GPTLMHeadModel.from_pretrained(tmp_path, **how)
     arguments = dict(input_ids=ids, labels=ids, output_hidden_states=True, output_attentions=True)
     a, b = ours(**arguments), theirs(**arguments)
     outputs = ([x.loss, x.logits, *x.hidden_states, *x.attentions] for x in (a, b))
