@@ -211,10 +211,11 @@ class MoE(nn.Module):
         tokens = x.reshape(B * T, C)  # (N, C)
         logits = self.gate(tokens)  # (N, E)
         routing, probs = self.route(logits)
+        run_shared = lambda: None if self.shared is None else self.shared(x)  # noqa: E731
         if self.exchange is None:
-            y, shared = self.experts(tokens, routing), self.run_shared(x)
+            y, shared = self.experts(tokens, routing), run_shared()
         else:
-            y, shared = self.exchange(self.experts, tokens, routing, lambda: self.run_shared(x))
+            y, shared = self.exchange(self.experts, tokens, routing, run_shared)
         y = self.dropout(y.view(B, T, C))
         if shared is not None:
             y = y + shared
@@ -222,10 +223,6 @@ class MoE(nn.Module):
         if auxiliary is not None and not return_auxiliary:
             self.accumulate(auxiliary)
         return (y, auxiliary) if return_auxiliary else y
-
-    def run_shared(self, x: Tensor) -> Tensor | None:
-        """The shared experts' output for x (B, T, C); every token visits them. None if there are none."""
-        return None if self.shared is None else self.shared(x)
 
     def route(self, logits: Tensor) -> tuple[Routing, Tensor]:
         """logits (N, E) -> routing, probabilities (N, E).

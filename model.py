@@ -165,9 +165,6 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.LayerNorm):
     """Root-mean-square normalisation, arXiv 1910.07467 eq. 4; computed in fp32, as in Llama."""
 
-    def __init__(self, ndim: int, eps: float):
-        super().__init__(ndim, eps, bias=False)
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return F.rms_norm(upcast(input), self.weight.shape, eps=self.eps).to(input.dtype) * self.weight
 
@@ -175,7 +172,7 @@ class RMSNorm(nn.LayerNorm):
 def build_norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     """The norm that config.norm names, over the C channels."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
+        return RMSNorm(config.n_embd, config.norm_eps, bias=False)
     return LayerNorm(config.n_embd, config.bias, config.norm_eps)
 
 
@@ -189,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         self.kv_size = config.num_key_value_heads * self.head_size
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * self.kv_size, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps, bias=False) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps, bias=False) if config.qk_norm else None
 
     def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None,
                 rotary: tuple[Tensor, Tensor] | None = None, past_key_values=None,

@@ -260,7 +260,7 @@ def train_step(run: Run, step: int) -> dict:
             micro_losses.append(output.loss.detach())
     parallel.finish_gradients(model, layout)
     run.scaler.unscale_(optimizer)
-    norm = parallel.gradient_norm(model, layout)
+    norm = parallel.gradient_norms([model.parameters()], layout)[0]
     norms = parallel.norms_of_parts(model, layout) if config.log_norms else {}
     norms |= gradients.norms()
     scale = run.scaler.scale(torch.ones_like(losses[0]))  # 1, except with float16

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.grouped_product import NAMESPACE, grouped_product, triton
+from layers.grouped_product import NAMESPACE, grouped_product, has_kernel
 from layers.mlp import get_activation
 from layers.sharding import local
 
@@ -254,12 +254,6 @@ def _has_grouped_kernel() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    """Whether Triton can make grouped_product's kernels for this GPU."""
-    return triton is not None and torch.cuda.get_device_capability() >= (8, 0)
-
-
-@torch.compiler.assume_constant_result
 def _idle_gradients_are_garbage() -> bool:
     """Whether grouped_mm's backward leaves the gradient of an expert without rows uninitialised. It does
     so on Blackwell GPUs (https://github.com/pytorch/pytorch/issues/172439)."""
@@ -347,7 +341,7 @@ class Experts(nn.Module):
         fits = x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0 and groups < MOST_GROUPS
         if x.dtype == torch.bfloat16 and fits and _has_grouped_kernel():
             return "grouped_mm"
-        return "triton" if x.dtype != torch.float64 and _has_triton() else "loop"
+        return "triton" if x.dtype != torch.float64 and has_kernel("cuda") else "loop"
 
     def _grouped(self, x: Tensor, routing: Routing, product: Callable) -> Tensor:
         act, ends, w = get_activation(self.activation), routing.ends, routing.weight[:, None]  # (R, 1)

@@ -90,6 +90,12 @@ if triton is not None:
         tl.store(place, total.to(grad_w.dtype.element_ty), mask=(d < D)[:, None] & (f < F)[None, :])
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(device_type: str) -> bool:
+    """Whether Triton can make our kernels for this device. On a CPU torch's operators are as fast."""
+    return triton is not None and device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def precision() -> str:
     """How Triton multiplies fp32: in TF32 where torch does (torch.set_float32_matmul_precision)."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

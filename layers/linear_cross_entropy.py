@@ -12,7 +12,7 @@ on a CPU (bench head), rounds its loss to bf16, and torch.compile leaves it out 
 import torch
 from torch import Tensor
 
-from layers.grouped_product import NAMESPACE, tl, triton
+from layers.grouped_product import NAMESPACE, has_kernel, tl, triton
 
 # Bytes of the logits for chunk=-1: in fp32, or for loss_kernel in the product's dtype. The CPU's number is
 # measured (bench head), the others are estimated.
@@ -93,11 +93,6 @@ if triton is not None:
                     z *= softcap
                 grad = (tl.exp(z - normaliser) - (begin + columns == target).to(tl.float32)) * slope
                 tl.store(place, grad.to(logits.dtype.element_ty), mask=inside)
-
-
-def has_kernel(device_type: str) -> bool:
-    """Whether loss_kernel runs here. On a CPU several of torch's operators are as fast."""
-    return triton is not None and device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

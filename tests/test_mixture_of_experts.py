@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from mixture_of_experts import BALANCE_LOSSES, ROUTER_SCORES, MoE, expert_usage, update_routers
 from model import GPTLMHeadModel
 from training import parallel
-from training.idle_experts import idle_experts
+from training.idle_experts import freeze_idle_experts
 from training.log import expert_load
 
 
@@ -221,7 +221,7 @@ def usage_of_a_model(rank: int) -> list[int]:
     return [usage[0].counts.sum().item() for usage in found]
 
 
-def idle_where_experts_are_shared_out(dim: int) -> list[list[bool]]:
+def changed_where_experts_are_shared_out(dim: int) -> list[bool]:
     """Only expert 0 has rows that count, and of expert 1 one rank's part alone has a gradient."""
     layer, mesh = moe_layer(), init_device_mesh("cpu", (2,))
     for name, whole in list(layer.experts.named_parameters()):
@@ -230,15 +230,17 @@ def idle_where_experts_are_shared_out(dim: int) -> list[list[bool]]:
         shared = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(dim)]))
         shared.grad = distribute_tensor(grad, mesh, [Shard(dim)])
         setattr(layer.experts, name, shared)
-    idle, learns = idle_experts([layer, layer], np.array([[8, 0, 0, 0]] * 2))
-    assert idle == [[1, 2, 3]] * 2
-    return learns.tolist()
+    optimizer, weight = torch.optim.SGD(layer.experts.parameters()), layer.experts.c_fc.detach()
+    before = weight.full_tensor()
+    with freeze_idle_experts([layer], optimizer, np.array([[8, 0, 0, 0]])):
+        weight.add_(1.0)
+    return (weight.full_tensor() != before).flatten(1).all(1).tolist()
 
 
 def main(arguments: list[str]) -> tuple:
     """One of two processes."""
     dist.init_process_group("gloo")
-    found = usage_of_a_model(dist.get_rank()), [idle_where_experts_are_shared_out(dim) for dim in (0, 1)]
+    found = usage_of_a_model(dist.get_rank()), [changed_where_experts_are_shared_out(dim) for dim in (0, 1)]
     parallel.stop()
     return found
 
@@ -246,5 +248,5 @@ def main(arguments: list[str]) -> tuple:
 def test_usage_and_idle_experts_of_two_ranks(tmp_path):
     """test_parallel.py compares the training of two ranks with that of one."""
     found = run_ranks(2, [], tmp_path / "output", script="test_mixture_of_experts")
-    for rank, (usage, idle) in enumerate(found):
-        assert usage == [20 * (rank + 1), 60, 60] and idle == [[[False, True, False, False]] * 2] * 2
+    for rank, (usage, changed) in enumerate(found):
+        assert usage == [20 * (rank + 1), 60, 60] and changed == [[True, True, False, False]] * 2

@@ -344,13 +344,9 @@ def finish_gradients(model: nn.Module, layout: Layout) -> None:
         work.wait()
 
 
-def gradient_norm(model: nn.Module, layout: Layout) -> torch.Tensor:
-    """Norm () of the whole gradient: the same on all ranks; every parameter counts once."""
-    return gradient_norms([model.parameters()], layout)[0]
-
-
 def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], layout: Layout) -> torch.Tensor:
-    """As gradient_norm, of each group of parameters: (groups,). At most one collective."""
+    """Norm of the gradient of each group of parameters, (groups,): the same on all ranks; every parameter
+    counts once. At most one collective."""
     zero = torch.zeros((), device=layout.world.device)  # get_total_norm([]) would lie on the CPU
     total = lambda grads: nn.utils.get_total_norm(grads) if grads else zero  # noqa: E731
     grads = [[p.grad for p in group if p.grad is not None] for group in groups]
@@ -374,7 +370,7 @@ def norms_of_parts(model: nn.Module, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def clip_gradients(model: nn.Module, largest: float, norm: torch.Tensor) -> None:
-    """Scale the gradient down to the norm `largest`; norm: what gradient_norm() has returned."""
+    """Scale the gradient down to the norm `largest`; norm: of the whole gradient, ()."""
     coefficient = (largest / (norm + 1e-6)).clamp(max=1.0)
     grads = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     torch._foreach_mul_(grads, coefficient)  # a few kernels for all, as in clip_grads_with_norm_

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from layers.linear_cross_entropy import has_kernel, rows_per_chunk
+from layers.grouped_product import has_kernel
+from layers.linear_cross_entropy import rows_per_chunk
 from layers.mlp import get_activation
 from layers.roles import role_of
 from layers.sharding import dimension_to_shard
@@ -98,7 +99,7 @@ def head_bytes(shape, N: int, size: int, loss_chunk: int, device_type: str, trai
     copy = size if size < 4 else 0  # logits in the product's dtype, besides the fp32 copy
     if not loss_chunk:  # logits and in fp32: log-softmax and two gradients; or a copy and log-softmax
         return N * V * (size + 3 * 4 if trains else size + 4 + (4 if copy else 0))
-    if device_type == "cuda" and has_kernel(device_type):
+    if has_kernel(device_type):
         logits, rows = size, rows_per_chunk(N, V, loss_chunk, "triton")
     else:
         logits = 4 + copy + (4 if device_type == "cuda" else 0)  # on CUDA logsumexp makes another copy

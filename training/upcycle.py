@@ -27,9 +27,7 @@ def upcycle(dense: GPTLMHeadModel, config: GPTConfig) -> GPTLMHeadModel:
         equal = score(torch.zeros(config.num_experts, dtype=torch.float64))[0].item()
         scale, router_scale = 1 / (K * equal), 1e-7 / 0.02
     for prefix in [f"{name}." for name, module in model.named_modules() if isinstance(module, MoE)]:
-        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"):
-            if prefix + name not in source:
-                continue
+        for name in [name.removeprefix(prefix) for name in source if name.startswith(prefix)]:
             tensor = source.pop(prefix + name)
             stacked = name.removesuffix(".weight").replace(".", "_")  # c_fc, c_fc_bias, ...
             experts = target[f"{prefix}experts.{stacked}"]

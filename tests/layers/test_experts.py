@@ -15,7 +15,8 @@ from torch.nn.functional import grouped_mm
 from torch.nn.utils.parametrize import register_parametrization
 
 from layers import experts
-from layers.experts import TakeRows, combine, dispatch, expert_mlp, triton
+from layers.experts import TakeRows, combine, dispatch, expert_mlp
+from layers.grouped_product import triton
 from layers.mlp import ACTIVATIONS
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
@@ -168,7 +169,7 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True,
                 triton="any", num_experts=4, n_embd=16, expert_hidden_size=8) | changes  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
-    monkeypatch.setattr(experts, "triton", case["triton"])
+    monkeypatch.setattr("layers.grouped_product.triton", case["triton"])
     with torch.device("meta"):
         sizes = {name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")}
         layer = experts.Experts(tiny(**sizes))

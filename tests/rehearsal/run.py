@@ -125,9 +125,9 @@ class Recorder(TorchDispatchMode):
         self.host_reads = before + tensor.is_cuda
         return values
 
-    def norm(self, *args, gradient_norm=parallel.gradient_norm) -> torch.Tensor:
+    def finish(self, *args, finish_gradients=parallel.finish_gradients) -> None:
         self.micro_step = self.moved.copy()  # the last backward is over
-        return gradient_norm(*args)
+        finish_gradients(*args)
 
     def compiled(self, graph: GraphLowering) -> mock.Mock:
         """Inductor writes its code, but instead of that the graph runs."""
@@ -157,7 +157,7 @@ def rehearse(variant: str, capability: tuple[int, int]) -> tuple[list, Recorder]
     recorder, mfu, card = Recorder(), "", CARDS[capability] if dtype != "float32" else None
     recorder.graphs = []
     replaced = [(GraphLowering, "_compile_to_module", recorder.compiled), (experts, "_sizes", recorder.sizes),
-                (JITFunction, "run", recorder.launch), (parallel, "gradient_norm", recorder.norm),
+                (JITFunction, "run", recorder.launch), (parallel, "finish_gradients", recorder.finish),
                 (FakeTensor, "tolist", recorder.tolist)]  # fmt: skip
     with pretend(capability), contextlib.ExitStack() as stack:
         with torch.device("cuda:0"):
