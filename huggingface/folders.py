@@ -146,12 +146,12 @@ def check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, hel
 def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> None:
     """ValueError, naming them, if weights of a model are missing, unexpected or of another shape.
     info: transformers' report. new_sizes: the caller has asked for ignore_mismatched_sizes."""
-    # Routers get new statistics where older folders lack them, or another balance loss has other ones.
+    # A new head may be missing. Statistics of routers may be missing (in older folders) or of another loss.
     renewed = "_counts", "_entropy", "_totals"
     unlike = [mismatch for mismatch in info["mismatched_keys"] if not mismatch[0].endswith(renewed)]
     shapes = [f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in unlike]
     missing = [key for key in info["missing_keys"] if not key.endswith(renewed)]
-    missing = [key for key in missing if key.startswith(("transformer.", "model.", "lm_head."))]  # not a head
+    missing = [key for key in missing if key.startswith(("transformer.", "model.", "lm_head."))]
     problems = {"lack the weights": missing, "hold weights that the model lacks:": info["unexpected_keys"],
                 "hold weights of another shape:": [] if new_sizes else shapes}  # fmt: skip
     for problem, keys in problems.items():
@@ -166,12 +166,10 @@ def check_loaded(name: str | Path, info: dict[str, Any], new_sizes: bool) -> Non
 def quiet() -> Iterator[None]:
     """Without transformers' progress bar and its report of many lines; check_loaded gives one line."""
     logging = transformers.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(max(level, logging.ERROR))
-    logging.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        logging.set_verbosity(max(logging.get_verbosity(), logging.ERROR))
+        logging.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -95,14 +95,6 @@ if triton is not None:
                 tl.store(place, grad.to(logits.dtype.element_ty), mask=inside)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with a and b in bf16 or fp16 and total in fp32; on CUDA in the product itself."""
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(a, b)
-
-
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
 def chunked(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_index: int, softcap: float,
             chunk: int, dtype: torch.dtype, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -138,8 +130,11 @@ def chunked(x: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, ignore_in
             grad_x[rows] = torch.mm(z, head) * factor[rows]
             if dtype == wide:
                 grad_weight.addmm_(z.t(), x[rows] * factor[rows])
+            elif z.is_cuda:  # the product itself adds up in fp32
+                kept = inputs[rows] * counted[rows, None]
+                torch.addmm(grad_weight, z.t(), kept, out_dtype=wide, out=grad_weight)
             else:
-                add_product(grad_weight, z.t(), inputs[rows] * counted[rows, None])
+                grad_weight += torch.mm(z.t(), inputs[rows] * counted[rows, None])
     if dtype != wide:
         grad_weight.mul_(scale.nan_to_num(posinf=0.0))  # scale is infinite if there is no target
     return loss * scale, grad_x, grad_weight

@@ -52,9 +52,8 @@ class StepGradients:
     def parts(self) -> list[list[torch.nn.Parameter]]:
         """The parameters: all but the experts, experts."""
         model = self.run.model
-        experts = [p for moe in model.moe_layers() for p in moe.experts.parameters()]
-        known = set(map(id, experts))
-        return [[p for p in model.parameters() if id(p) not in known], experts]
+        experts = {id(p): p for moe in model.moe_layers() for p in moe.experts.parameters()}
+        return [[p for p in model.parameters() if id(p) not in experts], [*experts.values()]]
 
     def end_micro_step(self) -> None:
         """After a backward: only the first one of a step is measured."""
