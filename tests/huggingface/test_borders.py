@@ -59,6 +59,8 @@ def test_settings_of_other_kinds_and_sizes(folder, value):
     for name in names:
         (folder / "config.json").write_text(json.dumps(config | {name: value}))
         refuses(folder, "config")
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    refuses(folder, "'qwen2' cannot be read, only gpt_moe, gpt2, llama")
 
 
 FORGED = [DEEP, "[]", "{", "\0", '{"to_dict": 5}', '{"model_type": {}}', '{"eos_token_id": {"a": "b"}}']

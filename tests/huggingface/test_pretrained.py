@@ -28,11 +28,10 @@ def test_our_folders_load_what_was_saved(name, tmp_path):
     model, ids = trained(**ARCHITECTURES[name], router_bias_update_rate=0.01), tokens()
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    tied = model.config.tie_word_embeddings
     for cls in (GPTLMHeadModel, GPT):
         again = cls.from_pretrained(tmp_path)
         torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
-        assert (again.lm_head.weight is again.transformer.wte.weight) == tied
+        assert (again.lm_head.weight is again.transformer.wte.weight) == model.config.tie_word_embeddings
     assert torch.allclose(GPTLMHeadModel.from_pretrained(tmp_path)(ids).logits, model(ids).logits, atol=1e-5)
 
 
@@ -66,13 +65,7 @@ def test_a_folder_without_the_statistics_of_routers_gets_fresh_ones(tmp_path):
         for name, value in moe.initial_statistics().items():
             assert torch.equal(getattr(moe, name), value), name
         assert moe.expansion is None
-    state = again.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in kept.items())
-
-
-def test_a_folder_of_another_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    refuses(r"'qwen2' .*only gpt_moe, gpt2, llama", GPTLMHeadModel.from_pretrained, tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in kept.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -80,8 +73,7 @@ def test_embeddings_can_be_replaced_and_ties_hold(tied):
     model = GPTLMHeadModel(tiny(tie_word_embeddings=tied))
     table = torch.nn.Embedding(97, 64)
     model.set_input_embeddings(table)
-    assert model.get_input_embeddings() is table
-    assert (model.lm_head.weight is table.weight) == tied
+    assert model.get_input_embeddings() is table and (model.lm_head.weight is table.weight) == tied
     head = torch.nn.Linear(64, 97, bias=False)
     model.set_output_embeddings(head)
     assert model.get_output_embeddings() is head
