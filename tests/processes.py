@@ -14,22 +14,24 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
+from model import GPTLMHeadModel
 from tokens import shards
 from tokens.encodings import get_encoding
 from tokens.shard_writer import describe
-from training.checkpoints import load_checkpoint
+from training.checkpoints import list_checkpoints, load_checkpoint, step_of
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = "train_gpt_moe fineweb torch.utils.tensorboard bench.measure pytest hypothesis"
@@ -133,8 +135,13 @@ def losses(log_dir: Path, kind: str = "train") -> list[float]:
 
 def newest(log_dir: Path) -> int:
     """The last step whose line in log.txt is complete, -1 for none."""
-    lines = (log_dir / "log.txt").read_text().split("\n")[:-1]
-    return max([int(line.split()[0]) for line in lines if " train " in line], default=-1)
+    steps = re.findall(r"^(\d+) train .*\n", (log_dir / "log.txt").read_text(), re.MULTILINE)
+    return max(map(int, steps), default=-1)
+
+
+def steps_saved(log_dir: Path) -> list[int]:
+    """The steps of the folder's checkpoints, the newest first."""
+    return [step_of(path) for path in list_checkpoints(log_dir)]
 
 
 def same_run(a, b) -> None:
@@ -196,8 +203,6 @@ def _run(script: str, arguments: list[str], output: str, environment: dict, sick
     os.environ.update(environment)
     torch.set_num_threads(1)
     if sick:
-        from model import GPTLMHeadModel
-
         GPTLMHeadModel.forward = poisoned(GPTLMHeadModel.forward, sick, int(os.environ.get("RANK", 0)))
     found = __import__(script).main(arguments)
     if not isinstance(found, int):
@@ -215,12 +220,25 @@ def poisoned(forward: Callable, sick: Mapping[int, int], rank: int = 0) -> Calla
         training = self.training and kwargs.get("targets") is not None
         if not training or sick.get(next(numbers)) not in (-1, rank):
             return forward(self, *args, **kwargs)
-        with contextlib.ExitStack() as stack:
-            spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
-            stack.callback(self.transformer.drop.register_forward_hook(spoil).remove)
+        spoil = lambda module, inputs, output: output * float("nan")  # noqa: E731
+        with self.transformer.drop.register_forward_hook(spoil):
             return forward(self, *args, **kwargs)
 
     return sick_forward
+
+
+def at_call(monkeypatch, owner, name: str, numbers: Container[int], action) -> list:
+    """Do action(arguments) before these calls (from 0) of owner's function; returns a list of all calls."""
+    function, calls = getattr(owner, name), []
+
+    def with_action(*args, **kwargs):
+        calls.append(args)
+        if len(calls) - 1 in numbers:
+            action(*args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, with_action)
+    return calls
 
 
 def write_index(path: Path, index: dict) -> None:

@@ -1,6 +1,4 @@
-"""CheckpointWriter: saving while training goes on, failures that are told, old checkpoints that are deleted.
-
-Run: python -m pytest tests/training/test_checkpoint_writer.py"""
+"""CheckpointWriter: saving while training goes on, failures that are told, old checkpoints that go."""
 
 import itertools
 import math
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 from models import WTE
 from models import small_checkpoint as small
-from processes import equal, flags, full_disk, run_ranks
+from processes import at_call, equal, flags, full_disk, run_ranks, steps_saved
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -42,10 +40,6 @@ def make_writer(request, tmp_path):
     return make
 
 
-def steps(folder) -> list[int]:
-    return [ckpt.step_of(path) for path in ckpt.list_checkpoints(folder)]
-
-
 # ---------------------------------------------------------------------------- in the background
 def test_training_goes_on_while_it_is_written_and_the_next_save_waits(tmp_path):
     said, may_write, weights = [], threading.Event(), torch.ones(1000)
@@ -66,34 +60,28 @@ def test_training_goes_on_while_it_is_written_and_the_next_save_waits(tmp_path):
 
 @pytest.mark.slow
 def test_a_save_that_takes_longer_than_timeout_ends_no_rank(data, tmp_path):
-    """Rank 0 writes each file for 7 s, and the last one again, 14 s after its disk was full. Collectives may
-    take 5 s (main, below)."""
+    """Rank 0 writes each file for 7 s, the last one twice. Collectives may take 5 s (main, below)."""
     more = "--B 2 --max_steps 4 --checkpoint_every 2 --save_retry_s 14".split()
     words = flags(data, tmp_path / "log", *more)
     run_ranks(2, words, tmp_path / "out", script="test_checkpoint_writer", environment={"SLOW_DISK": "yes"})
-    assert steps(tmp_path / "log") == [4, 2]
+    assert steps_saved(tmp_path / "log") == [4, 2]
 
 
 # ---------------------------------------------------------------------------- old checkpoints
 @pytest.mark.parametrize(("keep_last", "kept"), [(2, [7, 6, 4]), (0, [7, 6, 5, 4, 3, 2, 1])])
 def test_old_ones_go_and_latest_always_names_one(make_writer, tmp_path, monkeypatch, keep_last, kept):
-    latest = tmp_path / "latest"
+    writer, latest = make_writer(keep_last=keep_last, keep_every=4), tmp_path / "latest"
 
-    def checked(change):
-        def change_and_check(*args, **kwargs):
-            change(*args, **kwargs)
-            assert not latest.exists() or (tmp_path / latest.read_text()).exists()
-
-        return change_and_check
+    def check(*_) -> None:
+        assert not latest.exists() or (tmp_path / latest.read_text()).exists()
 
     for owner, name in ((Path, "unlink"), (os, "replace"), (os, "rename")):
-        monkeypatch.setattr(owner, name, checked(getattr(owner, name)))
-    writer = make_writer(keep_last=keep_last, keep_every=4)
+        at_call(monkeypatch, owner, name, range(10**6), check)
     for step in range(1, 8):
         writer.save(small(step))
         assert writer.wait() is None
         assert latest.read_text() == writer.path.name and load_checkpoint(latest)["step"] == step
-    assert steps(tmp_path) == kept and len(os.listdir(tmp_path)) == len(kept) + 1
+    assert steps_saved(tmp_path) == kept and len(os.listdir(tmp_path)) == len(kept) + 1
 
 
 def test_a_step_that_is_saved_again_replaces_its_checkpoint(make_writer, tmp_path):
@@ -143,7 +131,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_the_next_save_succeeds(make_wr
     assert writer.error is error and not writer.wants_retry()  # the retry is being written
     may_write.set()
     assert writer.wait() is None and writer.error is None and not writer.wants_retry()
-    assert steps(tmp_path) == [3, 1]
+    assert steps_saved(tmp_path) == [3, 1]
 
 
 def test_no_memory_for_the_copy_does_not_stop_the_training(tmp_path):
@@ -168,8 +156,7 @@ def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
 
 
 def main(arguments: list[str]) -> int | list[tuple]:
-    """One of two processes that save together. Returns (step, error, whether to try again) of each save, as
-    this rank sees it."""
+    """One of two processes that save together. Returns (step, error, whether to try again) of each save."""
     if "SLOW_DISK" in os.environ:
         parallel.TIMEOUT, save, calls = timedelta(seconds=5), ckpt.save_checkpoint, itertools.count()
 
@@ -231,7 +218,7 @@ def test_what_befalls_one_of_two_ranks_befalls_the_save(tmp_path):
     assert "No space left" in errors[4] and "rank 1: " in errors[6] and "can't allocate memory" in errors[6]
     assert errors[5].startswith("rank 1: step 6 is not saved")
     assert errors[5].endswith("model.transformer.wte.weight is not finite")
-    assert steps(tmp_path) == [8, 4, 1] and not list(tmp_path.glob(".model*"))
+    assert steps_saved(tmp_path) == [8, 4, 1] and not list(tmp_path.glob(".model*"))
     for step in (1, 4, 8):
         found = load_checkpoint(tmp_path / f"model_{step:05d}")["model"][WTE]
         assert torch.equal(found, torch.arange(3_000.0).view(5, 600) + step - 1)
@@ -245,7 +232,7 @@ def test_the_best_step_is_kept_and_patience_ends_the_run(data, tmp_path, monkeyp
     more = "--max_steps 12 --infer_step 1 --checkpoint_every 1 --keep_last 1 --keep_best True".split()
     assert train_gpt_moe.main(flags(data, tmp_path, *more, "--patience", 2)) == 0
     assert "2 evaluations without a lower validation loss than 3.0000 at step 2" in capsys.readouterr().out
-    kept = lambda: (steps(tmp_path), load_checkpoint(tmp_path / "best")["step"])  # noqa: E731
+    kept = lambda: (steps_saved(tmp_path), load_checkpoint(tmp_path / "best")["step"])  # noqa: E731
     assert kept() == ([4, 2], 2)
     assert train_gpt_moe.main([*AGAIN, str(tmp_path)]) == 0  # it ends at once: nothing has changed
     assert kept() == ([4, 2], 2)

@@ -1,6 +1,4 @@
-"""What becomes of signals, bad steps, full disks, bad data and other errors in the middle of a run.
-
-Run: python -m pytest tests/training/test_faults.py"""
+"""What becomes of signals, bad steps, full disks, bad data and other errors in the middle of a run."""
 
 import ast
 import functools
@@ -17,8 +15,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from models import make_examples
-from processes import equal, finish, flags, full_disk, metrics, newest, poisoned, same_run, start, wait_for
+from processes import at_call, equal, flags, full_disk, metrics, newest, poisoned, same_run, steps_saved
 from test_layout import NAMES, parsed
 from torch._dynamo.exc import TorchDynamoException
 
@@ -34,44 +33,7 @@ from training.log import RunLog
 from training.schema import check_checkpoint
 
 
-def steps_saved(log_dir) -> list[int]:
-    """The steps of all checkpoints in the folder."""
-    return sorted(ckpt.step_of(path) for path in ckpt.list_checkpoints(log_dir))
-
-
-def at_call(monkeypatch, owner, name: str, numbers: list[int], action) -> list:
-    """Do action(arguments) before these calls (from 0) of owner's function; returns a list of all calls."""
-    function, calls = getattr(owner, name), []
-
-    def with_action(*args, **kwargs):
-        calls.append(args)
-        if len(calls) - 1 in numbers:
-            action(*args)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, with_action)
-    return calls
-
-
 # ---------------------------------------------------------------------------- signals
-def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends_the_run(data, tmp_path):
-    output = tmp_path / "out.txt"
-    process = start(flags(data, tmp_path, "--max_steps", 50_000, "--checkpoint_every", 0), output)
-    wait_for(tmp_path / "log.txt", 6)
-    os.kill(process.pid, signal.SIGUSR1)
-    wait_for(tmp_path / "latest", 0)
-    (saved,) = steps_saved(tmp_path)
-    wait_for(tmp_path / "log.txt", newest(tmp_path) + 10)
-    assert process.is_alive() and saved > 1
-    os.kill(process.pid, signal.SIGTERM)
-    assert finish(process) == 143, output.read_text()
-    said, last = output.read_text(), newest(tmp_path) + 1
-    assert steps_saved(tmp_path) == [saved, last]  # every step in the log, and no more
-    assert "SIGTERM: finishing this step" in said and "Traceback" not in said
-    assert re.search(rf"stopped before step {last}; .*{tmp_path}/model_{last:05d}.pt", said)
-    assert f"continue with: python train_gpt_moe.py --log_dir {tmp_path} --resume auto" in said
-
-
 def test_a_signal_between_taking_and_agreeing_is_not_lost():
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -88,10 +50,10 @@ def test_a_signal_between_taking_and_agreeing_is_not_lost():
 
 
 @pytest.mark.parametrize(("name", "at", "batches", "saved"), [
-    ("SIGTERM", 10, 11, [3, 4]), ("SIGUSR1", 10, 33, [3, 4, 6, 9, 12]),
-    pytest.param("SIGTERM", 30, 31, [3, 6, 9, 12], marks=pytest.mark.slow),
+    ("SIGTERM", 10, 11, [4, 3]), ("SIGUSR1", 10, 33, [12, 9, 6, 4, 3]),
+    pytest.param("SIGTERM", 30, 31, [12, 9, 6, 3], marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_an_evaluation_gives_way_to_a_signal(straight, data, tmp_path, monkeypatch, name, at, batches, saved):
+def test_a_signal_ends_an_evaluation(straight, data, tmp_path, monkeypatch, capfd, name, at, batches, saved):
     """Each evaluation and each step has two batches; batch 10, counted from 0, begins the evaluation before
     step 4, batch 30 the one after the last step. The run does not finish that evaluation, but saves. SIGTERM
     ends the run, which evaluates after its resume; SIGUSR1 does not, so the run evaluates anew."""
@@ -99,8 +61,12 @@ def test_an_evaluation_gives_way_to_a_signal(straight, data, tmp_path, monkeypat
     calls = at_call(monkeypatch, faults, "next_batch", [at], told)
     stops = name == "SIGTERM"
     assert train_gpt_moe.main(flags(data, tmp_path)) == (143 if stops else 0)
-    assert len(calls) == batches and steps_saved(tmp_path) == saved and newest(tmp_path) == saved[-1] - 1
+    said, last = capfd.readouterr(), saved[0]
+    assert len(calls) == batches and steps_saved(tmp_path) == saved and newest(tmp_path) == last - 1
+    assert f"{name}: finishing this step, then saving{' and stopping' * stops}\n" in said.err
+    assert (f"stopped before step {last}; the newest checkpoint is {tmp_path}/model_" in said.out) == stops
     if stops:
+        assert f"continue with: python train_gpt_moe.py --log_dir {tmp_path} --resume auto" in said.out
         assert train_gpt_moe.main(flags(data, tmp_path, "--resume", "auto")) == 0
     same_run(straight, tmp_path)
 
@@ -148,8 +114,8 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(straight, data, tmp_pat
     log_dir = tmp_path / "log"
     shutil.copytree(straight, log_dir, ignore=shutil.ignore_patterns("model_00009.pt", "model_00012.pt"))
     forward, before = GPTLMHeadModel.forward, (log_dir / "model_00006.pt").read_bytes()
-    sick = {4: -1, 6: -1, 7: -1, 8: -1}  # micro-steps of the steps 8, 9, 9, 10
-    monkeypatch.setattr(GPTLMHeadModel, "forward", poisoned(forward, sick))
+    sick = poisoned(forward, {4: -1, 6: -1, 7: -1, 8: -1})  # in micro-steps of the steps 8, 9, 9, 10
+    monkeypatch.setattr(GPTLMHeadModel, "forward", sick)
     arguments = ["--resume", "auto", "--log_dir", str(log_dir), "--max_bad_steps", "3", "--device", "cpu"]
     assert train_gpt_moe.main([*arguments, "--checkpoint_every", "100"]) == 1
     error = capsys.readouterr().err
@@ -182,7 +148,7 @@ def test_weights_that_are_not_finite_are_named_and_never_saved(data, tmp_path, m
     assert "model.transformer.h.0.mlp.experts.c_fc" in said.out and "--max_lr" in said.out
     assert "step 4: no sample: the model's logits are NaN" in said.out
     assert "4 val nan\n" in (tmp_path / "log.txt").read_text()
-    assert steps_saved(tmp_path) == [1, 2, 3] and (tmp_path / "latest").read_text() == "model_00003.pt"
+    assert steps_saved(tmp_path) == [3, 2, 1] and (tmp_path / "latest").read_text() == "model_00003.pt"
 
 
 def test_float16_looks_for_its_scale_without_ending_the_run(data, tmp_path, monkeypatch, capsys):
@@ -259,8 +225,7 @@ def test_an_error_loses_no_step_and_saves_no_mixture(
     straight, data, tmp_path, monkeypatch, owner, name, call, more, step
 ):
     at_call(monkeypatch, owner, name, [call], Mock(side_effect=RuntimeError("something unforeseen")))
-    with pytest.raises(RuntimeError, match="something unforeseen"):
-        train_gpt_moe.main(flags(data, tmp_path, *more))
+    refuses("something unforeseen", train_gpt_moe.main, flags(data, tmp_path, *more), error=RuntimeError)
     assert steps_saved(tmp_path) == [step]
     saved, expected = (ckpt.load_checkpoint(path / f"model_0000{step}.pt") for path in (tmp_path, straight))
     for entry in ("model", "optimizer", "loader", "health", "rng"):
@@ -292,7 +257,7 @@ def test_a_save_that_failed_is_tried_again(straight, data, tmp_path, monkeypatch
     assert train_gpt_moe.main(flags(data, tmp_path, "--checkpoint_every", 6, "--save_retry_s", 0)) == 0
     said = capsys.readouterr()
     assert said.out.count("CHECKPOINT NOT WRITTEN: [Errno 28]") == 3 and not said.err
-    assert steps_saved(tmp_path) == [7, 12]
+    assert steps_saved(tmp_path) == [12, 7]
     same_run(straight, tmp_path)
 
 
@@ -312,9 +277,9 @@ def test_a_full_disk_where_the_best_step_is_named_does_not_end_a_run(data, tmp_p
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("training.checkpoint_writer.write_atomically", full)
     assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 4, "--keep_best", True)) == 0
-    said = capsys.readouterr().out
-    assert f"step 4: WARNING: {tmp_path}/best does not name this step: [Errno 28]" in said
-    assert steps_saved(tmp_path) == [3, 4]
+    warning = f"step 4: WARNING: {tmp_path}/best does not name this step: [Errno 28]"
+    assert warning in capsys.readouterr().out
+    assert steps_saved(tmp_path) == [4, 3]
 
 
 def test_a_prompt_without_tokens_and_a_jump_of_the_loss_do_not_end_a_run(data, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """A run's files read back: TensorBoard events, metrics, main.log, the picture drawn meanwhile, wandb; among
-files that are not its own; texts that must not reach the terminal as they are.
-
-Run: python -m pytest tests/training/test_log.py"""
+files that are not its own; texts that must not reach the terminal as they are."""
 
 import contextlib
 import io
@@ -17,7 +15,7 @@ import pytest
 import torch
 from conftest import refuses
 from PIL import Image
-from processes import flags, read_rows, same_run
+from processes import at_call, flags, read_rows, same_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plot_log
@@ -331,10 +329,8 @@ def test_a_user_may_write_into_the_logs(straight, tmp_path):
 
 
 def test_a_folder_deleted_in_mid_run_loses_no_line(straight, data, tmp_path, monkeypatch, capsys):
-    step = train_gpt_moe.train_step
     log, gone = tmp_path / "log", tmp_path / "gone"  # rmtree would race with the writer
-    remove = lambda run, n: (n == 7 and log.rename(gone), step(run, n))[1]  # noqa: E731
-    monkeypatch.setattr(train_gpt_moe, "train_step", remove)
+    at_call(monkeypatch, train_gpt_moe, "train_step", [7], lambda *_: log.rename(gone))
     assert train_gpt_moe.main(flags(data, log)) == 1
     said = capsys.readouterr()
     assert "has lost log.txt, metrics.jsonl, main.log" in said.out and "Traceback" not in said.err

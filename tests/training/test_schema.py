@@ -1,6 +1,4 @@
-"""Forged checkpoints: every value that no run writes is refused in one line, before anything uses it.
-
-Run: python -m pytest tests/training/test_schema.py"""
+"""Forged checkpoints: every value that no run writes is refused in one line, before anything uses it."""
 
 import json
 import math
@@ -47,11 +45,10 @@ RIGHT |= {"train_config": ({},), "diagnostics": ({},), "scaler": ({},)}
 
 def forge(content: dict, place: str, value) -> dict:
     """A copy of the dictionary with another value at `place`, keys joined by dots."""
+    if place in content:  # the name of a tensor
+        return {**content, place: value}
     key, _, inner = place.partition(".")
     key = int(key) if key.isdigit() else key
-    if place.startswith("model."):
-        key, inner = "model", place[6:]
-        return {**content, "model": {**content["model"], inner: value}}
     return {**content, key: forge(content[key], inner, value) if inner else value}
 
 
@@ -124,8 +121,7 @@ def test_a_forged_folder_is_refused(good, place, value, refused, tmp_path, monke
         patch.setattr(archives, "check_finite", lambda *_: None)  # otherwise it is not saved
         sharded.save(forge(good, place, value) if place.startswith("model") else good, path)
     if not place.startswith("model"):
-        rest = torch.load(path / "rest.pt")
-        torch.save(forge(rest, place, value), path / "rest.pt")
+        torch.save(forge(torch.load(path / "rest.pt"), place, value), path / "rest.pt")
         index = json.loads(json.loads((path / "index.json").read_text())["index"])
         index["files"]["rest.pt"] = archives.size_and_checksum(path / "rest.pt")
         write_index(path, index)
