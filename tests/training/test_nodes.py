@@ -1,6 +1,4 @@
-"""Several machines, played by several launchers on this one: rendezvous, lost ranks, Slurm, environment.
-
-Run: python -m pytest tests/training/test_nodes.py"""
+"""Several machines, played by several launchers on this one: rendezvous, lost ranks, Slurm, environment."""
 
 import contextlib
 import os
@@ -60,8 +58,7 @@ def kill_worker(log_dir: Path, rank: int) -> int:
 
 @pytest.mark.slow
 def test_static_rendezvous_and_a_lost_worker_without_restarts(one_node, data, tmp_path, request):
-    """The command of docs/many_gpus.md. The second machine's worker is killed: both launchers end.
-    It is named. What they leave goes on, and ends as it does on one machine."""
+    """The command of docs/many_gpus.md. Both launchers end; the run goes on, and ends as on one machine."""
     page = (ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8")
     command = re.search(r"^ +torchrun (.*--node_rank=0 .*) train_gpt_moe.py", page, re.MULTILINE)[1]
     port = free_port()
@@ -140,8 +137,7 @@ def test_a_lost_rank_is_named_and_nobody_waits(data, tmp_path, name, size, timeo
 
 
 def test_all_learn_who_is_lost_and_none_that_has_finished_is_missed(monkeypatch):
-    """Heartbeats of five ranks in this process. Rank 2 finishes, then ranks 3 and 4 are lost together, as
-    they are with a machine."""
+    """Heartbeats of five ranks in this process. Rank 2 finishes, then ranks 3 and 4 are lost together."""
     times = dict(INTERVAL=0.05, HEARTBEAT_TIMEOUT=1.0, TIMEOUT_AFTER_ERROR=0.5)
     for name, seconds in (times | dict(EXIT_TIMEOUT=600.0)).items():  # whose end would end this process
         monkeypatch.setattr(heartbeat, name, seconds)
@@ -171,13 +167,11 @@ BAD = [  # variable, value, words that the message must contain
     ("WORLD_SIZE", "0", "WORLD_SIZE='0'"), ("WORLD_SIZE", "9" * 5000, "999' in the environment"),
     ("MASTER_PORT", "99999", "MASTER_PORT='99999'"), ("MASTER_ADDR", "a..b", "MASTER_ADDR='a..b'"),
     ("MASTER_ADDR", "x.invalid", "MASTER_ADDR='x.invalid'"),
-    ("RANK", "1", "rank 1 .*rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT=1"),  # where nobody is
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_an_environment_that_makes_no_sense_is_named(name, value, message, monkeypatch):
-    monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.3))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for variable in (WORLD | {name: value}).items():
         monkeypatch.setenv(*variable)
@@ -189,5 +183,5 @@ def test_a_port_that_is_taken(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
-        with pytest.raises(ValueError, match=r"rank 0 cannot reach rank 0 at .* free on rank 0's machine"):
-            rendezvous.rendezvous(0, 2, "localhost", taken.getsockname()[1])
+        words = "rank 0 cannot reach rank 0 at .* free on rank 0's machine"
+        refuses(words, rendezvous.rendezvous, 0, 2, "localhost", taken.getsockname()[1])

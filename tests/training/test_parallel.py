@@ -1,7 +1,5 @@
 """One model, every layout: the same losses and weights in one process, two and four, however they share it.
 
-Run: python -m pytest tests/training/test_parallel.py
-
 The processes of a test are started once and try one layout after another (main, below); four ranks are slow.
 """
 
@@ -113,18 +111,10 @@ def gradients_of_sequences(model) -> list[torch.Tensor]:
     return [torch.stack(part) for part in zip(*rows, strict=True)]
 
 
-class Loader:
+def loader(world: parallel.World, B: int) -> mock.Mock:
     """In the place of a DistributedDataLoader: this rank's part of each micro-step's eight sequences."""
-
-    def __init__(self, world: parallel.World, B: int):
-        self.batches = iter(sequences().split(B)[world.rank :: world.size])
-
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = next(self.batches)
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def reset(self, position: int) -> None:
-        assert position == 0
+    mine = sequences().split(B)[world.rank :: world.size]
+    return mock.Mock(next_batch=mock.Mock(side_effect=[(tokens[:, :-1], tokens[:, 1:]) for tokens in mine]))
 
 
 def train(world: parallel.World, folder: Path, name: str) -> None:
@@ -134,7 +124,7 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
     for group in optimizer.param_groups:
         group["eps"] = 1e-4  # else AdamW turns what rounding leaves of a zero gradient into steps
     begin = whole(model.state_dict())
-    run = Run(config, layout, model, optimizer, Loader(world, config.B), micro_steps)
+    run = Run(config, layout, model, optimizer, loader(world, config.B), micro_steps)
     model.update_routers()
     with Volume() as volume:
         records = [train_gpt_moe.train_step(run, step) for step in range(STEPS - 1)]
@@ -160,7 +150,8 @@ def train(world: parallel.World, folder: Path, name: str) -> None:
 def restore(world: parallel.World, path: Path, **more) -> dict:
     """What a checkpoint becomes in this layout: weights, buffers and moments, put together again."""
     _, layout, model, optimizer = build(world, 1, **more)
-    ckpt.restore(ckpt.load_checkpoint(path, whole=False), model, optimizer, Loader(world, 1))
+    ckpt.restore(ckpt.load_checkpoint(path, whole=False), model, optimizer, data := loader(world, 1))
+    data.reset.assert_called_once_with(0)
     moments = parallel.optimizer_state(optimizer, layout).get("state", {})
     return {"model": whole(model.state_dict())} | {number: whole(moments[number]) for number in moments}
 
@@ -227,8 +218,7 @@ def everything(everyday) -> Path:
 @pytest.fixture
 def folder(request) -> Path:
     """The folder, with the slow layouts for slow tests."""
-    is_slow = request.node.get_closest_marker("slow")
-    return request.getfixturevalue("everything" if is_slow else "everyday")
+    return request.getfixturevalue("everything" if request.node.get_closest_marker("slow") else "everyday")
 
 
 @functools.cache
@@ -297,9 +287,8 @@ def test_a_checkpoint_holds_everything(folder, name):
 def test_any_layout_reads_what_any_layout_has_saved(folder, pair):
     name, source = pair
     saved = saved_state(folder, source)
-    restored = torch.load(folder / name / f"from {source}")
     expected = {"model": saved["model"]} | saved["optimizer"]["state"]
-    torch.testing.assert_close(restored, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(folder / name / f"from {source}"), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("name", "kind", "experts", "share"), [
@@ -327,6 +316,7 @@ REFUSED = {  # flags: words of the message
     "--parallel fsdp --dtype float16": "float16 .*--dtype bfloat16",
     "--ep_size 2 --use_moe False": "ep_size=2 .*use_moe=False",
     "--ep_size 2 --num_experts 3": "num_experts=3 .*ep_size=2",
+    "--B 4 --T 8 --total_batch_size 90": r"total_batch_size=90 .* 4 \* 8 \* 2 = 64; .*_size 64",
 }  # fmt: skip
 
 

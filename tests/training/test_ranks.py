@@ -1,6 +1,4 @@
-"""All ranks are told the same: signals, a killed launcher, different settings or data, a start that waits.
-
-Run: python -m pytest tests/training/test_ranks.py"""
+"""All ranks are told the same: signals, a killed launcher, different settings or data, a start that waits."""
 
 import os
 import re
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, slow
+from conftest import ROOT, refuses, slow
 from processes import finish, flags, free_port, metrics, newest, start, start_ranks, wait_for
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -170,16 +168,22 @@ def test_torchrun_gets_the_error_to_print(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- different settings or data
+def refused_by_two(data, tmp_path, environment: dict[str, str]) -> list[str]:
+    """The lines that two ranks print. Both must end with code 2 before anything is written."""
+    words, out = flags(data, tmp_path / "log", "--B", 2), tmp_path / "out"
+    ranks = start_ranks(2, words, out, script="test_ranks", environment=environment)
+    assert [finish(rank, 60) for rank in ranks] == [2, 2] and not (tmp_path / "log").exists()
+    return out.read_text().splitlines()
+
+
 def test_different_settings_are_named_on_all_ranks(data, tmp_path):
     other = {"FLAGS_1": f"--max_lr 0.1 --resume auto --prompt {'x' * 1000}"}
-    arguments, out = flags(data, tmp_path / "log", "--B", 2), tmp_path / "out"
-    ranks = start_ranks(2, arguments, out, script="test_ranks", environment=other)
-    assert [finish(rank, 60) for rank in ranks] == [2, 2]
-    for line in (lines := out.read_text().splitlines()):
+    lines = refused_by_two(data, tmp_path, other)
+    assert len(lines) == 2
+    for line in lines:
         assert "max_lr=0.003 on rank 0, but 0.1 on rank 1" in line and len(line) < 500
         assert "resume='' on rank 0, but 'auto' on rank 1" in line and "prompt=" in line
         assert "log_dir" not in line
-    assert len(lines) == 2 and not (tmp_path / "log").exists()
 
 
 @pytest.mark.parametrize("name", ["train_000000.bin", *slow("val_000000.bin")])
@@ -187,14 +191,12 @@ def test_different_data_are_named_on_all_ranks(data, tmp_path, name):
     """Two machines, on which the same name is another folder."""
     for machine in ("a", "b"):
         shutil.copytree(data, tmp_path / machine / "data")
-    tokens = np.array(read_shard(tmp_path / "b" / "data" / name))
-    write_shard(tmp_path / "b" / "data" / name, tokens[::-1])
+    shard = tmp_path / "b" / "data" / name
+    write_shard(shard, np.array(read_shard(shard))[::-1])
     folders = {"FOLDER_0": str(tmp_path / "a"), "FOLDER_1": str(tmp_path / "b")}
-    arguments, out = flags("data", tmp_path / "log", "--B", 2), tmp_path / "out"
-    ranks = start_ranks(2, arguments, out, script="test_ranks", environment=folders)
-    assert [finish(rank, 60) for rank in ranks] == [2, 2]
-    said, field = out.read_text(), "validation" if "val" in name else "sha256"
-    assert len(re.findall(rf"different training data: .*{field}=\S+ on rank 0, but \S+ on rank 1", said)) == 2
+    lines, field = refused_by_two("data", tmp_path, folders), "validation" if "val" in name else "sha256"
+    words = rf"different training data: .*{field}=\S+ on rank 0, but \S+ on rank 1"
+    assert sum(bool(re.search(words, line)) for line in lines) == 2
 
 
 # ---------------------------------------------------------------------------- a start that waits
@@ -203,6 +205,5 @@ def test_a_start_that_waits_says_for_whom(rank, others, monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "TIMEOUT", timedelta(seconds=0.6))
     monkeypatch.setattr(rendezvous, "WAIT_MESSAGE_S", 0.1)
     end = "ranks 1, 2 of WORLD_SIZE=3 did not start|rank 1 cannot reach rank 0 at MASTER_ADDR=localhost, MAST"
-    with pytest.raises(ValueError, match=end):
-        rendezvous.rendezvous(rank, 3, "localhost", free_port())
+    refuses(end, rendezvous.rendezvous, rank, 3, "localhost", free_port())
     assert capsys.readouterr().err.count(f"rank {rank} waits for {others}") > 1

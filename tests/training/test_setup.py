@@ -1,6 +1,4 @@
-"""Settings: what follows from other settings, and what a run refuses before it writes anything.
-
-Run: python -m pytest tests/training/test_setup.py"""
+"""Settings: what follows from other settings, and what a run refuses before it writes anything."""
 
 import contextlib
 import os
@@ -24,7 +22,7 @@ from processes import finish, flags, start
 import train_gpt_moe
 from tokens.hellaswag_files import HellaSwagUnavailable, iterate_examples
 from tokens.shards import read_meta, write_shard
-from train_gpt_moe import TrainConfig, parse_config
+from train_gpt_moe import parse_config
 from training import checkpoints as ckpt
 from training import parallel
 from training.rendezvous import check_own_gpu
@@ -135,8 +133,8 @@ def test_a_bad_environment(name, value, message, data, tmp_path):
 def test_triton_on_an_old_gpu_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("GTX 1080 is too old\nfor Triton")))
-    with pytest.raises(ValueError, match=r"too old: .*Python.h.*7.0, but.* 6.1; or --use_compile False$"):
-        parallel.check_compiler(torch.device("cuda", 0))
+    words = r"too old: .*Python.h.*7.0, but.* 6.1; or --use_compile False$"
+    refuses(words, parallel.check_compiler, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(("capability", "words", "expected"), [
@@ -187,15 +185,7 @@ def test_pipes_among_the_data_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "meta.json")
     refuses(r"meta.json is damaged .*no ordinary file", read_meta, tmp_path)
     for questions in (tmp_path / "meta.json", "/dev/zero"):
-        with pytest.raises(HellaSwagUnavailable, match="it is no ordinary file"):
-            next(iterate_examples(data=questions))
-
-
-def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
-    world = parallel.World(0, 0, 3, torch.device("cpu"))
-    assert check_config(TrainConfig(B=4, T=8, total_batch_size=192), world) == 2
-    with pytest.raises(ValueError, match=r"total_batch_size=100 .* 4 \* 8 \* 3 = 96; .*_size 96"):
-        check_config(TrainConfig(B=4, T=8, total_batch_size=100), world)
+        refuses("it is no ordinary file", next, iterate_examples(data=questions), error=HellaSwagUnavailable)
 
 
 # ---------------------------------------------------------------------------- derived
@@ -217,8 +207,8 @@ def test_a_presets_warmup_that_does_not_fit_is_made_shorter(steps, expected):
     assert re.match(rf"warmup_steps={expected}, not 40: max_steps={steps}.*--warmup_steps", said[0])
     config, given = parse_config([*words, "--warmup_steps", "40"])
     for given_now in (given, None):  # a flag's warmup is refused, and that of a resumed run
-        with pytest.raises(ValueError, match=rf"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"):
-            check_config(config, ALONE, given_now)
+        words = f"warmup_steps=40 .*max_steps={steps}; lower --warmup_steps"
+        refuses(words, check_config, config, ALONE, given_now)
 
 
 def main(arguments: list[str]) -> int:

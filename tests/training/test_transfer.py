@@ -1,12 +1,11 @@
-"""--depth and the rules that move rates between sizes.
-
-Run: python -m pytest tests/training/test_transfer.py"""
+"""--depth and the rules that move rates between sizes."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 
 from bench.recipes import MODERN, build_ours, draw_windows, race, split_demo
 from train_gpt_moe import parse_config
@@ -22,7 +21,7 @@ def settings(*flags: str):
     (4, 256, 2**18, 734), (12, 768, 2**19, 2828), (24, 1536, 2**20, 8660),
 ])  # fmt: skip
 def test_sizes_and_rates_follow_the_rules(depth, width, batch, steps):
-    """The preset's rates, 2e-3 and 0.1, are for 12 layers."""
+    """The preset's rates, 2e-3 and 0.1, are for its 12 layers."""
     config = settings("--preset", "modern", "--depth", str(depth), "--B", "4")
     sizes = config.n_layer, config.n_embd, config.total_batch_size, config.max_steps
     assert sizes == (depth, width, batch, steps)
@@ -33,11 +32,6 @@ def test_sizes_and_rates_follow_the_rules(depth, width, batch, steps):
     assert (config.max_lr, config.weight_decay) == pytest.approx((rate, decay))
 
 
-def test_the_preset_without_depth_has_the_sizes_of_twelve_layers():
-    for config in (settings("--preset", "modern", "--depth", "12"), settings("--preset", "modern")):
-        assert (config.n_layer, config.n_head, config.n_embd, config.total_batch_size) == (12, 12, 768, 2**19)
-
-
 @pytest.mark.parametrize("encoding, size, order", [("bytes", 257, 6), ("gpt2", 50257, 0)])
 def test_modern_has_ngrams_where_tokens_are_bytes(encoding, size, order):
     config = settings("--preset", "modern", "--n_layer", "1", "--n_embd", "24")
@@ -45,12 +39,13 @@ def test_modern_has_ngrams_where_tokens_are_bytes(encoding, size, order):
     assert config.ngram_order == model.config.ngram_order == order
 
 
-def test_flags_win_over_depth():
+def test_flags_win_over_depth_and_the_preset_has_twelve_layers_without_it():
+    config = settings("--preset", "modern")
+    assert (config.n_layer, config.n_head, config.n_embd, config.total_batch_size) == (12, 12, 768, 2**19)
     config = settings("--depth", "4", "--max_lr", "1e-4", "--n_head", "2")
     assert (config.max_lr, config.n_head, config.n_layer) == (1e-4, 2, 4)
     assert settings("--depth", "4", "--max_lr", "0").weight_decay == settings("--depth", "4").weight_decay > 0
-    with pytest.raises(ValueError, match=r"depth=-1.* 0"):
-        settings("--depth", "-1")
+    refuses("depth=-1.* 0", settings, "--depth", "-1")
 
 
 def best_rate(n_embd: int, data, windows) -> float:

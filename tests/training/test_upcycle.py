@@ -1,9 +1,8 @@
-"""Begin with other weights: a dense model becomes a Mixture-of-Experts, or a new run trains a model further.
-
-Run: python -m pytest tests/training/test_upcycle.py"""
+"""Begin with other weights: a dense model becomes a Mixture-of-Experts, or a run trains a model further."""
 
 import pytest
 import torch
+from conftest import refuses
 from models import dense_model, strong, tiny, tokens
 from processes import equal, flags, metrics
 
@@ -59,8 +58,7 @@ def test_upcycling_every_other_layer_and_what_it_refuses():
         "expert_hidden_size=8.*--expert_hidden_size 256": (dense, dict(expert_hidden_size=8)),
     }  # fmt: skip
     for message, (source, fields) in refused.items():
-        with pytest.raises(ValueError, match=message):
-            upcycle(source, tiny(**fields))
+        refuses(message, upcycle, source, tiny(**fields))
 
 
 def begin(source, data, log_dir, *more) -> list:
