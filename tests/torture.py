@@ -76,8 +76,7 @@ class Torture:
     def prepare(self) -> None:
         """Run both undisturbed, with a checkpoint of every step."""
         log_dir, out = self.plain / "log", self.plain / "out"
-        command = self.training(log_dir, "--checkpoint_every", 1)
-        self.wait(start_ranks(2, command, self.plain / "out.txt"))
+        self.wait(start_ranks(2, self.training(log_dir, "--checkpoint_every", 1), self.plain / "out.txt"))
         found = ckpt.list_checkpoints(log_dir)
         self.states = {ckpt.step_of(path): ckpt.load_checkpoint(path) for path in found}
         self.lines = (log_dir / "log.txt").read_bytes().splitlines(True)
@@ -92,21 +91,17 @@ class Torture:
         end, full_until, ballast = time.monotonic() + seconds, 0.0, self.folder / "ballast"
         while time.monotonic() < end and any(process.is_alive() for process in processes):
             if full_until == 0 and self.chance.random() < 0.02:
-                self.fill(ballast)
+                self.faults["full disk"] += 1
+                room = self.chance.choice([0, 5_000, 300_000, 900_000])  # a checkpoint needs more
+                with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                    while (free := shutil.disk_usage(self.folder).free - room) > 0:
+                        file.write(bytes(min(free, 1 << 20)))
                 full_until = time.monotonic() + self.chance.uniform(0.2, 1.5)
             elif 0 < full_until < time.monotonic():
                 ballast.unlink()
                 full_until = float("inf")  # once is enough
             time.sleep(0.02)
         ballast.unlink(missing_ok=True)
-
-    def fill(self, ballast: Path) -> None:
-        """Leave little room on the disk: less than a checkpoint, or next to nothing."""
-        self.faults["full disk"] += 1
-        room = self.chance.choice([0, 5_000, 300_000, 900_000])
-        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-            while (free := shutil.disk_usage(self.folder).free - room) > 0:
-                file.write(bytes(min(free, 1 << 20)))
 
     def harm_a_checkpoint(self, log_dir: Path) -> None:
         """Flip a bit of the newest checkpoint, or cut off its end."""
