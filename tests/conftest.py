@@ -2,6 +2,7 @@
 development data lies (if it does).
 
 Run: python -m pytest            # everyday, some minutes
+     python -m pytest tests/test_model.py    # one file
      python -m pytest -m slow    # the rest: restarts, launchers, four ranks, compilers, all README commands
 """
 

@@ -70,10 +70,11 @@ def test_the_kernel_for_gpus_equals_the_plain_operators(dtype, close, softcap, m
     """Triton's interpreter runs it, or a GPU, with blocks that end within a row."""
     monkeypatch.setattr(linear_cross_entropy_file, "BLOCK", 32)
     x, weight, targets = (tensor.to(TRITON_DEVICE) for tensor in inputs(dtype))
+    x, targets = x[:13], targets[:13]  # the interpreter takes its time for every row
     rest, found = (targets, -100, None, softcap), []
     for kernel in (True, False):
         monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type, it=kernel: it)
-        found.append(value_and_gradients(linear_cross_entropy, x, weight, *rest, 20))
+        found.append(value_and_gradients(linear_cross_entropy, x, weight, *rest, 8))
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= close * b.abs().max()
     monkeypatch.setattr(linear_cross_entropy_file, "has_kernel", lambda device_type: True)
