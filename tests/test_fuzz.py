@@ -1,4 +1,4 @@
-"""Run: python -m pytest tests/test_fuzz.py"""
+"""fuzz.py tries inputs of all groups, and counts every kind of fault as wrong."""
 
 import re
 import sys

@@ -25,8 +25,6 @@ from model import GPT, GPTLMHeadModel
 from tokens import hellaswag_files
 from training import parallel
 
-TINY = dict(n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
-
 
 @pytest.fixture
 def write(tmp_path):
@@ -42,7 +40,8 @@ def write(tmp_path):
 
 def make_model(**fields) -> GPTLMHeadModel:
     """A model whose probabilities are far from equal."""
-    return strong(GPTLMHeadModel(tiny(**TINY | fields)))
+    sizes = dict(n_embd=32, vocab_size=257, block_size=192, encoding="bytes", use_moe=False)
+    return strong(GPTLMHeadModel(tiny(**sizes | fields)))
 
 
 def assert_close(losses, expected):

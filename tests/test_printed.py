@@ -39,14 +39,18 @@ def main_of(script: str):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_errors_are_one_line_that_begins_with_the_script(script, tmp_path, monkeypatch, capsys, refused):
-    """Ours, and argparse's for an unknown flag."""
+def test_help_and_errors_in_one_line_of_every_script(script, tmp_path, monkeypatch, capsys, refused):
+    """Our errors, and argparse's for an unknown flag."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script])
     assert refused(main_of(script), *SCRIPTS[script].split()).startswith(f"{script}: error: ")
     with pytest.raises(SystemExit, match="2"):
         sys.exit(main_of(script)(["--no_flag"]))
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{script}: error: ")
+    with pytest.raises(SystemExit, match="0"):
+        sys.exit(main_of(script)(["--help"]))
+    said = capsys.readouterr().out
+    assert "usage" in said or "python train_gpt_moe.py" in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
