@@ -98,6 +98,8 @@ def test_on_a_cpu_there_is_nothing_to_choose():
     shape = tiny(), 2, 8, CPU, torch.float32
     refuses("attention_backend='flush'.*auto, cudnn, flash", attention.choose_backend, "flush", *shape)
     assert not attention.has_flex_attention(tiny(sliding_window=4), CPU)  # only GPUs have block masks
+    assert 0 < attention.time_backend(attention.BACKENDS["math"], tiny(n_kv_head=2), *shape[1:]) < 60
+    assert attention.time_backend(attention.BACKENDS["cudnn"], *shape) == float("inf")
     model, ids = strong(dense_model()), tokens()
     expected = model(ids).logits
     for name in ("auto", *attention.BACKENDS):
