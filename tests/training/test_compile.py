@@ -1,6 +1,4 @@
-"""torch.compile stays on through validation, sampling and checkpoints, with few graphs and no breaks.
-
-Run: python -m pytest tests/training/test_compile.py"""
+"""torch.compile stays on through validation, sampling and checkpoints, with few graphs and no breaks."""
 
 import functools
 

@@ -1,6 +1,4 @@
-"""What is told before a run: counts by part, memory against measured memory, warnings.
-
-Run: python -m pytest tests/training/test_preflight.py"""
+"""What is told before a run: counts by part, memory against measured memory, warnings."""
 
 import re
 from dataclasses import replace

@@ -1,6 +1,4 @@
-"""--help, other projects' names of flags, numbers, and files of settings.
-
-Run: python -m pytest tests/training/test_quick_help.py"""
+"""--help, other projects' names of flags, numbers, and files of settings."""
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
-"""What a run shows in the terminal: live line, plain lines, heat map, time to go. Other ranks are silent.
-
-Run: python -m pytest tests/training/test_terminal.py"""
+"""What a run shows in the terminal: live line, plain lines, heat map, time to go. Other ranks are silent."""
 
 import fcntl
 import io
