@@ -1,6 +1,4 @@
-"""The command line of checkpoint.py: verify, convert, average, export, for files and folders.
-
-Run: python -m pytest tests/test_checkpoint.py"""
+"""The command line of checkpoint.py: verify, convert, average, export, for files and folders."""
 
 import shutil
 

@@ -1,6 +1,4 @@
-"""Documents in one row do not see each other: masks, positions, packed batches of transformers, whole runs.
-
-Run: python -m pytest tests/test_documents.py"""
+"""Documents in one row do not see each other: masks, positions, packed batches of transformers, runs."""
 
 import re
 import shutil

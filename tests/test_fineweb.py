@@ -1,6 +1,4 @@
-"""The script that makes shards: settings, crashes, signals, worker processes, a dataset of the Hub.
-
-Run: python -m pytest tests/test_fineweb.py"""
+"""The script that makes shards: settings, crashes, signals, worker processes, a dataset of the Hub."""
 
 import itertools
 import json

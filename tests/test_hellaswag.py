@@ -1,6 +1,4 @@
-"""HellaSwag: the fast scores equal the plain ones, ranks and modes, styles, bad files, download, script.
-
-Run: python -m pytest tests/test_hellaswag.py"""
+"""HellaSwag: the fast scores equal the plain ones, ranks and modes, styles, bad files, download, script."""
 
 import copy
 import hashlib

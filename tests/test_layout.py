@@ -1,6 +1,4 @@
-"""The project's shape: which file imports which, no side effects of imports.
-
-Run: python -m pytest tests/test_layout.py"""
+"""The project's shape: which file imports which, no side effects of imports."""
 
 import ast
 import dataclasses

@@ -1,6 +1,4 @@
-"""The model: interface, configuration, sizes, initialisation, loss, outputs.
-
-Run: python -m pytest tests/test_model.py"""
+"""The model: interface, configuration, sizes, initialisation, loss, outputs."""
 
 import inspect
 import math

@@ -1,6 +1,5 @@
-"""Options of the model's architecture: each alone against a model written out here, all together, in pairs.
-
-Run: python -m pytest tests/test_model_options.py"""
+"""Options of the model's architecture: each alone against a model written out here, together, in pairs; and
+hashed n-gram embeddings around caches. test_documents.py has texts in a row."""
 
 import copy
 import itertools
@@ -8,10 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import slow
+from conftest import refuses, slow
 from models import gradients, moe_by_hand, strong, tiny, tokens
 
 from huggingface.outputs import CACHE
+from layers.roles import role_of
 from mixture_of_experts import MoE
 from model import GPTLMHeadModel, RMSNorm
 
@@ -218,3 +218,39 @@ def test_compiles_in_one_graph(backend_and_options):
         losses.append(loss)
     torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- n-grams
+@torch.no_grad()
+def test_a_forward_without_the_ids_before_is_refused_by_name():
+    """Embeddings have no ids. After a change of the cache they must be given."""
+    model, ids = build("ngrams"), tokens(2, 12)
+    refuses("ngram_order=3: inputs_embeds", model, inputs_embeds=torch.randn(1, 2, model.config.n_embd))
+    whole, cache = model(ids).logits, model(ids, use_cache=True)[CACHE]
+    for change in (lambda: cache.reorder_cache(torch.tensor([1, 0])), lambda: cache.crop(-4)):
+        change()
+        refuses("ngram_order=3.*previous_ids", model, ids[:, :1], past_key_values=cache)
+    previous = torch.stack([ids[:, 7:8], ids[:, 6:7]], dim=-1).flip(0)  # the rows were exchanged
+    logits = model(ids[:, 8:9].flip(0), past_key_values=cache, previous_ids=previous).logits
+    torch.testing.assert_close(logits.flip(0)[:, 0], whole[:, 8], atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_model_starts_as_the_one_without_n_grams_and_learns_their_tables():
+    with_tables, ids = GPTLMHeadModel(tiny(**OPTIONS["ngrams"])).train(), tokens(2, 12)
+    plain = GPTLMHeadModel(tiny())
+    missing = plain.load_state_dict(with_tables.state_dict(), strict=False)
+    assert missing.unexpected_keys == ["transformer.ngrams.weight"] and not missing.missing_keys
+    torch.testing.assert_close(with_tables(ids).logits, plain(ids).logits)
+    with_tables(ids, targets=ids)[1].backward()
+    touched = with_tables.transformer.ngrams.weight.grad.any(-1).view(2, 50)
+    assert (touched.sum(-1) > 5).all()
+    role = role_of("transformer.ngrams.weight")
+    assert role.part == "embeddings" and not role.decays and not role.is_matrix
+    assert with_tables.get_num_params() == plain.get_num_params()
+    assert with_tables.flops_per_token() == plain.flops_per_token()
+
+
+def test_assisted_generation_with_n_grams_equals_plain_generation():
+    model, ids = build("ngrams"), tokens(1, 3).repeat(1, 2)
+    how = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=2, **how), model.generate(ids, **how))

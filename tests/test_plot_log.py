@@ -1,6 +1,4 @@
-"""The picture of a run: what is read from logs good and bad, and what is drawn.
-
-Run: python -m pytest tests/test_plot_log.py"""
+"""The picture of a run: what is read from logs good and bad, and what is drawn."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""What all scripts print alike: errors in one line, and commands that can be copied.
-
-Run: python -m pytest tests/test_printed.py"""
+"""What all scripts print alike: errors in one line, and commands that can be copied."""
 
 import ast
 import importlib

@@ -1,6 +1,4 @@
-"""sample.py: text that appears while it is made, where it ends, prompts from files and from the user.
-
-Run: python -m pytest tests/test_sample.py"""
+"""sample.py: text that appears while it is made, where it ends, prompts from files and from the user."""
 
 import io
 import json

@@ -1,6 +1,4 @@
-"""The training script as a user runs it: the files it writes, equal losses however a batch is cut, flags.
-
-Run: python -m pytest tests/test_train_gpt_moe.py"""
+"""The training script as a user runs it: the files it writes, equal losses however a batch is cut, flags."""
 
 import dataclasses
 import importlib

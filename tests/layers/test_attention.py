@@ -1,6 +1,5 @@
-"""Attention: dropout, cache, windows through FlexAttention, and backends.
-
-Run: python -m pytest tests/layers/test_attention.py"""
+"""Attention: dropout, cache, windows through FlexAttention, backends, and the norms and rotations of queries
+and keys against the plain operators."""
 
 import pytest
 import torch
@@ -10,8 +9,10 @@ from devices import needs_gpu
 from models import dense_model, strong, tiny, tokens
 from torch.nn.attention.flex_attention import flex_attention
 
+import model as model_file
 from huggingface.outputs import CACHE
 from layers import attention
+from layers.rotary import can_norm_and_rotate, rotary_angles
 from model import CausalSelfAttention
 
 CPU = torch.device("cpu")
@@ -138,3 +139,32 @@ def test_generation_does_without_cudnn():
     model(tokens())
     model.generate(tokens(1, 3), max_new_tokens=2)
     assert seen == [True, False, False] and enabled()
+
+
+# ---------------------------------------------------------------------------- norms and rotations
+@pytest.mark.parametrize("nkv", [4, 2, 1])
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_norms_and_rotations_equal_the_plain_operators(nkv, dtype, close, monkeypatch):
+    config = tiny(use_moe=False, position="rope", qk_norm=True, n_head=4, n_kv_head=nkv)
+    layer, hs = strong(CausalSelfAttention(config), std=1.0).to(dtype), config.head_dim
+    packed = torch.randn(2, 9, (4 + 2 * nkv) * hs, dtype=dtype, requires_grad=True)
+    for position_ids in (torch.arange(9)[None], torch.randint(99, (2, 9))):
+        rotary = rotary_angles(position_ids, hs, 1e4)
+        ours = layer.queries_keys_values(packed, rotary)
+        assert ours[0].grad_fn.name() == "NormAndRotateBackward"
+        with monkeypatch.context() as patch:
+            patch.setattr(model_file, "can_norm_and_rotate", lambda packed: False)
+            plain = layer.queries_keys_values(packed, rotary)
+        leaves = packed, layer.q_norm.weight, layer.k_norm.weight
+        directions = [torch.randn_like(part) for part in ours]
+        both = ((*found, *torch.autograd.grad(found, leaves, directions)) for found in (ours, plain))
+        for one, other in zip(*both, strict=True):
+            assert one.shape == other.shape and one.dtype == other.dtype
+            assert (one - other).abs().max() <= close * other.abs().max()
+
+
+def test_norms_and_rotations_take_wide_numbers_on_a_cpu_outside_of_graphs(monkeypatch):
+    assert can_norm_and_rotate(torch.zeros(1)) and not can_norm_and_rotate(torch.zeros(1, device="meta"))
+    assert not can_norm_and_rotate(torch.zeros(1, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not can_norm_and_rotate(torch.zeros(1))

@@ -1,6 +1,4 @@
-"""The chunked loss head against F.cross_entropy of all logits in float64; its memory; the model with it.
-
-Run: python -m pytest tests/layers/test_linear_cross_entropy.py"""
+"""The chunked loss head against F.cross_entropy of all logits in float64; its memory; the model with it."""
 
 import itertools
 

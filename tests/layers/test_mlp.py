@@ -1,6 +1,4 @@
-"""A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here.
-
-Run: python -m pytest tests/layers/test_mlp.py"""
+"""A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here."""
 
 import pytest
 import torch
