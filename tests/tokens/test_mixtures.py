@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refuses
 from corpus import make_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,5 +125,4 @@ def test_what_is_refused_names_the_cause(folders):
         (two.load_state_dict, plain, "sources=None, but here sources='a, b'"),
         (ranks_of(1)[0].load_state_dict, mixed | {"read": "1 2"}, "samples of each source"),
     ):  # fmt: skip
-        with pytest.raises((ValueError, FileNotFoundError), match=words):
-            refuse(text)
+        refuses(words, refuse, text)
