@@ -129,11 +129,6 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def longest_input(config) -> int:
-    """Tokens that a Hugging Face model takes at most; a huge number where there is no limit."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
-
-
 def score_one_by_one(model: torch.nn.Module, questions: Sequence[Question]) -> torch.Tensor:
     """The plain method. Returns every ending's loss, its -log-probability in nats: (n, 4) fp32 on the CPU."""
     model, losses = unwrap(model), []
@@ -254,9 +249,8 @@ def score_batched(model: torch.nn.Module, questions: Sequence[Question], tokens_
                 return None
             size = row_size(rows[0])
             step = max(16, 2 ** (size - 1).bit_length() // 16)
-            T = -(-size // step) * step  # rounded up, by less than an eighth or 16: few shapes occur
-            if not shared:
-                T = min(T, longest_input(model.config))
+            # Rounded up, by less than an eighth or 16: few shapes occur. Others' models may not take more.
+            T = -(-size // step) * step if shared else size
             group = max(1, budget // T) * world_size  # rows of all ranks
             chunk, rows = rows[:group], rows[group:]
             mine = chunk[rank::world_size]
@@ -342,7 +336,8 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
     def load() -> tuple[Question, ...]:
         path = download("val") if data is None else Path(data)
         mtime = path.stat().st_mtime_ns if path.exists() else 0
-        return load_questions(path, limit, style, encoding, longest_input(config), config.vocab_size, mtime)
+        longest = getattr(config, "max_position_embeddings", None) or sys.maxsize  # no limit
+        return load_questions(path, limit, style, encoding, longest, config.vocab_size, mtime)
 
     questions = load_on_all_ranks(load, rank, world_size, device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):

@@ -206,10 +206,11 @@ def write_state(model: GPT, x: torch.Tensor, y: torch.Tensor, path: str | Path) 
     try:
         with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             logits, loss = reference(x.to(model.device).long(), targets=y.to(model.device).long())
-            names, parameters = zip(*reference.named_parameters(), strict=True)
-            gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+            loss.backward()
     finally:
         torch.set_float32_matmul_precision(precision)
+
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
 
     def write(file: BinaryIO) -> None:
         file.write(header("debug state", 2, *x.shape))
