@@ -37,9 +37,8 @@ def bench_loop(options) -> list[dict]:
     flags = f"""--B {options.B} --T {options.T} --total_batch_size {options.B * options.T} --warmup_steps 1
         --max_steps {4 * options.rounds + SKIPPED} --infer_step 0 --sample_every 0 --val_steps 1 --plot False
         --device {options.device} --dtype {options.dtype} --use_compile {bool(options.compile)}""".split()
-    fields = dict(preset="demo")
-    if options.size:
-        fields = size_of(options.size) | dict(vocab_size=options.vocab_size)
+    own = dict(vocab_size=options.vocab_size)
+    fields = size_of(options.size) | own if options.size else dict(preset="demo")
     flags += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
     ends = []  # of the first and the second train_step, in seconds, for each step of the loop
 

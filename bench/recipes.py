@@ -151,8 +151,9 @@ def build_theirs(
     return Contender("", theirs.model, config, step, loss)
 
 
-def race(contenders: list[Contender], validation: list[Data], rounds: int) -> None:
-    """Train all. At each of `rounds` turns each trains its part of the steps or seconds, and is evaluated."""
+def race(contenders: list[Contender], validation: list[Data], rounds: int) -> list[list[float]]:
+    """Train all. At each of `rounds` turns each trains its part of the steps or seconds, and is evaluated.
+    Returns the last losses of each."""
     for turn in range(1, rounds + 1):
         for one in contenders:
             if one.budget is None:
@@ -164,6 +165,7 @@ def race(contenders: list[Contender], validation: list[Data], rounds: int) -> No
                     one.step((turn - 1 + (one.seconds - start) / (until - start)) / rounds)
             losses = [validation_loss(one, windows) for windows in validation]
             one.points.append((one.done, one.seconds, losses))
+    return [one.points[-1][2] for one in contenders]
 
 
 def bench_time_to_loss(options) -> list[dict]:
@@ -245,19 +247,18 @@ def bench_moe_pays(options) -> list[dict]:
     train = torch.cat([part.short() for part, _ in corpora.values()])
     draw = partial(draw_windows, number=WINDOWS // 2, T=PAYS["T"])
     windows = [draw(val, generator=torch.Generator().manual_seed(0)) for _, val in corpora.values()]
-    races, timed = [], []  # (seeds, models): equal tokens, equal seconds
+    races, losses, in_time = [], [], []  # (seeds, models, ...): the losses after equal tokens, equal seconds
     for seed in range(SEED, SEED + options.seeds):
         races.append([build_ours(name, RIVALS[name], train, 257, options.steps, seed) for name in RIVALS])
-        race(races[-1], windows, ROUNDS // 2)
+        losses.append(race(races[-1], windows, ROUNDS // 2))
         seconds, again = races[-1][0].seconds, []
         for one in races[-1]:
             steps = max(1, int(options.steps * seconds / one.seconds))
             again.append(build_ours(one.name, RIVALS[one.name], train, 257, steps, seed))
             again[-1].budget = seconds
-        timed.append(again)
-        race(again, windows, ROUNDS // 2)
-    losses, in_time = (last_losses(part) for part in (races, timed))  # (seeds, models, corpora + 1) each
-    rows = []
+        in_time.append(race(again, windows, ROUNDS // 2))
+    in_time, means, rows = np.mean(in_time, axis=-1), np.mean(losses, axis=-1, keepdims=True), []
+    losses = np.append(losses, means, axis=-1)  # (seeds, models, corpora + 1)
     for number, one in enumerate(races[0]):
         tokens = one.config.max_steps * one.config.B * one.config.T
         row = {"model": one.name, "parameters": f"{one.model.get_num_params():,}",
@@ -266,15 +267,9 @@ def bench_moe_pays(options) -> list[dict]:
         for column, corpus in enumerate([*corpora, "mean"]):
             dense, this = losses[:, 0, column], losses[:, number, column]  # (seeds,) each
             row |= {corpus: mean_and_spread(this), f"{corpus}: below dense": mean_and_spread(dense - this)}
-        row["mean: below dense in its seconds"] = mean_and_spread(in_time[:, 0, -1] - in_time[:, number, -1])
+        row["mean: below dense in its seconds"] = mean_and_spread(in_time[:, 0] - in_time[:, number])
         rows.append(row)
     return rows
-
-
-def last_losses(races: list[list[Contender]]) -> np.ndarray:
-    """The last losses of all contenders, then their means: (races, contenders, corpora + 1)."""
-    losses = np.array([[one.points[-1][2] for one in each] for each in races])
-    return np.append(losses, losses.mean(-1, keepdims=True), axis=-1)
 
 
 def mean_and_spread(values) -> str:

@@ -162,8 +162,7 @@ def bench_scale(options) -> list[dict]:
     """A row per layout and number of ranks. A step has total_batch_size tokens, or a micro-step per rank.
     Efficiency: the time of the layout's own computation (fsdp, zero: a share of the update) / the step's."""
     names, ranks, B, T = options.layouts.split(","), options.ranks.split(","), options.B, options.T
-    unknown = [name for name in names if name not in LAYOUTS]
-    if unknown:
+    if unknown := [name for name in names if name not in LAYOUTS]:
         raise ValueError(f"layouts={unknown[0]!r}: choose from {', '.join(LAYOUTS)}")
     if not all(number.isdigit() and int(number) > 0 for number in ranks):
         raise ValueError(f"ranks={options.ranks!r}: must be numbers from 1 up, separated by commas")

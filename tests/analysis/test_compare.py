@@ -1,6 +1,4 @@
-"""python -m analysis compare: statistics on made-up runs, effective compute, what is left out, the files.
-
-Run: python -m pytest tests/analysis/test_compare.py"""
+"""python -m analysis compare: statistics on made-up runs, effective compute, what is left out, the files."""
 
 import json
 import math

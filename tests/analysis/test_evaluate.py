@@ -1,6 +1,4 @@
-"""python -m analysis evaluate: its numbers against a plain loop, and what it refuses.
-
-Run: python -m pytest tests/analysis/test_evaluate.py"""
+"""python -m analysis evaluate: its numbers against a plain loop, and what it refuses."""
 
 import math
 

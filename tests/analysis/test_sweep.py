@@ -1,6 +1,4 @@
-"""python -m analysis sweep: its plan, what it refuses, skips and continues, failures, signals.
-
-Run: python -m pytest tests/analysis/test_sweep.py"""
+"""python -m analysis sweep: its plan, what it refuses, skips and continues, failures, signals."""
 
 import argparse
 import json

@@ -1,6 +1,4 @@
-"""The commands of `python -m bench` at tiny sizes: what they compare, their tables, their options.
-
-Run: python -m pytest tests/bench/test_bench.py"""
+"""The commands of `python -m bench` at tiny sizes: what they compare, their tables, their options."""
 
 import json
 import subprocess

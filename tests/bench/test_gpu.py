@@ -1,6 +1,4 @@
-"""python -m bench gpu: all parts on a CPU, parts that fail, and trainings that it runs on a GPU.
-
-Run: python -m pytest tests/bench/test_gpu.py"""
+"""python -m bench gpu: all parts on a CPU, parts that fail, and trainings that it runs on a GPU."""
 
 import re
 

@@ -1,6 +1,4 @@
-"""recipes.py: the data, one step of training, the race, the tables of time_to_loss and moe_pays.
-
-Run: python -m pytest tests/bench/test_recipes.py"""
+"""recipes.py: the data, one step of training, the race, the tables of time_to_loss and moe_pays."""
 
 import sys
 from functools import partial

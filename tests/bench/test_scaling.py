@@ -1,7 +1,5 @@
 """Bytes, seconds and memory of every layout: formulas against numbers worked out by hand, and against what
-processes really send.
-
-Run: python -m pytest tests/bench/test_scaling.py"""
+processes really send."""
 
 from collections import defaultdict
 from csv import DictReader
