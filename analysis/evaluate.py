@@ -75,8 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     model = load_model(options.model).to(choose_device(options.device, 0))
     T = options.T or model.config.block_size
-    limits = ("T", T, 1), ("B", options.B, 1), ("max_tokens", options.max_tokens or 2, 2)
-    for name, value, least in limits:
+    for name, value, least in ("T", T, 1), ("B", options.B, 1), ("max_tokens", options.max_tokens or 2, 2):
         if value < least or (name == "T" and T > model.config.block_size):
             most = f" and at most block_size={model.config.block_size}" if name == "T" else ""
             raise ValueError(f"--{name} {value}: must be at least {least}{most}")

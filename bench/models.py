@@ -195,9 +195,8 @@ def bench_hellaswag(options) -> list[dict]:
     runs = {"plain": partial(score, hs.score_one_by_one), "ours": partial(score, hs.score_batched)}
     seconds = alternate(runs, device, options.rounds, warmup=1)
     losses = {method: run() for method, run in runs.items()}  # (n, 4) each
-    same = {method: each.argmin(1) == losses["plain"].argmin(1) for method, each in losses.items()}
     return [{"method": method, "model": options.size, "questions": len(questions), "s": seconds[method],
              "questions/s": len(questions) / seconds[method], "x plain": seconds["plain"] / seconds[method],
-             "same choices": same[method].sum().item(),
+             "same choices": (losses[method].argmin(1) == losses["plain"].argmin(1)).sum().item(),
              "losses off by": f"{(losses[method] - losses['plain']).abs().max().item():.0e}"}
             for method in runs]  # fmt: skip
