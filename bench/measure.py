@@ -70,11 +70,9 @@ def make_run(model: GPTLMHeadModel, loader: Any, **fields: Any) -> Run:
 def print_table(rows: list[dict], csv_path: str) -> None:
     """Print the rows as a Markdown table; unless the path is empty, also write them as CSV."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    for number, line in enumerate(lines):
-        texts = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in line)
-        print("\n" * (number == 0) + "| " + " | ".join(texts) + " |")
-        if number == 0:
-            print("|" + "---|" * len(line))
+    texts = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in line] for line in lines]
+    head, *rest = (f"| {' | '.join(line)} |" for line in texts)
+    print("", head, "|" + "---|" * len(lines[0]), *rest, sep="\n")
     if csv_path:
         with open(csv_path, "w", newline="") as file:
             csv.writer(file).writerows(lines)

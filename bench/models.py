@@ -95,8 +95,7 @@ class Nanochat:
     def step(self, x: torch.Tensor, y: torch.Tensor, step: int, max_steps: int) -> None:
         """One optimizer step on x, y (B, T) each, as nanochat's base_train.py does it."""
         self.model(x, y).backward()
-        done = (step - (1 - self.WARMDOWN) * max_steps) / (self.WARMDOWN * max_steps)  # of the warmdown
-        done = max(0.0, done)
+        done = max(0.0, (step / max_steps - 1 + self.WARMDOWN) / self.WARMDOWN)  # of the warmdown
         rate = min((step + 1) / self.WARMUP, 1 - done * (1 - self.LAST))
         momentum = 0.97 - 0.07 * done if done else 0.85 + 0.12 * min(1, step / 400)
         for group in self.optimizer.param_groups:

@@ -172,9 +172,7 @@ def bench_scale(options) -> list[dict]:
     config = GPTConfig(block_size=T, vocab_size=options.vocab_size, **size_of(options.size))
     links = Links(options.nvlink * 1e9, options.network * 1e9, options.gpus, options.latency * 1e-6)
     micro, update = options.micro_ms / 1e3, options.update_ms / 1e3
-    print(
-        f"{options.size}, B = {B}, T = {T}: micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms\n"
-    )
+    print(f"{options.size}, B = {B}, T = {T}: micro-step {1e3 * micro:.1f} ms, update {1e3 * update:.1f} ms")
     model, rows = new_model(config, "fsdp"), []  # on the meta device
     if not model.moe_layers():
         names = [name for name in names if "ep" not in name]

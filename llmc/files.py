@@ -275,8 +275,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         return [options.out]
     x = y = None
     if options.command == "state":
-        B, T, parts = options.B, options.T, ("state",)
-        need = B * T + 1
+        B, T, need, parts = options.B, options.T, options.B * options.T + 1, ("state",)
         if min(B, T) < 1:
             raise ValueError(f"--B {B} --T {T}: both must be at least 1")
         tokens = torch.from_numpy(read_shard(options.data)[:need].astype(np.int64))
