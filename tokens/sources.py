@@ -9,6 +9,7 @@ piece that select has yielded: a reader that starts from a copy of it repeats an
 
 import codecs
 import csv
+import fnmatch
 import io
 import itertools
 import json
@@ -101,13 +102,14 @@ def read_lines(file: BinaryIO, path: str) -> Iterator[str]:
 def read_jsonl(path: str, at: int, field: str) -> Pieces:
     """The lines after the first `at` of a .jsonl, .jsonl.gz or .jsonl.zst file: one document each."""
     with open(path, "rb") as file:
-        lines = file
+        lines, mend = file, ""
         if not path.lower().endswith(".jsonl"):
             import pyarrow  # unlike the zstandard module, it notices that a file is truncated
 
             if os.path.getsize(path) == 0:
                 raise ValueError(f"{path} is empty, so it is no compressed file")
             kind = "gzip" if path.lower().endswith(".gz") else "zstd"
+            mend = "; a compressed file needs lines of JSON: unpack plain text first"
             lines = io.BufferedReader(pyarrow.CompressedInputStream(file, kind), 1 << 20)
         for number, line in enumerate(read_lines(lines, path), 1):
             if number > at and line.strip():
@@ -115,7 +117,7 @@ def read_jsonl(path: str, at: int, field: str) -> Pieces:
                 try:
                     record = json.loads(line.removeprefix("\ufeff"))
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not a JSON object ({error})") from error
+                    raise ValueError(f"{where}: not a JSON object ({error}){mend}") from error
                 yield True, text_of(record, field, where), {"at": number, "read": file.tell()}
 
 
@@ -233,7 +235,8 @@ def read_plain(path: str) -> Iterator[tuple[bool, str]]:
 
 def find_files(path: str) -> list[str]:
     """The file itself, the files that a pattern such as "src/**/*.py" matches, or the text files in and below
-    a folder, except hidden files. ValueError if there are none; OSError if a folder cannot be read."""
+    a folder, without what is hidden, and without subfolders of shards or runs. ValueError if there are none;
+    OSError if a folder cannot be read."""
     files = [path] if os.path.exists(path) else glob(path, recursive=True)
     if files := sorted(file for file in files if os.path.isfile(file)):
         return files
@@ -244,10 +247,12 @@ def find_files(path: str) -> list[str]:
 
     found, seen = [], set()
     for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
-        if os.path.realpath(folder) in seen:  # links can form a circle
+        real, shards = os.path.realpath(folder), fnmatch.filter(names, "train_*.bin")
+        ours = shards or {"run.json", "log.txt"} <= {*names}  # made of these texts, perhaps
+        if real in seen or (ours and folder != path):  # links can form a circle
             folders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine needs the same order
         found += [os.path.join(folder, name) for name in names if name[0] != "."]
     for suffixes in (SUFFIXES, MORE_SUFFIXES):
