@@ -265,10 +265,11 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
                 raise FileNotFoundError(f"text={config.text!r} is no file or folder here")
             try:
                 build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
+                problem = str(error).replace("another --out", "another --log_dir")
                 make = "run `python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
                 mend = f"For flags of fineweb.py {make}, then give --data_dir FOLDER"
-                raise ValueError(f"text: {error}. {mend}") from error
+                raise ValueError(f"text: {problem}. {mend}") from error
         world.barrier()
     elif config.preset == "demo" and config.data_dir == "demo_data":
         say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")
