@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as in `sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:  # transformers raises all of them
-        print_error("sample.py", error)
+        is_no_utf8 = isinstance(error, UnicodeEncodeError)  # only a prompt is encoded here
+        print_error("sample.py", "the prompt must be text in UTF-8" if is_no_utf8 else error)
         return 2
     return 0
 

@@ -59,8 +59,8 @@ def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch
     out = run(capsys, folder, "--prompt", f"FILE:{tmp_path}/essay.txt")
     assert out.startswith("--- sample 1\nOnce\nupon")
     (tmp_path / "essay.txt").write_bytes("café".encode("latin-1"))
-    bad = "--model", folder, "--prompt", f"FILE:{tmp_path}/essay.txt"
-    assert "essay.txt is no UTF-8" in refused(sample.main, *bad)
+    for bad, words in ((f"FILE:{tmp_path}/essay.txt", "essay.txt is no UTF-8"), ("caf\udce9", "in UTF-8")):
+        assert words in refused(sample.main, "--model", folder, "--prompt", bad)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert sample.main(["--model", str(folder), "--interactive", "--max_new_tokens=1", "--top_p=0.5"]) == 0
     assert [text[:3] for text in capsys.readouterr().out.split("prompt> ")] == ["", "one", "two", "\n"]
