@@ -66,9 +66,7 @@ class DataConfig:
     train_tokenizer: int | None = flag(None, "train one of so many tokens on the first 67 million characters")
     end_token: str | None = flag(None, "precedes documents (--tokenizer FILE); default <|endoftext|>, or eos")
     shard_size: int = flag(100_000_000, "tokens in a shard")
-    val_tokens: int | None = flag(
-        None, "tokens kept for validation; if not given one shard, or a tenth of a small source"
-    )
+    val_tokens: int | None = flag(None, "tokens for validation; default a shard, or a tenth of small sources")
     limit_docs: int | None = flag(None, "stop after so many documents (of this part)")
     num_parts: int = flag(1, "machines that share the work")
     part: int = flag(0, "number of this machine, from 0; part 0 writes the validation shard")
@@ -264,10 +262,10 @@ def with_defaults(config: DataConfig) -> DataConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done, 2 bad settings or data, 130 and 143 for signals."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    kinds = {"bool": {"action": "store_true"}, "int": {"type": int}, "int | None": {"type": int}}
+    kinds["str | Sequence[str]"] = {"action": "append"}
     for each in fields(DataConfig):
-        kind = {"type": int if "int" in each.type else str}
-        kind = {"action": "append"} if "Sequence" in each.type else kind
-        kind = {"action": "store_true"} if each.type == "bool" else kind
+        kind = kinds.get(each.type, {})
         parser.add_argument(f"--{each.name}", help=each.metadata["help"], **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given |= {name: value[0] for name, value in given.items() if type(value) is list and len(value) == 1}

@@ -87,8 +87,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options. Ends the process with code 2 and a message for a value outside its limits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="log/model_XXXXX.pt, or log/latest for the newest in log")
-    source.add_argument("--model", help="gpt2 ... gpt2-xl, or a folder that transformers can load")
+    source.add_argument("--checkpoint", dest="source", help="log/model_XXXXX.pt; log/latest is the newest")
+    source.add_argument("--model", dest="source", help="gpt2 ... gpt2-xl, or a folder for transformers")
     parser.add_argument("--prompt", default="Hello, I'm a language model,", help='"" = none, FILE:x = a file')
     parser.add_argument("--interactive", action="store_true", help="read prompts, a line each, until Ctrl-D")
     for name, (kind, default, *_, text) in NUMBERS.items():
@@ -128,8 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         how |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     count = options.num_samples or (1 if options.interactive else 3)
     try:
-        source = options.checkpoint if options.model is None else options.model
-        model = load(source).to(choose_device(options.device, 0))
+        model = load(options.source).to(choose_device(options.device, 0))
         torch.manual_seed(options.seed)
         for prompt, number in ((p, n) for p in prompts(options) for n in range(1, count + 1)):
             if count > 1 or not options.interactive:

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refuses
 from corpus import DOCUMENTS, TOKENS, build, content, small_flags, stream_of, write_source
 from processes import full_disk
 
@@ -57,8 +57,7 @@ def test_crash_at_every_step_loses_nothing(tmp_path, monkeypatch):
     (tmp_path / "in" / "b.txt").write_bytes(b"some text \xff goes on " * 20)
     write_source(tmp_path / "in" / "c.parquet")
     monkeypatch.setattr(sources, "TASK_CHARS", 20)
-    tasks = []
-    encode = fineweb.encode_pieces
+    tasks, encode = [], fineweb.encode_pieces
     monkeypatch.setattr(fineweb, "encode_pieces", lambda *task: tasks.append(task) or encode(*task))
 
     def make(out):
@@ -103,8 +102,8 @@ def test_hub_dataset(tmp_path, monkeypatch):
     expected = [token for name in ("whole", "file", "whole") for token in stream_of(tmp_path / name)]
     assert stream_of(tmp_path / "mixed") == expected
     crash_and_resume(tmp_path / "crashed", mixed, content(tmp_path / "mixed"), [6, 12, 18, 24])
-    with pytest.raises(ValueError, match=r"owner/name: .*'body'.*'text', 'id'"):
-        build("owner/name", tmp_path / "other", text_field="body")
+    words = r"owner/name: .*'body'.*'text', 'id'"
+    refuses(words, build, "owner/name", tmp_path / "other", text_field="body")
 
 
 def test_workers_do_not_change_the_output(tmp_path, monkeypatch):
@@ -178,8 +177,7 @@ def test_signals_that_come_while_tqdm_takes_its_lock(monkeypatch, cause, code):
     monkeypatch.setattr(fineweb, "build", mock.Mock(side_effect=error))
     assert fineweb.main([]) == code
     error.__context__ = None  # no signal
-    with pytest.raises(RuntimeError):
-        fineweb.main([])
+    refuses("lock", fineweb.main, [], error=RuntimeError)
 
 
 def test_it_starts_without_torch():

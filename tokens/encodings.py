@@ -101,8 +101,7 @@ def encode_text(text: str, name: str) -> list[int]:
     """Token ids of `text`; special tokens in `text` are ordinary text. Raises as load_encoding does."""
     if name == "bytes":
         return list(text.encode("utf-8"))
-    encoding = load_encoding(name)
-    return [token for part in split_text(text) for token in encoding.encode_ordinary(part)]
+    return encode(load_encoding(name), text).tolist()
 
 
 def token_bytes(name: str) -> np.ndarray:

@@ -45,11 +45,8 @@ def verify(folder: str) -> list[str]:
     """Compare all tokens with meta.json; a line per problem. FileNotFoundError; ValueError: bad meta.json."""
     if not (metas := load_metas(folder)):
         raise FileNotFoundError(f"{folder} has no meta.json to compare shards with; fineweb.py writes it")
-    problems = [
-        f"{path}: unfinished; run `{fineweb_command(folder, file=path)}`"
-        for path, meta in metas.items()
-        if not meta["complete"]
-    ]
+    unfinished = [path for path, meta in metas.items() if not meta["complete"]]
+    problems = [f"{path}: unfinished; run `{fineweb_command(folder, file=path)}`" for path in unfinished]
     shards = {name: count for meta in metas.values() for name, count in meta["shards"].items()}
     known = {name: digest for meta in metas.values() for name, digest in meta.get("checksums", {}).items()}
     for name in tqdm(shards, unit="shard", disable=None):

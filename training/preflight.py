@@ -138,9 +138,8 @@ def memory_estimate(model: GPTLMHeadModel, config, dtype: str, world_size: int =
         rows = config.total_batch_size * (model.config.ngram_order - 1)
         gradients -= max(0, len(table) - rows) * table.size(1)
     activations = activation_bytes(model, config, dtype)
-    return dict(
-        parameters=4 * held, gradients=4 * gradients * trains, optimizer=moments, activations=activations
-    )
+    weights = dict(parameters=4 * held, gradients=4 * gradients * trains)
+    return weights | dict(optimizer=moments, activations=activations)
 
 
 def larger_batch(config, model, accumulation: int, dtype: str, world_size: int, most: float) -> dict:

@@ -1,7 +1,6 @@
 """Make everything that a run needs from its settings: data, layout, model, optimizer, resumed state, log.
 `config` is train_gpt_moe.py's TrainConfig throughout."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -184,14 +183,13 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
     fit_warmup(config, given, say)
     if config.block_size and config.T > config.block_size:
         raise ValueError(f"T={config.T} is more than block_size={config.block_size}; give a smaller --T")
-    per_micro_step = config.B * config.T * world.size
-    if config.total_batch_size % per_micro_step != 0:
-        raise ValueError(
-            f"total_batch_size={config.total_batch_size} is not a multiple of B * T * processes = "
-            f"{config.B} * {config.T} * {world.size} = {per_micro_step}; the nearest that is: "
-            f"--total_batch_size {max(1, round(config.total_batch_size / per_micro_step)) * per_micro_step}"
-        )
-    return config.total_batch_size // per_micro_step
+    batch, per_micro_step = config.total_batch_size, config.B * config.T * world.size
+    if batch % per_micro_step != 0:
+        product = f"B * T * processes = {config.B} * {config.T} * {world.size} = {per_micro_step}"
+        nearest = max(1, round(batch / per_micro_step)) * per_micro_step
+        mend = f"the nearest that is: --total_batch_size {nearest}"
+        raise ValueError(f"total_batch_size={batch} is not a multiple of {product}; {mend}")
+    return batch // per_micro_step
 
 
 def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
@@ -308,7 +306,7 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
     With parallel="fsdp" and no init_from it is on the meta device, without weights, because it may be larger
     than the memory. ValueError for settings that contradict each other, the data, or init_from."""
-    names = {field.name for field in dataclasses.fields(config)} & set(GPTConfig.__annotations__)
+    names = vars(config).keys() & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
     of_data = dict(
         encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
@@ -319,10 +317,9 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
         if (encoding, size) == ("nanogpt", meta["vocab_size"]):  # the data name the encoding
             resumed["config"] |= of_data
         elif encoding != meta["encoding"]:
-            raise ValueError(
-                f"resume: encoding={encoding!r} in the checkpoint, but {meta['encoding']!r} in the data; "
-                "give the data it was trained with, or start a new run"
-            )
+            unlike = f"encoding={encoding!r} in the checkpoint, but {meta['encoding']!r} in the data"
+            mend = "give the data it was trained with, or start a new run"
+            raise ValueError(f"resume: {unlike}; {mend}")
         changed = {name: fields[name] for name in names & ckpt.MAY_CHANGE}
         return new_model(GPTConfig(**(resumed["config"] | changed)), config.parallel)
     fields |= of_data
@@ -334,10 +331,8 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     rounded = multiple * math.ceil(meta["vocab_size"] / multiple)
     fields["vocab_size"] = max(config.vocab_size, 0) or rounded
     if fields["vocab_size"] < meta["vocab_size"]:
-        raise ValueError(
-            f"vocab_size={config.vocab_size}, but the data's encoding {meta['encoding']!r} has "
-            f"{meta['vocab_size']} tokens; omit --vocab_size"
-        )
+        theirs = f"the data's encoding {meta['encoding']!r} has {meta['vocab_size']} tokens"
+        raise ValueError(f"vocab_size={config.vocab_size}, but {theirs}; omit --vocab_size")
     torch.manual_seed(config.seed)
     if not config.init_from:
         return new_model(GPTConfig(**fields), config.parallel)
@@ -375,10 +370,8 @@ def place_model(
 
 def agree_on_backend(config: Any, model: GPTLMHeadModel, world: Any, dtype: str, say: Callable) -> None:
     """Set config.attention_backend to the master's choice on all ranks. A resumed run then rounds alike."""
-    backend = choose_backend(
-        config.attention_backend, model.config, config.B, config.T, world.device, getattr(torch, dtype)
-    )
-    if backend:
+    shape = model.config, config.B, config.T
+    if backend := choose_backend(config.attention_backend, *shape, world.device, getattr(torch, dtype)):
         index = torch.tensor(list(BACKENDS).index(backend) * world.is_master, device=world.device)
         config.attention_backend = list(BACKENDS)[world.sum(index).item()]
         say(f"attention   {config.attention_backend}")

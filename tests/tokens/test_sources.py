@@ -49,7 +49,7 @@ def test_every_format_is_read_and_can_be_gone_on_from_anywhere(tmp_path, name):
 
 def test_a_folder_is_read_in_order_links_once_and_nothing_hidden_or_made_by_us(tmp_path, monkeypatch):
     texts = {"in/sub/a.txt": "a", "in/.hidden/b.txt": "b", "elsewhere/c.txt": "c", "in/ignored.md": "d"}
-    texts |= dict.fromkeys(("in/log/run.json", "in/log/log.txt", "in/out/train_0.bin", "in/out/e.txt"), "x")
+    texts |= dict.fromkeys(("in/log/run.json", "in/log/log.txt", "in/out/train_0.bin", "in/out/e.txt"), "e")
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -196,9 +196,8 @@ BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
              "field.jsonl": (b'{"body": "a", "id": 1}\n', {}, "line 1: .*'text'.*'body', 'id'.*--text_field"),
              "type.jsonl": (b'{"text": 5}\n', {}, "line 1: .*'text' holds int"),
              "cut.jsonl.gz": (gzip.compress(random.Random(0).randbytes(9999))[:5000], {}, "Truncated"),
-             "plain.txt.gz": (gzip.compress(b"plain"), {}, "line 1: .*unpack plain text"),
-             "empty.jsonl.gz": (b"", {}, "is empty"), "foreign.jsonl.zst": (b"hello", {}, "cannot be read"),
-             "foreign.parquet": (b"hello", {}, "cannot be read")}  # fmt: skip
+             "plain.txt.gz": (gzip.compress(b"a"), {}, "unpack"), "empty.jsonl.gz": (b"", {}, "is empty"),
+             "foreign.jsonl.zst": (b"a", {}, "cannot"), "foreign.parquet": (b"a", {}, "cannot")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
