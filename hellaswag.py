@@ -350,7 +350,7 @@ def evaluate(model: torch.nn.Module, data: str | Path | None = None, limit: int 
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate the model on the command line. Returns 0, 130 after Ctrl-C, or 2 for a bad setting or file."""
-    from sample import load
+    from training.checkpoints import load_model
     from training.parallel import start, stop
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         world = start(options.device)
-        model = load(options.model).to(world.device)
+        model = load_model(options.model).to(world.device)
         began = time.perf_counter()
         dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
         result = evaluate(model, options.data, options.limit, options.style, options.encoding,

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import torch
 
-from model import GPTLMHeadModel
 from tokens.encodings import decode_tokens
 from tokens.printable import print_error, printable
 from tokens.sources import read_plain
@@ -59,15 +58,6 @@ class Printer:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Whether each text (B,) is complete."""
         return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)
-
-
-def load(source: str) -> GPTLMHeadModel:
-    """The model of that name, with a token to start from without a prompt. FileNotFoundError if missing."""
-    model = load_model(source)
-    end = model.config.eos_token_id
-    if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
-        model.config.bos_token_id = end
-    return model
 
 
 # Flags that are numbers: type, default, least and most value, help.
@@ -128,7 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
         how |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     count = options.num_samples or (1 if options.interactive else 3)
     try:
-        model = load(options.source).to(choose_device(options.device, 0))
+        model = load_model(options.source).to(choose_device(options.device, 0))
+        end = model.config.eos_token_id
+        if model.config.bos_token_id is None and isinstance(end, int):  # as in older checkpoints
+            model.config.bos_token_id = end  # a text without a prompt starts from it
         torch.manual_seed(options.seed)
         for prompt, number in ((p, n) for p in prompts(options) for n in range(1, count + 1)):
             if count > 1 or not options.interactive:

@@ -33,7 +33,7 @@ def test_what_is_printed_piece_by_piece_is_the_text(folder, capsys, monkeypatch)
     out = run(capsys, folder)
     torch.manual_seed(1)
     how = dict(max_new_tokens=40, do_sample=True, temperature=0.8, top_k=50)
-    assert out == f"--- sample 1\n{sample.load(str(folder)).generate(PROMPT, **how)}\n"
+    assert out == f"--- sample 1\n{sample.load_model(str(folder)).generate(PROMPT, **how)}\n"
     assert pieces[0] == PROMPT and len({*pieces}) > 20  # the prompt at once, then as the tokens come
 
 

@@ -165,7 +165,8 @@ def open_log(run: Run) -> None:
 
 # ---------------------------------------------------------------------------- SETTINGS
 def check_config(config: Any, world: parallel.World, given: set[str] | None = None, say=print) -> int:
-    """The number of micro-steps per optimizer step. Fills in settings that follow from others (min_lr).
+    """The number of micro-steps per optimizer step. Fills in settings that follow from others (min_lr, and a
+    shorter warmup than the default or preset one, if max_steps is not above it).
     given: the settings that flags have set; None for a resumed run, which keeps its settings. ValueError,
     naming field and value, for settings that cannot work."""
     check_limits(config)
@@ -180,7 +181,12 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
         config.min_lr = float(f"{config.max_lr / 10:.12g}")  # a tenth of 6e-4 is 6e-5, not 5.9999...e-5
     if config.min_lr > config.max_lr:
         raise ValueError(f"min_lr={config.min_lr} is more than max_lr={config.max_lr}; lower --min_lr")
-    fit_warmup(config, given, say)
+    warmup, steps = config.warmup_steps, config.max_steps
+    if 0 < steps <= warmup:
+        if given is None or "warmup_steps" in given:
+            raise ValueError(f"warmup_steps={warmup} must be below max_steps={steps}; lower --warmup_steps")
+        config.warmup_steps = steps // 10  # of a default or preset warmup
+        say(f"warmup_steps={config.warmup_steps}, not {warmup}: max_steps={steps} (--warmup_steps sets it)")
     if config.block_size and config.T > config.block_size:
         raise ValueError(f"T={config.T} is more than block_size={config.block_size}; give a smaller --T")
     batch, per_micro_step = config.total_batch_size, config.B * config.T * world.size
@@ -190,18 +196,6 @@ def check_config(config: Any, world: parallel.World, given: set[str] | None = No
         mend = f"the nearest that is: --total_batch_size {nearest}"
         raise ValueError(f"total_batch_size={batch} is not a multiple of {product}; {mend}")
     return batch // per_micro_step
-
-
-def fit_warmup(config: Any, given: set[str] | None, say: Callable) -> None:
-    """Shorten a default or preset warmup to a tenth of max_steps if it is not below max_steps. ValueError if
-    a flag or a resumed run has set that warmup. given: as in check_config."""
-    warmup, steps = config.warmup_steps, config.max_steps
-    if not 0 < steps <= warmup:
-        return
-    if given is None or "warmup_steps" in given:
-        raise ValueError(f"warmup_steps={warmup} must be below max_steps={steps}; lower --warmup_steps")
-    config.warmup_steps = steps // 10
-    say(f"warmup_steps={config.warmup_steps}, not {warmup}: max_steps={steps} (--warmup_steps sets it)")
 
 
 def choose_dtype(config: Any, device: torch.device) -> str:
