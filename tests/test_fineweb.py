@@ -88,8 +88,7 @@ def test_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(sources, "TASK_CHARS", 200)
     make = lambda out: build("owner/name", out, shard_size=1000)  # noqa: E731
-    make(tmp_path / "whole")
-    meta = json.loads((tmp_path / "whole" / "meta.json").read_text())
+    meta = make(tmp_path / "whole")
     assert (meta["documents"], meta["empty"]) == (150, 15)
     for parts in (2, 4):  # by files; more parts than files: by documents
         for part in range(parts):
@@ -102,8 +101,7 @@ def test_hub_dataset(tmp_path, monkeypatch):
     expected = [token for name in ("whole", "file", "whole") for token in stream_of(tmp_path / name)]
     assert stream_of(tmp_path / "mixed") == expected
     crash_and_resume(tmp_path / "crashed", mixed, content(tmp_path / "mixed"), [6, 12, 18, 24])
-    words = r"owner/name: .*'body'.*'text', 'id'"
-    refuses(words, build, "owner/name", tmp_path / "other", text_field="body")
+    refuses("owner/name: .*'body'.*'text', 'id'", build, "owner/name", tmp_path / "other", text_field="body")
 
 
 def test_workers_do_not_change_the_output(tmp_path, monkeypatch):
