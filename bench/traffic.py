@@ -80,7 +80,7 @@ def step_traffic(model: GPTLMHeadModel, plan: Plan) -> list[Collective]:
     if plan.parallel == "fsdp":
         found = fsdp_traffic(part, mine, plan, config.n_layer, len(layers))
     else:
-        shared = 4 * elements(part["outside"] + part["gates"] + part["blocks"])
+        shared = 4 * elements(part["outside"] + part["router"] + part["rest"])
         experts, tensors = 4 * elements(mine), sum(len(shapes) for shapes in part.values())
         whole = shared + (experts if ep == 1 else 0)
         buckets = math.ceil(whole / BUCKET)
@@ -109,8 +109,8 @@ def fsdp_traffic(part: dict, experts: list, plan: Plan, blocks: int, moe_blocks:
     # (elements, bytes of each when gathered, ranks, stride, groups, whether gathered for the backward, too)
     groups = [
         (elements(part["outside"], W), 4, W, 1, 1, False),
-        (elements(part["gates"], W), 4, W, 1, moe_blocks, True),
-        (elements(part["blocks"], W), element, W, 1, blocks, True),
+        (elements(part["router"], W), 4, W, 1, moe_blocks, True),
+        (elements(part["rest"], W), element, W, 1, blocks, True),
         (expert_elements(experts, W // ep), element, W // ep, ep, moe_blocks if ep > 1 else 0, True),
     ]
     late = 1 / (blocks + 1)
@@ -147,7 +147,7 @@ def memory_by_use(model: GPTLMHeadModel, plan: Plan) -> dict[str, float]:
     uses = preflight.memory_estimate(model, plan, plan.dtype, plan.ranks)
     if plan.parallel == "fsdp" and plan.ranks > 1:
         mine = expert_elements(preflight.split(part["experts"], plan.ep_size), plan.ranks // plan.ep_size)
-        block = (elements(part["blocks"], plan.ranks) + mine) / config.n_layer
+        block = (elements(part["rest"], plan.ranks) + mine) / config.n_layer
         outside = elements(part["outside"], plan.ranks)
         uses["gathered"] = 2 * block * element + 4 * outside + 4 * max(block, outside)
         if plan.micro_steps > 1:

@@ -56,10 +56,10 @@ def test_a_sample_ends_before_the_text_that_stops_it(folder, capsys):
 
 def test_prompts_of_a_file_and_of_the_user(folder, tmp_path, capsys, monkeypatch, refused):
     (tmp_path / "essay.txt").write_text("Once\nupon", encoding="utf-8-sig")
-    out = run(capsys, folder, "--prompt", f"FILE:{tmp_path}/essay.txt")
-    assert out.startswith("--- sample 1\nOnce\nupon")
+    essay = f"FILE:{tmp_path}/essay.txt"
+    assert run(capsys, folder, "--prompt", essay).startswith("--- sample 1\nOnce\nupon")
     (tmp_path / "essay.txt").write_bytes("café".encode("latin-1"))
-    for bad, words in ((f"FILE:{tmp_path}/essay.txt", "essay.txt is no UTF-8"), ("caf\udce9", "in UTF-8")):
+    for bad, words in ((essay, "essay.txt is no UTF-8"), ("caf\udce9", "in UTF-8")):
         assert words in refused(sample.main, "--model", folder, "--prompt", bad)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert sample.main(["--model", str(folder), "--interactive", "--max_new_tokens=1", "--top_p=0.5"]) == 0

@@ -32,13 +32,12 @@ def parameters_by_part(model: GPTLMHeadModel) -> dict[str, int]:
 
 
 def shapes_by_part(model: nn.Module, methods: Callable | None = None) -> dict[str, list[torch.Size]]:
-    """Shapes of the parameters: "experts", "gates", the rest of the "blocks", and those "outside" of them.
+    """Shapes of the parameters: "experts", "router", the "rest" of the blocks, and those "outside" of them.
     methods: only those for which this method_of() does not say "adamw"."""
-    shapes = {"experts": [], "gates": [], "blocks": [], "outside": []}
-    part_of = {"experts": "experts", "router": "gates", "rest": "blocks"}
+    shapes = {"experts": [], "router": [], "rest": [], "outside": []}
     for name, parameter in model.named_parameters():
         if not methods or methods(name) != "adamw":
-            shapes[part_of[role_of(name).lr_group] if ".h." in name else "outside"].append(parameter.shape)
+            shapes[role_of(name).lr_group if ".h." in name else "outside"].append(parameter.shape)
     return shapes
 
 
@@ -60,7 +59,7 @@ def expert_elements(shapes: list[torch.Size], ranks: int) -> int:
 def parameters_held(model: nn.Module, config, world_size: int, methods: Callable | None = None) -> int:
     """Elements of parameters that each rank holds. methods: as for shapes_by_part."""
     part, ranks = shapes_by_part(model, methods), world_size // config.ep_size
-    rest, mine = part["outside"] + part["gates"] + part["blocks"], split(part["experts"], config.ep_size)
+    rest, mine = part["outside"] + part["router"] + part["rest"], split(part["experts"], config.ep_size)
     if config.parallel == "fsdp":
         return elements(rest, world_size) // world_size + expert_elements(mine, ranks) // ranks
     return elements(rest) + elements(mine)
