@@ -248,6 +248,8 @@ def check_experts(config, ep_size: int) -> None:
 # ---------------------------------------------------------------------------- DATA
 def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
     """meta.json of the data; first makes the shards of --text or the demo. FileNotFoundError, ValueError."""
+    if config.text and config.input_bin:
+        raise ValueError(f"input_bin={config.input_bin!r} and text={config.text!r}: give one of them")
     if config.text:
         config.data_dir = os.path.join(config.log_dir, "data")
         if world.is_master:
@@ -255,13 +257,13 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
                 raise FileNotFoundError(f"text={config.text!r} is no file or folder here")
             try:
                 build(DataConfig(source=config.text, encoding="bytes", out=config.data_dir))
-            except (ValueError, FileNotFoundError) as error:
+            except ValueError as error:
                 problem = str(error).replace("another --out", "another --log_dir")
                 make = "run `python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
                 mend = f"For flags of fineweb.py {make}, then give --data_dir FOLDER"
                 raise ValueError(f"text: {problem}. {mend}") from error
         world.barrier()
-    elif config.preset == "demo" and config.data_dir == "demo_data":
+    elif config.preset == "demo" and config.data_dir == "demo_data" and not config.input_bin:
         say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")
         if world.is_master:
             prepare_demo(config.data_dir)

@@ -1,6 +1,4 @@
-"""python -m analysis routing: its numbers against counts in plain Python, the page, and what it refuses.
-
-Run: python -m pytest tests/analysis/test_routing.py"""
+"""python -m analysis routing: its numbers against counts in plain Python, the page, and what it refuses."""
 
 import itertools
 import json

@@ -1,6 +1,4 @@
-"""Folders of models that nobody has saved so: refused in one line, before anything large is built.
-
-Run: python -m pytest tests/huggingface/test_borders.py"""
+"""Folders of models that nobody has saved so: refused in one line, before anything large is built."""
 
 import json
 import math

@@ -1,6 +1,4 @@
-"""Training under transformers.Trainer, and the callbacks that report how experts are used.
-
-Run: python -m pytest tests/huggingface/test_callbacks.py"""
+"""Training under transformers.Trainer, and the callbacks that report how experts are used."""
 
 import copy
 from types import SimpleNamespace

@@ -1,6 +1,5 @@
 """torch.export, ONNX, torchao and llama.cpp with models that have experts.
 
-Run: python -m pytest tests/huggingface/test_converters.py
 LLAMA_CPP=llama.cpp python -m pytest -m slow tests/huggingface/test_converters.py    # a checkout
 
 The slow tests skip where the other program is not installed: pip install onnxruntime onnxscript torchao

@@ -1,6 +1,4 @@
-"""export_folder: whole folders that replace nothing but exports; the code in them runs elsewhere.
-
-Run: python -m pytest tests/huggingface/test_export.py"""
+"""export_folder: whole folders that replace nothing but exports; the code in them runs elsewhere."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""GPT-2, Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there.
-
-Run: python -m pytest tests/huggingface/test_foreign.py"""
+"""GPT-2, Llama, Qwen3, Mixtral and Qwen3-MoE of transformers: their folders load here, ours load there."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""generate(): caches, beams, padding, block_size, stop strings, and what it leaves behind.
-
-Run: python -m pytest tests/huggingface/test_generation.py"""
+"""generate(): caches, beams, padding, block_size, stop strings, and what it leaves behind."""
 
 from unittest.mock import Mock
 

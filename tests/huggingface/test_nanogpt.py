@@ -1,7 +1,5 @@
 """Checkpoints of nanoGPT and build-nanogpt: the same logits, samples and next losses, and no code of a file.
 
-Run: python -m pytest tests/huggingface/test_nanogpt.py
-
 The files are built here, with a network of our own in nanoGPT's names. docs/huggingface.md names the runs
 with nanoGPT's own code."""
 

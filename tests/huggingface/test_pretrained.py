@@ -1,6 +1,4 @@
-"""Folders of our own format, and embeddings that are replaced or resized.
-
-Run: python -m pytest tests/huggingface/test_pretrained.py"""
+"""Folders of our own format, and embeddings that are replaced or resized."""
 
 import pytest
 import torch

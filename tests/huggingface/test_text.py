@@ -1,6 +1,4 @@
-"""Prompts as strings, and the tokenizers of exported folders.
-
-Run: python -m pytest tests/huggingface/test_text.py"""
+"""Prompts as strings, and the tokenizers of exported folders."""
 
 import json
 

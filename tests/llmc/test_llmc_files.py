@@ -1,6 +1,4 @@
-"""llm.c's files against readers that know only the tables in docs/formats.md (llmc_readers.py).
-
-Run: python -m pytest tests/llmc/test_llmc_files.py"""
+"""llm.c's files against readers that know only the tables in docs/formats.md (llmc_readers.py)."""
 
 import copy
 import re

@@ -1,6 +1,4 @@
-"""llm.c's train_gpt2.py, flag by flag: losses of an independent loop, its files, its log, what it prints.
-
-Run: python -m pytest tests/llmc/test_llmc_flags.py"""
+"""llm.c's train_gpt2.py, flag by flag: losses of an independent loop, its files, its log, what it prints."""
 
 import contextlib
 import functools

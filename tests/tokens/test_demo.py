@@ -1,6 +1,4 @@
-"""The demo corpus: what it takes from Python's library, its split, and what happens when it is there.
-
-Run: python -m pytest tests/tokens/test_demo.py"""
+"""The demo corpus: what it takes from Python's library, its split, and what happens when it is there."""
 
 import json
 import os

@@ -1,6 +1,4 @@
-"""What tells data from other data of the same names and sizes: shards, sources, parts, meta.json.
-
-Run: python -m pytest tests/tokens/test_identity.py"""
+"""What tells data from other data of the same names and sizes: shards, sources, parts, meta.json."""
 
 import json
 import os

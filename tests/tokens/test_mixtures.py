@@ -1,6 +1,4 @@
-"""Mixtures: shares at every sample, order, epochs, resuming with the same and other weights, what is refused.
-
-Run: python -m pytest tests/tokens/test_mixtures.py"""
+"""Mixtures: shares at every sample, order, epochs, resuming with the same and other weights, what is refused."""
 
 import json
 from pathlib import Path

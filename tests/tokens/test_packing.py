@@ -1,6 +1,4 @@
-"""Rows that begin at a document: packing, epochs, what is refused; all loaders: resuming, later epochs.
-
-Run: python -m pytest tests/tokens/test_packing.py"""
+"""Rows that begin at a document: packing, epochs, what is refused; all loaders: resuming, later epochs."""
 
 import hashlib
 import json

@@ -1,6 +1,4 @@
-"""What a folder of shards holds, and what happens when there is something in it already.
-
-Run: python -m pytest tests/tokens/test_shard_writer.py"""
+"""What a folder of shards holds, and what happens when there is something in it already."""
 
 import os
 import re

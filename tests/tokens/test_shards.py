@@ -1,6 +1,4 @@
-"""Shards: their format, finding them, meta.json; the loader's batches, order and errors.
-
-Run: python -m pytest tests/tokens/test_shards.py"""
+"""Shards: their format, finding them, meta.json; the loader's batches, order and errors."""
 
 import gzip
 import io

@@ -1,6 +1,4 @@
-"""Readers of documents: formats, going on anywhere, other scripts and encodings, endless lines, bad files.
-
-Run: python -m pytest tests/tokens/test_sources.py"""
+"""Readers of documents: formats, going on anywhere, other scripts and encodings, endless lines, bad files."""
 
 import gzip
 import itertools

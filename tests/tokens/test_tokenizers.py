@@ -1,6 +1,4 @@
-"""Encodings of bytes and of tiktoken, tokenizers of one's own, ids without text, nanoGPT's characters.
-
-Run: python -m pytest tests/tokens/test_tokenizers.py"""
+"""Encodings of bytes and of tiktoken, tokenizers of one's own, ids without text, nanoGPT's characters."""
 
 import json
 import pickle
@@ -14,11 +12,11 @@ import numpy as np
 import pytest
 import requests
 import tiktoken
-from conftest import refuses, slow
-from corpus import DOCUMENTS, build, content, stream_of, write_source
+from conftest import ROOT, refuses, slow
+from corpus import DOCUMENTS, build, content, small_flags, stream_of, write_source
 from models import Malice, tiny
 from processes import finish, flags, made_up_text, start, write_data
-from test_fineweb import command, crash_and_resume
+from test_fineweb import crash_and_resume
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,7 +133,8 @@ def test_a_trained_tokenizer_is_the_same_again_after_any_kill(tmp_path, monkeypa
     tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 600 and stream_of(whole) == ids_of(tokenizer, texts)
     crash_and_resume(tmp_path / "crashed", make, content(whole), range(1, 6))
-    run = [*command(source, tmp_path / "killed", train_tokenizer=600, shard_size=9000), "--encoding="]
+    settings = small_flags(source, tmp_path / "killed", train_tokenizer=600, shard_size=9000)
+    run = [sys.executable, ROOT / "fineweb.py", *settings, "--encoding="]
     for seconds in (0.8, 1.6):
         process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)

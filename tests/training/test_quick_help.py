@@ -82,8 +82,8 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
     (tmp_path / "my.txt").unlink()
     resume = ["--log_dir", str(tmp_path / "log"), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
     assert train_gpt_moe.main(resume) == 0 and losses(tmp_path / "log")[-1] > 0
-    for text, flag in (("another text", "another --log_dir"), ("\0", "--errors"), (None, "text: source=")):
-        (tmp_path / "my.txt").write_text(text) if text else (tmp_path / "my.txt").unlink()
+    for text, flag in (("another text", "another --log_dir"), ("\0", "--errors")):
+        (tmp_path / "my.txt").write_text(text)
         log_dir = tmp_path / ("log" if "log" in flag else "new")
         error = refused(train_gpt_moe.main, *flags("unused", log_dir, *more))
         assert flag in error and "fineweb.py --source TEXT" in error and "--data_dir" in error

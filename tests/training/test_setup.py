@@ -51,6 +51,7 @@ REFUSED = {
     "--write_tensors 1 --use_moe 0 --bias 0": "write_tensors=True.*bias=False.*--write_tensors 0",
     "--data_dir nowhere": "nowhere.*fineweb.py", "--input_bin nowhere/*.bin": "nowhere",
     "--data_dir NO_VALIDATION": "no val shard.*NO_VALIDATION.*fineweb.py",
+    "--text a --input_bin b": "input_bin=.*and text=",
     "--text nope/texts": "text='nope/texts' is no file or folder",
     "--val a=nowhere": "no data folder nowhere", "--val_steps -1": "val_steps=-1.* 0",
     "--data_dir EMPTY": "EMPTY.*fineweb.py", "--data_dir TEXT": "TEXT.*is text.*fineweb.py --source",
