@@ -1,6 +1,6 @@
 """torch.export, ONNX, torchao and llama.cpp with models that have experts.
 
-LLAMA_CPP=llama.cpp python -m pytest -m slow tests/huggingface/test_converters.py    # a checkout
+    LLAMA_CPP=llama.cpp python -m pytest -m slow tests/huggingface/test_converters.py    # a checkout
 
 The slow tests skip where the other program is not installed: pip install onnxruntime onnxscript torchao
 llama-cpp-python gguf"""

@@ -1,4 +1,4 @@
-"""Mixtures: shares at every sample, order, epochs, resuming with the same and other weights, what is refused."""
+"""Mixtures: shares at every sample, order, epochs, resuming with other weights, refusals."""
 
 import json
 from pathlib import Path
