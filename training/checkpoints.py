@@ -307,7 +307,7 @@ def restore(state: dict, model: Any, optimizer: Any, loader: Any, path: Path | s
 
 
 # ---------------------------------------------------------------------------- MODELS
-# What a flag may set for a model that is upcycled.
+# What the settings decide about a model that is upcycled.
 UPCYCLED = {"use_moe", "num_experts", "num_experts_per_tok", "moe_every", "router_score", "norm_topk_prob"}
 UPCYCLED |= {"num_shared_experts", "expert_hidden_size"}
 
@@ -340,7 +340,8 @@ def begin_from(init_from: str, fields: dict, given: set[str], T: int) -> GPTLMHe
             raise ValueError(f"{name}={ours!r}, but init_from={init_from} has {name}={has!r}; omit the flag")
     if theirs.block_size < T:
         raise ValueError(f"T={T}, but init_from={init_from} has block_size={theirs.block_size}; lower --T")
-    changed = {name: fields[name] for name in given & may_differ & fields.keys() if name != "block_size"}
+    taken = given & may_differ | (UPCYCLED if upcycles else set())  # a preset, too, decides about experts
+    changed = {name: fields[name] for name in taken & fields.keys() if name != "block_size"}
     changed["infer_step"] = fields["infer_step"]  # a setting of the run, not of the model
     config = GPTConfig(**(theirs.to_dict() | changed))
     if upcycles:

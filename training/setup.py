@@ -114,7 +114,7 @@ def set_up(config: Any, given: set[str], world: parallel.World) -> Run:
     if state:
         world.check_equal("checkpoints", {"step": state["step"]})
     layout = parallel.make_layout(world, config.parallel, config.zero_stage, config.ep_size)
-    model = place_model(config, build_model(config, given, meta, state), layout, dtype, state)
+    model = place_model(config, build_model(config, given, meta, state, print0), layout, dtype, state)
     if config.tensorcores and dtype == "float32":  # with bfloat16, TF32 would only make routers less exact
         torch.set_float32_matmul_precision("high")
     optimizer = parallel.share_optimizer(build_optimizer(config, model), layout)
@@ -296,7 +296,7 @@ def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[Distr
 
 
 # ---------------------------------------------------------------------------- MODEL
-def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GPTLMHeadModel:
+def build_model(config, given: set[str], meta: dict, resumed: dict | None, say=print) -> GPTLMHeadModel:
     """The model to train, on the CPU: the resumed checkpoint's, or new, or with the weights of init_from.
     With parallel="fsdp" and no init_from it is on the meta device, without weights, because it may be larger
     than the memory. ValueError for settings that contradict each other, the data, or init_from."""
@@ -334,8 +334,13 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None) -> GP
     model = ckpt.begin_from(config.init_from, fields, given, config.T)
     if meta["eot_token"] is not None:  # a model of others may begin documents with another token
         model.config.bos_token_id = meta["eot_token"]
-    for name in names:  # the settings take the model's values
-        setattr(config, name, getattr(model.config, name))
+    unlike = []
+    for name in sorted(names):  # the settings take the model's values
+        before, value = getattr(config, name), getattr(model.config, name)
+        setattr(config, name, value)
+        unlike += [f"{name}={value!r}"] * (value != before and before not in ckpt.DERIVED.get(name, ()))
+    more = "" if config.use_moe or "use_moe" in given else "; --use_moe True turns its MLPs into experts"
+    say(f"init_from: settings from the model: {', '.join(unlike) or 'none'}{more}")
     check_experts(model.config, config.ep_size)
     return model
 

@@ -69,12 +69,15 @@ def begin(source, data, log_dir, *more) -> list:
     return [*map(str, words), *map(str, more)]
 
 
-def test_upcycling_end_to_end(data, tmp_path):
-    """The validation loss is that of the dense run; the experts are those of the flags, all else is the
-    source's. Killed and resumed with the same command, the run continues from its own checkpoint."""
+def test_upcycling_end_to_end(data, tmp_path, capsys):
+    """The validation loss is that of the dense run; preset and flags decide about experts, the source about
+    all else. Killed and resumed with the same command, the run continues from its own checkpoint."""
     dense, log_dir = tmp_path / "dense", tmp_path / "moe"
     assert train_gpt_moe.main(flags(data, dense, "--use_moe", False, "--max_steps", 3)) == 0
-    more = "--use_moe True --num_experts 8 --num_experts_per_tok 2 --max_steps 2 --checkpoint_every 1".split()
+    more = "--preset moe-small --max_steps 2 --checkpoint_every 1".split()
+    assert train_gpt_moe.main(begin(dense / "latest", data, log_dir, *more)) == 0
+    assert "use_moe=False; --use_moe True turns its MLPs into experts" in capsys.readouterr().out
+    more += "--use_moe True --expert_hidden_size 128".split()
     assert train_gpt_moe.main(begin(dense / "latest", data, log_dir, *more)) == 0
     assert metrics(log_dir)[0]["val_loss"] == pytest.approx(metrics(dense)[-1]["val_loss"], abs=1e-5)
     state = load_checkpoint(log_dir / "model_00002.pt")
