@@ -221,6 +221,8 @@ def keep_settings(config: Any, given: set[str], state: dict, path: Path, say: Ca
     saved = older | state["train_config"] | {k: v for k, v in state["config"].items() if k in FIXED_SETTINGS}
     with reading(path, "its train_config is none of this program"):
         check_limits(config, saved)
+    if saved["data_dir"] == os.path.join(saved["log_dir"], "data"):  # of --text: the data lie beside it
+        saved["data_dir"] = str(path.parent / "data")
     for name in LAYOUT_SETTINGS:
         now = getattr(config, name)
         if name not in given and saved.get(name, now) != now:

@@ -72,7 +72,7 @@ def test_the_settings_of_a_run_repeat_it(straight, tmp_path):
 
 
 def test_own_text_in_one_flag(tmp_path, capsys, refused):
-    """Its shards lie in log_dir; a resumed run needs them alone."""
+    """Its shards lie in log_dir, which may be moved; a resumed run needs them alone."""
     (tmp_path / "my.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     more = "--max_steps", 2, "--warmup_steps", 1, "--sample_every", 1, "--text", tmp_path / "my.txt"
     assert train_gpt_moe.main(flags("unused", tmp_path / "log", *more)) == 0
@@ -80,11 +80,12 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
     assert meta["encoding"] == "bytes" and meta["tokens"] == {"val": 1800, "train": 18001 - 1800}
     assert "step 1: sample\n    Return" in capsys.readouterr().out
     (tmp_path / "my.txt").unlink()
-    resume = ["--log_dir", str(tmp_path / "log"), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
-    assert train_gpt_moe.main(resume) == 0 and losses(tmp_path / "log")[-1] > 0
+    moved = (tmp_path / "log").rename(tmp_path / "moved")
+    resume = ["--log_dir", str(moved), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
+    assert train_gpt_moe.main(resume) == 0 and losses(moved)[-1] > 0
     for text, flag in (("another text", "another --log_dir"), ("\0", "--errors")):
         (tmp_path / "my.txt").write_text(text)
-        log_dir = tmp_path / ("log" if "log" in flag else "new")
+        log_dir = moved if "log" in flag else tmp_path / "new"
         error = refused(train_gpt_moe.main, *flags("unused", log_dir, *more))
         assert flag in error and "fineweb.py --source TEXT" in error and "--data_dir" in error
 
