@@ -50,15 +50,18 @@ def check_finite(where: str, tensors: dict[str, torch.Tensor], mend: str = "") -
                 raise NotFiniteError(f"{where}: {name} is not finite{mend}")
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, if it exists. A folder is renamed first: no incomplete one keeps its name."""
+def remove(path: Path, successor: Path | None = None) -> None:
+    """Delete a checkpoint, if it exists. A folder is renamed first: no incomplete one keeps its name.
+    successor: a folder that takes the name."""
+    renamed = path.with_name(f".{path.name}.removed")
     if path.is_dir():
-        renamed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(renamed, ignore_errors=True)
         os.rename(path, renamed)
-        shutil.rmtree(renamed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+    if successor is not None:
+        os.rename(successor, path)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def size_and_checksum(path: Path) -> list[int]:

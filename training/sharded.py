@@ -6,7 +6,6 @@ Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html"""
 
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -164,8 +163,7 @@ def publish(temporary: Path, path: Path, files: dict, metadata: Metadata, rest: 
     text = json.dumps({"crc32": zlib.crc32(index.encode()), "index": index})
     write_atomically(temporary / INDEX_FILE, lambda file: file.write(text.encode()))
     read_index(temporary)  # an index that read_index refuses must not replace a good checkpoint
-    archives.remove(path)
-    os.rename(temporary, path)
+    archives.remove(path, successor=temporary)
     sync_folder(path.parent)
 
 
