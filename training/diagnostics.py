@@ -153,9 +153,9 @@ class Diagnostics:
         return found
 
     def batch_text(self, run: Any) -> str:
-        """The step's batch against the noise scale, in words for the summary; "" if it was not measured."""
+        """The step's batch against the noise scale, in words; "" if this run has not measured that."""
         tokens, scale = run.config.total_batch_size, self.newest.get("noise_scale")
-        if scale is None:
+        if scale is None or not run.trains:
             return ""
         advice = "a larger batch would still pay" if tokens < scale else "a smaller one would learn as much"
         advice = "about right" if 0.5 <= tokens / scale <= 2 else advice

@@ -79,6 +79,8 @@ class RunLog:
         for name in LOG_FILES:
             drop_repeated_lines(folder / name, first_step, evaluates_first)
             self.files[name] = open_own(folder / name)
+        rows = (folder / "metrics.jsonl").read_bytes().splitlines()
+        self.elapsed_s = read_record(rows[-1]).get("elapsed_s", 0.0) if rows else 0.0
         settings = (record or {}).get("config", {})
         if record:
             write_run_file(folder / "run.json", record, resumes=resumed is not None)

@@ -82,7 +82,8 @@ class Run:
 
     def start_clock(self, say: Callable[[str], None]) -> None:
         """Start the clock of training. From now on the run prints through `say`."""
-        self.started = time.perf_counter() - self.resumed.get("elapsed_s", 0.0)
+        before = self.log.elapsed_s if self.log else 0.0  # with the evaluation after the last save
+        self.started = time.perf_counter() - max(self.resumed.get("elapsed_s", 0.0), before)
         self.say = say
         if self.log:
             self.log.say = say

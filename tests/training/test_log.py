@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_logs_every_step_once(tmp_path):
     assert second.close()
     third = resumed(tmp_path, 2, tensorboard=True, evaluates_first=False)
     third.step({"step": 2, "loss": 1.5})
-    assert third.close()
+    assert third.close() and third.elapsed_s == 9.5  # with the evaluation, which no checkpoint has
     lines = "0 trl:3.500000|1 trl:2.500000|2 tel:3.250000|2 eval:0.500000|2 trl:1.500000".split("|")
     assert (tmp_path / "main.log").read_text().splitlines() == [f"s:{line}" for line in lines]
     events = read_events(tmp_path)
