@@ -30,6 +30,7 @@ TASK_CHARS = 1 << 19  # characters that a tokenising thread gets at a time: abou
 MAX_RECORD = 1 << 24  # characters of a line or item that is parsed whole: about 150 MB of memory
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 MORE_SUFFIXES = (".md", ".json", ".csv")  # often notes about the data: read from a folder without the others
+MADE = re.compile(r"(meta(_p\d{4})?|tokenizer|run)\.json|metrics\.jsonl|log\.txt")  # beside shards, by a run
 # With a byte order mark. UTF-32 is looked for first, because its mark begins with that of UTF-16.
 MARKED = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be", "utf-8")
 # Number of the file; bytes, lines or rows done in it; bytes read in all files; documents seen, documents of
@@ -248,18 +249,19 @@ def find_files(path: str) -> list[str]:
     found, seen = [], set()
     for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
         real, shards = os.path.realpath(folder), fnmatch.filter(names, "train_*.bin")
-        ours = shards or {"run.json", "log.txt"} <= {*names}  # made of these texts, perhaps
+        ours = shards or {"run.json", "log.txt"} <= {*names}  # made of these texts, perhaps beside them
         if real in seen or (ours and folder != path):  # links can form a circle
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")  # every machine needs the same order
-        found += [os.path.join(folder, name) for name in names if name[0] != "."]
+        names = [name for name in names if name[0] != "." and not (ours and MADE.fullmatch(name))]
+        found += [os.path.join(folder, name) for name in names]
     for suffixes in (SUFFIXES, MORE_SUFFIXES):
         files = sorted(file for file in found if file.lower().endswith(suffixes) and os.path.isfile(file))
         if files:
             return files
-    names = ", ".join(SUFFIXES + MORE_SUFFIXES) + " (for others pass a pattern)"
+    names = ", ".join(SUFFIXES + MORE_SUFFIXES) + " (shards are for --data_dir; for others pass a pattern)"
     raise ValueError(f"source={path!r} is not, and does not hold, a file named {names}")
 
 
