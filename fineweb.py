@@ -193,8 +193,8 @@ def choose_encoding(config: DataConfig) -> DataConfig:
     """The settings with the encoding that --tokenizer or --train_tokenizer asks for. ValueError, OSError."""
     path, size = config.tokenizer, config.train_tokenizer
     if path and not os.path.exists(path):
-        if path not in ("bytes", *tiktoken.list_encoding_names()):
-            raise ValueError(f"tokenizer={path!r}: no such file or folder, nor a name that tiktoken knows")
+        if path not in (names := ["bytes", *tiktoken.list_encoding_names()]):
+            raise ValueError(f"tokenizer={path!r}: no such file or folder, nor one of {', '.join(names)}")
         return replace(config, encoding=path)  # a name that tiktoken knows
     if path:
         encoding = read_tokenizer(path, config.end_token)
@@ -266,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds["str | Sequence[str]"] = {"action": "append"}
     for each in fields(DataConfig):
         kind = kinds.get(each.type, {})
+        if each.name in ("source", "tokenizer", "out"):  # bash leaves the ~ in --out=~/data as it is
+            kind = kind | {"type": os.path.expanduser}
         parser.add_argument(f"--{each.name}", help=each.metadata["help"], **kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given |= {name: value[0] for name, value in given.items() if type(value) is list and len(value) == 1}

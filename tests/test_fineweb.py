@@ -141,9 +141,9 @@ def test_a_signal_ends_it_at_once(endless, tmp_path, name, workers, request):
 WRONG = {"--shard_size 0": "shard_size=0 .* 1", "--shard_size 2147483648": "shard_size=2147483648 .*below",
          "--val_tokens=-1": "val_tokens=-1", "--limit_docs 0": "limit_docs=0", "--workers=-1": "workers=-1",
          "--num_parts 0": "num_parts=0", "--num_parts 2 --part 2": "part=2 .* 1", "": "out is missing.*--out",
-         "--out out --encoding nonsense": "encoding='nonsense'", "--out a.txt": r"a\.txt",
+         "--out out --encoding nonsense": "encoding='nonsense'", "--out a.txt": r"a\.txt is no folder",
          "--out=": "out is missing", "--out out --end_token <E>": "end_token='<E>' needs --tokenizer",
-         "--demo --out out": "demo: .*not --source", "--out out --source in/no.txt": "no.txt' is no file",
+         "--demo --out out": "demo: .*not --source", "--out out --source ~/no.txt": "='/.*no.txt' is no file",
          "--out out --source .": r"source='\.' .*\.jsonl",
          "--shard_sise 5": "--shard_sise", "--workers two": "--workers: invalid int"}  # fmt: skip
 

@@ -80,6 +80,8 @@ class ShardWriter:
         self.dtype = np.dtype(dtype_of(self.encoding)).newbyteorder("<")
         self.part, self.num_parts = settings.get("part", 0), settings.get("num_parts", 1)
         self.prefix = f"p{self.part:04d}_" if self.num_parts > 1 else ""
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise ValueError(f"{folder} is no folder: give another --out")
         os.makedirs(folder, exist_ok=True)
         self.meta_path = os.path.join(folder, f"meta_{self.prefix}"[:-1] + ".json")
         metas = self._load_metas()

@@ -19,6 +19,9 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from huggingface.configuration import check_setting
 from training.quick_help import short_help, unknown_flag
 
+# Bash leaves the ~ in --log_dir=~/run as it is.
+PATHS = {*"config text data_dir input_bin input_val_bin log_dir resume init_from hellaswag_data".split()}
+
 
 def setting(default: Any, help: str, *aliases: str, **limits: Any) -> Any:
     """A field of a settings dataclass. Its flag is --NAME, or one of `aliases`. limits: least, most, above,
@@ -93,6 +96,7 @@ def parse_flags(
     if unknown:
         raise ValueError(f"{unknown[0][:80]!r} is no flag, nor the value of one; --help lists all flags")
     given = {name: value for name, value in vars(values).items() if value is not marker}
+    given |= {name: os.path.expanduser(given[name]) for name in PATHS & given.keys()}
     given = read_settings(given["config"], names) | given if given.get("config") else given
     check_limits(kind(), given)
     config = kind(**(overrides(kind(**given)) | given))

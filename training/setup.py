@@ -263,6 +263,10 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
                 make = "run `python fineweb.py --source TEXT --encoding bytes --out FOLDER`"
                 mend = f"For flags of fineweb.py {make}, then give --data_dir FOLDER"
                 raise ValueError(f"text: {problem}. {mend}") from error
+            except OSError as error:
+                if error.filename or not error.errno:
+                    raise
+                raise OSError(error.errno, error.strerror, config.data_dir) from error  # a full disk
         world.barrier()
     elif config.preset == "demo" and config.data_dir == "demo_data" and not config.input_bin:
         say("Demo: a small GPT with 8 experts learns the documentation of Python, byte by byte.")

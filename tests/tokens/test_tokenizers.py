@@ -160,7 +160,7 @@ def test_a_tokenizer_that_cannot_be_used_is_named_with_the_way_out(tmp_path, nam
     flags = dict(encoding=None, tokenizer=str(tmp_path / name), val_tokens=4)
     refuses(words, build, source, tmp_path / "out", **flags, **flag)
     for wrong in (flags | dict(tokenizer=no) for no in (str(tmp_path / "none"), "none")):
-        refuses("tokenizer='.*none': no such file", build, source, tmp_path / "out", **wrong)
+        refuses("tokenizer='.*none': no such file.* gpt2", build, source, tmp_path / "out", **wrong)
     if not (text or flag):
         assert build(source, tmp_path / "out", **flags, end_token="</s>")["eot_token"] == 1
         (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, refuses
-from processes import STEPS, flags, losses
+from processes import STEPS, flags, full_disk, losses
 
 import train_gpt_moe
 from tokens.shards import read_meta
@@ -83,6 +83,9 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
     moved = (tmp_path / "log").rename(tmp_path / "moved")
     resume = ["--log_dir", str(moved), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
     assert train_gpt_moe.main(resume) == 0 and losses(moved)[-1] > 0
+    with full_disk(500):
+        assert train_gpt_moe.main(flags("unused", tmp_path / "full", "--text", __file__)) == 1
+    assert f"File too large: '{tmp_path}/full/data'" in capsys.readouterr().err
     for text, flag in (("another text", "another --log_dir"), ("\0", "--errors")):
         (tmp_path / "my.txt").write_text(text)
         log_dir = moved if "log" in flag else tmp_path / "new"
@@ -93,9 +96,9 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
 def test_files_of_settings(tmp_path, monkeypatch):
     file, yaml = tmp_path / "a.json", tmp_path / "a.yaml"
     yaml.write_text("B: 3\nmax_lr: 0.5\nmin_lr: 6e-5\nwandb_project: 12e4f\n")
-    config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
+    config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1", "--text=~/x"])
     assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
-    assert (config.min_lr, config.wandb_project) == (6e-5, "12e4f")
+    assert (config.min_lr, config.wandb_project, config.text[0]) == (6e-5, "12e4f", "/")
     wrong = {"{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
              "[" * 10**5: "a.json", '{"preset": []}': "preset="}  # fmt: skip
     for text, words in wrong.items():
