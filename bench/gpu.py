@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-ENGINES = ("loop", "grouped_mm", "triton", "gather")  # of layers/experts.py
+ENGINES = ("loop", "grouped_mm", "triton")  # of layers/experts.py
 TEST = "-m pytest -o addopts= -q --tb=line -m 'not slow' {} -k '{}'"
 ENGINE_TESTS = "tests/layers/test_experts.py tests/bench/test_gpu.py"
 TESTS = {f"{name} engine": (2, TEST.format(ENGINE_TESTS, f"on_a_gpu and {name}")) for name in ENGINES} | {

@@ -289,7 +289,6 @@ class Experts(nn.Module):
       "grouped_mm"  torch's grouped product; auto for CUDA capability 9 or 10, bf16, C and H divisible by 8,
                     fewer than MOST_GROUPS experts
       "triton"      our grouped_product; auto for all other cases on CUDA capability 8 or higher, with Triton
-      "gather"      copies of the chosen experts' weights; auto for a few rows on CUDA without gradients
       "all"         every expert computes every token, by plain operators; auto while torch.export traces
     Other GPUs use the loop, which waits for the device once per layer in each pass. Weights are cast as under
     autocast: expert by expert in the loop, else all of them."""
@@ -321,8 +320,6 @@ class Experts(nn.Module):
             return self._grouped(x, routing, lambda rows, w, ends: F.grouped_mm(rows, w, offs=ends))
         if engine == "triton":
             return self._grouped(x, routing, grouped_product)
-        if engine == "gather":
-            return self._gathered(x, routing)
         if engine == "all":
             return self._all(x, routing)
         biases = [] if self.c_fc_bias is None else [self.c_fc_bias, self.c_proj_bias]
@@ -336,8 +333,6 @@ class Experts(nn.Module):
         if x.device.type != "cuda" or rows == 0:  # with expert parallelism a rank may get no row
             return "loop"
         groups = local(self.c_fc).shape[0]
-        if rows <= groups and not torch.is_grad_enabled():
-            return "gather"
         fits = x.shape[1] % 8 == 0 and self.c_proj.shape[2] % 8 == 0 and groups < MOST_GROUPS
         if x.dtype == torch.bfloat16 and fits and _has_grouped_kernel():
             return "grouped_mm"
@@ -357,16 +352,6 @@ class Experts(nn.Module):
         if self.c_proj_bias is not None:
             y = y + BiasOfRows.apply(plain(self.c_proj_bias), routing.expert, w, x.dtype)
         return combine(y, routing, x.shape[0])  # (N, C)
-
-    def _gathered(self, x: Tensor, routing: Routing) -> Tensor:
-        expert = routing.expert.int()
-        weights = self.c_fc, self.c_proj, self.c_fc_bias, self.c_proj_bias  # copied for every row:
-        c_fc, c_proj, fc_bias, proj_bias = (0 if w is None else plain(w)[expert].to(x.dtype) for w in weights)
-        y = TakeRows.apply(x, routing)  # (R, C)
-        h = (c_fc @ y[:, :, None])[:, :, 0] + fc_bias  # (R, H), gated (R, 2H)
-        h = get_activation(self.activation).forward(h)
-        y = (c_proj @ h[:, :, None])[:, :, 0] + proj_bias  # (R, C)
-        return combine(y * routing.weight[:, None], routing, x.shape[0]).to(x.dtype)  # (N, C)
 
     def _all(self, x: Tensor, routing: Routing) -> Tensor:
         weights = routing.weight.new_zeros(x.shape[0], self.c_fc.shape[0])  # (N, E), 0 if not chosen

@@ -10,7 +10,7 @@ from layers.mlp import ACTIVATIONS
 from mixture_of_experts import MoE
 from model import GPTConfig, GPTLMHeadModel
 
-ENGINES = ("loop", "gather", "all", "grouped_mm")  # of layers/experts.py
+ENGINES = ("loop", "all", "grouped_mm")  # of layers/experts.py
 
 WORDS = "a man is seen sitting on the roof he pulls up shingles and then throws them down to café".split()
 

@@ -23,7 +23,7 @@ from layers.mlp import ACTIVATIONS
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
 TRITON = pytest.param("triton", marks=needs_triton)
 KINDS = [*itertools.product((False, True), (False, True), ACTIVATIONS)]  # ragged, bias, activation
-VARIANTS = "loop", "loop, GPU", "gather", "grouped_mm", "Blackwell"
+VARIANTS = "loop", "loop, GPU", "grouped_mm", "Blackwell"
 OF_ENGINES = [(engine, *kind) for engine in VARIANTS for kind in KINDS]
 # Triton's interpreter is slow. The everyday tests have each activation, and each pair of the others, once.
 for number, kind in enumerate(KINDS):
@@ -111,14 +111,12 @@ def test_odd_layouts_of_input_and_gradient():
         torch.testing.assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("engine", ["loop", "gather"])
-def test_decoding_never_touches_unused_experts(engine):
+def test_decoding_never_touches_unused_experts():
     layer, x = sure_layer(num_experts_per_tok=1).eval(), torch.eye(4)[None, :1]  # a token for expert 0
     expected = layer(x)
     with torch.no_grad():
         for parameter in layer.experts.parameters():
             parameter[1:] = torch.nan
-    layer.experts.engine = engine
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -156,19 +154,18 @@ def test_operators_are_well_formed():
 
 @pytest.mark.parametrize("engine, changes", [
     ("grouped_mm", {}), ("grouped_mm", dict(capability=(10, 0))), ("grouped_mm", dict(num_experts=1023)),
-    ("grouped_mm", dict(rows=4)), ("grouped_mm", dict(grad=False)), ("triton", dict(num_experts=1024)),
+    ("grouped_mm", dict(rows=4)), ("triton", dict(num_experts=1024)),
     ("triton", dict(capability=(8, 0))), ("triton", dict(capability=(12, 0))), ("triton", dict(n_embd=12)),
     ("triton", dict(dtype=torch.float32)), ("triton", dict(dtype=torch.float16)),
     ("triton", dict(expert_hidden_size=12)),
     ("loop", dict(n_embd=12, triton=None)), ("loop", dict(capability=(8, 9), triton=None)),
     ("loop", dict(capability=(7, 5))), ("loop", dict(dtype=torch.float64)), ("loop", dict(rows=0)),
-    ("loop", dict(device="cpu")), ("gather", dict(rows=4, grad=False)),
-    ("gather", dict(rows=4, grad=False, dtype=torch.float32, capability=(7, 0))),
+    ("loop", dict(device="cpu")),
 ])  # fmt: skip
 def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     """What "auto" takes on CUDA. No GPU is needed: the choice reads only x's device, dtype and shape."""
-    case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, grad=True,
-                triton="any", num_experts=4, n_embd=16, expert_hidden_size=8) | changes  # fmt: skip
+    case = dict(device="cuda", dtype=torch.bfloat16, capability=(9, 0), rows=5000, triton="any",
+                 num_experts=4, n_embd=16, expert_hidden_size=8) | changes  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
     monkeypatch.setattr("layers.grouped_product.triton", case["triton"])
     with torch.device("meta"):
@@ -176,8 +173,7 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
         layer = experts.Experts(tiny(**sizes))
     device, shape = torch.device(case["device"]), (case["rows"], case["n_embd"])
     x = SimpleNamespace(device=device, dtype=case["dtype"], shape=shape)
-    with torch.set_grad_enabled(case["grad"]):
-        assert layer._choose_engine(x, case["rows"]) == engine
+    assert layer._choose_engine(x, case["rows"]) == engine
 
 
 # ---------------------------------------------------------------------------- the Triton kernels
@@ -290,7 +286,7 @@ def test_same_input_same_bits(device, deterministic, engine, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("engine", ["loop", "gather", "grouped_mm", TRITON])
+@pytest.mark.parametrize("engine", ["loop", "grouped_mm", TRITON])
 @pytest.mark.parametrize("activation,bias,K", [("gelu", True, 2), ("swiglu", False, 2), ("relu2", False, 1)])
 def test_an_engine_on_a_gpu_equals_one_on_a_cpu(activation, bias, K, engine):
     """In bf16 they are close to the loop in fp32. An expert with another's rows would not be."""
