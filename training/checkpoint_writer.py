@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tokens.files import write_atomically
 from tokens.own_tokenizers import KNOWN
 from training import checkpoints as ckpt
 from training import faults, parallel, sharded
 from training.archives import NotFiniteError
-
-BUFFER_BYTES = 2**28  # of the memory for copies
 
 
 class CheckpointWriter:
@@ -36,8 +34,8 @@ class CheckpointWriter:
         self.error: Exception | None = None  # the error of the last finished save
         self.retry_s, self.tried_at, self.tries_left = retry_s, 0.0, 10
         self.seconds = 0.0  # time of the last save in the thread
-        self._buffers: list[torch.Tensor] = []  # uint8, for copies on the host; every save uses them again
-        self._used = (0, 0)  # buffers that are full, and bytes of the next one
+        on_cuda = torch.cuda.is_initialized()  # then copies are in pinned memory. Every save uses it again
+        self._stager = DefaultStager(StagingOptions(on_cuda, False, False, use_non_blocking_copy=on_cuda))
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: dict, before: Callable[[], None] = lambda: None) -> float:
@@ -52,14 +50,10 @@ class CheckpointWriter:
                 path = ckpt.checkpoint_path(self.folder, step, suffix="")
                 write = partial(self.saver.commit, self.saver.stage(checkpoint, path))
             else:
-                self._used = (0, 0)
-                copied = tree_map_only(torch.Tensor, partial(self._copy, copies={}), checkpoint)
-                write = partial(ckpt.save_checkpoint, copied, self.folder)
+                write = partial(ckpt.save_checkpoint, self._stager.stage(checkpoint), self.folder)
         except Exception as error:  # handled like an error in the thread
             self._report_failure(step, error)
             return time.perf_counter() - begin
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies from the GPU are asynchronous
         pause = time.perf_counter() - begin
         # heartbeat.py waits for the thread of this name
         self._thread = threading.Thread(None, self._write, "checkpoint", (step, write, before, pause))
@@ -94,26 +88,6 @@ class CheckpointWriter:
         self.say(f"the run is lost without it: {mend}; next try in {left:.0f} s")
         time.sleep(left)
         return True
-
-    def _copy(self, tensor: torch.Tensor, copies: dict) -> torch.Tensor:
-        """The tensor on the host. Tied ones share one copy."""
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if key not in copies:
-            copies[key] = self._place(tensor).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        return copies[key]
-
-    def _place(self, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of this shape and dtype in the next free part of the buffers. torch rounds pinned memory
-        up to a power of two: with an allocation per tensor, up to half of it would stay unused."""
-        size, (full, begin) = like.numel() * like.element_size(), self._used
-        while full < len(self._buffers) and begin + size > len(self._buffers[full]):
-            full, begin = full + 1, 0
-        if full == len(self._buffers):
-            room, pin = max(BUFFER_BYTES, 1 << size.bit_length()), torch.cuda.is_initialized()
-            self._buffers.append(torch.empty(room, dtype=torch.uint8, pin_memory=pin))
-        part = self._buffers[full].untyped_storage()[begin : begin + size]  # torch.save writes no more
-        self._used = full, (begin + size) // 64 * 64 + 64  # aligned
-        return torch.empty(0, dtype=like.dtype).set_(part, 0, like.shape)
 
     def _write(self, step: int, write: Callable[[], Path], before: Callable[[], None], pause: float) -> None:
         begin = time.perf_counter()
