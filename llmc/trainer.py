@@ -5,6 +5,7 @@ docs/huggingface.md lists what differs.
 
 Reference: https://github.com/karpathy/llm.c/blob/master/train_gpt2.py"""
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,12 @@ def check_flags(config: Any) -> None:
 
 
 def prepare(run: Any) -> None:
-    """Check the run before the log opens. ValueError for a model whose files llm.c could not read."""
-    run.trains = not run.config.inference_only
+    """Check the run before the log opens. ValueError for a model whose files llm.c could not read, and for
+    forward passes that would be logged in place of a run's own steps."""
+    run.trains, path, log_dir = not run.config.inference_only, run.resumed_from, run.config.log_dir
+    if path and not run.trains and os.path.realpath(path.parent) == os.path.realpath(log_dir):
+        mend = f"give another folder, too: --resume {path} --log_dir FOLDER"
+        raise ValueError(f"inference_only=True would replace the log of the run in {log_dir}; {mend}")
     if writes_files(run.config, run.resumed):
         try:
             files.sizes_of(run.model.config)

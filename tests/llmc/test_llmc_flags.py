@@ -137,6 +137,9 @@ def test_inference_only_changes_and_saves_nothing(gpt2, shard, tmp_path):
     assert first == pytest.approx(reference(gpt2, shard, True)[0], rel=1e-5)
     assert others == [first] * (STEPS - 1)
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*.bin"))
+    assert run(gpt2, shard, tmp_path) == 0
+    assert run(gpt2, shard, tmp_path, "--inference_only", 1, "--resume", "auto") == 2
+    assert logged(tmp_path, "trl")[-1] < first  # the trained run's log is still there
 
 
 def test_validation_is_of_its_batches(gpt2, shard, val_shards, tmp_path):
