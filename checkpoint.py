@@ -18,29 +18,22 @@ import torch
 from huggingface.export import export_folder
 from tokens.files import write_atomically
 from tokens.printable import print_error, printable
+from training import checkpoints as ckpt
 from training import sharded
-from training.checkpoints import (
-    MAY_CHANGE,
-    list_checkpoints,
-    load_checkpoint,
-    load_model,
-    step_of,
-    validation_losses,
-)
 
 
 def print_list(folder: Path) -> None:
     """A line per checkpoint of a run: step, date, size, the validation loss of that step in log.txt, in nats
     per token and in bits per byte. FileNotFoundError if there is none."""
-    losses, found = [validation_losses(folder, word) for word in ("val", "val_bpb")], list_checkpoints(folder)
-    if not found:
+    losses = [ckpt.validation_losses(folder, word) for word in ("val", "val_bpb")]
+    if not (found := ckpt.list_checkpoints(folder)):
         raise FileNotFoundError(f"{folder}: no checkpoint; `ls -d log*/model_* log/*/model_*` finds some")
     print(f"{'step':>8}  {'saved':16}  {'MB':>9}  {'val loss':>8}  {'bits/byte':>9}  checkpoint")
     for path in found:
         files = [file.stat() for file in (path, *path.glob("*")) if file.is_file()]
         changed = max((file.st_mtime for file in files), default=0)  # a pipe or a device has no files
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-        size, step = sum(file.st_size for file in files) / 1e6, step_of(path)
+        size, step = sum(file.st_size for file in files) / 1e6, ckpt.step_of(path)
         val_loss, bits = (f"{known[step]:.4f}" if step in known else "-" for known in losses)
         print(f"{step:8}  {date}  {size:9,.1f}  {val_loss:>8}  {bits:>9}  {printable(path)}")
 
@@ -49,18 +42,18 @@ def average(folder: Path, last: int) -> dict:
     """The mean of the weights of a run's newest checkpoints, as a checkpoint without an optimizer. While the
     learning rate is constant it is nearly as good as the weights after a decay (LAWA, arXiv 2209.14981).
     ValueError if there are fewer than `last` checkpoints, or two of them are of different models."""
-    found = list_checkpoints(folder)
+    found = ckpt.list_checkpoints(folder)
     if len(found) < 2:
         mend = "save more of them with --checkpoint_every"
         raise ValueError(f"{folder}: a mean needs 2 checkpoints or more, but there are {len(found)}; {mend}")
     if not 2 <= last <= len(found):
         raise ValueError(f"last={last}: {folder} has {len(found)} checkpoints; give --last 2 to {len(found)}")
     paths = found[:last]
-    newest = load_checkpoint(paths[0])
+    newest = ckpt.load_checkpoint(paths[0])
     mean, config = newest["model"], newest["config"]
     for number, path in enumerate(paths[1:], 2):
-        older = load_checkpoint(path)
-        unlike = [n for n, v in older["config"].items() if v != config.get(n) and n not in MAY_CHANGE]
+        older = ckpt.load_checkpoint(path)
+        unlike = [n for n, v in older["config"].items() if v != config.get(n) and n not in ckpt.MAY_CHANGE]
         if unlike:
             what = f"{path} has {unlike[0]}={older['config'][unlike[0]]!r}, {paths[0]} {config[unlike[0]]!r}"
             raise ValueError(f"{what}; lower --last, so that all checkpoints are of one model")
@@ -108,18 +101,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "verify":
-            checkpoint = load_checkpoint(options.checkpoint)
+            checkpoint = ckpt.load_checkpoint(options.checkpoint)
             step, val_loss, measured = (checkpoint.get(k) for k in ("step", "val_loss", "val_loss_step"))
             text = f"{options.checkpoint}: undamaged, step {step}, last validation loss before it {val_loss}"
             print(printable(text) + (f" (at step {measured})" if measured is not None else ""))
         elif options.command == "list":
             print_list(Path(options.folder))
         elif options.command == "convert":
-            write_checkpoint(load_checkpoint(options.checkpoint), Path(options.to))
+            write_checkpoint(ckpt.load_checkpoint(options.checkpoint), Path(options.to))
         elif options.command == "average":
             write_checkpoint(average(Path(options.folder), options.last), Path(options.to))
         else:
-            export_folder(load_model(options.checkpoint), options.folder, options.format, options.tokenizer)
+            model = ckpt.load_model(options.checkpoint)
+            export_folder(model, options.folder, options.format, options.tokenizer)
             print(f"wrote {printable(options.folder)}")
     except (ValueError, OSError) as error:
         print_error("checkpoint.py", error)

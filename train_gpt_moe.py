@@ -342,7 +342,8 @@ def train(run: Run, one_step: Callable[[Run, int], dict] = train_step) -> int:
             # ---- TRAINING
             if config.overfit_single_batch:
                 run.train_loader.reset()
-            saver.request_retry()
+            if saver.writer.wants_retry():
+                signals.request_save()
             with profiler.recording(step):
                 record = one_step(run, step)
 
@@ -382,10 +383,9 @@ def step_record(run: Run, record: dict, measured: dict) -> dict:
     if record.get("skipped") == "scale":
         run.say(f"step {record['step']}: no update: float16's loss scale was too large, and is halved")
     elif record.get("skipped"):
-        run.say(
-            f"step {record['step']}: WARNING: no update: loss {record['loss']}, norm {record['norm']} "
-            f"({health.in_a_row} in a row, {health.bad_steps} in all)"
-        )
+        found = f"loss {record['loss']}, norm {record['norm']}"
+        bad = f"{health.in_a_row} in a row, {health.bad_steps} in all"
+        run.say(f"step {record['step']}: WARNING: no update: {found} ({bad})")
     elif health.is_spike(record["loss"]):
         record["spike"] = True
         jump = f"{record['loss']:.4f} from a mean of {health.mean:.4f}"
@@ -449,8 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
             return faults.report(error, config)
         if faults.is_compile_error(error):
             return faults.report(error)
-        lost = world.lost_rank() if world is not None else ""
-        if not lost:
+        if not (world and world.heartbeat and (lost := world.heartbeat.lost_after_error())):
             raise
         print_error("train_gpt_moe.py", lost)
         return faults.FAILED

@@ -140,7 +140,7 @@ class RunSaver:
         run = self.run
         run.updating = False
         self.state = dict(step=step, val_loss=val_loss, val_loss_step=val_loss_step)
-        self.state |= dict(loader=run.train_loader.state_dict(), health=run.health.state_dict())
+        self.state |= dict(loader=run.train_loader.state_dict(), health=dict(vars(run.health)))
         self.state |= dict(rng=torch.get_rng_state(), diagnostics=run.diagnostics.state_dict())
         if run.health.in_a_row == 0 or step == self.saved_step:  # a run may resume after bad steps
             self.last_good_state = self.state
@@ -151,8 +151,7 @@ class RunSaver:
         if not run.trains or (step <= self.saved_step and not again):
             return
         self.wait()
-        if run.layout.world.is_master or run.layout.saves_together:
-            self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
+        self.writer.save(self._checkpoint(), run.log.sync if run.log else lambda: None)
         self.saved_step = step
 
     def judge(self, step: int, val_loss: float) -> bool:
@@ -198,11 +197,6 @@ class RunSaver:
         """Whether any rank has been told to stop, or to save while the newest step is not saved."""
         signals, unsaved = self.run.signals, self.run.trains and self.state["step"] > self.saved_step
         return self.run.layout.any(signals.stop_requested or (signals.save_requested and unsaved))
-
-    def request_retry(self) -> None:
-        """If the last save failed some time ago, ask all ranks to save."""
-        if self.writer.wants_retry():
-            self.run.signals.request_save()
 
     def retry_until_saved(self) -> None:
         """At the end of a run: repeat a save that failed until it succeeds or the run is told to stop."""

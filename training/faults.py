@@ -176,10 +176,6 @@ class Health:
         self.variance = (1 - weight) * (self.variance + weight * jump**2)
         return spike
 
-    def state_dict(self) -> dict:
-        """All counters, for the checkpoint and the constructor."""
-        return dict(vars(self))
-
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """The random seed of a step. Dropout depends on this seed alone, so it is the same after a resume."""

@@ -57,7 +57,7 @@ class Heartbeat:
             thread.start()
 
     def lost_after_error(self) -> str:
-        """After a collective has failed: a sentence that names the lost ranks, or ""."""
+        """After a collective has failed: a sentence that names the lost ranks, or "". Takes some seconds."""
         self.error_seen = True
         self.found.wait(2 * TIMEOUT_AFTER_ERROR + 3 * INTERVAL)
         if self.lost and self.rank == 0:

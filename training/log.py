@@ -324,7 +324,8 @@ def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
         if found:
             write_atomically(folder / "latest", lambda file: file.write(name.encode()))
     else:
-        found = [Path(entry.path) for entry in os.scandir(folder) if is_own(entry)]
+        entries = [e for e in os.scandir(folder) if e.is_file() or e.is_dir() or e.is_symlink()]
+        found = [Path(e) for e in entries if (RUN_FOLDERS if e.is_dir() else RUN_FILES).fullmatch(e.name)]
     if not found:
         return None
     old, number = folder / time.strftime("old_%Y%m%d-%H%M%S"), 1
@@ -341,13 +342,6 @@ def move_old_files(folder: Path, resumed: Path | None) -> Path | None:
             write_atomically(best, lambda file: file.write(kept.name.encode()))
     sync_folder(folder)
     return old
-
-
-def is_own(entry: os.DirEntry) -> bool:
-    """Whether the entry, which may be a link, has the name and the kind of something that a run writes."""
-    names = RUN_FOLDERS if entry.is_dir() else RUN_FILES
-    regular = entry.is_file() or entry.is_dir() or entry.is_symlink()
-    return regular and names.fullmatch(entry.name) is not None
 
 
 def drop_repeated_lines(path: Path, first_step: int, evaluates_first: bool = True) -> None:

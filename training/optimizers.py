@@ -44,9 +44,7 @@ def learning_rate(step: int, config) -> float:
 
 def build_optimizer(config, model: GPTLMHeadModel) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, for a model that already lies on its device."""
-    shared = dict(
-        weight_decay=config.weight_decay, learning_rate=config.max_lr, betas=(config.beta1, config.beta2),
-        device_type=model.device.type,
-        router_lr_mult=config.router_lr_mult, expert_lr_mult=config.expert_lr_mult,
-    )  # fmt: skip
+    shared = {name: getattr(config, name) for name in ("weight_decay", "router_lr_mult", "expert_lr_mult")}
+    betas = (config.beta1, config.beta2)
+    shared |= dict(learning_rate=config.max_lr, betas=betas, device_type=model.device.type)
     return OPTIMIZERS[config.optimizer](model, shared, config)

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import gc
 import inspect
+import json
 import os
 import socket
 import time
@@ -28,10 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from layers.roles import role_of
 from layers.sharding import dimension_to_shard, local, local_ranges
 from mixture_of_experts import MoE
-from training import faults
+from training import faults, rendezvous
 from training.expert_parallel import Exchange
 from training.heartbeat import Heartbeat
-from training.rendezvous import TIMEOUT, check_equal, check_own_gpu, read_environment, rendezvous, telling
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # parameters of mallopt, from glibc's malloc.h
 PATIENCE = timedelta(days=1)  # of a rank that waits for another's files; heartbeats find lost ranks
@@ -64,16 +64,21 @@ class World:
         if self.size > 1:
             dist.barrier(self.patient)
 
-    def lost_rank(self) -> str:
-        """After an error: a sentence that names the lost ranks, "" if none is lost. Takes some seconds."""
-        return self.heartbeat.lost_after_error() if self.heartbeat else ""
-
     def check_equal(self, what: str, mine: dict) -> None:
         """ValueError on all ranks if `mine` differs between ranks, naming the entries, ranks and values."""
+        if self.size == 1:
+            return
         if self.patient:
             self.barrier()
-        if self.size > 1:
-            check_equal(self.store, self.rank, self.size, what, mine)
+        keys, store = [f"{what} of {other}" for other in range(self.size)], self.store
+        store.set(keys[self.rank], json.dumps({name: repr(value) for name, value in mine.items()}))
+        if self.is_master:
+            rendezvous.wait_for_ranks(self.size, f"the {what} of {{}}", lambda i: store.check([keys[i]]))
+            values = list(map(json.loads, store.multi_get(keys)))
+            store.set(f"verdict on {what}", "; ".join(rendezvous.differences(values)))
+        if verdict := store.get(f"verdict on {what}").decode():  # waits for rank 0
+            time.sleep(2 * self.is_master)  # the others must read it first: the store may end with rank 0
+            raise ValueError(f"the ranks have different {what}: {verdict}; start all ranks with the same")
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -125,7 +130,7 @@ def keep_freed_memory() -> None:
 def start(device: str = "", parallel: str = "ddp", settings: dict | None = None) -> World:
     """Choose the device; as one of several processes join the group and start the heartbeats. ValueError:
     wrong environment, no connection, parallel="none", `settings` that differ (but for a device's number)."""
-    rank, local_rank, size, address, port = read_environment() or (0, 0, 1, "", 0)
+    rank, local_rank, size, address, port = rendezvous.read_environment() or (0, 0, 1, "", 0)
     if parallel == "none" and size > 1:
         raise ValueError(f"parallel=none is for one process, but WORLD_SIZE={size}; use --parallel ddp")
     chosen = choose_device(device, local_rank)
@@ -135,17 +140,17 @@ def start(device: str = "", parallel: str = "ddp", settings: dict | None = None)
         torch.cuda.set_device(chosen)  # torch's default where no device is named
     if not address:
         return World(0, 0, 1, chosen)
-    store, heartbeat = rendezvous(rank, size, address, port)
+    store, heartbeat = rendezvous.rendezvous(rank, size, address, port)
     world = World(rank, local_rank, size, chosen, heartbeat, store)
     # Ranks with different settings would wait for each other.
     world.check_equal("settings", {"WORLD_SIZE": size, **(settings or {}), "device": chosen.type})
-    how = dict(backend="gloo", timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+    how = dict(backend="gloo", timeout=rendezvous.TIMEOUT, store=store, rank=rank, world_size=size)
     if chosen.type == "cuda":
         gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(chosen).uuid}"
-        check_own_gpu(store, rank, size, gpu)
+        rendezvous.check_own_gpu(store, rank, size, gpu)
         # With a device_id NCCL connects now, and an unreachable rank fails here.
         how |= dict(backend="nccl", device_id=chosen)
-    with telling(lambda: f"rank {rank} waits for connections with the other ranks"):
+    with rendezvous.telling(lambda: f"rank {rank} waits for connections with the other ranks"):
         dist.init_process_group(**how)
     heartbeat.start()
     atexit.register(heartbeat.stop)
@@ -158,7 +163,6 @@ def stop(world: World | None = None) -> None:
     if the interpreter ends while a gloo thread releases tensors, SIGABRT kills the process."""
     if world and world.heartbeat:
         world.heartbeat.stop(finished=True)
-    if world:
         world.patient = None  # the last reference to that group, whose threads must end
     if dist.is_initialized():
         gc.collect()

@@ -4,7 +4,6 @@ Reference: the variables that torchrun sets, https://docs.pytorch.org/docs/stabl
 
 import contextlib
 import functools
-import json
 import os
 import re
 import reprlib
@@ -85,26 +84,12 @@ def wait_for_ranks(size: int, what: str, has_come: Callable[[int], bool]) -> Non
             time.sleep(0.01)
 
 
-def check_equal(store: dist.Store, rank: int, size: int, what: str, mine: dict) -> None:
-    """ValueError on all ranks if `mine` differs between ranks, naming entries, ranks and values."""
-    keys = [f"{what} of {other}" for other in range(size)]
-    store.set(keys[rank], json.dumps({name: repr(value) for name, value in mine.items()}))
-    if rank == 0:
-        wait_for_ranks(size, f"the {what} of {{}}", lambda other: store.check([keys[other]]))
-        values = list(map(json.loads, store.multi_get(keys)))
-        store.set(f"verdict on {what}", "; ".join(differences(values)))
-    verdict = store.get(f"verdict on {what}").decode()  # waits for rank 0
-    if verdict:
-        time.sleep(2 * (rank == 0))  # the others must read it first: the store may end with rank 0
-        raise ValueError(f"the ranks have different {what}: {verdict}; start all ranks with the same")
-
-
 def check_own_gpu(store: dist.Store, rank: int, size: int, gpu: str) -> None:
     """ValueError, naming the ranks, if another rank uses this rank's GPU. gpu: its machine and its UUID."""
     store.set(f"gpu of {rank}", gpu)
     gpus = [store.get(f"gpu of {other}").decode() for other in range(size)]  # waits for the others
     if gpus.count(gpu) > 1:
-        time.sleep(2 * (rank == 0))  # as in check_equal
+        time.sleep(2 * (rank == 0))  # as in World.check_equal
         sharing = name_ranks({other for other in range(size) if gpus[other] == gpu})
         raise ValueError(f"{sharing} use one GPU ({gpu}); omit --device, and start one process per GPU")
 

@@ -280,10 +280,8 @@ def read_data(config: Any, world: parallel.World, say: Callable) -> dict:
 def build_loaders(config: Any, world: parallel.World, meta: dict) -> tuple[DistributedDataLoader, dict]:
     """(training loader, validation_sets). With input_bin alone there is no validation, as in llm.c."""
     weights = {} if config.input_bin else parse_mixture(config.data_dir)  # by folder
-    arguments = dict(
-        B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device,
-        vocab_size=meta["vocab_size"],
-    )  # fmt: skip
+    arguments = dict(B=config.B, T=config.T, rank=world.rank, world_size=world.size, device=world.device)
+    arguments |= dict(vocab_size=meta["vocab_size"])
     if meta["eot_token"] is None and (config.align or config.document_mask):
         name = "align='documents'" if config.align else "document_mask=True"
         raise ValueError(f"{name}: no token of encoding={meta['encoding']!r} begins a document; omit it")
@@ -307,10 +305,9 @@ def build_model(config, given: set[str], meta: dict, resumed: dict | None, say=p
     than the memory. ValueError for settings that contradict each other, the data, or init_from."""
     names = vars(config).keys() & set(GPTConfig.__annotations__)
     fields = {name: getattr(config, name) for name in names}
-    of_data = dict(
-        encoding=meta["encoding"], encoding_size=meta["vocab_size"], eos_token_id=meta["eot_token"],
-        bos_token_id=meta["eot_token"],  # documents begin with <|endoftext|>, and so does an empty prompt
-    )  # fmt: skip
+    of_data = dict(encoding=meta["encoding"], encoding_size=meta["vocab_size"])
+    # Documents begin with <|endoftext|>, and so does an empty prompt.
+    of_data |= dict(bos_token_id=meta["eot_token"], eos_token_id=meta["eot_token"])
     if resumed:
         encoding, size = (resumed["config"][name] for name in ("encoding", "vocab_size"))
         if (encoding, size) == ("nanogpt", meta["vocab_size"]):  # the data name the encoding
@@ -356,9 +353,7 @@ def new_model(config: GPTConfig, parallel: str) -> GPTLMHeadModel:
         return GPTLMHeadModel(config)
 
 
-def place_model(
-    config, model: GPTLMHeadModel, layout: parallel.Layout, dtype: str, resumed: dict | None
-) -> GPTLMHeadModel:
+def place_model(config, model: GPTLMHeadModel, layout, dtype: str, resumed: dict | None) -> GPTLMHeadModel:
     """Move the model to this rank's device: all of it, or the part that the layout gives this rank."""
     weights: Iterator = iter(())
     if layout.parallel == "fsdp" and model.device.type != "meta":

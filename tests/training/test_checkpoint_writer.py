@@ -20,7 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import train_gpt_moe
 from training import checkpoints as ckpt
-from training import parallel, sharded
+from training import parallel, rendezvous, sharded
 from training.archives import CheckpointError
 from training.checkpoint_writer import CheckpointWriter
 from training.checkpoints import load_checkpoint, load_newest, save_checkpoint
@@ -159,7 +159,7 @@ def test_values_that_are_not_finite_are_not_saved(make_writer, tmp_path):
 def main(arguments: list[str]) -> int | list[tuple]:
     """One of two processes that save together. Returns (step, error, whether to try again) of each save."""
     if "SLOW_DISK" in os.environ:
-        parallel.TIMEOUT, save, calls = timedelta(seconds=5), ckpt.save_checkpoint, itertools.count()
+        rendezvous.TIMEOUT, save, calls = timedelta(seconds=5), ckpt.save_checkpoint, itertools.count()
 
         def save_slowly(*args):
             time.sleep(7)
@@ -169,7 +169,7 @@ def main(arguments: list[str]) -> int | list[tuple]:
 
         ckpt.save_checkpoint = save_slowly
         return train_gpt_moe.main(arguments)
-    parallel.TIMEOUT = timedelta(seconds=2)
+    rendezvous.TIMEOUT = timedelta(seconds=2)
     world = parallel.start("cpu")
     folder, rank, mesh, seen = Path(arguments[0]), dist.get_rank(), init_device_mesh("cpu", (2,)), []
     weight = distribute_tensor(torch.arange(3_000.0).view(5, 600), mesh, [Shard(0)])

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,10 +50,15 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     save_checkpoint(small(4), tmp_path)
     assert done == ["fsync file", "rename model_00004.pt", "fsync folder", "fsync file", "rename latest",
                     "fsync folder"]  # fmt: skip
+    there = []  # whether the folder has its name while one is deleted, which takes long
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: there.append((tmp_path / "model_00005").exists()))
+    save_folder(small(5), tmp_path)
+    save_folder(small(5), tmp_path)
+    assert there == [False, True, True, True, True]
 
 
 # ---------------------------------------------------------------------------- found
-def test_the_newest_good_one_is_found_among_both_forms(tmp_path):
+def test_the_newest_good_one_is_found_among_both_forms(tmp_path, monkeypatch):
     for step in (1, 3, 100_000):
         save_checkpoint(small(step), tmp_path)
     for step in (2, 99_999):
@@ -73,6 +79,9 @@ def test_the_newest_good_one_is_found_among_both_forms(tmp_path):
     (tmp_path / "model_00002" / "index.json").unlink()
     assert load_newest(tmp_path, str)[0].name == "model_00001.pt"
     assert load_newest(tmp_path / "nowhere") is None
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
+    monkeypatch.setattr(os, "listdir", refuse)
+    refuses(str(tmp_path), load_newest, tmp_path, error=PermissionError)
 
 
 def test_all_ranks_resume_what_rank_0_has_found_at_step_0_too(save, tmp_path):
@@ -151,12 +160,6 @@ def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, name, e
         with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
             patch.setattr(ckpt, "verify_checkpoint", lambda path: None)
             load_newest(tmp_path)
-
-
-def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, monkeypatch):
-    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(tmp_path)))
-    monkeypatch.setattr(os, "listdir", refuse)
-    refuses(str(tmp_path), load_newest, tmp_path, error=PermissionError)
 
 
 # ---------------------------------------------------------------------------- damaged and foreign files

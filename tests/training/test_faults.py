@@ -194,7 +194,7 @@ def test_a_jump_of_the_loss_is_noticed_once_the_mean_is_known():
     falling = [4 + 3 * 0.98**step + 0.05 * z for step, z in enumerate(noise)]
     health = Health()
     assert not any(health.is_spike(loss) for loss in falling)
-    copy = Health(health.state_dict())
+    copy = Health(dict(vars(health)))
     assert copy.is_spike(5.0) and health.is_spike(5.0) and vars(copy) == vars(health)
     assert not health.is_spike(4.0)
     assert not any(Health().is_spike(loss) for loss in (1.0, 100.0, 1.0))  # too early to tell

@@ -277,6 +277,8 @@ def test_files_that_no_run_wrote_stay(tmp_path):
     assert {path.name for path in old.iterdir()} == ours | {"model_00007.pt", "tb"}
     assert archive.read_text() == "kept" and (old / "model_00007.pt").is_symlink()
     assert {path.name for path in folder.iterdir()} == theirs | {*log.LOG_FILES, ".lock", old.name}
+    (folder / "best").mkdir()
+    refuses("is a folder; move it away: .*best", RunLog, folder, None, 0, False, error=FileExistsError)
 
 
 def test_a_link_to_a_checkpoint_can_be_resumed(straight, tmp_path):
@@ -294,11 +296,6 @@ def test_a_log_file_that_is_a_link_or_a_pipe_is_refused(name, make, tmp_path):
     make(tmp_path / name)
     refuses(f"{name} is a link or no ordinary file", resumed, tmp_path, 3, error=FileExistsError)
     assert not (tmp_path / "victim").exists()
-
-
-def test_a_folder_where_a_run_writes_a_file_is_refused(tmp_path):
-    (tmp_path / "latest").mkdir()
-    refuses("is a folder; move it away: .*latest", RunLog, tmp_path, None, 0, False, error=FileExistsError)
 
 
 def test_a_temporary_file_is_new_not_guessed_and_in_no_error(tmp_path, monkeypatch):
