@@ -76,13 +76,15 @@ def test_norms_of_the_parts_add_up_to_the_whole_gradient_s(finished):
     assert found[3] == pytest.approx(finished.records[3]["norm/routers"])
 
 
-def test_a_profile_is_of_the_steps_that_were_asked_for(finished):
+def test_a_profile_is_of_the_steps_that_were_asked_for_and_the_picture_is_drawn_during_the_run(finished):
     trace = json.loads((finished.folder / "profile_2_4.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     updates = sum(name.startswith("Optimizer.step#") for name in names)
     assert updates == 2 and any(name == "aten::mm" for name in names)
     assert "said: ----" in finished.said  # the table
     assert "Self CPU" in finished.said and "profile_2_4.json" in finished.said
+    with Image.open(finished.folder / "training.png") as image:  # --plot is off: it is not drawn at the end
+        assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
 
 
 def test_a_profile_is_written_if_the_run_ends_among_its_steps(tmp_path):
@@ -126,11 +128,6 @@ def test_tensorboard_has_the_metrics_as_curves_and_the_samples(finished):
     found = finished.events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
     assert list(texts) == [0, 8, 12] and all(text.startswith("    Return") for text in texts.values())
-
-
-def test_the_picture_is_drawn_during_the_run(finished):
-    with Image.open(finished.folder / "training.png") as image:  # --plot is off: it is not drawn at the end
-        assert image.format == "PNG" and image.width >= 1000 and image.height >= 600
 
 
 def test_the_last_picture_is_waited_for_and_a_failure_is_told(tmp_path, monkeypatch):
@@ -215,11 +212,13 @@ def test_wandb_gets_the_same_names(finished):
     assert {"loss/train", "moe/expert_load", "sample"} <= {name for values, _ in logged for name in values}
 
 
-def test_a_resumed_run_is_the_same_in_wandb(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_in_wandb_which_must_be_there(tmp_path, monkeypatch):
     wandb = pretend_wandb(monkeypatch)
     assert RunLog(tmp_path, None, 0, tensorboard=False, wandb="mine").close()
     assert resumed(tmp_path, 3, wandb="mine").close()
     assert [call.kwargs["id"] for call in wandb.init.call_args_list] == [None, "abc123"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuses(r"wandb=.*pip install wandb", RunLog, tmp_path, None, 0, tensorboard=False, wandb="mine")
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
@@ -233,11 +232,6 @@ def test_a_failing_wandb_costs_a_warning_and_nothing_else(tmp_path, monkeypatch,
     assert opened.close() and read_rows(tmp_path) == records
     (line,) = said
     assert "WARNING" in line and "api_key not configured (no-tty). call wandb.login(key=...)" in line
-
-
-def test_wandb_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuses(r"wandb=.*pip install wandb", RunLog, tmp_path, None, 0, tensorboard=False, wandb="mine")
 
 
 # ---------------------------------------------------------------------------- FILES AND TEXTS OF OTHERS

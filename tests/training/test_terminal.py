@@ -111,6 +111,8 @@ def test_plain_lines_are_greppable_and_the_time_to_go_is_told_once(capsys):
     assert [match[1] for match in found if match] == ["0", "10", "20", "30", "39"]
     (told,) = [line for line in lines if "to go" in line]
     assert told.startswith("step 12: about 7 s to go at 250.0 ms a step")
+    texts = {0.4: "0 s", 42: "42 s", 303: "5 min 03 s", 7800: "2 h 10 min", 273600: "3 d 04 h"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 19, 20, 21, 60])
@@ -151,8 +153,3 @@ def test_heat_map_shows_loads_in_fair_shares(monkeypatch, encoding, cells):
     assert uneven == f"MoE layer  1 |{cells}| max/mean 2.00, 1 starved"
     monkeypatch.setattr(terminal, "columns", lambda: 80)
     assert heat_map(torch.ones(12, 64))[11] == "MoE layer 11 max/mean 1.00"  # 64 bars do not fit
-
-
-def test_durations():
-    texts = {0.4: "0 s", 42: "42 s", 303: "5 min 03 s", 7800: "2 h 10 min", 273600: "3 d 04 h"}
-    assert {seconds: duration(seconds) for seconds in texts} == texts
