@@ -8,7 +8,6 @@ source text of the script. training/flags.py parses the flags."""
 
 import ast
 import difflib
-import itertools
 import re
 import shutil
 import sys
@@ -37,22 +36,15 @@ SYNONYMS = {theirs: ours for ours, names in OURS.items() for theirs in names.spl
 
 
 def read_flags(script: str | Path) -> dict[str, dict[str, list[str]]]:
-    """{group: {flag: its aliases}}: the fields of the script's class TrainConfig, grouped by the comments
-    `# --- GROUP` above them, then the fields of llmc/trainer.py's class Flags, from which it inherits."""
+    """{group: {flag: its aliases}}: the fields of the script's class TrainConfig, a line each, grouped by the
+    comments `# --- GROUP` above them, then those of llmc/trainer.py's class Flags, from which it inherits."""
     found: dict[str, dict[str, list[str]]] = {}
-    for path, first in ((Path(script), "general"), (Path(script).parent / "llmc" / "trainer.py", "llm.c's")):
-        text = path.read_text(encoding="utf-8")
-        lines, group = text.splitlines(), first
-        classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-        (fields,) = (node.body for node in classes if node.name in ("TrainConfig", "Flags"))
-        for before, node in itertools.pairwise(fields):
-            between = "\n".join(lines[before.end_lineno : node.lineno])
-            banner = re.search(r"# --- ([\w, ]+)", between)
-            group = banner[1] if banner else group
-            if isinstance(node, ast.AnnAssign):
-                texts = [argument.value for argument in node.value.args if isinstance(argument, ast.Constant)]
-                aliases = [text for text in texts if isinstance(text, str) and text.startswith("--")]
-                found.setdefault(group, {})[node.target.id] = aliases
+    for path, group in ((Path(script), "general"), (Path(script).parent / "llmc" / "trainer.py", "llm.c's")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if banner := re.match(r"    # --- ([\w, ]+)", line):
+                group = banner[1]
+            elif field := re.match(r"    (\w+): .* = setting\(", line):
+                found.setdefault(group, {})[field[1]] = re.findall(r'"(--\w+)"', line)
     return found
 
 
