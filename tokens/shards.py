@@ -267,14 +267,10 @@ class DistributedDataLoader:
         self.files = find_shards(pattern) if isinstance(pattern, str | os.PathLike) else list(pattern)
         if not self.files:
             raise FileNotFoundError("no data: the list of shards is empty; make some: `python fineweb.py`")
-        digest, lengths, prints, self._dtype = hashlib.sha256(), [], [], np.dtype("<u2")
+        lengths, prints, self._dtype = [], [], np.dtype("<u2")
         for shard in map(Shard, self.files):
-            lengths.append(n := len(shard))
-            digest.update(n.to_bytes(8, "little"))
+            lengths.append(len(shard))
             self._dtype = max(self._dtype, shard.dtype)
-            ends = np.empty((2, min(256, n)), shard.dtype)
-            digest.update(shard.read(0, ends[0]))
-            digest.update(shard.read(n - len(ends[1]), ends[1]))
             prints.append(fingerprint(shard.file, shard.start, shard.nbytes, len(self.files)))
         group = B * world_size
         samples = self._count_samples(np.array(lengths))  # (files,)
@@ -292,8 +288,7 @@ class DistributedDataLoader:
                 mend = f"make a larger one, for --data_dir without --text: `{larger}`"
             raise ValueError(f"too little data: {need}, but {have}; lower --B or --T, or {mend}")
         self._stream = dict(T=T, shuffle=shuffle, seed=seed, files=len(lengths), tokens=self.num_tokens)
-        self._stream |= {"sha256": digest.hexdigest()[:16], "align": ""}
-        self._stream |= {} if shuffle else {"B * world_size": group}
+        self._stream |= {"align": ""} if shuffle else {"align": "", "B * world_size": group}
         self.kept: dict[str, int] = {}  # what becomes of the tokens, if rows begin at documents
         self._prints = {"fingerprints": (self.files, "".join(prints))}
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(Shard)
@@ -396,11 +391,11 @@ class DistributedDataLoader:
         """Continue where `state` was saved, on any number of ranks. Raises ValueError for another stream."""
         state = {"align": "", "shift": False} | state  # of older checkpoints, which go on as they began
         for name, value in self._stream.items():
-            if state.get(name) != value and not (name == "sha256" and "fingerprints" in state):
+            if state.get(name) != value:
                 saved = f"it was saved with {name}={reprlib.repr(state.get(name))}, but here {name}={value!r}"
                 give = f"({self.files[0]}, ...); use the data and settings of the saved run"
                 raise ValueError(f"the data loader cannot continue: {saved} {give}")
         for name, (files, here) in self._prints.items():
-            check_fingerprints(files, here, state.get(name, here))  # older checkpoints have only sha256
+            check_fingerprints(files, here, state.get(name, here))  # older ones, and a new --val, have none
         self.shift = state["shift"]
         self.reset(state["position"])
