@@ -59,10 +59,8 @@ def wake(model: GPTLMHeadModel, ids: torch.Tensor) -> None:
 
 # ---------------------------------------------------------------------------- the reference, in float64
 def norm_by_hand(norm, x):
-    if isinstance(norm, RMSNorm):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
-    centred = x - x.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    x = x if isinstance(norm, RMSNorm) else x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
     return y if norm.bias is None else y + norm.bias
 
 
@@ -84,13 +82,11 @@ def attention_by_hand(attn, x, config, window):
         q, k = norm_by_hand(attn.q_norm, q), norm_by_hand(attn.k_norm, k)
     if config.position == "rope":
         q, k = turn(q, config.rope_theta), turn(k, config.rope_theta)
-    distance, heads = torch.arange(T)[:, None] - torch.arange(T), []
+    distance, shared = torch.arange(T)[:, None] - torch.arange(T), torch.arange(config.n_head) * kv_heads
+    k, v = (part[shared // config.n_head] for part in (k, v))
     hidden = (distance < 0) | (distance >= (window or T))
-    for head in range(config.n_head):
-        shared = head * kv_heads // config.n_head
-        score = (q[head] @ k[shared].t() / math.sqrt(size)).masked_fill(hidden, -math.inf)
-        heads.append(score.softmax(1) @ v[shared])
-    return attn.c_proj(torch.cat(heads, 1))
+    score = (q @ k.mT / math.sqrt(size)).masked_fill(hidden, -math.inf)
+    return attn.c_proj((score.softmax(2) @ v).transpose(0, 1).flatten(1))
 
 
 def mlp_by_hand(mlp, x):
