@@ -13,6 +13,7 @@ from processes import flags, losses, run_ranks
 from transformers import DataCollatorWithFlattening
 
 import train_gpt_moe
+from huggingface.outputs import CACHE
 from layers.attention import positions_in_documents
 from model import GPTLMHeadModel
 from tokens.shards import read_shard, write_shard
@@ -29,17 +30,19 @@ def close(got, expected) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_documents_in_a_row_equal_the_documents_one_by_one(name):
-    """With checkpointing, in evaluation with a cache, and as batches that Trainer and TRL pack. Their row may
-    be longer than block_size, each text may not."""
+    """With checkpointing (a block's second forward would add its keys to a cache again), in evaluation with a
+    cache, and as batches that Trainer and TRL pack. A row may be longer than block_size, a text may not."""
     fields = ARCHITECTURES[name] | dict(logit_softcap=0.0)  # below, the head alone gives the logits
     model = strong(GPTLMHeadModel(tiny(**fields)), 0.1).train()
     alone = torch.cat([model(text[None]).logits[0] for text in TEXTS])  # (72, V)
     direction, more = torch.randn(72, 97), dict(position_ids=positions_in_documents(ROWS == EOT))
     (alone * direction).sum().div(72).backward()
     expected = gradients(model)
-    for _ in range(2):
+    for checkpointing in (False, True):
         model.zero_grad()
-        logits = model(ROWS, **more).logits.flatten(0, 1)
+        output = model(ROWS, use_cache=True, **more)
+        assert (output.get(CACHE) is None) == checkpointing
+        logits = output.logits.flatten(0, 1)
         (logits * direction).sum().div(72).backward()
         close(logits, alone)
         close(gradients(model), expected)

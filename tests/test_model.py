@@ -124,15 +124,6 @@ def test_every_standard_name_gives_the_resolved_value(tmp_path):
             assert {name: getattr(each, name) for name in names | resolved} == names | resolved
 
 
-def test_layer_kinds():
-    config = tiny(n_layer=4, moe_every=2, expert_hidden_size=16)
-    assert [config.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
-    dense, sparse, *_ = GPT(config).transformer.h
-    assert sparse.mlp.experts.c_fc.shape == (4, 16, 64)
-    assert dense.mlp.c_fc.weight.shape == (256, 64)  # dense ones keep 4 * n_embd
-    assert GPT(tiny(use_moe=False)).moe_layers() == []
-
-
 @pytest.mark.parametrize("n_layer, n_head, n_embd, count", [
     (12, 12, 768, 124_439_808), (24, 16, 1024, 354_823_168), (36, 20, 1280, 774_030_080),
     (48, 25, 1600, 1_557_611_200),
@@ -262,15 +253,6 @@ def test_bad_calls_are_refused():
         (dict(), "input_ids and inputs_embeds"), (dict(input_ids=ids, labels=ids, targets=ids), "labels"),
     ):  # fmt: skip
         refuses(message, model, **arguments)
-
-
-def test_gradient_checkpointing_keeps_no_cache():
-    """Computing a block again would add its keys again."""
-    model = GPTLMHeadModel(tiny()).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    output = model(tokens(), use_cache=True)
-    assert output.get(CACHE) is None
-    output.logits.mean().backward()
 
 
 def test_a_cache_goes_by_two_names():
