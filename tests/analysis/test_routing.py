@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from html import escape
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,7 +24,7 @@ from tokens.encodings import get_encoding
 from tokens.shards import write_shard
 
 T, E, K = 48, 4, 2
-TEXTS = {"one": "Überall ist Text. " * 14, "<b>two</b>": "if x < 3: <i>\x07\n" * 14}
+TEXTS = {"one": "Überall ist Text. " * 14, "<b>two</b>": "if x < 3: <i>\x07\x07\n" * 14}
 IDS = {name: [256, *text.encode()][: 4 * T + 1] for name, text in TEXTS.items()}
 CHROME = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -38,7 +39,9 @@ def measured(out, *arguments) -> dict:
 def made(tmp_path_factory):
     """(folder, what is in its routing.json): a model on two texts, its earlier checkpoint is the same."""
     folder = tmp_path_factory.mktemp("routing")
-    byte_model().save_pretrained(folder / "model")
+    saved = byte_model()
+    saved.config.output_router_logits = True  # as TRL saves it
+    saved.save_pretrained(folder / "model")
     byte_model(use_moe=False).save_pretrained(folder / "dense")
     byte_model(num_experts=3).save_pretrained(folder / "other")
     data = []
@@ -155,27 +158,6 @@ def test_the_layers_are_as_before_also_after_an_error():
     assert not any(layer.gate._forward_hooks or "route" in vars(layer) for layer in layers)
 
 
-def test_a_planted_specialist_is_found(tmp_path):
-    """Only token 7 has a positive channel 0, and the router sends such tokens to expert 3."""
-    model = byte_model(n_layer=1, num_experts_per_tok=1)
-    with torch.no_grad():
-        model.transformer.h[0].attn.c_proj.weight.zero_()
-        model.transformer.wpe.weight.zero_()
-        model.transformer.wte.weight[:, 0] = -2.0
-        model.transformer.wte.weight[7, 0] = 2.0
-        model.moe_layers()[0].gate.weight[3] = 50 * torch.eye(64)[0]
-    model.config.output_router_logits = True  # as TRL saves it
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "text").write_bytes(b"some text with a bell \x07, " * 40)
-    words = "--data", tmp_path / "text", "--tokens=960", "--drop_tokens=0"
-    found = measured(tmp_path, tmp_path / "model", *words)
-    (top,) = found["layers"][0]["top_tokens"][3]
-    assert (top["id"], top["share"]) == (7, 1.0) and top["lift"] == pytest.approx(960 / top["rows"])
-    page = (tmp_path / "routing.html").read_text()
-    assert rf"<td>\x07 {top['lift']:.1f}x 100%</td>" in page and "\x07" not in page
-    assert "the router is that of the start of the run." in page  # which is not known
-
-
 @pytest.mark.parametrize("encoding", ["none", "gpt2"])
 def test_ids_without_text_have_numbers_for_names(encoding, tmp_path, monkeypatch):
     """Without network there is no text of GPT-2's ids."""
@@ -187,6 +169,7 @@ def test_ids_without_text_have_numbers_for_names(encoding, tmp_path, monkeypatch
     words = "--data", tmp_path / "ids", "--tokens", 2 * T, "--drop_tokens", T
     found = measured(tmp_path, tmp_path / "model", *words)["layers"][0]["top_tokens"]
     assert {top["text"] for each in found for top in each} == {"token 0", "token 1", "token 2"}
+    assert "the router is that of the start of the run." in (tmp_path / "routing.html").read_text()
 
 
 def test_the_validation_data_of_a_run_are_found(tmp_path, monkeypatch):
@@ -218,7 +201,10 @@ def test_a_run_that_learns_nothing_agrees_with_its_start(data, tmp_path):
 
 def test_the_page_has_every_text_escaped_and_needs_no_network(made):
     page = (made[0] / "out" / "routing.html").read_text()
-    assert "&lt;b&gt;two&lt;/b&gt;" in page and "<td>&lt; " in page
+    assert "&lt;b&gt;two&lt;/b&gt;" in page
+    tops = [top for layer in made[1]["layers"] for each in layer["top_tokens"] for top in each]
+    cells = {f"<td>{escape(top['text'])} {top['lift']:.1f}x {top['share']:.0%}</td>" for top in tops}
+    assert all(cell in page for cell in cells) and {cell[:8] for cell in cells} >= {r"<td>\x07", "<td>&lt;"}
     assert not re.search(r"<b>|<i>|<script|https?:|[\x00-\x08\x0b-\x1f]|url\(|@import|<p>[^<]*\\n", page)
     pictures = {path.stem for path in (made[0] / "out").glob("*.png")}
     assert pictures == {"load", "position", "source", "coactivation", "drops"}
