@@ -11,14 +11,13 @@ import sys
 
 import pytest
 import torch
-from models import strong, tiny, tokens
+from models import ARCHITECTURES, strong, tiny, tokens
 from test_foreign import EXPERTS, small
 
 from huggingface.export import export_folder
 from model import GPTLMHeadModel
 
-MODERN = dict(position="rope", norm="rmsnorm", activation="swiglu", n_kv_head=2, bias=False, qk_norm=True,
-              num_shared_experts=1, router_score="sigmoid")  # fmt: skip
+MODERN = ARCHITECTURES["modern"]
 LOADS = """
 import sys, torch
 program = torch.export.load("program.pt2").module()

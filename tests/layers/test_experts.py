@@ -1,5 +1,5 @@
-"""Every engine of the experts against a loop over tokens, the choice among them, and dispatch. Triton's
-interpreter runs the kernels on a CPU, and Triton compiles them for several GPUs."""
+"""Every engine of the experts against a loop over tokens, the choice among them, dispatch, and activations.
+Triton's interpreter runs the kernels on a CPU, and Triton compiles them for several GPUs."""
 
 import itertools
 import re
@@ -9,16 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn.functional as F
+from conftest import ROOT, refuses
 from devices import TRITON_DEVICE, needs_gpu
-from models import ENGINES, experts_by_hand, gradients, moe_layer, sure_layer, tiny
+from models import ENGINES, experts_by_hand, gradients, moe_layer, strong, sure_layer, tiny, tokens
 from torch.nn.functional import grouped_mm
 from torch.nn.utils.parametrize import register_parametrization
 
 from layers import experts
-from layers.experts import TakeRows, combine, dispatch, expert_mlp
+from layers.experts import Experts, TakeRows, combine, dispatch, expert_mlp
 from layers.grouped_product import grouped_product, triton
-from layers.mlp import ACTIVATIONS
+from layers.mlp import ACTIVATIONS, MLP, Activation, gated
+from model import GPTLMHeadModel
+from training.muon import row_blocks
+from training.preflight import block_bytes
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs `pip install triton`, which GPU builds have")
 TRITON = pytest.param("triton", marks=needs_triton)
@@ -170,10 +174,68 @@ def test_the_engine_for_a_gpu(engine, changes, monkeypatch):
     monkeypatch.setattr("layers.grouped_product.triton", case["triton"])
     with torch.device("meta"):
         sizes = {name: case[name] for name in ("num_experts", "n_embd", "expert_hidden_size")}
-        layer = experts.Experts(tiny(**sizes))
+        layer = Experts(tiny(**sizes))
     device, shape = torch.device(case["device"]), (case["rows"], case["n_embd"])
     x = SimpleNamespace(device=device, dtype=case["dtype"], shape=shape)
     assert layer._choose_engine(x, case["rows"]) == engine
+
+
+# ---------------------------------------------------------------------------- activations
+# A row of ACTIVATIONS is all there is to an activation: for every row, and for rows added here.
+TANH = lambda out, h: torch.tanh(h, out=out), lambda grad, h: grad * (1 - torch.tanh(h) ** 2)
+ADDED = {"geglu": gated(F.gelu, torch.ops.aten.gelu_backward), "tanh": Activation(1, torch.tanh, *TANH)}
+
+
+@pytest.fixture(params=[*ACTIVATIONS, *ADDED])
+def activation(request, monkeypatch) -> str:
+    for name, row in ADDED.items():
+        monkeypatch.setitem(ACTIVATIONS, name, row)
+    return request.param
+
+
+def test_into_a_buffer_and_backward_agree_with_forward(activation):
+    row = ACTIVATIONS[activation]
+    h = torch.randn(5, row.parts * 6, dtype=torch.float64, requires_grad=True)
+    y = row.forward(h)
+    out = torch.empty(5, 6, dtype=torch.float64)
+    assert torch.equal(row.forward_into(out, h.detach()), y) and torch.equal(out, y)
+    torch.autograd.gradcheck(row.forward, (h,))
+    direction = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, h, direction)
+    torch.testing.assert_close(row.backward(direction, h.detach()), expected)
+
+
+def test_everything_else_reads_the_row(activation):
+    parts = ACTIVATIONS[activation].parts
+    fields = dict(moe_every=2, mlp_hidden_size=24, expert_hidden_size=24)
+    config, plain = tiny(**fields, activation=activation), tiny(**fields)
+    model, ids, found = strong(GPTLMHeadModel(config), std=0.1), tokens(), []
+    for engine in ENGINES:
+        model.moe_layers()[0].experts.engine = engine
+        model.zero_grad()
+        model(ids, targets=ids)[1].backward()
+        found.append(gradients(model))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("c_fc.weight", "experts.c_fc")):
+            assert parameter.shape[-2] == parts * 24
+            assert row_blocks(name, parameter, config) == (None if parts == 1 else [24] * parts)
+    for layer, rows in ((0, 1), (1, 2)):  # dense; two experts per token
+        more = block_bytes(config, layer, 4, "cpu") - block_bytes(plain, layer, 4, "cpu")
+        assert more == rows * (parts - 1) * 4 * 24
+
+
+def test_an_unknown_activation_is_an_error_in_every_engine():
+    config, stacked = tiny(), Experts(tiny())
+    config.activation = stacked.activation = "gleu"
+    message = "activation='gleu'.*gelu, gelu_erf, relu2, swiglu"
+    for module in (MLP, Experts):
+        refuses(message, module, config)
+    routing = dispatch(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 4)
+    for engine in ENGINES:
+        stacked.engine = engine
+        refuses(message, stacked, torch.randn(3, 64), routing)
 
 
 # ---------------------------------------------------------------------------- the Triton kernels
@@ -207,9 +269,9 @@ def products_of_bf16(monkeypatch):
     pytest.param("256 experts", torch.float32, 1e-6, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_grouped_product_and_its_gradients_equal_a_loop(name, dtype, close):
-    counts, D, F = SIZES[name]
-    rows, weights = torch.randn(sum(counts), D).to(dtype), torch.randn(len(counts), F, D).to(dtype)
-    grad, ends, results = torch.randn(sum(counts), F).to(dtype), torch.tensor(counts).cumsum(0).int(), []
+    counts, D, H = SIZES[name]
+    rows, weights = torch.randn(sum(counts), D).to(dtype), torch.randn(len(counts), H, D).to(dtype)
+    grad, ends, results = torch.randn(sum(counts), H).to(dtype), torch.tensor(counts).cumsum(0).int(), []
     for by_loop in (False, True):
         where = dict(device="cpu", dtype=torch.double) if by_loop else dict(device=TRITON_DEVICE)
         x, w = (t.detach().to(**where).requires_grad_() for t in (rows, weights))
