@@ -73,12 +73,12 @@ def test_what_a_finished_run_prints(straight):
 
 def test_two_processes_give_the_losses_of_one_and_say_everything_once(data, tmp_path):
     """One process has the batch in one piece, two have it in four. They validate on the same samples."""
-    more = ["--dropout", 0, "--max_steps", 5]  # other cuts of a batch draw other dropout
+    more = ["--dropout", 0, "--max_steps", 3]  # other cuts of a batch draw other dropout
     assert train_gpt_moe.main(flags(data, tmp_path / "one", *more, "--B", 8)) == 0
     run_ranks(2, flags(data, tmp_path / "two", *more, "--B", 2, "--val_steps", 4), tmp_path / "output")
     said = (tmp_path / "output").read_text()
     assert "warn" not in said.lower(), said
-    for text in "parameters  |step 0: validation loss|step     0/5|step 5: saved|speed  ".split("|"):
+    for text in "parameters  |step 0: validation loss|step     0/3|step 3: saved|speed  ".split("|"):
         assert sum(line.startswith(text) for line in said.splitlines()) == 1, text
     for kind in ("train", "val", "val_bpb"):
         assert losses(tmp_path / "two", kind) == pytest.approx(losses(tmp_path / "one", kind), rel=1e-4)
