@@ -62,10 +62,7 @@ class GPT(torch.nn.Module):
         rates = unembedding_lr, embedding_lr, matrix_lr, scalar_lr
         groups = [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=rate, kind="adamw") for rate in rates]
         groups += [dict(params=self.table.parameters(), lr=matrix_lr, kind="muon", weight_decay=weight_decay)]
-        optimizer = Noting(groups)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        return optimizer
+        return Noting([group | dict(initial_lr=group["lr"]) for group in groups])
 
     def forward(self, idx, targets):
         return F.cross_entropy(self.table(idx).flatten(0, 1), targets.flatten())

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 
 import pytest
 import torch
@@ -87,10 +86,7 @@ def test_defaults_are_the_documented_ones():
 ], ids=str)  # fmt: skip
 def test_impossible_configurations_are_refused_by_name(fields, words):
     name, value = list(fields.items())[-1]
-    with pytest.raises(ValueError) as error:
-        GPTConfig(**fields)
-    assert f"{name}={value!r}" in str(error.value)
-    assert re.search(words, str(error.value))
+    assert f"{name}={value!r}" in refuses(words, GPTConfig, **fields)
 
 
 @pytest.mark.parametrize("name, value", [("vocab_size", "x"), ("n_layer", 2.0), ("bias", 1), ("bias", "no")])

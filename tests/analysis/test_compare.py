@@ -80,9 +80,7 @@ def test_effective_compute_equal_tokens_and_equal_seconds(tmp_path, rows_of):
     assert rows_of(main, "compare", tmp_path / "none")[0]["effective_tokens"] == "-"
 
 
-def test_what_is_left_out_is_named_and_what_cannot_change_results_is_no_setting(
-    tmp_path, rows_of, capsys, monkeypatch
-):
+def test_runs_left_out_are_named_and_some_fields_are_no_settings(tmp_path, rows_of, capsys, monkeypatch):
     fake_run(tmp_path / "good", 2, 1, text="t", data_dir="good/data")
     fake_run(tmp_path / "other", 2, 2, text="t", data_dir="other/data", plot=False, document_mask=False)
     fake_run(tmp_path / "twin", 2, 1, text="t", data_dir="twin/data")

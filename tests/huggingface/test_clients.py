@@ -118,6 +118,5 @@ def test_lora_on_attention_and_stacked_experts():
     merged = adapted.merge_and_unload()
     assert torch.allclose(merged(ids).logits, logits, atol=1e-4)
     changed = {name for name, value in merged.named_parameters() if not torch.equal(value, frozen[name])}
-    assert changed == {
-        f"transformer.h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn.weight", *experts)
-    }
+    names = "attn.c_attn.weight", *experts
+    assert changed == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in names}

@@ -57,10 +57,8 @@ class Network(nn.Module):
 
     def groups(self) -> list[dict]:
         """nanoGPT's groups: matrices, which decay, and the rest."""
-        return [
-            dict(params=[p for p in self.parameters() if (p.dim() >= 2) == is_matrix], weight_decay=decay)
-            for is_matrix, decay in ((True, 0.1), (False, 0.0))
-        ]
+        matrices, rest = [[p for p in self.parameters() if (p.dim() >= 2) == it] for it in (True, False)]
+        return [dict(params=matrices, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
 
 
 def losses(network, optimizer, seeds) -> list[float]:
