@@ -13,6 +13,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -123,6 +124,22 @@ def refuses(words: str, call: Callable, *arguments, error=ValueError, **named) -
     with pytest.raises(error, match=words) as raised:
         call(*arguments, **named)
     return str(raised.value)
+
+
+def note_reads(monkeypatch, files: str = "") -> list[str]:
+    """A list of the files that call what would copy numbers from a GPU; those that the pattern finds."""
+    import torch
+    from processes import at_call
+
+    reads = []
+
+    def note(*args):
+        place = sys._getframe(2).f_code.co_filename
+        reads.extend([place] if re.search(files, place) else [])
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        at_call(monkeypatch, torch.Tensor, name, range(10**6), note)
+    return reads
 
 
 @pytest.fixture

@@ -202,14 +202,6 @@ def test_without_tiktokens_files_nothing_is_written(gpt2, shard, finished, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_an_encoding_without_end_of_text_is_refused_before_the_log(
-    gpt2, shard, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(llmc, "get_encoding", Mock(return_value=Mock(special_tokens_set=())))
-    assert run(gpt2, shard, tmp_path, "--write_tensors", 1) == 2
-    assert "has no <|endoftext|>" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
 def test_a_run_that_finds_nothing_to_resume_writes_the_files_and_a_resumed_one_does_not(data, tmp_path):
     more = "--use_moe 0 --ngram_order 0 --write_tensors 1 --resume auto --max_steps".split()
     for steps in (3, 4):

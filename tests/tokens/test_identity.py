@@ -60,22 +60,6 @@ def test_shard_that_is_cut_or_fails_while_it_is_open(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_run_saves_when_a_shard_is_cut(split, data, tmp_path, monkeypatch, refused):
-    shutil.copytree(data, tmp_path / "data")
-    step, small = train_gpt_moe.train_step, ["--max_steps=6", "--sample_every=0", "--checkpoint_every=0"]
-
-    def cut_before_step_3(run, number):
-        if number == 3:
-            os.truncate(tmp_path / "data" / f"{split}_000000.bin", 2000)
-        return step(run, number)
-
-    monkeypatch.setattr(train_gpt_moe, "train_step", cut_before_step_3)
-    line = refused(train_gpt_moe.main, *flags(tmp_path / "data", tmp_path / "log", *small))
-    assert f"{split}_000000.bin: no token at offset" in line and "Repair" in line
-    assert sorted((tmp_path / "log").glob("model_*.pt")), "nothing saved"
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
 def test_resume_refuses_shards_with_another_middle(split, data, straight, tmp_path, refused):
     shutil.copytree(straight, tmp_path / "log")
     path = Path(shutil.copytree(data, tmp_path / "data"), f"{split}_000000.bin")

@@ -176,7 +176,6 @@ def test_text_is_read(tmp_path, monkeypatch, name, whole_folder):
 
 
 BAD_TEXTS = {"nul.txt": (b"ab\0c", {}, "NULs.*iconv.*--errors replace"),
-             "utf16.csv": ("text\na\n".encode("utf-16-le"), {}, r"utf16\.csv"),
              "latin.py": ("größer".encode("latin-1"), {}, "UTF-8: 2 of 6 .*--errors replace"),
              "late.txt": (b"a" * 9900 + b"\xff" * 40, {}, "UTF-8"),
              "latin.jsonl": (b'{"text": "caf\xe9"}\n', {}, "UTF-8: 1 of 4"),
