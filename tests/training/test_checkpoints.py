@@ -127,9 +127,6 @@ def test_too_little_memory_is_no_damage(save, tmp_path):
     assert load_newest(tmp_path)[1]["step"] == 2
 
 
-IO_ERROR = OSError(errno.EIO, "Input/output error")
-
-
 class Unanswering(io.FileIO):
     """A file of which the bytes from `place` on cannot be read: that raises `error`."""
 
@@ -143,7 +140,7 @@ class Unanswering(io.FileIO):
 
 
 @pytest.mark.parametrize("name", ["model_00002.pt", "model_00002/__0_0.distcp", "model_00002/rest.pt"])
-@pytest.mark.parametrize("error", [IO_ERROR, OSError(errno.EACCES, "Permission denied"), MemoryError()])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
 def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, name, error):
     """At the first byte, in the middle, at the last byte; also once the checksums have been compared."""
     save_checkpoint(small(1), tmp_path)
@@ -227,7 +224,6 @@ FOREIGN = {  # name: what writes it
     "empty": lambda file: None, "npz": lambda file: np.savez(file, a=np.ones(3)),
     "list": lambda file: torch.save([1, 2], file),
     "no step": lambda file: torch.save({"model": {}, "config": {}}, file),
-    "old torch format": lambda file: torch.save(small(1), file, _use_new_zipfile_serialization=False),
 }  # fmt: skip
 
 

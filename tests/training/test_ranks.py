@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,28 +42,19 @@ def saved_all(log_dir: Path) -> bool:
 
 # ---------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
-def test_signals_that_end_a_run(name):
-    """A second SIGINT is left to the system. Afterwards the handlers are those of before."""
+@pytest.mark.parametrize("ignored", [False, True])
+def test_signals_end_a_run_unless_they_are_ignored_at_its_start(name, ignored, request):
+    """As nohup ignores SIGHUP. A second SIGINT is left to the system. The handlers of before come back."""
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    before = signal.SIG_IGN if ignored else signal.getsignal(number)
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, before)))
     with Signals() as signals:
         os.kill(os.getpid(), number)
-        assert signals.stop_requested
-        assert (signal.getsignal(number) == signal.SIG_DFL) == (name == "SIGINT")
+        assert signals.stop_requested != ignored
+        assert (signal.getsignal(number) == signal.SIG_DFL) == (name == "SIGINT" and not ignored)
         signals.agree(signals.take(torch.device("cpu")).tolist())
-    assert signals.exit_code == 128 + number and not signals.save_now
+    assert signals.exit_code == (None if ignored else 128 + number) and not signals.save_now
     assert signal.getsignal(number) == before
-
-
-def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not signals.stop_requested
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("reader", "name", "code"), [("tee", "SIGINT", 130), ("terminal", "SIGHUP", 129)])
