@@ -79,9 +79,6 @@ def test_another_layout_and_another_B_continue_the_same_stream(data, tmp_path, o
     for name, tensor in ends[0]["model"].items():
         if tensor.is_floating_point() and not name.endswith("router_bias"):
             torch.testing.assert_close(ends[1]["model"][name], tensor, rtol=0, atol=2e-3, msg=name)
-    before = sorted(parts.rglob("*")), losses[1]
-    assert resume(f"{parts}/model_00006/") == 0  # as a shell completes it; the run is finished
-    assert (sorted(parts.rglob("*")), [r["loss"] for r in metrics(parts)[-3:]]) == before
 
 
 # ---------------------------------------------------------------------------- settings of a resumed run
