@@ -58,9 +58,8 @@ def test_a_folder_is_read_in_order_links_once_and_nothing_hidden_or_made_by_us(t
     assert found == ["far/c.txt", "sub/a.txt", "z.jsonl.gz"]
     assert documents_of(read(tmp_path / "in")) == ["c", "a", "y", "z"]
     notes = write_source(tmp_path / "notes", ["e"])
-    (notes / "0.txt").rename(notes / "0.md")
-    assert [make(notes, notes), make(notes, notes)] == [0, 0]  # meta.json lies beside the text
-    (notes / "0.md").unlink()
+    text = (notes / "0.txt").rename(notes / "0.md")
+    assert [make(notes, notes), make(notes, notes), text.unlink()] == [0, 0, None]  # beside meta.json
     refuses("shards are for --data_dir", sources.find_files, str(notes))
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "no access", str(tmp_path))))
     refuses(f"no access: '{tmp_path}'", sources.find_files, str(tmp_path / "in"), error=OSError)

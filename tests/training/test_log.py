@@ -281,7 +281,6 @@ def test_a_link_to_a_checkpoint_can_be_resumed(straight, tmp_path):
     arguments = ["--resume", str(log_dir / "best.pt"), "--max_steps", "6", "--device", "cpu"]
     assert train_gpt_moe.main(arguments) == 0
     assert (log_dir / "latest").read_text() == "model_00006.pt" and (log_dir / "best.pt").is_symlink()
-    assert ckpt.load_checkpoint(log_dir / "latest")["step"] == 6
 
 
 @pytest.mark.parametrize("name", ["log.txt", ".lock"])
