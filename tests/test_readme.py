@@ -35,10 +35,12 @@ COMMANDS = list(dict.fromkeys(
 
 # Beginnings of the commands that no test here runs, by what they need, or by the test of the same thing.
 LISTED = {
-    "network": ["pip install ", "python fineweb.py --source tiny"],
+    "network": ['pip install "', "pip install lm_eval", "pip install trl", "pip install sentencepiece",
+                "pip install torchao", "pip install -r requirements.txt$", "python fineweb.py --source tiny"],
     "another program": ["lm_eval ", "python3 -m venv"],
     "GPUs": ["torchrun ", "RANK=", "sbatch ", "python tests/rehearsal", "python -m bench gpu"],
-    "minutes": ["python tests/torture.py", "python tests/fuzz.py", "python -m pytest"],
+    "minutes": ["python tests/torture.py", "python tests/fuzz.py", "python -m pytest",
+                "pip install -r requirements-dev.txt"],
     "test_fineweb.py": ["python fineweb.py$", "python fineweb.py --source HuggingFaceFW/"],
     "test_sources.py": ["python fineweb.py --source FILE"],
     "test_identity.py": ["python fineweb.py --verify"],
