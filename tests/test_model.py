@@ -218,8 +218,6 @@ def test_gpt_gives_hidden_states_and_with_a_target_what_the_head_gives():
 def test_outputs_in_every_form():
     model, ids = strong(GPTLMHeadModel(tiny())), tokens()
     full = model(ids, output_hidden_states=True, output_attentions=True)
-    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
-    assert full.attentions[0].shape == (3, 4, 24, 24)
     assert torch.equal(model.lm_head(full.hidden_states[-1]), full.logits)
     assert full[CACHE].get_seq_length() == 24
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
