@@ -241,16 +241,11 @@ lost             {len(self.lost)} runs, {self.bytes_lost} bytes"""
 @contextlib.contextmanager
 def small_disk(folder: str):
     """A folder for the runs, on a disk of its own that can be filled up."""
-    if folder:
-        yield Path(folder)
-        return
-    path = tempfile.mkdtemp()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", path], check=True)
-    try:
-        yield Path(path)
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
-        os.rmdir(path)
+    with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as stack:
+        if not folder:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", path], check=True)
+            stack.callback(subprocess.run, ["umount", "-l", path], check=True)
+        yield Path(folder or path)
 
 
 def main() -> int:

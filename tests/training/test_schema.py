@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from fuzz import DOUBLED as DEEP  # 2^40 entries, and yet a small file
 from processes import flags, write_index
 
 import checkpoint
@@ -19,9 +20,6 @@ from training import checkpoints as ckpt
 from training.archives import check_format
 from training.schema import check_checkpoint
 
-DEEP = []
-for _ in range(40):  # 2^40 entries, and yet a small file
-    DEEP = [DEEP, DEEP]
 SPARSE = torch.ones(4).to_sparse()
 # Values that are wrong in most places: other types, not finite, negative, nested, very large.
 WRONG = ("x", -5, True, None, math.nan, [], {}, {1: 2}, DEEP, 10**5000, torch.ones(2), b"x")
