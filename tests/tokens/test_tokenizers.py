@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -43,18 +44,15 @@ def test_bytes_encoding_is_utf8_and_needs_no_files(monkeypatch, tmp_path):
     assert ids == list(text.encode()) and encodings.decode_tokens([*ids, 256], "bytes") == text
 
 
-def offline(name):
-    raise requests.exceptions.ConnectionError("no route")
-
-
-def without_end(name):
-    return tiktoken.Encoding("small", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})
+OFFLINE = Mock(side_effect=requests.exceptions.ConnectionError("no route"))
+SMALL = tiktoken.Encoding("small", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})
+WITHOUT_END = Mock(return_value=SMALL)
 
 
 @pytest.mark.parametrize(("name", "fetch", "words"), [
-    ("gtp2", without_end, "encoding='gtp2'.*'gpt2'"),
-    ("p50k_base", offline, "'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"),
-    ("cl100k_base", without_end, r"'cl100k_base' has no <\|endoftext\|>.*gpt2"),
+    ("gtp2", WITHOUT_END, "encoding='gtp2'.*'gpt2'"),
+    ("p50k_base", OFFLINE, "'p50k_base'.*TIKTOKEN_CACHE_DIR.*--encoding bytes"),
+    ("cl100k_base", WITHOUT_END, r"'cl100k_base' has no <\|endoftext\|>.*gpt2"),
 ])  # fmt: skip
 def test_an_encoding_that_cannot_be_used_is_named_with_the_way_out(name, fetch, words, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", fetch)

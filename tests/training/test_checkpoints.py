@@ -274,8 +274,7 @@ def test_a_checkpoint_of_another_model_is_named_as_such(tmp_path):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A checkpoint as a folder, with WTE of shape (5, 7)."""
-    sharded.save(small(5), tmp_path / "model_00005")
-    return tmp_path / "model_00005"
+    return save_folder(small(5), tmp_path)
 
 
 @pytest.fixture

@@ -270,23 +270,20 @@ def test_a_full_disk_does_not_end_a_run_but_its_exit_code_says_so(data, tmp_path
     assert newest(tmp_path) == 2 and not list(tmp_path.glob("*model*"))
 
 
-def test_a_full_disk_where_the_best_step_is_named_does_not_end_a_run(data, tmp_path, monkeypatch, capsys):
-    full = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("training.checkpoint_writer.write_atomically", full)
-    assert train_gpt_moe.main(flags(data, tmp_path, "--max_steps", 4, "--keep_best", True)) == 0
-    warning = f"step 4: WARNING: {tmp_path}/best does not name this step: [Errno 28]"
-    assert warning in capsys.readouterr().out
-    assert steps_saved(tmp_path) == [4, 3]
-
-
-def test_a_prompt_without_tokens_and_a_jump_of_the_loss_do_not_end_a_run(data, tmp_path, monkeypatch, capsys):
-    """There are no samples, and the jump is logged."""
+def test_what_cannot_be_sampled_a_jump_and_an_unnamed_best_step_do_not_end_a_run(
+    data, tmp_path, monkeypatch, capsys
+):
+    """The prompt has no tokens, the loss jumps, and the disk is full where the best step is named."""
     no_network = Mock(side_effect=ConnectionError("tiktoken cannot fetch the files of gpt2"))
     at_call(monkeypatch, evaluation, "encode_prompt", [0], no_network)
     monkeypatch.setattr(Health, "is_spike", lambda self, loss: True)
-    words = flags(data, tmp_path, "--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1)
-    assert train_gpt_moe.main(words) == 0
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("training.checkpoint_writer.write_atomically", full)
+    more = ["--max_steps", 1, "--warmup_steps", 0, "--sample_every", 1, "--keep_best", True]
+    assert train_gpt_moe.main(flags(data, tmp_path, *more)) == 0
     said = capsys.readouterr().out
+    assert f"step 1: WARNING: {tmp_path}/best does not name this step: [Errno 28]" in said
+    assert steps_saved(tmp_path) == [1]
     assert "no samples in this run: tiktoken cannot fetch the files of gpt2" in said
     assert ": sample\n" not in said
     assert metrics(tmp_path)[0]["spike"] and "step 0: the loss jumped to" in said
