@@ -52,7 +52,6 @@ BAD_SHARDS = {
     "truncated in header": (shard_bytes()[:500], "truncated within its header"),
     "padded": (shard_bytes(tokens=101), "is padded"),
     "wrong magic": (shard_bytes(magic=20240802), "20240802 instead of 20240520"),
-    "no magic": (shard_bytes(magic=7), "7 instead of 20240520"),
     "wrong version": (shard_bytes(version=2), "version 2, not 1"),
     "negative count": (shard_bytes(count=-5), "holds -5 tokens"), "empty": (b"", "holds 0 tokens"),
     "odd size": (make_tokens(50).tobytes() + b"\x00", "is padded"),
