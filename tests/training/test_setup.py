@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, refuses
 from models import dense_model
-from processes import STEPS, finish, flags, losses, start
+from processes import STEPS, finish, flags, full_disk, losses, start
 
 import train_gpt_moe
 from tokens.hellaswag_files import HellaSwagUnavailable, iterate_examples
@@ -92,7 +92,7 @@ def test_the_settings_of_a_run_repeat_it(straight, tmp_path):
 
 
 def test_own_text_in_one_flag(tmp_path, capsys, refused):
-    """Its shards lie in log_dir; a resumed run needs them alone."""
+    """Its shards lie in log_dir, which may be moved; a resumed run needs them alone."""
     (tmp_path / "my.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
     more = "--max_steps", 2, "--warmup_steps", 1, "--sample_every", 1, "--text", tmp_path / "my.txt"
     assert train_gpt_moe.main(flags("unused", tmp_path / "log", *more)) == 0
@@ -100,11 +100,15 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
     assert meta["encoding"] == "bytes" and meta["tokens"] == {"val": 1800, "train": 18001 - 1800}
     assert "step 1: sample\n    Return" in capsys.readouterr().out
     (tmp_path / "my.txt").unlink()
-    resume = ["--log_dir", str(tmp_path / "log"), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
-    assert train_gpt_moe.main(resume) == 0 and losses(tmp_path / "log")[-1] > 0
+    moved = (tmp_path / "log").rename(tmp_path / "moved")
+    resume = ["--log_dir", str(moved), "--resume", "auto", "--max_steps", "3", "--device", "cpu"]
+    assert train_gpt_moe.main(resume) == 0 and losses(moved)[-1] > 0
+    with full_disk(500):
+        assert train_gpt_moe.main(flags("unused", tmp_path / "full", "--text", __file__)) == 1
+    assert f"File too large: '{tmp_path}/full/data'" in capsys.readouterr().err
     for text, flag in (("another text", "another --log_dir"), ("\0", "--errors")):
         (tmp_path / "my.txt").write_text(text)
-        log_dir = tmp_path / ("log" if "log" in flag else "new")
+        log_dir = moved if "log" in flag else tmp_path / "new"
         error = refused(train_gpt_moe.main, *flags("unused", log_dir, *more))
         assert flag in error and "fineweb.py --source TEXT" in error and "--data_dir" in error
 
@@ -112,9 +116,9 @@ def test_own_text_in_one_flag(tmp_path, capsys, refused):
 def test_files_of_settings(tmp_path, monkeypatch):
     file, yaml = tmp_path / "a.json", tmp_path / "a.yaml"
     yaml.write_text("B: 3\nmax_lr: 0.5\nmin_lr: 6e-5\nwandb_project: 12e4f\n")
-    config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1"])
+    config, given = parse_config(["--config", str(yaml), "--max_lr", "2", "--run_name", "x.1", "--text=~/x"])
     assert (config.B, config.max_lr, config.log_dir) == (3, 2.0, "log/x.1") and {"B", "max_lr"} <= given
-    assert (config.min_lr, config.wandb_project) == (6e-5, "12e4f")
+    assert (config.min_lr, config.wandb_project, config.text[0]) == (6e-5, "12e4f", "/")
     wrong = {"{": "a.json", '{"Bx": 1}': "did you mean --B", '{"B": "1"}': "B='1'", "[1]": "a.json",
              "[" * 10**5: "a.json", '{"preset": []}': "preset="}  # fmt: skip
     for text, words in wrong.items():
